@@ -1,0 +1,61 @@
+"""The rows that `prepare` writes and every later stage reads.
+
+data/prepared holds train.arrow, eval.arrow and, with prepare.group_by, group.arrow (Arrow IPC
+streams: memory-mapped, read without a copy), tokenizer/ (the tokenizer with its template and pad
+token settled), source.json (where the data came from) and prepared.json. Columns of a set:
+
+    row            text    file and line, such as `train.jsonl:12`
+    input_ids      int32   the rendered row, at most prepare.max_length tokens
+    labels         int32   input_ids where learned, -100 elsewhere (not shifted)
+    prompt_tokens  int32   leading tokens that a person supplies at inference
+    scored_bytes   int32   UTF-8 bytes of the learned text
+"""
+
+import hashlib
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.ipc
+
+PREPARED = Path("data/prepared")
+IGNORED = -100
+SCHEMA = pa.schema(
+    [
+        ("row", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+        ("prompt_tokens", pa.int32()),
+        ("scored_bytes", pa.int32()),
+    ]
+)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """All rows of one set as plain Python values. For held-out sets, which are small."""
+    with pa.memory_map(str(path)) as source:
+        return pyarrow.ipc.open_stream(source).read_all().to_pylist()
+
+
+def held_out_sets(prepared: Path = PREPARED) -> dict[str, Path]:
+    """Metric prefix -> file of each held-out set: "" for rows, "group_" for whole groups."""
+    files = {"": prepared / "eval.arrow", "group_": prepared / "group.arrow"}
+    return {prefix: file for prefix, file in files.items() if file.exists()}
+
+
+def set_sha256(rows: list[dict]) -> str:
+    """Hash of what is scored: the token ids and labels of every row, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row["input_ids"], row["labels"])).encode())
+    return digest.hexdigest()
+
+
+def length_batches(rows: list[dict], tokens_per_batch: int) -> list[list[dict]]:
+    """Batches of rows of like length, each at most `tokens_per_batch` when padded (or one row)."""
+    batches: list[list[dict]] = []
+    for row in sorted(rows, key=lambda r: -len(r["input_ids"])):
+        width = len(batches[-1][0]["input_ids"]) if batches else 0
+        if not batches or (len(batches[-1]) + 1) * width > tokens_per_batch:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
