@@ -9,11 +9,13 @@ import ctypes
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,9 +48,13 @@ def begin(name: str) -> None:
         "BITSANDBYTES_NOWELCOME": "1",
     }.items():
         os.environ.setdefault(variable, value)
+    # Libraries warn their callers, and the caller is us: none of it is for the user to act on.
+    warnings.simplefilter("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     _begun.update(name=name, inputs=_inputs(name))
-    started = _process_start()
+    # The process's start is known to a tick of 10 ms, and Python reads no module that soon.
+    started = _process_start() + 0.02
     for path in _begun["inputs"]:
         if path.endswith(".py") and os.stat(path).st_mtime > started:
             raise StageError(f"{path} was edited while this stage started; run it again")
@@ -82,6 +88,9 @@ def whole_folder(path: Path, resume_key: str | None = None):
     try:
         yield partial
         write_sums(partial)
+        for file in partial.rglob("*"):
+            # safetensors writes 0600, which a DVC cache shared by a group could not use.
+            file.chmod(0o755 if file.is_dir() else 0o644)
         check_inputs()
     except BaseException:
         if not resume_key:
@@ -139,9 +148,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def code_files(name: str) -> list[Path]:
+    """The Python files that stage `name` depends on, as dvc.yaml lists them."""
+    return [Path(dep) for dep in _entry(name)["deps"] if dep.endswith(".py")]
+
+
+def _entry(name: str) -> dict:
+    return yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
+
+
 def _inputs(name: str) -> dict:
     """The stage's entry in dvc.yaml, its parameter sections by value and its files by content."""
-    entry = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
+    entry = _entry(name)
     params = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
     inputs = {f"dvc.yaml: {name}": entry}
     inputs |= {f"params.yaml: {key}": params.get(key) for key in entry.get("params", [])}
@@ -178,6 +196,11 @@ def _report(name, kind, error, trace) -> None:
         errno.EROFS,
     ):
         message = f"{error.filename or 'write'}: {error.strerror}"
+    elif issubclass(kind, ModuleNotFoundError) and not (error.name or "").startswith("stages"):
+        message = (
+            f"{sys.executable} has no module {error.name}; activate the project's environment "
+            "first: . .venv/bin/activate"
+        )
     elif issubclass(kind, MemoryError):
         message = "out of memory (RAM)"
     else:

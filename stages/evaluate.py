@@ -1,0 +1,162 @@
+"""Score the base and the tuned model on the same held-out tokens, and let both answer some.
+
+    python -m stages.evaluate
+
+Reads data/prepared, models/quantized and models/adapter, writes metrics/eval.json,
+metrics/eval_cost.json and metrics/samples.jsonl. The base is loaded once: with the adapter
+switched off it is the untouched base.
+"""
+
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+from stages.shared.params import load_params
+from stages.shared.stage import begin, check_sums, write_metrics, write_text
+
+if __name__ == "__main__":
+    begin("evaluate")
+
+import torch
+from transformers import AutoTokenizer
+
+from stages.shared.model import (
+    GB,
+    device_name,
+    load_adapter,
+    load_base,
+    memory_metrics,
+    pick_device,
+    reset_peaks,
+)
+from stages.shared.rows import PREPARED, held_out_sets, read_rows, set_sha256
+from stages.shared.scoring import Scores, score
+
+QUANTIZED = Path("models/quantized")
+ADAPTER = Path("models/adapter")
+RESAMPLES = 2000
+ANSWER_TOKENS = 128
+SET_NAMES = {"": "held-out row", "group_": "held-out group"}
+
+
+def interval(scores: Scores) -> tuple[float, float]:
+    """95 % bootstrap interval of the perplexity over rows (Efron 1979), the same on every run."""
+    draw = random.Random(0)
+    pairs = list(zip(scores.nll, scores.tokens, strict=True))
+    found = []
+    for _ in range(RESAMPLES):
+        sample = draw.choices(pairs, k=len(pairs))
+        found.append(math.exp(math.fsum(n for n, _ in sample) / sum(t for _, t in sample)))
+    found.sort()
+    return found[int(0.025 * RESAMPLES)], found[int(0.975 * RESAMPLES) - 1]
+
+
+def set_metrics(prefix: str, rows: list[dict], base: Scores, tuned: Scores) -> dict:
+    """Flat metrics of one held-out set. Bits per byte compare across tokenizers."""
+    scored_bytes = sum(row["scored_bytes"] for row in rows)
+    metrics = {}
+    for name, scores in (("base", base), ("tuned", tuned)):
+        low, high = interval(scores)
+        metrics[f"{prefix}{name}_perplexity"] = scores.perplexity
+        metrics[f"{prefix}{name}_perplexity_low"] = low
+        metrics[f"{prefix}{name}_perplexity_high"] = high
+        bits = math.fsum(scores.nll) / math.log(2)
+        metrics[f"{prefix}{name}_bits_per_byte"] = bits / scored_bytes
+    metrics[f"{prefix}eval_tokens"] = sum(tuned.tokens)
+    metrics[f"{prefix}eval_set_sha256"] = set_sha256(rows)
+    return metrics
+
+
+@torch.no_grad()
+def answers(model, tokenizer, rows: list[dict]) -> list[str]:
+    """Greedy answers to the rows' prompts, at most ANSWER_TOKENS each."""
+    prompts = [row["input_ids"][: row["prompt_tokens"]] for row in rows]
+    width = max(map(len, prompts))
+    # Generation continues at the right end, so prompts are padded on the left.
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=ANSWER_TOKENS,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        use_cache=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+
+
+def samples(model, tokenizer, sets: dict[str, list[dict]], count: int) -> list[dict]:
+    """The first held-out prompts of each set, `count` in all, answered by base and tuned."""
+    chosen = [
+        (SET_NAMES[prefix], row)
+        for i, (prefix, rows) in enumerate(sets.items())
+        for row in rows[: (count + i) // len(sets)]
+    ]
+    if not chosen:
+        return []
+    rows = [row for _, row in chosen]
+    tuned = answers(model, tokenizer, rows)
+    with model.disable_adapter():
+        base = answers(model, tokenizer, rows)
+    return [
+        {
+            "row": row["row"],
+            "set": name,
+            "prompt": tokenizer.decode(row["input_ids"][: row["prompt_tokens"]]),
+            "reference": tokenizer.decode(
+                row["input_ids"][row["prompt_tokens"] :], skip_special_tokens=True
+            ),
+            "base": before,
+            "tuned": after,
+        }
+        for (name, row), before, after in zip(chosen, base, tuned, strict=True)
+    ]
+
+
+def main() -> None:
+    params = load_params()
+    for folder, stage in ((PREPARED, "prepare"), (QUANTIZED, "quantize"), (ADAPTER, "train")):
+        check_sums(folder, stage)
+    sets = {prefix: read_rows(file) for prefix, file in held_out_sets().items()}
+    device = pick_device()
+    base = load_base(QUANTIZED, device)
+    weights = torch.cuda.memory_allocated() / GB if device.type == "cuda" else None
+    model = load_adapter(base, ADAPTER)
+    counts = ", ".join(f"{len(rows)} {SET_NAMES[prefix]}s" for prefix, rows in sets.items())
+    print(f"evaluate: {counts}, base and tuned, on {device_name(device)}", flush=True)
+    reset_peaks()
+    metrics, cost = evaluate(model, sets)
+    texts = samples(model, AutoTokenizer.from_pretrained(ADAPTER), sets, params.evaluate.samples)
+    write_text(Path("metrics/samples.jsonl"), "".join(json.dumps(text) + "\n" for text in texts))
+    write_metrics(Path("metrics/eval.json"), metrics)
+    cost |= memory_metrics() | ({"weights_vram_gb": weights} if weights is not None else {})
+    write_metrics(Path("metrics/eval_cost.json"), cost)
+
+
+def evaluate(model, sets: dict[str, list[dict]]) -> tuple[dict, dict]:
+    """Quality metrics of every held-out set, and what scoring them cost."""
+    metrics, tokens, started = {}, 0, time.monotonic()
+    for prefix, rows in sets.items():
+        tuned = score(model, rows)
+        with model.disable_adapter():
+            base = score(model, rows)
+        metrics |= set_metrics(prefix, rows, base, tuned)
+        tokens += 2 * sum(len(row["input_ids"]) for row in rows)
+        print(
+            f"evaluate: {SET_NAMES[prefix]}s: perplexity {base.perplexity:.2f} base, "
+            f"{tuned.perplexity:.2f} tuned, on {sum(tuned.tokens)} tokens",
+            flush=True,
+        )
+    seconds = time.monotonic() - started
+    return metrics, {"eval_seconds": seconds, "tokens_per_second": tokens / seconds}
+
+
+if __name__ == "__main__":
+    main()

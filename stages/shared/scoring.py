@@ -1,0 +1,108 @@
+"""Perplexity, exact: exp(sum of NLL / number of scored tokens), whatever the batch size or order.
+
+The mean of batch means that trainers report depends on the batch size (transformers#39241).
+Here every scored token's NLL is computed in float32 and summed per row in float64.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from stages.shared.rows import IGNORED, length_batches
+from stages.shared.stage import StageError
+
+# Padded tokens in one forward pass, and scored tokens whose logits are in memory at once: with a
+# vocabulary of 152,000 they take 0.3 GB, less than training's own.
+TOKENS_PER_BATCH = 4096
+LOGITS_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Sums per row, in the order of the rows: NLL in nats (float64) and scored tokens."""
+
+    nll: list[float]
+    tokens: list[int]
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(math.fsum(self.nll) / sum(self.tokens))
+
+
+def score(model, rows: list[dict], tokens_per_batch: int = TOKENS_PER_BATCH) -> Scores:
+    """Score the labelled tokens of `rows` (see rows.py) under `model`, with or without adapter."""
+    nll, tokens = [0.0] * len(rows), [0] * len(rows)
+    for index, targets, logits in scored_logits(model, rows, tokens_per_batch):
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").double()
+        for row, loss in zip(index.tolist(), losses.tolist(), strict=True):
+            nll[row] += loss
+            tokens[row] += 1
+    return Scores(nll, tokens)
+
+
+@torch.no_grad()
+def scored_logits(
+    model, rows: list[dict], tokens_per_batch: int = TOKENS_PER_BATCH
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield (row index [n], target ids [n], logits [n, vocabulary] in float32) in chunks.
+
+    Every scored token comes once; batches hold rows of like length and are padded on the right.
+    The order depends on the rows alone, so two models' chunks can be compared one by one.
+    """
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    device = causal.device
+    numbered = [row | {"index": i} for i, row in enumerate(rows)]
+    was_training = model.training
+    model.eval()
+    for batch in length_batches(numbered, tokens_per_batch):
+        width = len(batch[0]["input_ids"])
+        ids, labels, mask = (torch.zeros(len(batch), width, dtype=torch.long) for _ in range(3))
+        labels += IGNORED
+        for i, row in enumerate(batch):
+            length = len(row["input_ids"])
+            ids[i, :length] = torch.tensor(row["input_ids"])
+            labels[i, :length] = torch.tensor(row["labels"])
+            mask[i, :length] = 1
+        # The model predicts the next token: position t is scored by the label at t + 1.
+        where = (labels[:, 1:] != IGNORED).nonzero()
+        targets = labels[:, 1:][where[:, 0], where[:, 1]].to(device)
+        index = torch.tensor([row["index"] for row in batch])[where[:, 0]]
+        with _autocast(causal):
+            hidden = causal.base_model(
+                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
+            ).last_hidden_state
+            hidden = hidden[where[:, 0], where[:, 1]]
+            for start in range(0, len(targets), LOGITS_CHUNK):
+                part = slice(start, start + LOGITS_CHUNK)
+                yield index[part], targets[part], head(causal, hidden[part]).float()
+    model.train(was_training)
+
+
+def head(causal: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [n, vocabulary] of hidden states [n, H], as the model's own forward computes them.
+
+    Raises StageError for an architecture that scales its logits in a way not known here.
+    """
+    config = causal.config.get_text_config()
+    for key in ("logit_scale", "logits_scaling"):
+        if getattr(config, key, None) not in (None, 1.0):
+            raise StageError(
+                f"{config.model_type}: logits are scaled ({key}), which is not supported; "
+                "choose another base model"
+            )
+    logits = causal.get_output_embeddings()(hidden)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _autocast(causal: PreTrainedModel):
+    # Training runs under bfloat16 autocast on a GPU; the adapter is stored in float32.
+    dtype = causal.get_output_embeddings().weight.dtype
+    if causal.device.type == "cuda" and dtype == torch.bfloat16:
+        return torch.autocast("cuda", dtype)
+    return nullcontext()

@@ -1,0 +1,292 @@
+"""Fit a LoRA adapter on the frozen base (QLoRA, arXiv 2305.14314).
+
+    python -m stages.train
+
+Reads data/prepared and models/quantized, writes models/adapter (a standard PEFT adapter with its
+tokenizer), metrics/train.json, metrics/train_cost.json and metrics/curve.csv. models/plan.ok is
+the permission to start. A killed run continues from its last checkpoint.
+"""
+
+import csv
+import io
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+from stages.shared.params import Lora, Params, load_params
+from stages.shared.stage import (
+    StageError,
+    begin,
+    check_sums,
+    code_files,
+    whole_folder,
+    write_metrics,
+    write_text,
+)
+
+if __name__ == "__main__":
+    begin("train")
+
+import torch
+from datasets import Dataset, disable_caching
+from peft import LoraConfig
+from tqdm import tqdm
+from transformers import AutoTokenizer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from stages.shared.checkpoints import (
+    Checkpoints,
+    checkpoint_folder,
+    fingerprint,
+    newest_complete,
+)
+from stages.shared.model import (
+    device_name,
+    load_base,
+    memory_metrics,
+    pick_device,
+    reset_peaks,
+)
+from stages.shared.rows import PREPARED, read_rows
+from stages.shared.scoring import score
+
+QUANTIZED = Path("models/quantized")
+ADAPTER = Path("models/adapter")
+# The held-out loss along the way: enough rows to see a trend, few enough to cost little.
+CURVE_POINTS = 4
+CURVE_ROWS = 32
+LOGGED_STEPS = 200
+
+
+def lora_config(lora: Lora) -> LoraConfig:
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def arguments(params: Params, steps: int, max_length: int, folder: Path, gpu: bool) -> SFTConfig:
+    """trl's arguments for one device. What the hardware decides is decided here."""
+    train = params.train
+    return SFTConfig(
+        output_dir=str(folder),
+        seed=params.seed,
+        num_train_epochs=train.epochs,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=math.ceil(train.warmup_ratio * steps),
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        # bitsandbytes pages optimizer state on a GPU only.
+        optim=train.optimizer if gpu else "adamw_torch",
+        gradient_checkpointing=train.gradient_checkpointing,
+        train_sampling_strategy=(
+            "group_by_length" if train.batching == "group_by_length" else "random"
+        ),
+        packing=train.batching == "packing",
+        max_length=max_length if train.batching == "packing" else None,
+        bf16=gpu,
+        use_cpu=not gpu,
+        dataloader_pin_memory=gpu,
+        logging_steps=max(1, steps // LOGGED_STEPS),
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=train.report_to,
+        disable_tqdm=True,
+    )
+
+
+def optimizer_steps(rows: int, params: Params) -> int:
+    """Optimizer steps of a run over `rows` rows (or packs), as transformers counts them."""
+    train = params.train
+    batches = math.ceil(rows / train.batch_size)
+    return math.ceil(train.epochs * max(1, math.ceil(batches / train.gradient_accumulation)))
+
+
+def build_trainer(
+    model, tokenizer, rows: Dataset, params: Params, max_length: int, folder: Path, callbacks: list
+) -> SFTTrainer:
+    """The trainer of this pipeline, for the stage and for the benchmarks alike.
+
+    `model` is a frozen base of load_base, `rows` has the columns input_ids and labels.
+    """
+    steps = optimizer_steps(len(rows), params)
+    args = arguments(params, steps, max_length, folder, model.device.type == "cuda")
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=lora_config(params.lora),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    # trl casts the adapter of a quantized base to bfloat16, and loading a checkpoint casts it
+    # back to float32: a resumed run would differ. In float32 from the start both are the same.
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return trainer
+
+
+class Progress(TrainerCallback):
+    """One bar, the held-out loss along the way, faults that stop training, and the clock."""
+
+    def __init__(self, held_out: list[dict]):
+        self.held_out = held_out[:CURVE_ROWS]
+        self.seconds = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # The clock travels in the checkpoints: a resumed run reports its whole cost.
+        self.seconds = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="train", disable=None
+        )
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.monotonic()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.seconds += time.monotonic() - self.started
+        self.bar.update()
+        every = max(1, state.max_steps // CURVE_POINTS)
+        if state.global_step % every == 0 or state.global_step == state.max_steps:
+            scores = score(model, self.held_out)
+            loss = math.fsum(scores.nll) / sum(scores.tokens)
+            state.log_history.append({"step": state.global_step, "eval_loss": loss})
+        if control.should_save:
+            state.log_history.append({"step": state.global_step, "seconds": self.seconds})
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for key in ("loss", "grad_norm"):
+            if key in logs and not math.isfinite(logs[key]):
+                raise StageError(
+                    f"{key} is {logs[key]} at step {state.global_step}; "
+                    "lower train.learning_rate or train.max_grad_norm"
+                )
+        if "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def write_adapter(trainer: SFTTrainer, out: Path) -> None:
+    """Save the adapter, float32, with bytes that depend on nothing but the run."""
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name and not parameter.any():
+            raise StageError(f"{name} is all zero after training; raise train.learning_rate")
+    trainer.model.save_pretrained(out, save_embedding_layers=False)
+    (out / "README.md").unlink(missing_ok=True)
+    source = json.loads((QUANTIZED / "source.json").read_text(encoding="utf-8"))
+    config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    # PEFT writes a set in hash order, and the path that the base was loaded from.
+    config["target_modules"] = sorted(config["target_modules"])
+    config["base_model_name_or_path"] = source["id"] if source["source"] == "hub" else "models/base"
+    config["revision"] = source["commit"]
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (out / "adapter_config.json").write_text(text, encoding="utf-8")
+    shutil.copytree(PREPARED / "tokenizer", out, dirs_exist_ok=True)
+
+
+def curve(history: list[dict]) -> str:
+    """metrics/curve.csv: one line a logged step, the held-out loss where it was taken."""
+    columns = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
+    lines: dict[int, dict] = {}
+    for entry in history:
+        known = {key: entry[key] for key in columns if key in entry}
+        lines.setdefault(entry["step"], {}).update(known)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for _, line in sorted(lines.items()):
+        if "loss" in line or "eval_loss" in line:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
+    return text.getvalue()
+
+
+def paged_bytes(trainer: SFTTrainer) -> int:
+    """Bytes of optimizer state in managed memory (bitsandbytes' paged optimizers)."""
+    return sum(
+        value.numel() * value.element_size()
+        for state in trainer.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and getattr(value, "is_paged", False)
+    )
+
+
+def main() -> None:
+    params = load_params()
+    check_sums(QUANTIZED, "quantize")
+    check_sums(PREPARED, "prepare")
+    device = pick_device()
+    key = fingerprint(
+        params.model_dump(include={"seed", "lora", "train"}),
+        [PREPARED, QUANTIZED],
+        code_files("train"),
+        device.type,
+    )
+    with checkpoint_folder(key) as folder:
+        train(params, device, folder)
+
+
+def train(params: Params, device: torch.device, folder: Path) -> None:
+    disable_caching()
+    prepared = json.loads((PREPARED / "prepared.json").read_text(encoding="utf-8"))
+    rows = Dataset.from_file(str(PREPARED / "train.arrow")).select_columns(["input_ids", "labels"])
+    tokenizer = AutoTokenizer.from_pretrained(PREPARED / "tokenizer")
+    model = load_base(QUANTIZED, device)
+    checkpoints, progress = Checkpoints(folder), Progress(read_rows(PREPARED / "eval.arrow"))
+    trainer = build_trainer(
+        model, tokenizer, rows, params, prepared["max_length"], folder, [checkpoints, progress]
+    )
+    trainable, total = trainer.model.get_nb_trainable_parameters()
+    tokens = sum(map(len, rows["input_ids"]))
+    batch = params.train.batch_size * params.train.gradient_accumulation
+    steps = optimizer_steps(len(trainer.train_dataset), params)
+    scale = params.lora.alpha / params.lora.r
+    print(
+        f"train: {len(rows)} rows, {tokens} tokens, {steps} steps of {batch} on "
+        f"{device_name(device)}; {trainable} of {total} parameters train "
+        f"({100 * trainable / total:.2f} %), alpha/r = {scale:g}",
+        flush=True,
+    )
+    resumed = newest_complete(folder)
+    if resumed:
+        print(f"train: goes on from {resumed.name}", flush=True)
+    reset_peaks()
+    result = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    checkpoints.raise_if_stopped()
+    seen = round(tokens * params.train.epochs)
+    with whole_folder(ADAPTER) as out:
+        write_adapter(trainer, out)
+    write_metrics(
+        Path("metrics/train.json"),
+        {
+            "train_loss": result.training_loss,
+            "steps": result.global_step,
+            "tokens": seen,
+            "trainable_params": trainable,
+            "trainable_percent": 100 * trainable / total,
+        },
+    )
+    write_metrics(
+        Path("metrics/train_cost.json"),
+        {"train_seconds": progress.seconds, "tokens_per_second": seen / progress.seconds}
+        | memory_metrics(paged_bytes(trainer)),
+    )
+    write_text(Path("metrics/curve.csv"), curve(trainer.state.log_history))
+    print(f"train: loss {result.training_loss:.4f}, {progress.seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
