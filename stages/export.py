@@ -1,0 +1,109 @@
+"""Write the report, the model card and the folder to take away.
+
+    python -m stages.export
+
+Reads   models/merged (which models/verify.ok vouches for), metrics/*, data/prepared and
+        models/tokenizer (what was trained on what)
+Writes  models/release: the merged files, linked, with a model card and fresh SHA256SUMS,
+        metrics/report.html, metrics/report.md, metrics/summary.json
+"""
+
+import csv
+import errno
+import json
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+from stages.shared.params import load_params
+from stages.shared.stage import (
+    SUMS,
+    begin,
+    check_sums,
+    whole_folder,
+    write_metrics,
+    write_text,
+)
+
+if __name__ == "__main__":
+    begin("export")
+
+from stages.shared import page, report
+from stages.shared.card import model_card
+
+MERGED = Path("models/merged")
+RELEASE = Path("models/release")
+METRICS = Path("metrics")
+PREPARED = Path("data/prepared")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "dvc")
+
+
+def read_results(params: dict, merged: Path) -> report.Results:
+    """Everything the report is made of; `params` as in params.yaml."""
+    metrics = {
+        name: _json(METRICS / f"{name}.json")
+        for name in ("data", "plan", "train", "train_cost", "eval", "eval_cost", "verify")
+    }
+    samples = (METRICS / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    return report.Results(
+        **metrics,
+        params=params,
+        prepared=_json(PREPARED / "prepared.json"),
+        data_source=_json(PREPARED / "source.json"),
+        model_source=_json(Path("models/tokenizer/source.json")),
+        curve=_csv(METRICS / "curve.csv"),
+        lengths=_csv(METRICS / "lengths.csv"),
+        samples=[json.loads(line) for line in samples],
+        versions={"python": platform.python_version()}
+        | {name: metadata.version(name) for name in PACKAGES},
+        release_gb=sum(f.stat().st_size for f in merged.rglob("*") if f.is_file()) / 1e9,
+    )
+
+
+def link_files(source: Path, target: Path) -> int:
+    """Hardlink every file of `source` but its checksums into `target`; how many there were.
+
+    Where DVC's cache lies on another file system (`source` then holds symlinks), they are copied.
+    """
+    files = sorted(f for f in source.rglob("*") if f.is_file() and f != source / SUMS)
+    for file in files:
+        link = target / file.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file.resolve(), link)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            shutil.copyfile(file, link)
+    return len(files)
+
+
+def _json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _csv(path: Path) -> list[dict]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def main() -> None:
+    params = load_params().model_dump()
+    results = read_results(params, MERGED)
+    print(f"export: releasing {results.release_gb:.2f} GB from {MERGED}, linked, with its card")
+    check_sums(MERGED, "merge")
+    title = f"{results.model_source['id']} tuned on {results.data_source['id']}"
+    sections = report.sections(results)
+    with whole_folder(RELEASE) as out:
+        files = link_files(MERGED, out)
+        (out / "README.md").write_text(model_card(title, results, sections), encoding="utf-8")
+    write_text(METRICS / "report.md", page.to_markdown(title, sections))
+    write_text(METRICS / "report.html", page.to_html(title, sections))
+    write_metrics(METRICS / "summary.json", report.summary(results))
+    print(f"export: {files} files and README.md in {RELEASE}; open {METRICS}/report.html")
+
+
+if __name__ == "__main__":
+    main()
