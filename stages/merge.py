@@ -1,0 +1,192 @@
+"""Add the adapter to the base's weights, tensor by tensor, as a 16-bit model that serves alone.
+
+    python -m stages.merge
+
+Reads models/quantized (`merge.base: dequantized`) or models/base (`original`) and models/adapter.
+Writes models/merged: safetensors files named as the base's, config, generation config, tokenizer,
+chat template and licence, and merge.json, which says what was done.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from stages.shared.params import load_params
+from stages.shared.stage import SUMS, StageError, begin, check_sums, sha256, whole_folder
+
+if __name__ == "__main__":
+    begin("merge")
+
+import torch
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from stages.shared.adapter import WEIGHTS, Update, read_adapter
+from stages.shared.merging import check_rounding, merged_rows
+from stages.shared.weights import INDEX, SINGLE, Weights, write_shard
+
+BASE = Path("models/base")
+QUANTIZED = Path("models/quantized")
+ADAPTER = Path("models/adapter")
+MERGED = Path("models/merged")
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+LICENCES = ("licen[cs]e*", "notice*", "copying*", "use_policy*")
+
+
+def check_sources(kind: str) -> None:
+    """Compare what will be read with its sums. An adapter from elsewhere carries none."""
+    check_sums(*((QUANTIZED, "quantize") if kind == "dequantized" else (BASE, "fetch_model")))
+    if (ADAPTER / SUMS).exists():
+        check_sums(ADAPTER, "train")
+    else:
+        print(f"merge: {ADAPTER} has no {SUMS}, so it comes from elsewhere and is taken as it is")
+
+
+def check_layout(base: Weights, quantized: Weights) -> None:
+    """The quantized tensors must be the base's: names and shapes. Raises StageError."""
+    for name in base.names:
+        if ".experts." in name:
+            raise StageError(
+                f"{base.folder}: {name}: experts are fused when a model is loaded, so mixtures "
+                "of experts cannot be merged tensor by tensor; choose a dense base model"
+            )
+    for name in quantized.names:
+        if base.shapes.get(name) != quantized.shapes[name]:
+            raise StageError(
+                f"{quantized.folder}: {name} has shape {quantized.shapes[name]} and in the base "
+                f"{base.shapes.get(name)}; repair: dvc repro --force --single-item quantize"
+            )
+    config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    for name in sorted(set(base.names) - set(quantized.names)):
+        # transformers leaves these out when it saves: it has them from elsewhere.
+        tied = name == "lm_head.weight" and config.get("tie_word_embeddings")
+        if not tied and not name.endswith("rotary_emb.inv_freq"):
+            raise StageError(f"{quantized.folder} lacks {name} of the base (fused or renamed?)")
+
+
+def check_disk(folder: Path, size: int) -> None:
+    """Raise StageError when `size` bytes do not fit on the disk of `folder`."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise StageError(
+            f"{folder.parent}: the merged model takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB "
+            "are free; make room with: dvc gc --workspace"
+        )
+
+
+def write_weights(
+    out: Path,
+    source: Weights,
+    shards: dict[str, list[str]],
+    updates: dict[str, Update],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict:
+    """Stream the merged tensors of `source` into `out` by `shards` {file: names}.
+
+    Returns the counts for merge.json. Raises StageError naming a tensor that `dtype` cannot hold.
+    """
+    names = [name for shard in shards.values() for name in shard]
+    total = sum(torch.Size(source.shapes[name]).numel() for name in names) * dtype.itemsize
+    check_disk(out, total)
+    flushed: dict[str, int] = {}
+    with tqdm(total=total / 1e9, unit="GB", desc="merge", disable=None) as bar:
+
+        def stream(shard: list[str]):
+            for name in shard:
+                rows = merged_rows(source, name, updates.get(name), dtype, device)
+                for values in check_rounding(name, rows, flushed):
+                    yield values
+                    bar.update(values.nbytes / 1e9)
+
+        for file, shard in shards.items():
+            shapes = {name: source.shapes[name] for name in shard}
+            write_shard(out / file, shapes, dtype, stream(shard))
+    if list(shards) != [SINGLE]:
+        weight_map = {name: file for file, shard in shards.items() for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(out / INDEX, index)
+    return {
+        "tensors": len(names),
+        "updated_tensors": len(updates),
+        "bytes": total,
+        "overflowed": 0,
+        "flushed_to_zero": sum(flushed.values()),
+    }
+
+
+def write_companions(out: Path, base: Path, adapter: Path, dtype: torch.dtype) -> None:
+    """Write what serving needs beside weights: configs, tokenizer, chat template, licence."""
+    own = (adapter / "tokenizer_config.json").exists()
+    tokenizer = adapter if own else base
+    if not own:
+        print(f"merge: {adapter} brings no tokenizer, so the base's is used")
+    files = [tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).exists()]
+    files += [f for f in base.iterdir() if any(Path(f.name.lower()).match(p) for p in LICENCES)]
+    for file in files:
+        shutil.copyfile(file, out / file.name)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    for key in ("quantization_config", "torch_dtype"):
+        config.pop(key, None)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    write_json(out / "config.json", config)
+    if (base / "generation_config.json").exists():
+        generation = json.loads((base / "generation_config.json").read_text(encoding="utf-8"))
+    else:
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        generation = {key: config[key] for key in ids if config.get(key) is not None}
+    if ends := end_tokens(out, generation.get("eos_token_id")):
+        generation["eos_token_id"] = ends
+    write_json(out / "generation_config.json", generation)
+
+
+def end_tokens(folder: Path, known: int | list[int] | None) -> list[int]:
+    """The known end tokens and the tokenizer's, which the tuned model ends its answers with."""
+    ids = known if isinstance(known, list) else [] if known is None else [known]
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    token = config.get("eos_token")
+    token = token["content"] if isinstance(token, dict) else token
+    if token is None:
+        return ids
+    end = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(token)
+    return ids if end in ids else [*ids, end]
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    params = load_params().merge
+    dtype = getattr(torch, params.dtype)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_sources(params.base)
+    base, quantized = Weights(BASE), Weights(QUANTIZED)
+    check_layout(base, quantized)
+    source = quantized if params.base == "dequantized" else base
+    updates = read_adapter(ADAPTER, quantized.shapes)
+    shards: dict[str, list[str]] = {}
+    for name in quantized.names:
+        shards.setdefault(base.files[name].name, []).append(name)
+    print(f"merge: {len(updates)} updates onto {source.folder}, {params.dtype}, {device}")
+    with whole_folder(MERGED) as out:
+        counts = write_weights(out, source, shards, updates, dtype, device)
+        write_companions(out, BASE, ADAPTER, dtype)
+        adapter = {"adapter_sha256": sha256(ADAPTER / WEIGHTS)}
+        write_json(
+            out / "merge.json", params.model_dump() | {"device": device.type} | counts | adapter
+        )
+    print(f"merge: wrote {counts['bytes'] / 1e9:.2f} GB to {MERGED}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Folders of safetensors files, read and written without a model and without holding a file.
+
+Nothing stays mapped: mapped pages count as memory of the process, 140 GB of them for a 70B model.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import bitsandbytes.functional as bnb
+import torch
+from safetensors import SafetensorError, safe_open
+
+from stages.shared.stage import StageError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+LETTERS = {torch.float16: "F16", torch.bfloat16: "BF16"}
+# What bitsandbytes saves beside a packed weight, as <weight name>.<part>.
+NF4_STATE = "quant_state.bitsandbytes__nf4"
+NF4_PARTS = (NF4_STATE, "absmax", "quant_map", "nested_absmax", "nested_quant_map")
+# Values of one block: 67 MB in float32.
+BLOCK_VALUES = 2**24
+# With fewer rows a matrix product may take another kernel than the whole and round differently.
+MIN_ROWS = 64
+
+
+class Weights:
+    """The tensors of a folder; an NF4 weight with its parts counts as one tensor.
+
+    names   sorted, as the base model calls them
+    shapes  of each, unpacked
+    dtypes  of each as stored, in safetensors' letters (`U8` for NF4)
+    files   that hold each
+    index   the weight_map of the folder's index, or None when it has none
+    Raises StageError when a file is missing, broken, or not what the index says.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.index, self.files = folder, None, {}
+        if (folder / INDEX).exists():
+            self.index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        shapes, dtypes = {}, {}
+        for file in sorted(set(self.index.values())) if self.index else [SINGLE]:
+            try:
+                with safe_open(folder / file, framework="pt") as tensors:
+                    for key in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
+                        self._check_place(key, file)
+                        part = tensors.get_slice(key)
+                        shapes[key], dtypes[key] = tuple(part.get_shape()), part.get_dtype()
+                        self.files[key] = folder / file
+            except (FileNotFoundError, SafetensorError) as error:
+                raise StageError(f"{folder / file}: cannot be read ({error})") from None
+        for key, file in sorted((self.index or {}).items()):
+            if key not in self.files:
+                raise StageError(f"{folder / file} lacks {key}, which {INDEX} puts there")
+        self.nf4 = {k.removesuffix(f".{NF4_STATE}") for k in self.files if k.endswith(NF4_STATE)}
+        parts = {f"{weight}.{part}" for weight in self.nf4 for part in NF4_PARTS}
+        self.names = sorted(self.files.keys() - parts)
+        self.dtypes = {name: dtypes[name] for name in self.names}
+        self.shapes = {name: shapes[name] for name in self.names}
+        for name in self.nf4:
+            self.shapes[name] = tuple(json.loads(bytes(self.read(f"{name}.{NF4_STATE}")))["shape"])
+
+    def _check_place(self, key: str, file: str) -> None:
+        place = self.index.get(key, "no file") if self.index else file
+        if place != file:
+            raise StageError(
+                f"{self.folder / file} holds {key}, which {INDEX} puts into {place}; it is the "
+                "wrong shard"
+            )
+
+    def read(self, key: str) -> torch.Tensor:
+        """One tensor as stored."""
+        with safe_open(self.files[key], framework="pt") as tensors:
+            return tensors.get_tensor(key)
+
+    def rows(self, name: str, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield (which rows, their values) of one tensor; NF4 comes dequantized, in bfloat16."""
+        shape = self.shapes[name]
+        if name in self.nf4:
+            whole = self._dequantized(name, device)
+            for block in row_blocks(shape, device):
+                yield block, whole[block]
+        elif len(shape) < 2:
+            yield slice(None), self.read(name).to(device)
+        else:
+            for block in row_blocks(shape, device):
+                with safe_open(self.files[name], framework="pt") as tensors:
+                    part = tensors.get_slice(name)[block]
+                yield block, part.to(device)
+
+    def _dequantized(self, name: str, device: torch.device) -> torch.Tensor:
+        parts = [part for part in NF4_PARTS if f"{name}.{part}" in self.files]
+        state = {part: self.read(f"{name}.{part}") for part in parts}
+        quant_state = bnb.QuantState.from_dict(state, device)
+        return bnb.dequantize_4bit(self.read(name).to(device), quant_state)
+
+
+def row_blocks(shape: tuple[int, ...], device: torch.device) -> list[slice]:
+    """Row blocks of equal size for a tensor of `shape`; on a GPU one, the whole.
+
+    cuBLAS picks its kernel by the shape, so a block could differ from the whole product.
+    """
+    rows, values = shape[0], torch.Size(shape).numel()
+    count = 1
+    if device.type == "cpu":
+        count = max(1, min(-(-values // BLOCK_VALUES), rows // MIN_ROWS))
+    return [slice(a, b) for a, b in pairwise(rows * i // count for i in range(count + 1))]
+
+
+def write_shard(
+    file: Path,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    blocks: Iterable[torch.Tensor],
+) -> None:
+    """Write one safetensors file, synced to disk, from the row blocks of its tensors in order.
+
+    The format: https://github.com/huggingface/safetensors#format.
+    """
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        end = offset + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {
+            "dtype": LETTERS[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for values in blocks:
+            out.write(values.cpu().reshape(-1).view(torch.uint8).numpy())
+        out.flush()
+        os.fsync(out.fileno())

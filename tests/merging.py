@@ -1,0 +1,85 @@
+"""What tests of merge and verify share: sources made by transformers and PEFT themselves."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from stages.shared.stage import write_sums
+from tests.tiny import make_model, make_tokenizer
+
+NF4 = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.bfloat16,
+)
+
+
+def make_sources(root: Path, arch: str = "llama", nf4: bool = True, lora=None, **base) -> Path:
+    """models/base, models/quantized and models/adapter of a tiny model under `root`."""
+    models = root / "models"
+    make_model(models / "base", arch, **base)
+    (models / "base" / "LICENSE").write_text("Free for all.\n")
+    write_sums(models / "base")
+    if nf4:
+        model = AutoModelForCausalLM.from_pretrained(
+            models / "base", quantization_config=NF4, dtype=torch.bfloat16, device_map="cpu"
+        )
+        model.save_pretrained(models / "quantized")
+    else:
+        shutil.copytree(models / "base", models / "quantized")
+    write_sums(models / "quantized")
+    make_adapter(models / "base", models / "adapter", **(lora or {}))
+    return root
+
+
+def make_adapter(base: Path, folder: Path, seed: int = 1, scale: float = 0.05, **config) -> None:
+    """A LoRA adapter with random factors, as PEFT saves it, with a tokenizer."""
+    torch.manual_seed(seed)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | config
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(task_type="CAUSAL_LM", **settings),
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=scale)
+    model.save_pretrained(folder)
+    make_tokenizer(folder)
+    write_sums(folder)
+
+
+def in_memory(models: Path, kind: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors that PEFT's own merge in memory gives."""
+    if kind == "original":
+        model = AutoModelForCausalLM.from_pretrained(models / "base", dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(models / "quantized", dtype=dtype)
+        if getattr(model.config, "quantization_config", None):
+            model = model.dequantize(dtype=dtype)
+        model = model.to(dtype)
+    merged = PeftModel.from_pretrained(model, models / "adapter").merge_and_unload(safe_merge=False)
+    return merged.state_dict()
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a folder of safetensors files."""
+    return {
+        k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()
+    }
+
+
+def edit_tensors(file: Path, change) -> None:
+    """Rewrite a safetensors file after `change(tensors)`."""
+    content = load_file(file)
+    change(content)
+    save_file(content, file, metadata={"format": "pt"})
+
+
+def edit_json(file: Path, **changes) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
