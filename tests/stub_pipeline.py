@@ -1,0 +1,103 @@
+"""A repository whose one stage turns params into metrics in milliseconds, run by the real DVC."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tiny import ROOT
+
+DVC_YAML = """\
+stages:
+  evaluate:
+    cmd: exec python evaluate.py
+    deps: [evaluate.py]
+    params: [seed, train, results]
+    outs: [model.bin]
+    metrics:
+    - metrics/eval.json: {cache: false}
+    - metrics/verify.json: {cache: false}
+    - metrics/train_cost.json: {cache: false}
+"""
+STAGE = """\
+import json, pathlib
+from ruamel.yaml import YAML
+params = YAML(typ="safe").load(open("params.yaml"))
+results, luck = params["results"], (params["seed"] - 42) / 100
+evaluation = {
+    "base_perplexity": 73.0, "tuned_perplexity": results["tuned"] + luck,
+    "eval_tokens": 4211, "eval_set_sha256": results["set"],
+}
+if results["group"] is not None:
+    evaluation["group_tuned_perplexity"] = results["group"]
+verify = {"perplexity_change_percent": 0.01, "token_agreement": 0.999, "nonfinite_values": 0}
+cost = {"train_seconds": results["seconds"], "tokens_per_second": 80.0, "device": "CPU"}
+pathlib.Path("metrics").mkdir(exist_ok=True)
+for name, values in {"eval": evaluation, "verify": verify, "train_cost": cost}.items():
+    pathlib.Path(f"metrics/{name}.json").write_text(json.dumps(values))
+pathlib.Path("model.bin").write_text(str(params))
+"""
+PARAMS = """\
+seed: 42
+train:
+  learning_rate: 2.0e-3
+  note: a | b
+results: {tuned: 12.0, group: 14.0, set: "aaaa", seconds: 100.0}
+"""
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def must(folder: Path, *command: str) -> str:
+    done = run(folder, *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def tool(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess:
+    """`python -m tools.NAME` as a person runs it in `folder`."""
+    return run(folder, sys.executable, "-m", f"tools.{name}", *arguments)
+
+
+def make(folder: Path) -> Path:
+    """The repository with one run committed on the branch main."""
+    for name, text in {
+        "dvc.yaml": DVC_YAML,
+        "evaluate.py": STAGE,
+        "params.yaml": PARAMS,
+        "gate.yaml": (ROOT / "gate.yaml").read_text(),
+        ".gitignore": "/model.bin\n/tools\n/stages\n",
+    }.items():
+        (folder / name).write_text(text)
+    # The tools under test, as they are: links, so that nothing is tested stale.
+    for name in ("tools", "stages"):
+        (folder / name).symlink_to(ROOT / name)
+    must(folder, "git", "init", "-q", "-b", "main")
+    must(folder, "dvc", "init", "-q")
+    must(folder, "dvc", "config", "core.autostage", "false")
+    must(folder, "git", "add", "-A")
+    must(folder, "git", "commit", "-qm", "pipeline")
+    must(folder, "git", "tag", "no-metrics")
+    reproduce(folder, "first run")
+    return folder
+
+
+def reproduce(folder: Path, message: str) -> None:
+    must(folder, "dvc", "repro", "-q")
+    must(folder, "git", "add", "-A")
+    must(folder, "git", "commit", "-qm", message)
+
+
+def branch(folder: Path, name: str, **edits: tuple[str, str]) -> None:
+    """Start branch `name` at main; `edits` maps a file's name (`_` for `.`) to (old, new) text."""
+    must(folder, "git", "checkout", "-q", "-b", name, "main")
+    for key, (old, new) in edits.items():
+        edit(folder / key.replace("_", "."), old, new)
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.unlink()
+    file.write_text(text.replace(old, new))

@@ -1,0 +1,184 @@
+"""The gate over real branches of a repository that the real DVC ran."""
+
+import pytest
+import stub_pipeline as stub
+from stub_pipeline import edit, must, tool
+
+# branch: edits of files before a run, edits after it, exit status and what must be said
+BRANCHES = {
+    "same": ({}, {}, 0, "passed: 5 metrics within the limits"),
+    "better": ({"params.yaml": ("12.0", "11.0")}, {}, 0, "gate: passed"),
+    "slightly_worse": ({"params.yaml": ("12.0", "12.5")}, {}, 0, "gate: passed"),
+    "worse": (
+        {"params.yaml": ("12.0", "12.7")},
+        {},
+        1,
+        "broken: metrics/eval.json: tuned_perplexity rose by 5.83 %, from 12 to 12.7; "
+        "5 % is allowed",
+    ),
+    "worse_in_groups": (
+        {"params.yaml": ("14.0", "15.4")},
+        {},
+        1,
+        "group_tuned_perplexity rose by 10.00 %",
+    ),
+    "not_a_number": (
+        {"params.yaml": ("12.0", ".nan")},
+        {},
+        1,
+        "broken: metrics/eval.json: tuned_perplexity is nan",
+    ),
+    "infinite_and_unlimited": (
+        {"params.yaml": ("100.0", ".inf")},
+        {},
+        1,
+        "broken: metrics/train_cost.json: train_seconds is inf",
+    ),
+    "metric_missing": (
+        {"params.yaml": ("group: 14.0", "group: null")},
+        {},
+        1,
+        "broken: metrics/eval.json: group_tuned_perplexity is missing",
+    ),
+    "merge_broken": (
+        {"evaluate.py": ('"nonfinite_values": 0', '"nonfinite_values": 3')},
+        {},
+        1,
+        "broken: metrics/verify.json: nonfinite_values is 3; at most 0 is allowed",
+    ),
+    "agreement_lost": (
+        {"evaluate.py": ("0.999", "0.9")},
+        {},
+        1,
+        "token_agreement is 0.9; at least 0.95 is demanded",
+    ),
+    "text_for_a_number": (
+        {"params.yaml": ("group: 14.0", "group: '14.0'")},
+        {},
+        1,
+        "group_tuned_perplexity is not a number ('14.0')",
+    ),
+    "moves_the_limits": (
+        {"params.yaml": ("12.0", "24.0"), "gate.yaml": ("percent: 5", "percent: 500")},
+        {},
+        1,
+        "tuned_perplexity rose by 100.00 %, from 12 to 24; 5 % is allowed",
+    ),
+    "other_evaluation_set": (
+        {"params.yaml": ("aaaa", "bbbb")},
+        {},
+        2,
+        "not comparable: metrics/eval.json: eval_set_sha256 is bbbb, but aaaa at the base",
+    ),
+    "other_token_count": (
+        {"evaluate.py": ("4211", "4212")},
+        {},
+        2,
+        "not comparable: metrics/eval.json: eval_tokens is 4212, but 4211 at the base",
+    ),
+    "edited_by_hand": (
+        {},
+        {"metrics/eval.json": ("12.0", "9.0")},
+        2,
+        "not vouched for: metrics/eval.json is not what dvc.lock recorded",
+    ),
+    "params_without_a_run": (
+        {},
+        {"params.yaml": ("2.0e-3", "1.0e-4")},
+        2,
+        "not vouched for: stage evaluate ran with another train in params.yaml",
+    ),
+    "code_without_a_run": (
+        {},
+        {"evaluate.py": ("0.999", "0.99")},
+        2,
+        "not vouched for: stage evaluate ran with another evaluate.py",
+    ),
+    "stage_without_a_run": (
+        {},
+        {"dvc.yaml": ("stages:\n", "stages:\n  other: {cmd: 'true'}\n")},
+        2,
+        "not vouched for: stage other has never run",
+    ),
+    "not_json": ({"evaluate.py": ("json.dumps(values)", "'{,'")}, {}, 2, "eval.json: not JSON"),
+}
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    return stub.make(tmp_path_factory.mktemp("gate"))
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_branch(repository, name):
+    before, after, status, message = BRANCHES[name]
+    must(repository, "git", "checkout", "-q", "-B", name, "main")
+    for file, change in before.items():
+        edit(repository / file, *change)
+    if before:
+        stub.reproduce(repository, name)
+    for file, change in after.items():
+        edit(repository / file, *change)
+    if after:
+        must(repository, "git", "commit", "-qam", name)
+    done = tool(repository, "gate", "--base", "main")
+    assert done.returncode == status, done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert ("passed" in done.stdout) == (status == 0)
+
+
+@pytest.mark.parametrize("base", ["nowhere", "origin/main", "--all", ""])
+def test_unknown_base_fails_in_one_line(repository, base):
+    done = tool(repository, "gate", f"--base={base}")
+    assert done.returncode == 2
+    assert f"gate: FAILED: {base} is no revision of this clone; get it with `git fetch" in (
+        done.stderr
+    )
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_base_without_metrics_passes_with_a_notice(repository):
+    must(repository, "git", "checkout", "-q", "main")
+    done = tool(repository, "gate", "--base", "no-metrics")
+    assert done.returncode == 0
+    assert "notice: no-metrics has no metrics/eval.json yet" in done.stdout
+
+
+def test_absolute_limits_hold_without_a_base(repository):
+    must(repository, "git", "checkout", "-q", "-B", "broken-at-once", "main")
+    edit(repository / "evaluate.py", '"nonfinite_values": 0', '"nonfinite_values": 3')
+    stub.reproduce(repository, "broken at once")
+    done = tool(repository, "gate", "--base", "no-metrics")
+    assert done.returncode == 1
+    assert "nonfinite_values is 3" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ("metrics/eval.json: {tuned_perplexity: {may_rise: 5}}", "may_rise: 5: a rule is one of"),
+        ("metrics/eval.json: {tuned_perplexity: {at_most: x}}", "at_most: x: a rule is one of"),
+        ("metrics/eval.json: [tuned_perplexity]", "gate.yaml: metrics/eval.json: not a mapping"),
+        ("metrics/eval.json: {tuned_perplexity: 5}", "tuned_perplexity: not a mapping"),
+        ("- 5", "gate.yaml: not a mapping"),
+        ("a: [", "gate.yaml: "),
+    ],
+)
+def test_faulty_limits_are_refused(repository, limits, message):
+    must(repository, "git", "checkout", "-q", "-B", "faulty", "main")
+    (repository / "gate.yaml").write_text(limits + "\n")
+    must(repository, "git", "commit", "-qam", "faulty limits")
+    done = tool(repository, "gate", "--base", "faulty")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_uncommitted_changes_are_not_judged_but_said(repository):
+    must(repository, "git", "checkout", "-q", "main")
+    edit(repository / "metrics/eval.json", "12.0", "99.0")
+    done = tool(repository, "gate", "--base", "main")
+    must(repository, "git", "checkout", "-q", "metrics")
+    assert done.returncode == 0
+    assert "notice: uncommitted changes are not judged" in done.stdout
