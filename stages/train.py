@@ -15,7 +15,7 @@ import shutil
 import time
 from pathlib import Path
 
-from stages.shared.params import Lora, Params, load_params
+from stages.shared.params import Params, load_params
 from stages.shared.stage import (
     StageError,
     begin,
@@ -31,11 +31,9 @@ if __name__ == "__main__":
 
 import torch
 from datasets import Dataset, disable_caching
-from peft import LoraConfig
 from tqdm import tqdm
 from transformers import AutoTokenizer, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from stages.shared.checkpoints import (
     Checkpoints,
@@ -52,90 +50,18 @@ from stages.shared.model import (
 )
 from stages.shared.rows import PREPARED, read_rows
 from stages.shared.scoring import score
+from stages.shared.trainer import (
+    build_trainer,
+    choose_attention,
+    choose_fast_path,
+    optimizer_steps,
+)
 
 QUANTIZED = Path("models/quantized")
 ADAPTER = Path("models/adapter")
 # The held-out loss along the way: enough rows to see a trend, few enough to cost little.
 CURVE_POINTS = 4
 CURVE_ROWS = 32
-LOGGED_STEPS = 200
-
-
-def lora_config(lora: Lora) -> LoraConfig:
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-
-
-def arguments(params: Params, steps: int, max_length: int, folder: Path, gpu: bool) -> SFTConfig:
-    """trl's arguments for one device. What the hardware decides is decided here."""
-    train = params.train
-    return SFTConfig(
-        output_dir=str(folder),
-        seed=params.seed,
-        num_train_epochs=train.epochs,
-        per_device_train_batch_size=train.batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation,
-        learning_rate=train.learning_rate,
-        lr_scheduler_type=train.schedule,
-        warmup_steps=math.ceil(train.warmup_ratio * steps),
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        # bitsandbytes pages optimizer state on a GPU only.
-        optim=train.optimizer if gpu else "adamw_torch",
-        gradient_checkpointing=train.gradient_checkpointing,
-        train_sampling_strategy=(
-            "group_by_length" if train.batching == "group_by_length" else "random"
-        ),
-        packing=train.batching == "packing",
-        max_length=max_length if train.batching == "packing" else None,
-        bf16=gpu,
-        use_cpu=not gpu,
-        dataloader_pin_memory=gpu,
-        logging_steps=max(1, steps // LOGGED_STEPS),
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to=train.report_to,
-        disable_tqdm=True,
-    )
-
-
-def optimizer_steps(rows: int, params: Params) -> int:
-    """Optimizer steps of a run over `rows` rows (or packs), as transformers counts them."""
-    train = params.train
-    batches = math.ceil(rows / train.batch_size)
-    return math.ceil(train.epochs * max(1, math.ceil(batches / train.gradient_accumulation)))
-
-
-def build_trainer(
-    model, tokenizer, rows: Dataset, params: Params, max_length: int, folder: Path, callbacks: list
-) -> SFTTrainer:
-    """The trainer of this pipeline, for the stage and for the benchmarks alike.
-
-    `model` is a frozen base of load_base, `rows` has the columns input_ids and labels.
-    """
-    steps = optimizer_steps(len(rows), params)
-    args = arguments(params, steps, max_length, folder, model.device.type == "cuda")
-    trainer = SFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        peft_config=lora_config(params.lora),
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)
-    # trl casts the adapter of a quantized base to bfloat16, and loading a checkpoint casts it
-    # back to float32: a resumed run would differ. In float32 from the start both are the same.
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return trainer
 
 
 class Progress(TrainerCallback):
@@ -244,20 +170,30 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     prepared = json.loads((PREPARED / "prepared.json").read_text(encoding="utf-8"))
     rows = Dataset.from_file(str(PREPARED / "train.arrow")).select_columns(["input_ids", "labels"])
     tokenizer = AutoTokenizer.from_pretrained(PREPARED / "tokenizer")
-    model = load_base(QUANTIZED, device)
+    longest = max(map(len, rows["input_ids"]))
+    model = load_base(QUANTIZED, device, choose_attention(params.train, device))
+    width = prepared["max_length"] if params.train.batching == "packing" else longest
+    fast = choose_fast_path(model, params.lora, params.train, params.train.batch_size * width)
     checkpoints, progress = Checkpoints(folder), Progress(read_rows(PREPARED / "eval.arrow"))
     trainer = build_trainer(
-        model, tokenizer, rows, params, prepared["max_length"], folder, [checkpoints, progress]
+        model,
+        tokenizer,
+        rows,
+        params,
+        prepared["max_length"],
+        folder,
+        [checkpoints, progress],
+        fast,
     )
     trainable, total = trainer.model.get_nb_trainable_parameters()
     tokens = sum(map(len, rows["input_ids"]))
     batch = params.train.batch_size * params.train.gradient_accumulation
-    steps = optimizer_steps(len(trainer.train_dataset), params)
+    steps = optimizer_steps(len(trainer.train_dataset), params.train)
     scale = params.lora.alpha / params.lora.r
     print(
         f"train: {len(rows)} rows, {tokens} tokens, {steps} steps of {batch} on "
         f"{device_name(device)}; {trainable} of {total} parameters train "
-        f"({100 * trainable / total:.2f} %), alpha/r = {scale:g}",
+        f"({100 * trainable / total:.2f} %), alpha/r = {scale:g}; {fast}",
         flush=True,
     )
     resumed = newest_complete(folder)

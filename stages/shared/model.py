@@ -51,6 +51,9 @@ def set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
             module.compute_type_is_set = True
+            # Weights are dequantized into this dtype; on the CPU the forward kernel never rounds
+            # them to bfloat16, so the backward pass must not either.
+            module.weight.quant_state.dtype = dtype
             # bitsandbytes would repack the weights for AVX512-BF16 at the first forward pass
             # without gradients; merging and saving do not know that layout.
             module.support_avx512bf16_for_cpu = False

@@ -1,0 +1,41 @@
+# The project's verbs. Everything is installed into .venv, nothing outside this folder.
+PYTHON ?= python3
+# The CPU build of torch: make repro TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+BASE ?= main
+
+BIN := $(CURDIR)/.venv/bin
+READY := .venv/ready
+# dvc.yaml says `python`: it must be the environment's.
+export PATH := $(BIN):$(PATH)
+
+.PHONY: help env repro test lint fix compare
+help:  ## Show this list.
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+env: $(READY)  ## Make the environment in .venv.
+
+$(READY): requirements.lock requirements-default.lock
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make env PYTHON=python3.11")'
+	@echo "Making the environment in .venv (a few minutes, once)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-default.lock
+	@touch $@
+
+repro: $(READY)  ## Run whatever is stale of the pipeline.
+	@dvc repro
+
+test: $(READY)  ## Run the tests.
+	@pytest
+
+lint: $(READY)  ## Check style and format.
+	@ruff check .
+	@ruff format --check .
+
+fix: $(READY)  ## Mend style and format.
+	@ruff check --fix .
+	@ruff format .
+
+compare: $(READY)  ## Compare metrics and parameters with another revision: make compare BASE=main
+	@python -m tools.compare --base $(BASE)

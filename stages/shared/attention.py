@@ -1,0 +1,54 @@
+"""Attention over packed rows without a mask: torch's variable-length flash attention.
+
+`cu_seq_lens_q` (int32 [rows + 1]) tells where each row of a flattened batch begins, so rows
+never attend to each other and no token is padding. No build of flash-attn is needed.
+"""
+
+import inspect
+
+import torch
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+NAME = "varlen"
+_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def varlen_attention(
+    module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention of query [batch, heads, tokens, d] and key, value [batch, kv heads, …].
+
+    Returns ([batch, tokens, heads, d], None). Without `cu_seq_lens_q` every row of the batch is
+    one sequence: padding on the right only follows real tokens, which never look at it.
+    """
+    batch, _, tokens, _ = query.shape
+    if cu_seq_lens_q is None:
+        cu_seq_lens_q = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32)
+        max_length_q = tokens
+    bounds = cu_seq_lens_q.to(query.device)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    groups = q.shape[1] // k.shape[1]
+    options = {"scale": scaling, "window_size": (sliding_window - 1 if sliding_window else -1, 0)}
+    if groups > 1 and _GQA:
+        options["enable_gqa"] = True
+    elif groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    length = int(max_length_q)
+    out = varlen_attn(q, k, v, bounds, bounds, length, length, **options)
+    return out.view(batch, tokens, *out.shape[1:]), None
+
+
+def register() -> None:
+    """Make `attn_implementation="varlen"` known to transformers, with no mask built for it."""
+    AttentionInterface.register(NAME, varlen_attention)
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)

@@ -1,0 +1,159 @@
+"""The trainer of this pipeline, for the train stage and for the benchmarks alike."""
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from stages.shared import attention
+from stages.shared.fused_lora import checkpoint_contexts, fuse_lora
+from stages.shared.params import Lora, Params, Train
+from stages.shared.stage import StageError
+
+LOGGED_STEPS = 200
+# Below this the inputs of the checkpointed layers are not worth a trip to host memory.
+OFFLOADED_BYTES = 1e9
+LIGER_PARTS = {"rope": True, "rms_norm": True, "swiglu": True}
+LIGER_OFF = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+
+
+@dataclass(frozen=True)
+class FastPath:
+    """What a run uses beyond plain PyTorch. Chosen by the hardware and the parameters."""
+
+    attention: str
+    padding_free: bool
+    liger: bool
+    fused_lora: bool
+    offload: bool
+
+    def __str__(self) -> str:
+        used = [name.replace("_", " ") for name, on in vars(self).items() if on is True]
+        return ", ".join([f"{self.attention} attention", *used])
+
+
+def choose_attention(train: Train, device: torch.device) -> str:
+    """`auto` takes varlen on a GPU and sdpa on the CPU; what cannot run here is refused."""
+    if train.attention == "auto":
+        return attention.NAME if device.type == "cuda" else "sdpa"
+    if train.attention in ("varlen", "flash_attention_2") and device.type != "cuda":
+        raise StageError(f"train.attention: {train.attention} needs a GPU; set auto")
+    if train.attention == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
+        raise StageError("train.attention: flash_attention_2 needs flash-attn; set auto")
+    return train.attention
+
+
+def choose_fast_path(
+    model: PreTrainedModel, lora: Lora, train: Train, tokens_per_step: int
+) -> FastPath:
+    """Decide what can run on the model's device. `tokens_per_step` is of one forward pass."""
+    gpu = model.device.type == "cuda"
+    kind = model.config._attn_implementation
+    config = model.config.get_text_config()
+    kept = tokens_per_step * config.hidden_size * 2 * config.num_hidden_layers
+    return FastPath(
+        attention=kind,
+        padding_free=kind in (attention.NAME, "flash_attention_2"),
+        liger=gpu and importlib.util.find_spec("liger_kernel") is not None,
+        fused_lora=gpu and lora.dropout == 0,
+        offload=gpu and train.gradient_checkpointing and kept >= OFFLOADED_BYTES,
+    )
+
+
+def lora_config(lora: Lora) -> LoraConfig:
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def optimizer_steps(rows: int, train: Train) -> int:
+    """Optimizer steps of a run over `rows` rows (or packs), as transformers counts them."""
+    batches = math.ceil(rows / train.batch_size)
+    return math.ceil(train.epochs * max(1, math.ceil(batches / train.gradient_accumulation)))
+
+
+def build_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    params: Params,
+    max_length: int,
+    folder: Path,
+    callbacks: list,
+    fast: FastPath,
+) -> SFTTrainer:
+    """A trl trainer over a frozen base of load_base and `rows` with input_ids and labels.
+
+    The adapter and its optimizer state are float32. `folder` takes the checkpoints.
+    """
+    if fast.liger:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model, **LIGER_PARTS, **LIGER_OFF)
+    train = params.train
+    gpu = model.device.type == "cuda"
+    packing = train.batching == "packing"
+    grouped = train.batching == "group_by_length"
+    args = SFTConfig(
+        output_dir=str(folder),
+        seed=params.seed,
+        num_train_epochs=train.epochs,
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.gradient_accumulation,
+        learning_rate=train.learning_rate,
+        lr_scheduler_type=train.schedule,
+        # A share: transformers takes it of the steps that it counts after packing.
+        warmup_steps=train.warmup_ratio,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        # bitsandbytes pages optimizer state on a GPU only.
+        optim=train.optimizer if gpu else "adamw_torch",
+        gradient_checkpointing=False,
+        activation_offloading=fast.offload,
+        train_sampling_strategy="group_by_length" if grouped else "random",
+        packing=packing,
+        padding_free=fast.padding_free,
+        max_length=max_length if packing else None,
+        bf16=gpu,
+        use_cpu=not gpu,
+        dataloader_pin_memory=gpu,
+        logging_steps=max(1, optimizer_steps(len(rows), train) // LOGGED_STEPS),
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=train.report_to,
+        disable_tqdm=True,
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=lora_config(params.lora),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    # trl casts the adapter of a quantized base to bfloat16, and loading a checkpoint casts it
+    # back to float32: a resumed run would differ. In float32 from the start both are the same.
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if train.gradient_checkpointing:
+        # Switched on here and not by the trainer, which cannot pass a context.
+        contexts = {"context_fn": checkpoint_contexts} if fast.fused_lora else {}
+        model.gradient_checkpointing_enable({"use_reentrant": False} | contexts)
+        trainer.model.enable_input_require_grads()
+    if fast.fused_lora:
+        fuse_lora(trainer.model, fast.liger)
+    return trainer

@@ -1,0 +1,86 @@
+"""The fast path computes what plain PEFT computes: losses and the gradient of every adapter tensor."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from stages.quantize import quantize
+from stages.shared import fused_lora
+from stages.shared.fused_lora import checkpoint_contexts, fuse_lora
+from stages.shared.model import load_base
+from tests.tiny import make_model
+
+CPU = torch.device("cpu")
+
+
+ARCHITECTURES = ["llama", "mistral", "qwen2", "gemma"]
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    folders = {}
+    for arch in ARCHITECTURES:
+        folder = tmp_path_factory.mktemp(arch)
+        make_model(folder / "base", arch)
+        folders[arch] = folder / "nf4"
+        folders[arch].mkdir()
+        quantize(folder / "base", folders[arch], double_quant=True)
+    return folders
+
+
+def adapted(folder):
+    """The model with an adapter whose B is not zero: at zero most errors are invisible."""
+    config = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear")
+    model = get_peft_model(load_base(folder, CPU), config).train()
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter, dtype=torch.float32) * 0.1
+    return model
+
+
+def loss_and_gradients(model):
+    ids = torch.arange(3, 3 + 2 * 24).view(2, 24)
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return loss.item(), gradients
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_fused_lora_has_the_loss_and_gradients_of_peft(quantized, arch, checkpointing):
+    loss, expected = loss_and_gradients(adapted(quantized[arch]))
+    model = adapted(quantized[arch])
+    linears = fuse_lora(model, liger=False)
+    assert linears == 2 * 7
+    if checkpointing:
+        contexts = {"use_reentrant": False, "context_fn": checkpoint_contexts}
+        model.get_base_model().gradient_checkpointing_enable(contexts)
+        model.enable_input_require_grads()
+    fused_loss, gradients = loss_and_gradients(model)
+    assert fused_loss == pytest.approx(loss, rel=1e-5)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert expected[name].any(), name
+        error = (gradient - expected[name]).norm() / expected[name].norm()
+        assert error < 1e-4, name
+
+
+def test_a_second_pass_never_computes_the_down_projection(quantized, monkeypatch):
+    model = adapted(quantized["llama"])
+    fuse_lora(model, liger=False)
+    calls = []
+    forward = fused_lora._Product.forward
+    monkeypatch.setattr(
+        fused_lora._Product,
+        "forward",
+        lambda self, x: calls.append(self.base.out_features) or forward(self, x),
+    )
+    contexts = {"use_reentrant": False, "context_fn": checkpoint_contexts}
+    model.get_base_model().gradient_checkpointing_enable(contexts)
+    model.enable_input_require_grads()
+    loss_and_gradients(model)
+    # Seven products a layer in the forward pass, six in the second one.
+    assert len(calls) == 2 * (7 + 6)
