@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from stages.shared.params import load_params
-from stages.shared.stage import SUMS, StageError, begin, check_sums, sha256, whole_folder
+from stages.shared.stage import StageError, begin, check_sums, sha256, whole_folder
 
 if __name__ == "__main__":
     begin("merge")
@@ -21,7 +21,7 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from stages.shared.adapter import WEIGHTS, Update, read_adapter
+from stages.shared.adapter import WEIGHTS, Update, check_adapter_sums, read_adapter
 from stages.shared.merging import check_rounding, merged_rows
 from stages.shared.weights import INDEX, SINGLE, Weights, write_shard
 
@@ -40,15 +40,6 @@ TOKENIZER_FILES = (
     "vocab.json",
 )
 LICENCES = ("licen[cs]e*", "notice*", "copying*", "use_policy*")
-
-
-def check_sources(kind: str) -> None:
-    """Compare what will be read with its sums. An adapter from elsewhere carries none."""
-    check_sums(*((QUANTIZED, "quantize") if kind == "dequantized" else (BASE, "fetch_model")))
-    if (ADAPTER / SUMS).exists():
-        check_sums(ADAPTER, "train")
-    else:
-        print(f"merge: {ADAPTER} has no {SUMS}, so it comes from elsewhere and is taken as it is")
 
 
 def check_layout(base: Weights, quantized: Weights) -> None:
@@ -169,7 +160,10 @@ def main() -> None:
     params = load_params().merge
     dtype = getattr(torch, params.dtype)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_sources(params.base)
+    check_sums(
+        *((QUANTIZED, "quantize") if params.base == "dequantized" else (BASE, "fetch_model"))
+    )
+    check_adapter_sums(ADAPTER)
     base, quantized = Weights(BASE), Weights(QUANTIZED)
     check_layout(base, quantized)
     source = quantized if params.base == "dequantized" else base

@@ -1,18 +1,13 @@
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from stages import merge as stage
-from stages.shared.adapter import read_adapter
-from stages.shared.stage import StageError, write_sums
 from stages.shared.weights import Weights
-from tests.merging import edit_json, edit_tensors, in_memory, make_adapter, make_sources, tensors
+from tests.merging import in_memory, make_sources, tensors
 from tests.tiny import ROOT
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

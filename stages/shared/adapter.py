@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from stages.shared.stage import StageError
+from stages.shared.stage import SUMS, StageError, check_sums
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -85,6 +85,14 @@ class Update:
                 )
                 for half in "AB"
             )
+
+
+def check_adapter_sums(folder: Path) -> None:
+    """Compare the adapter with its SHA256SUMS. One that was copied in may carry none."""
+    if (folder / SUMS).exists():
+        check_sums(folder, "train")
+    else:
+        print(f"{folder} has no {SUMS}: an adapter from elsewhere, taken as it is")
 
 
 def read_adapter(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Update]:

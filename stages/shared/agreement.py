@@ -1,0 +1,145 @@
+"""How far one model's predictions are from another's, on the same rows, one model in memory.
+
+The reference is scored first and leaves its log-probabilities in a file; the models compared with
+it are scored afterwards, in the same order (`scored_logits`), against that file.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import torch
+from peft import PeftModel
+
+from stages.shared.scoring import scored_logits
+
+# Log-probabilities are kept in float32: in 16 bit their rounding would exceed the divergence of a
+# good merge (1e-7 to 1e-5). They take vocabulary x 4 bytes a token, so beyond this size KL is
+# taken over every second, third, … row; perplexity and agreement are always over all rows.
+MAX_CACHE_BYTES = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Scores of the reference model: mean of NLL in nats, and what comparisons need."""
+
+    nll: float
+    tokens: int
+    top: torch.Tensor  # most likely next token of every scored token, [tokens]
+    every: int  # KL is over rows 0, every, 2 * every, …
+    cache: BinaryIO  # log-probabilities of the scored tokens of those rows, [n, vocabulary]
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A model against the reference. KL(reference || model) in nats a token."""
+
+    perplexity: float
+    mean_kl: float
+    max_kl: float
+    kl_tokens: int
+    token_agreement: float
+    nonfinite: int
+
+
+def reference(model: PeftModel, rows: list[dict], cache: BinaryIO) -> Reference:
+    """Score `model` and write its log-probabilities to `cache`, an empty binary file."""
+    vocabulary = model.get_base_model().get_output_embeddings().weight.shape[0]
+    tokens = sum(label >= 0 for row in rows for label in row["labels"][1:])
+    every = max(1, math.ceil(tokens * vocabulary * 4 / MAX_CACHE_BYTES))
+    losses, top = [], []
+    for index, targets, logits in scored_logits(model, rows):
+        logs = logits.log_softmax(-1)
+        losses.append(_nll(logs, targets))
+        top.append(logs.argmax(-1).cpu())
+        cache.write(logs[index % every == 0].cpu().numpy())
+    return Reference(math.fsum(losses) / tokens, tokens, torch.cat(top), every, cache)
+
+
+def agreement(model, rows: list[dict], ref: Reference) -> Agreement:
+    """Score `model` on the rows that `ref` was made with."""
+    losses, divergences, agreed, nonfinite, done = [], [], 0, 0, 0
+    ref.cache.seek(0)
+    for index, targets, logits in scored_logits(model, rows):
+        nonfinite += int((~logits.isfinite()).sum())
+        logs = logits.log_softmax(-1)
+        losses.append(_nll(logs, targets))
+        agreed += int((logs.argmax(-1).cpu() == ref.top[done : done + len(logs)]).sum())
+        done += len(logs)
+        kept = logs[index % ref.every == 0]
+        expected = torch.empty_like(kept, device="cpu")
+        ref.cache.readinto(expected.numpy())
+        expected = expected.to(kept.device)
+        divergences.append((expected.exp() * (expected - kept)).sum(-1, dtype=torch.float64).cpu())
+    kl = torch.cat(divergences)
+    return Agreement(
+        perplexity=math.exp(min(math.fsum(losses) / ref.tokens, 700)),
+        mean_kl=float(kl.mean()),
+        max_kl=float(kl.max()),
+        kl_tokens=len(kl),
+        token_agreement=agreed / ref.tokens,
+        nonfinite=nonfinite,
+    )
+
+
+def _nll(logs: torch.Tensor, targets: torch.Tensor) -> float:
+    return -float(logs.gather(-1, targets[:, None]).sum(dtype=torch.float64))
+
+
+@contextmanager
+def watched_activations(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Yield a scalar that holds the largest |value| into or out of any layer with weights."""
+    largest = torch.zeros((), device=model.device)
+
+    def watch(_module, inputs, output):
+        for value in (*inputs, output):
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                torch.maximum(largest, value.abs().max().float(), out=largest)
+
+    handles = [m.register_forward_hook(watch) for _, m in _layers(model)]
+    try:
+        yield largest
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def float32_layers(
+    model: torch.nn.Module, weight_of: Callable[[str, torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """Compute in float32 with a 16-bit model, one layer's weights at a time.
+
+    On the CPU 16-bit products are slow, and a whole model in float32 takes twice its size. Before
+    a layer runs, each of its weights becomes weight_of(name, stored) in float32; afterwards it is
+    the stored one again, which the system keeps mapped from its file.
+    """
+    handles, stored = [], {}
+    for prefix, module in _layers(model):
+
+        def enter(module, _inputs, prefix=prefix):
+            for key, parameter in module.named_parameters(recurse=False):
+                stored[module, key] = parameter.data
+                parameter.data = weight_of(f"{prefix}.{key}", parameter.data).float()
+
+        def leave(module, _inputs, _output):
+            for key, parameter in module.named_parameters(recurse=False):
+                parameter.data = stored.pop((module, key))
+
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    return [(n, m) for n, m in model.named_modules() if any(True for _ in m.parameters(False))]

@@ -1,0 +1,277 @@
+"""Decide whether the merged model may be shipped: hold it against the base with the adapter.
+
+    python -m stages.verify
+
+Reads models/merged, models/quantized, models/base, models/adapter and data/prepared. Writes
+models/verify.ok and metrics/verify.json, and only when every check has passed:
+- tensor names, shapes and types are the base's and `merge.dtype`;
+- every tensor is what PEFT itself computes for it, within one rounding;
+- transformers loads the folder with no key missing or left over;
+- on all held-out rows perplexity is within `verify.max_perplexity_change_percent` of the base
+  with the adapter, and no value overflows.
+"""
+
+import gc
+import json
+import tempfile
+from pathlib import Path
+
+from stages.shared.params import load_params
+from stages.shared.stage import (
+    StageError,
+    begin,
+    check_sums,
+    sha256,
+    write_metrics,
+    write_text,
+)
+
+if __name__ == "__main__":
+    begin("verify")
+
+import bitsandbytes.functional as bnb
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from stages.shared.adapter import WEIGHTS, check_adapter_sums, read_adapter
+from stages.shared.agreement import (
+    Agreement,
+    Reference,
+    agreement,
+    float32_layers,
+    reference,
+    watched_activations,
+)
+from stages.shared.merging import merged_rows
+from stages.shared.model import load_adapter, load_base, pick_device
+from stages.shared.rows import held_out_sets, read_rows
+from stages.shared.weights import LETTERS, Weights
+
+BASE = Path("models/base")
+QUANTIZED = Path("models/quantized")
+ADAPTER = Path("models/adapter")
+MERGED = Path("models/merged")
+VERDICT = Path("models/verify.ok")
+METRICS = Path("metrics/verify.json")
+AGAIN = "merge it again with: dvc repro --force --single-item merge"
+FLOAT16_MAX = 65504
+
+
+def check_record(folder: Path, kind: str, dtype: str) -> None:
+    """The merge must be of these parameters and this adapter. Raises StageError."""
+    record = json.loads((folder / "merge.json").read_text(encoding="utf-8"))
+    now = {"base": kind, "dtype": dtype, "adapter_sha256": sha256(ADAPTER / WEIGHTS)}
+    for key, value in now.items():
+        if record[key] != value:
+            raise StageError(f"{folder} was merged with {key} {record[key]}, not {value}; {AGAIN}")
+
+
+def check_layout(merged: Weights, quantized: Weights, base: Weights, dtype: torch.dtype) -> None:
+    """Names, shapes, files and types against the base's. Raises StageError naming a tensor."""
+    for name in sorted({*quantized.names, *merged.names}):
+        if name not in merged.shapes:
+            raise StageError(f"{merged.folder} lacks {name}; {AGAIN}")
+        if name not in quantized.shapes:
+            raise StageError(f"{merged.folder} holds {name}, which the base lacks; {AGAIN}")
+        where = f"{merged.files[name]}: {name}"
+        if merged.shapes[name] != base.shapes[name]:
+            raise StageError(
+                f"{where} is {merged.shapes[name]} and in the base {base.shapes[name]}; {AGAIN}"
+            )
+        if merged.dtypes[name] != LETTERS[dtype]:
+            raise StageError(
+                f"{where} is {merged.dtypes[name]} and must be {LETTERS[dtype]}; {AGAIN}"
+            )
+        if merged.files[name].name != base.files[name].name:
+            raise StageError(f"{where}: the base has it in {base.files[name].name}; {AGAIN}")
+
+
+def check_tensors(
+    merged: Weights, model: PeftModel, source: Weights, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Compare every merged tensor with what PEFT and bitsandbytes compute from the sources.
+
+    None of merge's own code takes part in the arithmetic. Raises StageError naming the tensors
+    that differ by more than rounding.
+    """
+    causal = model.get_base_model()
+    wrong = []
+    sizes = {name: torch.Size(merged.shapes[name]).numel() for name in merged.names}
+    total = sum(sizes.values()) * dtype.itemsize / 1e9
+    with tqdm(total=total, unit="GB", desc="tensors", disable=None) as bar:
+        for name in merged.names:
+            found = merged.read(name).to(device)
+            module = causal.get_submodule(name.rpartition(".")[0])
+            updated = isinstance(module, LoraLayer) and name.endswith(".weight")
+            if name in source.nf4:
+                weight = module.base_layer.weight if updated else module.weight
+                # As it is stored: load_base lets the CPU compute in float32.
+                plain = bnb.dequantize_4bit(weight.data, weight.quant_state).to(torch.bfloat16)
+                plain = plain.to(dtype)
+            else:
+                plain = source.read(name).to(device, dtype)
+            # In place, as PEFT merges: the sum is rounded once.
+            delta = module.get_delta_weight("default") if updated else None
+            expected = plain.clone().add_(delta) if updated else plain
+            if not torch.equal(found, expected):
+                slack = rounding_slack(module) if updated else 0
+                fault = difference(found, expected, plain, slack)
+                wrong += [f"{name} ({fault})"] if fault else []
+            bar.update(sizes[name] * dtype.itemsize / 1e9)
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise StageError(
+            f"{merged.folder}: not the base plus the adapter: {', '.join(wrong[:3])}{more}; {AGAIN}"
+        )
+
+
+def rounding_slack(module: LoraLayer) -> torch.Tensor:
+    """How far two float32 products B A * scaling may lie apart, [out, in].
+
+    Another device sums the r terms in another order; each sum is off by at most r 2^-24 times
+    the sum of the terms' magnitudes (Higham, Accuracy and Stability, section 3.1).
+    """
+    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+    return (b.abs() @ a.abs()).mul_(abs(module.scaling["default"]) * 2 * len(a) * 2**-24)
+
+
+def difference(
+    found: torch.Tensor, expected: torch.Tensor, plain: torch.Tensor, slack: torch.Tensor | float
+) -> str | None:
+    """What is wrong with a merged tensor, or None if it is one rounding of its type away."""
+    info = torch.finfo(found.dtype)
+    ulp = expected.float().abs().mul_(info.eps).clamp_(min=info.smallest_normal * info.eps)
+    # Written so that NaN counts as a difference.
+    count = int((~((found.float() - expected.float()).abs() <= ulp + slack)).sum())
+    if lost := int((~found.isfinite()).sum()):
+        return f"{lost} values are NaN or infinite"
+    if count and torch.equal(found, plain):
+        return "the adapter was not added"
+    return f"{count} of {found.numel()} values differ" if count else None
+
+
+def load_merged(folder: Path, device: torch.device):
+    """Load with transformers alone. Raises StageError for a key missing or left over."""
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", device_map={"": device}, output_loading_info=True
+    )
+    for kind, keys in report.items():
+        if keys:
+            raise StageError(f"{folder}: {kind} when loading: {sorted(map(str, keys))[0]}; {AGAIN}")
+    model.config.use_cache = False
+    return model.eval()
+
+
+def compare(model, rows: list[dict], ref: Reference) -> tuple[Agreement, float]:
+    """Agreement of the merged model as it is, and its largest activation."""
+    with watched_activations(model) as largest:
+        if model.device.type == "cuda":
+            return agreement(model, rows, ref), float(largest)
+        with float32_layers(model, lambda _name, stored: stored):
+            return agreement(model, rows, ref), float(largest)
+
+
+def compare_other(
+    model, rows: list[dict], ref: Reference, source: Weights, shapes: dict
+) -> Agreement:
+    """Agreement of the merge on `source`, made in memory in the place of the merged `model`."""
+    updates = read_adapter(ADAPTER, shapes)
+    device, dtype = model.device, model.dtype
+
+    def merged(name: str, stored: torch.Tensor) -> torch.Tensor:
+        if name not in source.shapes:  # an output head tied to the embeddings
+            return stored
+        rows = merged_rows(source, name, updates.get(name), dtype, device)
+        return torch.cat([values for values, _ in rows])
+
+    if device.type == "cpu":
+        with float32_layers(model, merged):
+            return agreement(model, rows, ref)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(merged(name, parameter.data))
+    return agreement(model, rows, ref)
+
+
+def check_scores(metrics: dict, limit: float, dtype: str) -> None:
+    """Raise StageError, with the numbers, when the merged model does not predict as the adapter."""
+    faults = []
+    if metrics["nonfinite_values"]:
+        faults.append(f"{metrics['nonfinite_values']} predicted values are NaN or infinite")
+    if dtype == "float16" and not metrics["max_activation"] <= FLOAT16_MAX:
+        faults.append(
+            f"an activation of {metrics['max_activation']:.3g} exceeds float16's {FLOAT16_MAX}; "
+            "set merge.dtype: bfloat16"
+        )
+    if not abs(metrics["perplexity_change_percent"]) <= limit:
+        faults.append(
+            f"perplexity {metrics['merged_perplexity']:.4f} and with the adapter "
+            f"{metrics['adapter_perplexity']:.4f}: {metrics['perplexity_change_percent']:+.2f} % "
+            f"(allowed {limit:g} %), mean KL {metrics['mean_kl']:.2g}, top-1 agreement "
+            f"{metrics['token_agreement']:.2%}; use merge.base: dequantized, or allow more in "
+            "verify.max_perplexity_change_percent"
+        )
+    if faults:
+        raise StageError(f"{MERGED} must not be shipped: {'; '.join(faults)}")
+
+
+def verify(params, rows: list[dict], device: torch.device) -> dict:
+    """All checks, cheapest first. Returns the metrics; raises StageError when one fails."""
+    dtype = getattr(torch, params.merge.dtype)
+    check_record(MERGED, params.merge.base, params.merge.dtype)
+    merged, quantized, base = Weights(MERGED), Weights(QUANTIZED), Weights(BASE)
+    check_layout(merged, quantized, base, dtype)
+    sources = {"dequantized": quantized, "original": base}
+    source = sources.pop(params.merge.base)
+    with tempfile.TemporaryFile(dir=MERGED.parent) as cache:
+        model = load_adapter(load_base(QUANTIZED, device), ADAPTER)
+        check_tensors(merged, model, source, dtype, device)
+        check_sums(MERGED, "merge")
+        ref = reference(model, rows, cache)
+        # Only one of the two models is in memory at a time.
+        del model
+        gc.collect()
+        model = load_merged(MERGED, device)
+        result, largest = compare(model, rows, ref)
+        metrics = {
+            "merged_perplexity": result.perplexity,
+            "adapter_perplexity": ref.perplexity,
+            "perplexity_change_percent": 100 * (result.perplexity / ref.perplexity - 1),
+            "mean_kl": result.mean_kl,
+            "max_kl": result.max_kl,
+            "kl_tokens": result.kl_tokens,
+            "token_agreement": result.token_agreement,
+            "nonfinite_values": result.nonfinite,
+            "max_activation": largest,
+        }
+        if params.verify.compare_bases and quantized.nf4:
+            (other,) = sources.values()
+            result = compare_other(model, rows, ref, other, quantized.shapes)
+            metrics["other_base_perplexity"] = result.perplexity
+            metrics["other_base_mean_kl"] = result.mean_kl
+    check_scores(metrics, params.verify.max_perplexity_change_percent, params.merge.dtype)
+    return metrics
+
+
+def main() -> None:
+    params = load_params()
+    device = pick_device()
+    check_sums(QUANTIZED, "quantize")
+    check_sums(BASE, "fetch_model")
+    check_adapter_sums(ADAPTER)
+    rows = [row for file in held_out_sets().values() for row in read_rows(file)]
+    print(f"verify: {MERGED} against {QUANTIZED} + {ADAPTER}, {len(rows)} rows, on {device}")
+    metrics = verify(params, rows, device)
+    write_metrics(METRICS, metrics)
+    write_text(VERDICT, "verified\n")
+    print(
+        f"verify: passed: perplexity {metrics['merged_perplexity']:.4f} "
+        f"({metrics['perplexity_change_percent']:+.3f} %), mean KL {metrics['mean_kl']:.2g}, "
+        f"top-1 agreement {metrics['token_agreement']:.2%}"
+    )
+
+
+if __name__ == "__main__":
+    main()
