@@ -32,7 +32,7 @@ if __name__ == "__main__":
 import torch
 from datasets import Dataset, disable_caching
 from tqdm import tqdm
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 from trl import SFTTrainer
 
 from stages.shared.checkpoints import (
@@ -171,7 +171,8 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     rows = Dataset.from_file(str(PREPARED / "train.arrow")).select_columns(["input_ids", "labels"])
     tokenizer = AutoTokenizer.from_pretrained(PREPARED / "tokenizer")
     longest = max(map(len, rows["input_ids"]))
-    model = load_base(QUANTIZED, device, choose_attention(params.train, device))
+    config = AutoConfig.from_pretrained(QUANTIZED)
+    model = load_base(QUANTIZED, device, choose_attention(params.train, config, device))
     width = prepared["max_length"] if params.train.batching == "packing" else longest
     fast = choose_fast_path(model, params.lora, params.train, params.train.batch_size * width)
     checkpoints, progress = Checkpoints(folder), Progress(read_rows(PREPARED / "eval.arrow"))

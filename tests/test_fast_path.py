@@ -1,9 +1,8 @@
-"""The fast path computes what plain PEFT computes: losses and the gradient of every adapter tensor."""
+"""The fast path computes what plain PEFT computes: the loss and every adapter gradient."""
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from stages.quantize import quantize
 from stages.shared import fused_lora

@@ -8,7 +8,9 @@ import inspect
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+
+from stages.shared.stage import StageError
 
 NAME = "varlen"
 _GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -24,6 +26,8 @@ def varlen_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    softcap: None = None,
+    s_aux: None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of query [batch, heads, tokens, d] and key, value [batch, kv heads, …].
@@ -31,6 +35,10 @@ def varlen_attention(
     Returns ([batch, tokens, heads, d], None). Without `cu_seq_lens_q` every row of the batch is
     one sequence: padding on the right only follows real tokens, which never look at it.
     """
+    if softcap is not None or s_aux is not None:
+        raise StageError(
+            "varlen attention has no soft cap and no sinks; set train.attention: sdpa"
+        )
     batch, _, tokens, _ = query.shape
     if cu_seq_lens_q is None:
         cu_seq_lens_q = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32)
@@ -46,6 +54,12 @@ def varlen_attention(
     length = int(max_length_q)
     out = varlen_attn(q, k, v, bounds, bounds, length, length, **options)
     return out.view(batch, tokens, *out.shape[1:]), None
+
+
+def supports(config: PretrainedConfig) -> bool:
+    """Whether plain softmax attention is all that the model asks for (no soft cap, no sinks)."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return capped is None and config.model_type != "gpt_oss"
 
 
 def register() -> None:

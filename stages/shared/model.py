@@ -29,8 +29,10 @@ def pick_device() -> torch.device:
     return torch.device("cuda", 0)
 
 
-def load_base(folder: Path, device: torch.device, attention: str = "sdpa") -> PreTrainedModel:
+def load_base(folder: Path, device: torch.device, attention: str | None = None) -> PreTrainedModel:
     """Load a base model (NF4 or 16 bit) in evaluation mode.
+
+    `attention` is an attention implementation of transformers, None the best that it has itself.
 
     Everything that is not quantized, and the products of what is, computes in bfloat16 on a GPU
     and in float32 on the CPU, where bfloat16 is 10 to 30 times slower. A pre-quantized checkpoint

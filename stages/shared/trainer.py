@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -39,10 +39,11 @@ class FastPath:
         return ", ".join([f"{self.attention} attention", *used])
 
 
-def choose_attention(train: Train, device: torch.device) -> str:
-    """`auto` takes varlen on a GPU and sdpa on the CPU; what cannot run here is refused."""
+def choose_attention(train: Train, config: PretrainedConfig, device: torch.device) -> str | None:
+    """`auto` takes varlen on a GPU, else what transformers takes; what cannot run is refused."""
+    attention.register()
     if train.attention == "auto":
-        return attention.NAME if device.type == "cuda" else "sdpa"
+        return attention.NAME if device.type == "cuda" and attention.supports(config) else None
     if train.attention in ("varlen", "flash_attention_2") and device.type != "cuda":
         raise StageError(f"train.attention: {train.attention} needs a GPU; set auto")
     if train.attention == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
