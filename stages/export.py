@@ -5,11 +5,12 @@
 Reads   models/merged (which models/verify.ok vouches for), metrics/*, data/prepared and
         models/tokenizer (what was trained on what)
 Writes  models/release: the merged files, linked, with a model card and fresh SHA256SUMS,
-        metrics/report.html, metrics/report.md, metrics/summary.json
+        metrics/report.html, metrics/report.md, metrics/summary.json, metrics/memory.csv
 """
 
 import csv
 import errno
+import io
 import json
 import os
 import platform
@@ -80,6 +81,14 @@ def link_files(source: Path, target: Path) -> int:
     return len(files)
 
 
+def csv_text(rows: list[dict]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 def _json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -99,6 +108,9 @@ def main() -> None:
     with whole_folder(RELEASE) as out:
         files = link_files(MERGED, out)
         (out / "README.md").write_text(model_card(title, results, sections), encoding="utf-8")
+    write_text(
+        METRICS / "memory.csv", csv_text(report.memory_parts(results.plan, results.train_cost))
+    )
     write_text(METRICS / "report.md", page.to_markdown(title, sections))
     write_text(METRICS / "report.html", page.to_html(title, sections))
     write_metrics(METRICS / "summary.json", report.summary(results))

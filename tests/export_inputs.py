@@ -34,17 +34,17 @@ EVAL = {
     "group_eval_set_sha256": "b" * 64,
 }
 PLAN = {
-    "predicted_peak_vram_gb": 1.91,
-    "predicted_device_gb": 2.52,
+    "predicted_peak_vram_gb": 1.799,
+    "predicted_device_gb": 2.41,
     "weights_gb": 0.12,
     "adapter_gb": 0.04,
     "optimizer_gb": 0.039,
     "activations_gb": 1.1,
     "logits_gb": 0.5,
-    "overhead_gb": 0.111,
+    "overhead_gb": 0.611,
     "full_finetune_gb": 4.1,
-    "lora_gb": 2.3,
-    "qlora_gb": 1.91,
+    "lora_gb": 2.8,
+    "qlora_gb": 2.41,
     "smallest_gpu_gb": 8,
 }
 METRICS = {

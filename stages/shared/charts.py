@@ -11,17 +11,12 @@ import vl_convert
 from stages.shared.page import Chart, Table
 
 VEGA_LITE = "6.4"
-WIDTH, HEIGHT = 400, 210
+WIDTH, HEIGHT = 330, 190
 TABLE_ROWS = 200
-MEMORY_PARTS = {
-    "weights_gb": "weights",
-    "adapter_gb": "adapter",
-    "optimizer_gb": "optimizer",
-    "activations_gb": "activations",
-    "logits_gb": "logits",
-    "overhead_gb": "overhead",
-}
 COLOURS = ["var(--a)", "var(--b)", "var(--c)", "var(--d)", "var(--e)", "var(--f)"]
+COLOURS += ["var(--ink)", "var(--soft)"]
+DOT = {"filled": True, "opacity": 1}
+BAND = {"title": None, "axis": {"domain": False, "ticks": False, "labelPadding": 8, "grid": False}}
 STYLE = {
     "background": None,
     "config": {
@@ -36,6 +31,9 @@ STYLE = {
             "labelFontSize": 12,
             "titleFontSize": 12,
             "titleFontWeight": "normal",
+            "labelFlush": False,
+            "labelOverlap": True,
+            "tickCount": 5,
         },
         "legend": {
             "labelColor": "var(--ink)",
@@ -43,8 +41,9 @@ STYLE = {
             "title": None,
             "orient": "top",
             "columns": 3,
+            "columnPadding": 20,
+            "symbolOpacity": 1,
         },
-        "range": {"category": COLOURS},
         "text": {"fill": "var(--ink)", "fontSize": 12},
     },
 }
@@ -62,7 +61,6 @@ def _quantitative(name: str, title: str, **scale) -> dict:
         "type": "quantitative",
         "title": title,
         "scale": {"zero": False, **scale},
-        "axis": {"tickCount": 6},
     }
 
 
@@ -92,13 +90,13 @@ def loss(curve: list[dict]) -> Chart:
             "color": {
                 "field": "set",
                 "type": "nominal",
-                "scale": {"domain": list(names.values())[: 1 + bool(held_out)]},
+                "scale": {"domain": [*names.values()], "range": COLOURS[:2]},
             },
         },
         "layer": [
             {"mark": {"type": "line", "strokeWidth": 2}},
             {
-                "mark": {"type": "point", "filled": True, "size": 40, "opacity": 1},
+                "mark": {"type": "point", **DOT, "size": 40},
                 "transform": [{"filter": "datum.set == 'evaluation'"}],
             },
         ],
@@ -123,113 +121,89 @@ def learning_rate(curve: list[dict]) -> Chart:
         "mark": {"type": "line", "strokeWidth": 2, "stroke": "var(--c)"},
         "encoding": {
             "x": _quantitative("step", "step", nice=False),
-            "y": _quantitative("rate", "learning rate", zero=True)
-            | {"axis": {"tickCount": 5, "format": "~g"}},
+            "y": _quantitative("rate", "learning rate", zero=True) | {"axis": {"format": "~g"}},
         },
     }
     rows = [[str(v["step"]), f"{v['rate']:.4g}"] for v in values]
     return Chart("Learning rate", alt, svg(spec, values), _thinned(rows, "step learning_rate"))
 
 
-def perplexity(metrics: dict, prefixes: list[str]) -> Chart:
-    """Base and tuned perplexity with their 95 % intervals, one line a set and model."""
-    names = {"": "held-out rows", "group_": "held-out groups"}
-    values, rows, words = [], [], []
-    for prefix in prefixes:
-        for who in ("base", "tuned"):
-            key = f"{prefix}{who}_perplexity"
-            point = [metrics[key], metrics[f"{key}_low"], metrics[f"{key}_high"]]
-            values.append(
-                {"set": f"{names[prefix]}, {who}", "who": who}
-                | dict(zip(("value", "low", "high"), point, strict=True))
-            )
-            rows.append([f"{names[prefix]}, {who}", *(f"{v:.4g}" for v in point)])
-            words.append(f"{names[prefix]}, {who} model: {point[0]:.4g}")
-    y = {
-        "field": "set",
-        "type": "nominal",
-        "sort": None,
-        "title": None,
-        "axis": {"labelLimit": 200, "domain": False, "ticks": False, "labelPadding": 8},
-    }
-    x = _quantitative("value", "perplexity (logarithmic, lower is better)", type="log", nice=False)
-    colour = {
-        "field": "who",
-        "type": "nominal",
-        "legend": None,
-        "scale": {"domain": ["base", "tuned"], "range": ["var(--f)", "var(--a)"]},
-    }
+def perplexity(metrics: dict, sets: dict[str, str]) -> Chart:
+    """Base and tuned perplexity with their 95 % intervals. `sets`: metric prefix -> name."""
+    values = [
+        {"set": name, "model": who, "perplexity": metrics[key]}
+        | {side: metrics[f"{key}_{side}"] for side in ("low", "high")}
+        for prefix, name in sets.items()
+        for who in ("base", "tuned")
+        for key in [f"{prefix}{who}_perplexity"]
+    ]
+    x = _quantitative("perplexity", "perplexity (logarithmic)", type="log", nice=False, padding=12)
     spec = {
-        "encoding": {"y": y, "color": colour},
+        "encoding": {
+            "y": {"field": "set", "type": "nominal", "sort": None, **BAND},
+            "color": {
+                "field": "model",
+                "type": "nominal",
+                "scale": {"domain": ["base", "tuned"], "range": ["var(--f)", "var(--a)"]},
+            },
+        },
         "layer": [
             {
-                "mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.55},
+                "mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.5},
                 "encoding": {"x": x | {"field": "low"}, "x2": {"field": "high"}},
             },
+            {"mark": {"type": "point", **DOT, "size": 90}, "encoding": {"x": x}},
             {
-                "mark": {"type": "point", "filled": True, "size": 90, "opacity": 1},
-                "encoding": {"x": x},
-            },
-            {
-                "mark": {"type": "text", "dy": -13},
+                "mark": {"type": "text", "dy": -14},
                 "encoding": {
                     "x": x,
-                    "text": {"field": "value", "type": "quantitative", "format": ".3~g"},
+                    "text": {"field": "perplexity", "type": "quantitative", "format": ".4~r"},
                     "color": {"value": "var(--ink)"},
                 },
             },
         ],
     }
-    table = Table(["Set and model", "Perplexity", "Low", "High"], rows)
-    alt = "Dots with 95 % intervals. Perplexity on " + "; on ".join(words) + "."
-    return Chart("Perplexity with 95 % intervals", alt, svg(spec, values, 46 * len(rows)), table)
-
-
-def memory(plan: dict, cost: dict) -> Chart:
-    """Predicted VRAM in its parts, above the measured peaks where a GPU was used."""
-    values = [
-        {"bar": "predicted", "part": name, "gb": plan[key], "order": i}
-        for i, (key, name) in enumerate(MEMORY_PARTS.items())
+    rows = [
+        [v["set"], v["model"], *(f"{v[key]:.4g}" for key in ("perplexity", "low", "high"))]
+        for v in values
     ]
-    parts = list(MEMORY_PARTS.values())
-    measured = {"peak_vram_gb": "measured", "peak_vram_reserved_gb": "reserved"}
-    for key, bar in measured.items():
-        if key in cost:
-            values.append({"bar": bar, "part": "measured", "gb": cost[key], "order": len(parts)})
-    bars = list(dict.fromkeys(v["bar"] for v in values))
-    domain = parts + ["measured"] * (len(bars) > 1)
+    words = "; ".join(f"{v['set']}, {v['model']} model: {v['perplexity']:.4g}" for v in values)
+    return Chart(
+        "Perplexity with 95 % intervals",
+        f"Dots with 95 % intervals. {words}.",
+        svg(spec, values, 58 * len(sets)),
+        Table(["Set", "Model", "Perplexity", "Low", "High"], rows),
+    )
+
+
+def memory(parts: list[dict]) -> Chart:
+    """VRAM in its parts, in drawing order; `parts` are the rows of metrics/memory.csv."""
+    names = list(dict.fromkeys(part["part"] for part in parts))
+    bars = list(dict.fromkeys(part["bar"] for part in parts))
+    values = [part | {"order": names.index(part["part"])} for part in parts]
     spec = {
         "mark": {"type": "bar", "height": 26},
         "encoding": {
-            "x": {
-                "field": "gb",
-                "type": "quantitative",
-                "title": "GB (10^9 bytes)",
-                "axis": {"tickCount": 6},
-            },
-            "y": {
-                "field": "bar",
-                "type": "nominal",
-                "sort": None,
-                "title": None,
-                "axis": {"domain": False, "ticks": False, "labelPadding": 8},
-            },
+            "x": {"field": "gb", "type": "quantitative", "title": "GB (10^9 bytes)"},
+            "y": {"field": "bar", "type": "nominal", "sort": None, **BAND},
             "color": {
                 "field": "part",
                 "type": "nominal",
-                "scale": {"domain": domain, "range": [*COLOURS, "var(--ink)"][: len(domain)]},
+                "scale": {"domain": names, "range": COLOURS[: len(names)]},
             },
             "order": {"field": "order", "type": "quantitative"},
         },
     }
-    words = ", ".join(f"{v['part']} {v['gb']:.3g} GB" for v in values if v["bar"] == "predicted")
-    alt = f"Stacked bar of the predicted VRAM: {words}."
-    alt += "".join(
-        f" {bar.capitalize()} peak: {cost[k]:.3g} GB." for k, bar in measured.items() if k in cost
+    words = "; ".join(
+        f"{bar}: " + ", ".join(f"{p['part']} {p['gb']:.3g} GB" for p in parts if p["bar"] == bar)
+        for bar in bars
     )
-    rows = [[v["bar"], v["part"], f"{v['gb']:.4g}"] for v in values]
+    rows = [[p["bar"], p["part"], f"{p['gb']:.4g}"] for p in parts]
     return Chart(
-        "VRAM by part", alt, svg(spec, values, 50 * len(bars)), Table(["Bar", "Part", "GB"], rows)
+        "VRAM by part",
+        f"Stacked bars. {words}.",
+        svg(spec, values, 48 * len(bars)),
+        Table(["Bar", "Part", "GB"], rows),
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 CSS = Path(__file__).with_name("page.css")
+_NUMBER = re.compile(r"([+-]?[\d,]+(\.\d+)?(e-\d+)?( ?%)?)?")
 _UNSHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -118,7 +119,7 @@ def _markdown_block(block) -> str:
             lines += [[_md_cell(cell) for cell in row] for row in block.rows]
             return "\n".join(f"| {' | '.join(line)} |" for line in lines)
         case Chart():
-            return ""
+            return f"{_md(block.title)}. {_md(block.alt)}"
         case Marked():
             return "\n\n".join(
                 f"{'Learned' if learned else 'Not learned'}:\n\n{_fence(text)}"
@@ -171,17 +172,25 @@ def _html(text: str) -> str:
     return html.escape(clean(text))
 
 
-def _html_cell(text: str, tag: str = "td") -> str:
-    number = re.fullmatch(r"[+-]?[\d,]+(\.\d+)?( ?%)?", text)
-    shown = f"<code>{_html(text)}</code>" if isinstance(text, Mono) and text else _html(text)
-    return f"<{tag}{' class=number' if number else ''}>{shown}</{tag}>"
+def _html_cell(text: str) -> str:
+    return f"<code>{_html(text)}</code>" if isinstance(text, Mono) and text else _html(text)
 
 
 def _html_table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{_html(cell)}</th>' for cell in table.head)
+    """Columns of nothing but numbers are set to the right; facts (no head) never are."""
+    numeric = [
+        bool(table.head) and all(_NUMBER.fullmatch(cell) for cell in column)
+        for column in zip(*table.rows, strict=True)
+    ]
+    align = [" class=number" if right else "" for right in numeric]
+    head = "".join(
+        f'<th scope="col"{side}>{_html(cell)}</th>'
+        for cell, side in zip(table.head, align, strict=bool(table.head))
+    )
     rows = "".join(
-        f'<tr><th scope="row">{_html_cell(row[0], "span")}</th>'
-        f"{''.join(_html_cell(cell) for cell in row[1:])}</tr>"
+        f'<tr><th scope="row"{align[0]}>{_html_cell(row[0])}</th>'
+        + "".join(f"<td{s}>{_html_cell(c)}</td>" for c, s in zip(row[1:], align[1:], strict=True))
+        + "</tr>"
         for row in table.rows
     )
     head = f"<thead><tr>{head}</tr></thead>" if head else ""

@@ -17,9 +17,10 @@ from stages.shared.page import (
     Section,
     Table,
 )
+from stages.shared.vram import CARDS_GB, GB, fitting_cards
 
 SET_NAMES = {"": "held-out rows", "group_": "held-out groups"}
-GPU_SIZES_GB = (8, 12, 16, 24, 40, 48, 80)
+MEMORY_PARTS = ("weights", "adapter", "optimizer", "activations", "logits", "overhead")
 SHOWN_CHARACTERS = 2000
 
 
@@ -61,11 +62,6 @@ def held_out_sets(results: Results) -> dict[str, str]:
     return {prefix: name for prefix, name in scored if f"{prefix}tuned_perplexity" in results.eval}
 
 
-def fitting_gpus(needed_gb: float) -> list[int]:
-    """Which common cards (in GB as sold) hold `needed_gb` (10^9 bytes)."""
-    return [size for size in GPU_SIZES_GB if size >= needed_gb]
-
-
 def summary(results: Results) -> dict:
     """metrics/summary.json: the figures a reader wants first, under keys of their own.
 
@@ -86,9 +82,20 @@ def summary(results: Results) -> dict:
     else:
         figures["ram_gb"] = cost["peak_ram_gb"]
     figures["predicted_vram_gb"] = predicted
-    fitting = fitting_gpus(results.plan["predicted_device_gb"])
+    fitting = fitting_cards(results.plan["predicted_device_gb"] * GB)
     figures["fits_gpus"] = ", ".join(f"{size} GB" for size in fitting) or "none"
     return figures
+
+
+def memory_parts(plan: dict, cost: dict) -> list[dict]:
+    """metrics/memory.csv: what the card must hold, part by part, and what a GPU run measured."""
+    parts = [{"bar": "predicted", "part": part, "gb": plan[f"{part}_gb"]} for part in MEMORY_PARTS]
+    if "peak_vram_gb" in cost:
+        allocated, reserved = cost["peak_vram_gb"], cost["peak_vram_reserved_gb"]
+        parts.append({"bar": "measured", "part": "allocated", "gb": allocated})
+        rest = max(0.0, reserved - allocated)
+        parts.append({"bar": "measured", "part": "reserved beyond it", "gb": rest})
+    return parts
 
 
 def sections(results: Results) -> list[Section]:
@@ -130,48 +137,43 @@ def _result(results: Results) -> Section:
     return Section("Result", [Figures(items)])
 
 
-def _source_rows(kind: str, source: dict) -> list[list[str]]:
+def _sources(model: dict, data: dict) -> Table:
+    places = {"hub": "Hugging Face Hub", "pypi": "PyPI", "local": "a local folder or file"}
     rows = [
-        [f"{kind}", Mono(source["id"])],
-        [
-            f"{kind}: from",
-            {"hub": "Hugging Face Hub", "pypi": "PyPI", "local": "local"}[source["source"]],
-        ],
+        ["Id", *(Mono(source["id"]) for source in (model, data))],
+        ["From", *(places[source["source"]] for source in (model, data))],
+        ["Revision", *(Mono(source["revision"] or "none") for source in (model, data))],
+        ["Commit", *(Mono(source["commit"] or "none") for source in (model, data))],
+        ["Licence", *(source["license"] or "not stated" for source in (model, data))],
     ]
-    if source["revision"]:
-        rows.append([f"{kind}: revision", Mono(source["revision"])])
-    if source["commit"]:
-        rows.append([f"{kind}: commit", Mono(source["commit"])])
-    rows.append([f"{kind}: licence", source["license"] or "not stated"])
-    return rows
+    return Table(["", "Base model", "Data"], rows)
 
 
 def _what(results: Results) -> Section:
     lora, train = results.params["lora"], results.params["train"]
-    prepared = results.prepared
-    rows = _source_rows("Base model", results.model_source)
-    rows += _source_rows("Data", results.data_source)
-    rows += [
-        ["Training rows", number(prepared["splits"]["train"]["rows"])],
+    sources = {"Base model": results.model_source, "Data": results.data_source}
+    settings = [
         ["Method", _method(results)],
+        ["Training rows", number(results.prepared["splits"]["train"]["rows"])],
         ["Trainable parameters", number(results.train["trainable_params"])],
         ["Update scale (alpha / r)", number(lora["alpha"] / lora["r"])],
         ["Effective batch", number(train["batch_size"] * train["gradient_accumulation"])],
     ]
-    for prefix, name in held_out_sets(results).items():
-        key = f"{prefix}eval_set_sha256"
-        rows.append([f"SHA-256 of the {name}", Mono(results.eval[key])])
-    files = [
-        [Mono(f"{kind}/{name}"), Mono(digest)]
-        for kind, source in (("model", results.model_source), ("data", results.data_source))
+    hashes = [
+        [f"{kind}: {name}", Mono(digest)]
+        for kind, source in sources.items()
         for name, digest in sorted(source["files"].items())
+    ]
+    hashes += [
+        [f"Scored tokens: {name}", Mono(results.eval[f"{prefix}eval_set_sha256"])]
+        for prefix, name in held_out_sets(results).items()
     ]
     return Section(
         "What was trained on what",
         [
-            Table([], rows),
-            Paragraph("Files as they were fetched:"),
-            Table(["File", "SHA-256"], files),
+            _sources(results.model_source, results.data_source),
+            Table([], settings),
+            Table(["File as fetched, or set as scored", "SHA-256"], hashes),
         ],
     )
 
@@ -236,7 +238,7 @@ def _training(results: Results) -> Section:
     rows = [
         ["Steps", number(results.train["steps"])],
         ["Tokens", number(results.train["tokens"])],
-        ["Training loss at the end", number(results.train["train_loss"])],
+        ["Mean training loss", number(results.train["train_loss"])],
     ]
     return Section(
         "Training",
@@ -246,39 +248,67 @@ def _training(results: Results) -> Section:
 
 def _memory(results: Results) -> Section:
     plan, cost = results.plan, results.train_cost
-    rows = [[name, number(plan[key])] for key, name in charts.MEMORY_PARTS.items()]
-    rows.append(["predicted peak", number(plan["predicted_peak_vram_gb"])])
-    rows.append(["predicted need of the card", number(plan["predicted_device_gb"])])
+    head = ["GB (10^9 bytes)", "Predicted"]
+    rows = [[part, number(plan[f"{part}_gb"])] for part in MEMORY_PARTS]
+    rows.append(["peak of training", number(plan["predicted_peak_vram_gb"])])
+    rows.append(["needed on the card", number(plan["predicted_device_gb"])])
     if "peak_vram_gb" in cost:
-        rows.append(["measured peak", number(cost["peak_vram_gb"])])
-        rows.append(["measured peak, reserved", number(cost["peak_vram_reserved_gb"])])
-        text = "Training ran on a GPU: predicted parts beside what was measured."
+        head.append("Measured")
+        measured = {
+            "weights": results.eval_cost["weights_vram_gb"],
+            "peak of training": cost["peak_vram_gb"],
+            "needed on the card": cost["peak_vram_reserved_gb"],
+        }
+        rows = [[*row, number(measured.get(row[0], ""))] for row in rows]
+        text = (
+            f"Training ran on a GPU ({cost['device']}). Measured are the peak that torch allocated "
+            "and, in the last line, reserved; the CUDA context comes on top of the latter."
+        )
     else:
-        rows.append(["measured peak of RAM (not VRAM)", number(cost["peak_ram_gb"])])
-        text = "Training ran on the CPU: VRAM is a prediction, and only RAM was measured."
-    fitting = fitting_gpus(plan["predicted_device_gb"])
-    fits = [[f"{s} GB", "fits" if s in fitting else "does not fit"] for s in GPU_SIZES_GB]
+        text = (
+            "Training ran on the CPU, so VRAM is a prediction for a GPU and only RAM was measured: "
+            f"{number(cost['peak_ram_gb'])} GB at its peak."
+        )
+    fitting = fitting_cards(plan["predicted_device_gb"] * GB)
+    fits = ["This run", *("fits" if size in fitting else "does not fit" for size in CARDS_GB)]
+    methods = {"Full fine-tuning": "full_finetune_gb", "LoRA": "lora_gb", "QLoRA": "qlora_gb"}
     return Section(
         "Memory",
         [
             Paragraph(text),
-            charts.memory(plan, cost),
-            Table(["Part", "GB (10^9 bytes)"], rows),
-            Paragraph("Cards that hold the predicted need:"),
-            Table(["Card", "Fits"], fits),
+            charts.memory(memory_parts(plan, cost)),
+            Table(head, rows),
+            Table(["Card", *(f"{size} GB" for size in CARDS_GB)], [fits]),
+            Table(
+                ["The same rows by", "Predicted GB"],
+                [[name, number(plan[key])] for name, key in methods.items()],
+            ),
         ],
     )
 
 
 def _data(results: Results) -> Section:
-    rows = [[key.replace("_", " "), number(value)] for key, value in results.data.items()]
-    sample = results.prepared["sample"]
+    prepared = results.prepared
+    counts = [
+        [{"train": "training", "eval": "held-out rows", "group": "held-out groups"}[name]]
+        + [number(values[key]) for key in ("rows", "tokens", "learned_tokens")]
+        for name, values in prepared["splits"].items()
+    ]
+    contract = [[key.replace("_", " "), number(value)] for key, value in results.data.items()]
+    sample = prepared["sample"]
+    text = f"One training row ({sample['row']}) as the model sees it; what is learned is marked:"
     return Section(
         "Data",
         [
-            Table([], rows),
+            Paragraph(
+                f"Rows were read as {prepared['format']} and rendered with the template "
+                f"{prepared['template']}; loss is on: {prepared['loss_on']}."
+            ),
+            Table(["Set", "Rows", "Tokens", "Learned tokens"], counts),
             charts.lengths(results.lengths),
-            Paragraph(f"One training row ({sample['row']}) ; what is learned is marked:"),
+            Paragraph("The data contract:"),
+            Table([], contract),
+            Paragraph(text),
             Marked([tuple(piece) for piece in sample["pieces"]]),
         ],
     )
