@@ -32,18 +32,21 @@ from stages.shared.hub import (
 RAW = Path("data/raw")
 DATA = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.(gz|zst|bz2|xz))?$", re.IGNORECASE)
 ARCHIVE = re.compile(r"\.(zip|7z|rar|tar|tgz|tbz2|txz|tar\.\w+)$", re.IGNORECASE)
-# Metadata of the datasets library, and hidden files.
-ABOUT = re.compile(r"(^|/)(dataset_infos?\.json|dataset_dict\.json|state\.json|\..*)$")
-KEPT = re.compile(r"(^README\.md|(^|/)(licen[cs]e|notice)[^/]*)$", re.IGNORECASE)
+# Records of the datasets library and of this stage, and hidden files.
+METADATA = re.compile(r"(^|/)(dataset_infos?|dataset_dict|state|source)\.json$|(^|/)\.")
+ABOUT = re.compile(r"(^README\.md|(^|/)(licen[cs]e|notice)[^/]*)$", re.IGNORECASE)
 
 
 def data_files(files: dict[str, int], section: Dataset) -> list[str]:
     """The names of `files` that hold data. Raises StageError when there are none, or at an archive
     in a local data set; an archive on the Hub is left there."""
-    names = [name for name in files if DATA.search(name) and not ABOUT.search(name)]
+    names = [name for name in files if DATA.search(name) and not METADATA.search(name)]
     archives = [name for name in files if ARCHIVE.search(name)]
     if archives and (section.source == "local" or not names):
-        raise StageError(f"{section.id}: {archives[0]} is an archive; unpack it into data/source")
+        raise StageError(
+            f"{section.id}: {archives[0]} is an archive; unpack it into data/source "
+            "and set dataset.source: local"
+        )
     if not names and any(name.endswith(".py") for name in files):
         raise StageError(
             f"{section.id} is made by a script, and no code of a data set is run; on the Hub its "
@@ -91,7 +94,7 @@ def of_configuration(names: list[str], card: dict, section: Dataset) -> list[str
 
 def fetch(source: Repository | Folder, section: Dataset, out: Path) -> None:
     """Copy or download the data files, with README.md and licence."""
-    about = [name for name in source.files if KEPT.search(name)]
+    about = [name for name in source.files if ABOUT.search(name)]
     names = data_files(source.files, section)
     source.get(about, out)
     if section.source == "hub":

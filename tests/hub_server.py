@@ -1,0 +1,154 @@
+"""A small HTTP server that answers as the Hugging Face Hub does, for the calls the project makes.
+
+    GET /api/models/ID/revision/REVISION (also datasets): commit, files with sizes and hashes, card
+    GET /ID/resolve/COMMIT/FILE (also /datasets/ID/…): the bytes, from a Range if one is asked for
+
+It is used through HF_ENDPOINT, by the real huggingface_hub, in a process of its own.
+"""
+
+import hashlib
+import json
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass
+class Repo:
+    """`files` at `commit`, which `branch` points to. `gated`: nobody has access to the files."""
+
+    files: dict[str, bytes]
+    commit: str
+    branch: str = "main"
+    gated: bool = False
+    license: str | None = "apache-2.0"
+
+
+@dataclass
+class Request:
+    path: str
+    start: int
+    sent: int = 0
+
+
+@dataclass
+class Hub:
+    """`models["owner/name"]` and `datasets[…]` are what it serves; `requests` what it was asked.
+
+    `faults` are taken one by one by the requests for a file's bytes, in order: an int cuts the
+    connection after so many bytes of the answer, "stall" with a number in front ("9000 stall")
+    stops sending there and keeps the connection open, "503" answers so, "flip" damages a byte.
+    """
+
+    models: dict[str, Repo] = field(default_factory=dict)
+    datasets: dict[str, Repo] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    faulty: str = ".safetensors"
+
+    def __enter__(self):
+        hub = self
+
+        class Handler(_Handler):
+            pass
+
+        Handler.hub = hub
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+
+    def of(self, name: str) -> list[Request]:
+        return [request for request in self.requests if request.path.endswith(name)]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path).strip("/")
+        if path.startswith("api/"):
+            kind, _, rest = path.removeprefix("api/").partition("/")
+            id, _, revision = rest.partition("/revision/")
+            self._info(getattr(self.hub, kind).get(id), id, revision)
+        else:
+            is_data = path.startswith("datasets/")
+            id, _, rest = path.removeprefix("datasets/").partition("/resolve/")
+            commit, _, name = rest.partition("/")
+            repos = self.hub.datasets if is_data else self.hub.models
+            self._file(repos.get(id), commit, name)
+
+    do_HEAD = do_GET
+
+    def _info(self, repo: Repo | None, id: str, revision: str):
+        if repo is None:
+            # The Hub does not tell a stranger whether a repository is missing or private.
+            return self._error(401, "RepoNotFound")
+        if revision not in (repo.commit, repo.branch):
+            return self._error(404, "RevisionNotFound")
+        siblings = []
+        for name, content in repo.files.items():
+            git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            entry = {"rfilename": name, "size": len(content), "blobId": git}
+            if name.endswith((".safetensors", ".parquet", ".bin")):
+                sha256 = hashlib.sha256(content).hexdigest()
+                entry["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 134}
+            siblings.append(entry)
+        card = {"license": repo.license} if repo.license else {}
+        self._answer(
+            200,
+            json.dumps(
+                {"id": id, "sha": repo.commit, "siblings": siblings, "cardData": card, "tags": []}
+            ).encode(),
+        )
+
+    def _file(self, repo: Repo | None, commit: str, name: str):
+        if repo is None or commit != repo.commit or name not in repo.files:
+            return self._error(404, "EntryNotFound")
+        if repo.gated:
+            return self._error(403 if self.headers["Authorization"] else 401, "GatedRepo")
+        content, start = repo.files[name], 0
+        if wanted := self.headers["Range"]:
+            start = int(wanted.removeprefix("bytes=").partition("-")[0])
+        request = Request(self.path, start)
+        self.hub.requests.append(request)
+        take = self.hub.faults and name.endswith(self.hub.faulty)
+        fault = self.hub.faults.pop(0) if take else ""
+        if fault == "503":
+            return self._error(503, "Unavailable")
+        body = content[start:]
+        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit}
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        if fault == "flip":
+            body = bytes([body[0] ^ 1]) + body[1:]
+        stop = int(fault.split()[0]) if fault and fault != "flip" else len(body)
+        self._answer(206 if start else 200, body, headers, stop)
+        request.sent = stop
+        if stop < len(body):
+            if "stall" in fault:
+                time.sleep(60)
+            self.close_connection = True
+
+    def _error(self, status: int, code: str):
+        self._answer(status, b"{}", {"X-Error-Code": code})
+
+    def _answer(self, status: int, body: bytes, headers: dict | None = None, stop=None):
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[:stop])
+            self.wfile.flush()
