@@ -107,9 +107,9 @@ def write_export_inputs(folder: Path, text: str = "az vm list --resource-group g
     with (folder / "metrics/lengths.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["tokens", "rows"])
-        writer.writerows(
-            [[10 * i, n] for i, n in enumerate([0, 0, 0, 4, 22, 41, 52, 33, 25, 14, 9])]
-        )
+        counts = [0, 0, 0, 4, 22, 41, 52, 33, 25, 14, 7, 2, 0, 0, 0, 0, 0, 0, 0, 0]
+        ranges = [f"{8 * i + 1:03}-{8 * i + 8:03}" for i in range(20)]
+        writer.writerows(zip(ranges, counts, strict=True))
     samples = [
         {
             "row": f"examples.jsonl:{i}",

@@ -4,8 +4,6 @@ Colours are CSS variables of stages/shared/page.css, so that one drawing serves 
 print. Each chart brings its words (`alt`) and its numbers (a table) along.
 """
 
-from itertools import pairwise
-
 import vl_convert
 
 from stages.shared.page import Chart, Table
@@ -208,22 +206,21 @@ def memory(parts: list[dict]) -> Chart:
 
 
 def lengths(histogram: list[dict]) -> Chart:
-    """Training rows by length in tokens. `histogram`: the lines of metrics/lengths.csv as text."""
-    values = [{"tokens": int(line["tokens"]), "rows": int(line["rows"])} for line in histogram]
+    """Training rows by length; `histogram` is metrics/lengths.csv with ranges such as 001-008."""
+    values = []
+    for line in histogram:
+        low, high = map(int, line["tokens"].split("-"))
+        values.append({"low": low, "high": high, "end": high + 1, "rows": int(line["rows"])})
     most = max(values, key=lambda v: v["rows"])
     alt = (
-        f"Histogram of {sum(v['rows'] for v in values):,} rows from {values[0]['tokens']} to "
-        f"{values[-1]['tokens']} tokens; the most frequent length is {most['tokens']} tokens "
-        f"({most['rows']:,} rows)."
+        f"Histogram of {sum(v['rows'] for v in values):,} rows of up to {values[-1]['high']} "
+        f"tokens; most have {most['low']} to {most['high']} tokens ({most['rows']:,} rows)."
     )
-    step = min((b["tokens"] - a["tokens"] for a, b in pairwise(values)), default=1)
-    for value in values:
-        value["end"] = value["tokens"] + step
     spec = {
         "mark": {"type": "bar", "binSpacing": 1, "fill": "var(--a)"},
         "encoding": {
             "x": {
-                "field": "tokens",
+                "field": "low",
                 "type": "quantitative",
                 "bin": "binned",
                 "title": "tokens in the row",
@@ -233,5 +230,5 @@ def lengths(histogram: list[dict]) -> Chart:
             "y": {"field": "rows", "type": "quantitative", "title": "rows"},
         },
     }
-    rows = [[line["tokens"], line["rows"]] for line in histogram]
+    rows = [[f"{v['low']} to {v['high']}", str(v["rows"])] for v in values]
     return Chart("Rows by length", alt, svg(spec, values), Table(["Tokens", "Rows"], rows))
