@@ -66,7 +66,7 @@ class Hub:
         self._server.server_close()
 
     def of(self, name: str) -> list[Request]:
-        return [request for request in self.requests if request.path.endswith(name)]
+        return [request for request in self.requests if request.path.endswith(f"/{name}")]
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -51,7 +51,7 @@ def weight_files(folder: Path, files: dict[str, int], id: str) -> list[str]:
     for shard in sorted(shards):
         check_name(shard, f"{id}: {INDEX}")
         if shard not in files or not shard.endswith(".safetensors"):
-            raise StageError(f"{id}: {INDEX} names {shard}, which is not there")
+            raise StageError(f"{id}: {INDEX} names {shard}, which is not there as safetensors")
     if not shards:
         raise StageError(f"{id}: {INDEX} names no weights")
     return sorted(shards)
