@@ -1,0 +1,182 @@
+"""Parse, clean, split, render and tokenize the rows, and hold them to the data contract.
+
+    python -m stages.prepare
+
+Reads data/raw and models/tokenizer, and dataset and prepare from params.yaml. Writes
+data/prepared (stages/shared/rows.py says what lies there), metrics/data.json and
+metrics/lengths.csv.
+
+Every row is read and checked once, and kept on disk with a few hashes in memory. The hashes
+decide which rows are duplicates, held out or trained on; only the chosen ones are tokenized.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from stages.shared.params import Prepare, load_params
+from stages.shared.stage import StageError, begin, whole_folder, write_metrics, write_text
+
+if __name__ == "__main__":
+    begin("prepare")
+
+import numpy as np
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from stages.shared.contract import MOST_LEAKED, Drops, lengths_table, metrics_of, sample_of, show
+from stages.shared.encoding import Written, write_set
+from stages.shared.formats import Format, Unusable, recognize
+from stages.shared.readers import data_files, read_file
+from stages.shared.rendering import Renderer, settle
+from stages.shared.rows import PREPARED, held_out_sets, read_rows, set_sha256
+from stages.shared.splitting import (
+    Pools,
+    Store,
+    after_held_out,
+    asked_by,
+    distinct,
+    make_pools,
+    near_duplicates,
+)
+
+RAW = Path("data/raw")
+TOKENIZER = Path("models/tokenizer")
+METRICS = Path("metrics/data.json")
+LENGTHS = Path("metrics/lengths.csv")
+
+
+def scan(names: list[str], params: Prepare, store: Store) -> tuple[Format, Drops]:
+    """Read every row of the files `names` in data/raw into `store`."""
+    form, drops = None, Drops()
+    size = sum((RAW / name).stat().st_size for name in names)
+    print(f"prepare: reading {size / 1e6:.2f} MB in {len(names)} files: {', '.join(names[:5])}")
+    for name in names:
+        for line, row in tqdm(read_file(RAW / name), name, unit=" rows", disable=None):
+            where = f"{RAW / name}:{line}"
+            if form is None:
+                form = recognize(params.format, params.columns, row, where)
+                print(f"prepare: {describe(form, row, params)}")
+            drops.seen += 1
+            try:
+                store.add(name, line, form.example(row, where), group_of(row, params, where))
+            except Unusable as why:
+                drops.add(where, why)
+    drops.check()
+    store.finish()
+    return form, drops
+
+
+def group_of(row: dict, params: Prepare, where: str) -> str:
+    if params.group_by is None:
+        return ""
+    if params.group_by not in row:
+        raise StageError(
+            f"{where}: no column {params.group_by!r} (prepare.group_by); the columns are "
+            f"{', '.join(row)}: name one of them, or set prepare.group_by: null"
+        )
+    if row[params.group_by] in (None, ""):
+        raise Unusable("empty", f"{params.group_by!r} is empty: name the row's group")
+    return str(row[params.group_by])
+
+
+def describe(form: Format, row: dict, params: Prepare) -> str:
+    """The format and the columns it takes, in words."""
+    used = [f"{own} as {name}" if own != name else own for name, own in form.columns.items()]
+    ignored = [c for c in row if c not in (*form.columns.values(), params.group_by)]
+    shape = f" in the {form.shape.name} shape" if form.shape else ""
+    rest = f"; not used: {', '.join(ignored)}" if ignored else ""
+    return f"format {form.name}{shape}, columns {', '.join(used)}{rest}"
+
+
+def remove_duplicates(store: Store, params: Prepare) -> tuple[np.ndarray, np.ndarray, dict]:
+    """(rows to split or train on, rows of the evaluation file, counts of what was removed)."""
+    held = store.in_file(params.eval_file)
+    rows, given = distinct(store, np.flatnonzero(~held)), distinct(store, np.flatnonzero(held))
+    counts = {"duplicate_examples": len(store) - len(rows) - len(given)}
+    near = rows[:0]
+    if params.near_duplicates:
+        # The given rows come first: of two that are nearly one, the one to train on goes.
+        both = np.concatenate([given, rows])
+        near = near_duplicates(store, tqdm(both, "near duplicates", unit=" rows", disable=None))
+    counts["near_duplicate_examples"] = len(near)
+    rows, given = np.setdiff1d(rows, near), np.setdiff1d(given, near)
+    if len(shared := asked_by(store, rows, given)) > MOST_LEAKED:
+        raise StageError(
+            f"{RAW / store.where(shared[0])}: asks what a row of {params.eval_file} asks, as do "
+            f"{len(shared) - 1} others; delete them from one of the two"
+        )
+    return rows, given, counts
+
+
+def write_sets(
+    store: Store, pools: Pools, renderer: Renderer, params: Prepare, out: Path
+) -> tuple[dict[str, Written], Drops]:
+    """Write group.arrow, eval.arrow and train.arrow, each the first usable rows of its pool."""
+    sets: dict[str, Written] = {}
+    drops = Drops()
+
+    def drop(row: int, why: Unusable) -> None:
+        if why.reason == "too_long" and params.too_long == "error":
+            raise StageError(f"{RAW / store.where(row)}: {why.message}")
+        drops.add(f"{RAW / store.where(row)}", why)
+
+    def write(name: str, pool: np.ndarray, limit: int | None) -> None:
+        sets[name] = write_set(out / f"{name}.arrow", store, renderer, pool, limit, drop)
+        drops.seen += sets[name].candidates
+        drops.check()
+        if not len(sets[name].rows):
+            raise StageError(f"no row is left for the {name} set; bring more rows")
+
+    if params.group_by:
+        write("group", pools.group, params.eval_rows)
+    write("eval", pools.eval, params.eval_rows)
+    seen = 0 if params.eval_file else sets["eval"].candidates
+    write("train", after_held_out(store, pools.train, seen), params.train_rows)
+    return sets, drops
+
+
+def write_about(out: Path, tokenizer, form: Format, params: Prepare, sets: dict) -> dict:
+    """Write the tokenizer, source.json and prepared.json; returns the last."""
+    tokenizer.save_pretrained(out / "tokenizer")
+    shutil.copyfile(RAW / "source.json", out / "source.json")
+    about = {
+        "format": form.name,
+        "template": params.template,
+        "loss_on": params.loss_on,
+        "max_length": params.max_length,
+        "splits": {
+            name: {"rows": len(w.rows), "tokens": int(w.lengths.sum()), "learned_tokens": w.learned}
+            for name, w in sets.items()
+        },
+    }
+    for prefix, file in held_out_sets(out).items():
+        about[f"{prefix}eval_set_sha256"] = set_sha256(read_rows(file))
+    about["sample"] = sample_of(out / "train.arrow", tokenizer)
+    text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+    (out / "prepared.json").write_text(text, encoding="utf-8")
+    return about
+
+
+def main() -> None:
+    params = load_params()
+    with whole_folder(PREPARED) as out:
+        store = Store(out)
+        names = data_files(RAW, params.dataset, params.prepare.eval_file)
+        form, unreadable = scan(names, params.prepare, store)
+        tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+        print(f"prepare: {settle(tokenizer, params.prepare, form, store.example(0))}")
+        rows, given, counts = remove_duplicates(store, params.prepare)
+        pools = make_pools(store, rows, given, params.prepare)
+        sets, unused = write_sets(
+            store, pools, Renderer(tokenizer, params.prepare), params.prepare, out
+        )
+        about = write_about(out, tokenizer, form, params.prepare, sets)
+    metrics = metrics_of(store, sets, counts, [unreadable, unused], params.prepare.max_length)
+    write_text(LENGTHS, lengths_table(sets["train"].lengths, params.prepare.max_length))
+    write_metrics(METRICS, metrics)
+    show(about["sample"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The data contract: what became of every row, counted, and refused when too much is lost."""
+
+import math
+import os
+import sys
+from collections import Counter
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+
+from stages.shared.encoding import Written
+from stages.shared.formats import REASONS, Unusable
+from stages.shared.rows import IGNORED
+from stages.shared.splitting import Store, asked_by
+from stages.shared.stage import StageError
+
+# More dropped rows than this and the data, or the parameters, are not what they seem.
+MOST_DROPPED = 0.5
+# Training rows that ask what a held-out row asks.
+MOST_LEAKED = 0
+# Rows of one reason that are shown in full.
+_SHOWN = 3
+
+
+class Drops:
+    """Rows that are left out of `seen` ones: the first of each reason is printed, all counted."""
+
+    def __init__(self):
+        self.seen = 0
+        self.counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def add(self, where: str, why: Unusable) -> None:
+        self.counts[why.reason] += 1
+        line = f"{where}: {why.message}"
+        self._first.setdefault(why.reason, line)
+        if self.counts[why.reason] <= _SHOWN:
+            print(f"prepare: dropped {line}")
+
+    def check(self) -> None:
+        """Raise StageError if too many were dropped."""
+        dropped = self.counts.total()
+        if dropped > MOST_DROPPED * self.seen:
+            (reason, count), *_ = self.counts.most_common(1)
+            raise StageError(
+                f"{dropped} of {self.seen} rows dropped, more than {MOST_DROPPED:.0%}; {count} are "
+                f"{reason}, the first {self._first[reason]}"
+            )
+
+
+def packed_bins(lengths: np.ndarray, size: int) -> int:
+    """Sequences of `size` tokens that hold rows of these lengths, best fit decreasing.
+
+    The algorithm that trl packs with, by counts of equal lengths and so in O(size^2) at most.
+    """
+    rows = np.bincount(lengths, minlength=size + 1)
+    # room[n]: sequences with n tokens left.
+    room, bins = np.zeros(size + 1, int), 0
+    for length in range(size, 0, -1):
+        left = int(rows[length])
+        while left and len(fitting := np.flatnonzero(room[length:])):
+            space = length + int(fitting[0])
+            count = min(left, int(room[space]))
+            room[space] -= count
+            room[space - length] += count
+            left -= count
+        full, rest = divmod(left, size // length)
+        room[size - size // length * length] += full
+        room[size - rest * length] += rest > 0
+        bins += full + (rest > 0)
+    return bins
+
+
+def metrics_of(
+    store: Store, sets: dict[str, Written], counts: dict[str, int], drops: list[Drops], size: int
+) -> dict:
+    """metrics/data.json. Rows of the store that are in no set and not dropped are unused.
+
+    counts: duplicates of both kinds; size: prepare.max_length.
+    """
+    dropped = sum((each.counts for each in drops), Counter())
+    sources = {name: np.unique(written.rows[:, 0]) for name, written in sets.items()}
+    used = sum(map(len, sources.values()))
+    held_out = np.concatenate([sources[name] for name in sets if name != "train"])
+    rows_in = drops[0].seen
+    metrics = {"rows_in": rows_in}
+    for name in ("train", "eval", "group"):
+        metrics[f"{name}_examples"] = len(sets[name].rows) if name in sets else 0
+    metrics |= counts
+    metrics["leaked_examples"] = len(asked_by(store, sources["train"], held_out))
+    metrics["dropped_examples"] = dropped.total()
+    metrics |= {f"dropped_{reason}_examples": dropped[reason] for reason in REASONS}
+    metrics["unused_examples"] = rows_in - used - sum(counts.values()) - dropped.total()
+    metrics["split_examples"] = sum(len(w.rows) for w in sets.values()) - used
+    metrics["truncated_examples"] = sum(int(w.rows[:, 4].sum()) for w in sets.values())
+    for name in ("train", "eval", "group"):
+        metrics[f"{name}_tokens"] = int(sets[name].lengths.sum()) if name in sets else 0
+    train = sets["train"]
+    tokens = metrics["train_tokens"]
+    metrics["train_learned_tokens"] = train.learned
+    metrics["learned_token_share_percent"] = 100 * train.learned / tokens
+    for share in (50, 90, 99):
+        value = np.percentile(train.lengths, share, method="inverted_cdf")
+        metrics[f"length_p{share}"] = int(value)
+    metrics["length_max"] = int(train.lengths.max())
+    metrics["packing_efficiency_percent"] = 100 * tokens / (packed_bins(train.lengths, size) * size)
+    return metrics
+
+
+def lengths_table(lengths: np.ndarray, size: int) -> str:
+    """CSV of how many rows have how many tokens, in at most 20 steps up to `size`."""
+    step = math.ceil(size / 20)
+    counts = np.bincount((lengths - 1) // step, minlength=math.ceil(size / step))
+    width = len(str(size))
+    lines = [
+        f"{i * step + 1:0{width}}-{min((i + 1) * step, size):0{width}},{count}"
+        for i, count in enumerate(counts)
+    ]
+    return "\n".join(["tokens,rows", *lines]) + "\n"
+
+
+def sample_of(path: Path, tokenizer) -> dict:
+    """The first row of a set: `row`, and `pieces` as [text, whether it is learned]."""
+    with pa.OSFile(str(path)) as source, pa.ipc.open_stream(source) as stream:
+        row = stream.read_next_batch().slice(0, 1).to_pylist()[0]
+    pairs = zip(row["input_ids"], row["labels"], strict=True)
+    runs = groupby(pairs, key=lambda pair: pair[1] != IGNORED)
+    pieces = [[tokenizer.decode([token for token, _ in run]), learned] for learned, run in runs]
+    return {"row": row["row"], "pieces": pieces}
+
+
+def show(sample: dict) -> None:
+    """Print the sample with what is learned in green, or in [[ ]] where no colour is wanted."""
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    before, after = ("\033[32m", "\033[0m") if coloured else ("[[", "]]")
+    text = "".join(f"{before}{t}{after}" if learned else t for t, learned in sample["pieces"])
+    print(f"prepare: the row {sample['row']}, with what is learned marked:\n{text}")

@@ -1,0 +1,206 @@
+"""Which row goes where, decided from hashes alone, so that a million rows fit in 50 MB.
+
+Rows are ordered by a hash of their prompt. The first go to the held-out set, the last to
+training, and half as many as are held out stand between them, in no set: rows added later push
+others back, and a row that was held out must not be trained on then. It cannot be before the
+data has grown by half.
+"""
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from stages.shared.formats import Example
+from stages.shared.params import Prepare
+from stages.shared.stage import StageError
+
+MARGIN = 1.5
+_SPARE = 1.25
+_GROUP_SHARE = 0.1
+# Held-out rows, with what stands between, are at most this share of all.
+_MOST_HELD_OUT = 0.5
+# Estimated Jaccard similarity of the sets of three-word runs, above which rows count as one.
+NEAR_DUPLICATE = 0.8
+_PERMUTATIONS = 128
+
+
+def prompt_and_rest(example: Example) -> tuple[str, str]:
+    """What a row is split by, the first thing asked, and the rest of it."""
+    if isinstance(example, str):
+        return example, ""
+    if isinstance(example, dict):
+        start = example["answers"][0][0] if example["answers"] else len(example["text"])
+        return example["text"][:start], example["text"][start:]
+    first = next((i for i, m in enumerate(example) if m["role"] == "user"), 0)
+    rest = [m if m.keys() - {"role", "content"} else m["content"] for m in example]
+    return rest.pop(first), json.dumps(rest)
+
+
+def normal(text: str) -> str:
+    """The text without case and runs of white space."""
+    return " ".join(text.casefold().split())
+
+
+def hash64(text: str) -> int:
+    """64 bits of BLAKE2b: a million rows collide with a chance of 3e-8."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+class Store:
+    """Examples on disk, in a file without a name that a killed stage leaves nothing of, and 40
+    bytes of each in memory: the columns below, uint64 [N] and uint32 [N]."""
+
+    def __init__(self, folder: Path):
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._ends = array("Q", [0])
+        self._columns = {name: array("Q") for name in ("prompts", "wholes", "groups")}
+        self._columns |= {"files": array("I"), "lines": array("I")}
+        self.paths: list[str] = []
+
+    def add(self, path: str, line: int, example: Example, group: str) -> None:
+        prompt, rest = prompt_and_rest(example)
+        key = hash64(normal(prompt))
+        if not self.paths or self.paths[-1] != path:
+            self.paths.append(path)
+        self._ends.append(self._ends[-1] + self._file.write(json.dumps(example).encode()))
+        values = (key, hash64(f"{key} {normal(rest)}"), hash64(group), len(self.paths) - 1, line)
+        for column, value in zip(self._columns.values(), values, strict=True):
+            column.append(value)
+
+    def finish(self) -> None:
+        self._file.flush()
+        for name, column in self._columns.items():
+            setattr(self, name, np.asarray(column))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def example(self, row: int) -> Example:
+        """Safe in forked workers: reads at an offset and moves no common file position."""
+        start, end = self._ends[row], self._ends[row + 1]
+        return json.loads(os.pread(self._file.fileno(), end - start, start))
+
+    def in_file(self, name: str | None) -> np.ndarray:
+        """bool [N]: which rows come from the file `name`."""
+        return np.isin(self.files, [i for i, path in enumerate(self.paths) if path == name])
+
+    def where(self, row: int) -> str:
+        return f"{self.paths[self.files[row]]}:{self.lines[row]}"
+
+
+def hash_order(store: Store, rows: np.ndarray) -> np.ndarray:
+    """`rows` sorted by the hash of the prompt, then of the whole row."""
+    return rows[np.lexsort((store.wholes[rows], store.prompts[rows]))]
+
+
+def distinct(store: Store, rows: np.ndarray) -> np.ndarray:
+    """`rows` without those whose normalized text came before."""
+    _, first = np.unique(store.wholes[rows], return_index=True)
+    return rows[np.sort(first)]
+
+
+def near_duplicates(store: Store, rows: Iterable[int]) -> np.ndarray:
+    """Those of `rows` that are nearly as one before: MinHash over runs of three words."""
+    # Imported here since it is slow and seldom wanted.
+    from datasketch import MinHash, MinHashLSH
+
+    index, near = MinHashLSH(threshold=NEAR_DUPLICATE, num_perm=_PERMUTATIONS), []
+    for row in rows:
+        words = normal(" ".join(prompt_and_rest(store.example(row)))).split()
+        runs = {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
+        sketch = MinHash(num_perm=_PERMUTATIONS, seed=1)
+        sketch.update_batch([run.encode() for run in runs])
+        if index.query(sketch):
+            near.append(row)
+        else:
+            index.insert(row, sketch, check_duplication=False)
+    return np.array(near, int)
+
+
+@dataclass(frozen=True)
+class Pools:
+    """Numbers of rows in hash order, from which each set takes the first usable ones."""
+
+    train: np.ndarray
+    eval: np.ndarray
+    group: np.ndarray
+
+
+def make_pools(store: Store, rows: np.ndarray, given: np.ndarray, params: Prepare) -> Pools:
+    """The pools of `rows`; `given` are the rows of the evaluation file, or none.
+
+    Without such a file the pools `train` and `eval` begin alike: see after_held_out. Raises
+    StageError if no group can be held out.
+    """
+    group = rows[:0]
+    if params.group_by:
+        scored, spare = held_out_groups(store, rows, params.eval_rows)
+        group = rows[np.isin(store.groups[rows], scored)]
+        rows = rows[~np.isin(store.groups[rows], np.concatenate([scored, spare]))]
+        group = np.setdiff1d(group, asked_by(store, group, rows))
+    train = hash_order(store, rows)
+    most = int(_MOST_HELD_OUT * len(train) / MARGIN)
+    held_out = hash_order(store, given) if params.eval_file else train[:most]
+    return Pools(train, held_out, in_turn(store, hash_order(store, group)))
+
+
+def after_held_out(store: Store, order: np.ndarray, held_out: int) -> np.ndarray:
+    """The rows of `order` to train on when its first `held_out` are the held-out set."""
+    start = math.ceil(MARGIN * held_out)
+    # Rows that ask the same thing stay on one side.
+    while 0 < start < len(order) and (
+        store.prompts[order[start]] == store.prompts[order[start - 1]]
+    ):
+        start += 1
+    return order[start:]
+
+
+def in_turn(store: Store, rows: np.ndarray) -> np.ndarray:
+    """One row of each group after the other, so that no large group fills the set."""
+    by_group = np.argsort(store.groups[rows], kind="stable")
+    _, first, sizes = np.unique(store.groups[rows][by_group], return_index=True, return_counts=True)
+    turn = np.empty(len(rows), int)
+    turn[by_group] = np.arange(len(rows)) - np.repeat(first, sizes)
+    return rows[np.argsort(turn, kind="stable")]
+
+
+def held_out_groups(store: Store, rows: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    """(groups to score, groups in no set): whole groups, in the order of their hashes.
+
+    To score are a tenth of the groups, and as many as hold a quarter more than `wanted` rows,
+    since some may prove too long; the others are half as many again, for the reason that stands
+    above. A group that would bring both above half of all rows stays in training.
+    """
+    groups, sizes = np.unique(store.groups[rows], return_counts=True)
+    scored, spare, total, enough = [], [], 0, _SPARE * wanted
+    for group, size in zip(groups, sizes, strict=True):
+        if total + size > _MOST_HELD_OUT * len(rows):
+            continue
+        if total < enough or len(scored) < _GROUP_SHARE * len(groups):
+            scored.append(group)
+            enough = max(enough, total + size)
+        elif total < MARGIN * enough:
+            spare.append(group)
+        else:
+            break
+        total += size
+    if not scored:
+        raise StageError(
+            f"prepare.group_by: {len(groups)} groups, and none is small enough to be held out; "
+            "name another column, or set it to null"
+        )
+    return np.array(scored, np.uint64), np.array(spare, np.uint64)
+
+
+def asked_by(store: Store, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Those of `rows` that ask what one of `others` asks."""
+    return rows[np.isin(store.prompts[rows], store.prompts[others])]
