@@ -305,7 +305,7 @@ def gguf_bytes(path, architecture: str = "llama") -> dict[str, np.ndarray]:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     # GGUF asks for a merge, and a merge for its token.
-    writer.add_token_list([*tokenizer["model"]["vocab"]][:-1] + ["ab"])
+    writer.add_token_list([*list(tokenizer["model"]["vocab"])[:-1], "ab"])
     writer.add_token_types([3] * 4 + [1] * 256)
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(1)

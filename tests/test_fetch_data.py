@@ -1,0 +1,306 @@
+"""fetch_data: what it takes from each source, what it refuses, and that its bytes are stable."""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import pytest
+from hub_server import Hub, Repo
+from test_hub import NO_SOCKETS, environment
+from tiny import ROOT, make_workspace
+
+from stages import fetch_data
+from stages.shared.azure_cli import azure_examples
+from stages.shared.hub import Folder
+from stages.shared.params import Dataset
+from stages.shared.stage import StageError, check_sums
+
+COMMIT = "d" * 40
+ROW = b'{"text": "a"}\n'
+
+
+def make(folder, *names: str, content: bytes = ROW):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def section_of():
+    """A function that makes the params section `dataset`."""
+
+    def of(source: str = "local", id: str = "data/source", **others) -> Dataset:
+        keys = {"source": source, "id": id, "revision": None, "config": None, "split": None}
+        return Dataset(**(keys | others))
+
+    return of
+
+
+@pytest.mark.parametrize("id", ["data/source/rows.jsonl", "data/source"])
+def test_a_local_source_is_copied(tmp_path, monkeypatch, id):
+    workspace = make_workspace(tmp_path / "work", dataset={"id": id})
+    monkeypatch.chdir(workspace)
+    make(workspace / "data/source", "b/more.csv.gz", "b/.hidden.json", "notes.png")
+    fetch_data.main()
+    raw = workspace / "data/raw"
+    names = {"rows.jsonl"} if id.endswith("jsonl") else {"rows.jsonl", "b/more.csv.gz", "README.md"}
+    found = {p.relative_to(raw).as_posix() for p in raw.rglob("*") if p.is_file()}
+    assert found == names | {"source.json", "SHA256SUMS"}
+    for name in names:
+        assert (raw / name).read_bytes() == (workspace / "data/source" / name).read_bytes()
+    check_sums(raw, "fetch_data")
+    record = json.loads((raw / "source.json").read_text())
+    sums = {n: hashlib.sha256((raw / n).read_bytes()).hexdigest() for n in sorted(names)}
+    assert record == {
+        "source": "local",
+        "id": id,
+        "revision": None,
+        "commit": None,
+        "license": None,
+        "files": sums,
+    }
+    assert not (workspace / "data/source/rows.jsonl").stat().st_nlink > 1
+
+
+REFUSED = [
+    (["a.zip"], "data/source: a.zip is an archive; unpack it into data/source and set"),
+    (["rows.jsonl", "x/a.tar.gz"], "data/source: x/a.tar.gz is an archive"),
+    (["a.TGZ"], "data/source: a.TGZ is an archive"),
+    (["a.pkl"], "data/source has no data files (jsonl, ndjson, json, csv, tsv or parquet"),
+    ([".hidden.jsonl"], "data/source has no data files"),
+    (["dataset_infos.json", "b/source.json"], "data/source has no data files"),
+    (["rows.py"], "data/source is made by a script, and no code of a data set is run"),
+]
+
+
+@pytest.mark.parametrize(("names", "message"), REFUSED)
+def test_a_local_source_is_refused_in_one_line(tmp_path, section_of, names, message):
+    with pytest.raises(StageError) as error:
+        fetch_data.data_files(Folder(make(tmp_path, *names)).files, section_of())
+    assert str(error.value).startswith(message)
+
+
+def test_an_archive_on_the_hub_is_left_there(tmp_path, section_of):
+    files = Folder(make(tmp_path, "rows.jsonl", "images.zip")).files
+    hub = section_of("hub", "owner/data", revision="main")
+    assert fetch_data.data_files(files, hub) == ["rows.jsonl"]
+
+
+def test_a_source_that_does_not_exist(tmp_path, monkeypatch):
+    workspace = make_workspace(tmp_path / "work", dataset={"id": "data/source/none.jsonl"})
+    monkeypatch.chdir(workspace)
+    with pytest.raises(StageError, match=r"^dataset\.id: data/source/none\.jsonl does not exist$"):
+        fetch_data.main()
+
+
+def test_a_link_out_of_the_source(tmp_path, monkeypatch):
+    workspace = make_workspace(tmp_path / "work", dataset={"id": "data/source"})
+    monkeypatch.chdir(workspace)
+    (workspace / "data/source/x.jsonl").symlink_to("/etc/passwd")
+    with pytest.raises(StageError, match=r"x\.jsonl is a link to /etc/passwd, outside"):
+        fetch_data.main()
+    assert not (workspace / "data/raw").exists()
+
+
+NAMES = ["train.jsonl", "en/train-0.parquet", "en/test-0.parquet", "de/deep/train.csv", "a[1].json"]
+EN = {"config_name": "en", "data_files": [{"split": "train", "path": "en/train-*"}]}
+DE = {"config_name": "de", "data_dir": "de"}
+CONFIGURATIONS = [
+    (None, None, NAMES),
+    ([EN], None, NAMES[1:2]),
+    ([EN, DE | {"default": True}], None, NAMES[3:4]),
+    ([EN, DE], "en", NAMES[1:2]),
+    ([{"config_name": "default", "data_files": "*.jsonl"}, DE], None, NAMES[:1]),
+    ([{"config_name": "x", "data_files": ["./train.jsonl", "de/**/*.csv"]}], "x", NAMES[:4:3]),
+    ([{"config_name": "x", "data_files": "**/train*"}], "x", [*NAMES[:2], NAMES[3]]),
+    (
+        [
+            {
+                "config_name": "x",
+                "data_files": [
+                    {"split": "train", "path": ["train.jsonl", "en/train-0.parquet"]},
+                    {"split": "test", "path": "en/test-*"},
+                ],
+            }
+        ],
+        "x",
+        NAMES[:3],
+    ),
+    ([EN, DE], "fr", "dataset.config: data has no configuration fr; its README.md lists: en, de"),
+    ([EN, DE], None, "dataset.config: data has no configuration default; its README.md lists: en,"),
+    (None, "en", "dataset.config: data has no configuration en; its README.md lists: none"),
+    (
+        [{"config_name": "x", "data_files": "nothing/*"}],
+        "x",
+        "data: no file matches configuration x (nothing/*)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("configs", "config", "expected"), CONFIGURATIONS)
+def test_the_configuration_chooses_the_files(section_of, configs, config, expected):
+    card = {"configs": configs} if configs else {}
+    hub = section_of("hub", "data", revision="main", config=config)
+    if isinstance(expected, list):
+        assert fetch_data.of_configuration(NAMES, card, hub) == expected
+    else:
+        with pytest.raises(StageError) as error:
+            fetch_data.of_configuration(NAMES, card, hub)
+        assert str(error.value).startswith(expected)
+
+
+def test_the_stage_downloads_a_configuration_from_the_hub(tmp_path):
+    readme = (
+        b"---\nlicense: mit\nconfigs:\n- config_name: en\n  data_files: data/en-*\n---\n# Rows\n"
+    )
+    files = {
+        "README.md": readme,
+        "LICENSE": b"MIT",
+        "data/en-0.jsonl": ROW,
+        "data/de-0.jsonl": ROW,
+        "load.py": b"raise SystemExit('ran')",
+        ".dvcignore": b"*",
+    }
+    dataset = {"source": "hub", "id": "owner/rows", "revision": COMMIT, "config": "en"}
+    workspace = make_workspace(tmp_path / "work", dataset=dataset)
+    with Hub(datasets={"owner/rows": Repo(files, COMMIT, license="mit")}) as hub:
+        run = subprocess.run(
+            [sys.executable, "-m", "stages.fetch_data"],
+            cwd=workspace,
+            env=environment(hub.url, PYTHONPATH=""),
+            capture_output=True,
+            text=True,
+        )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.splitlines()[-1] == "fetch_data: owner/rows: 1 files, 0.00 MB"
+    raw = workspace / "data/raw"
+    names = ["LICENSE", "README.md", "data/en-0.jsonl"]
+    found = {p.relative_to(raw).as_posix() for p in raw.rglob("*") if p.is_file()}
+    assert found == {*names, "source.json", "SHA256SUMS"}
+    assert all((raw / name).read_bytes() == files[name] for name in names)
+    record = json.loads((raw / "source.json").read_text())
+    assert (record["commit"], record["license"]) == (COMMIT, "mit")
+
+
+HELP = '''
+raise SystemExit("imported")
+helps["vm"] = """
+type: group
+"""
+helps["vm create"] = """
+examples:
+  - name: Create a VM. (autogenerated)
+    text: |
+        az vm create -n a \\\\
+            --image b
+  - name: Create it again.
+    text: az vm create -n a
+        --image c
+  - name: CreateVm
+    text: az vm create -n one-word
+  - name: Not a command
+    text: my_name=a
+  - name: Broken off
+    text: az vm create -n a \\\\
+  - name: Two commands
+    text: |
+        az vm create -n a
+        az vm show -n a
+  - name: Another command
+    text: az vm delete -n a
+  - name: Add a tag.
+    text: az vm create --tags a
+  - name: Add a tag.
+    text: az vm create --tags b
+"""
+helps["made by code"] = "examples: [{name: Never read, text: az made}]".format(1)
+'''
+SHOW = '''
+@register_command("net nic ip-config show")
+class Show(AAZCommand):
+    """Show a NIC.
+
+    :example: Show an IP configuration.
+        az net nic ip-config show -n a
+        --query "x"
+
+    :example: Add a tag.
+        az net nic ip-config show
+    """
+
+    def method(self):
+        not python, and never parsed
+'''
+
+
+def test_the_examples_of_azure_cli(tmp_path):
+    make(tmp_path, "vm/_help.py", content=HELP.encode())
+    make(tmp_path, "net/aaz/latest/net/nic/ip_config/_show.py", content=SHOW.encode())
+    make(tmp_path, "net/aaz/hybrid/net/nic/_list.py", content=b"not python")
+    assert azure_examples(tmp_path) == [
+        {
+            "prompt": "Show an IP configuration.",
+            "completion": 'az net nic ip-config show -n a --query "x"',
+            "group": "net",
+        },
+        {
+            "prompt": "Add a tag. (net nic ip-config)",
+            "completion": "az net nic ip-config show",
+            "group": "net",
+        },
+        {
+            "prompt": "Create a VM.",
+            "completion": "az vm create -n a --image b",
+            "group": "vm",
+        },
+        {
+            "prompt": "Create it again.",
+            "completion": "az vm create -n a --image c",
+            "group": "vm",
+        },
+        {"prompt": "Add a tag. (vm)", "completion": "az vm create --tags a", "group": "vm"},
+    ]
+
+
+def test_the_default_is_stable_and_opens_no_socket(tmp_path):
+    """The real package: the same bytes in every process, and nothing of it is imported."""
+    workspace = make_workspace(
+        tmp_path / "work", dataset={"source": "pypi", "id": "azure-cli", "revision": "2.91.0"}
+    )
+    guard = NO_SOCKETS + (
+        "def no_import(event, args):\n"
+        "    if event == 'import' and args[0].partition('.')[0] == 'azure':\n"
+        "        raise RuntimeError('azure was imported')\n"
+        "sys.addaudithook(no_import)\n"
+    )
+    (tmp_path / "sitecustomize.py").write_text(guard)
+    (workspace / "requirements-default.lock").write_bytes(
+        (ROOT / "requirements-default.lock").read_bytes()
+    )
+    run = subprocess.run(
+        [sys.executable, "-m", "stages.fetch_data"],
+        cwd=workspace,
+        env=environment("http://127.0.0.1:9", PYTHONPATH=str(tmp_path), PYTHONHASHSEED="7"),
+        capture_output=True,
+        text=True,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout == "fetch_data: 6937 examples of 93 services\n"
+    content = (workspace / "data/raw/examples.jsonl").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == (
+        "6178a3e2595d117118d307983ccbbd49e8bb4315e5ead2f3323d34ecfac78736"
+    )
+    rows = [json.loads(line) for line in content.splitlines()]
+    assert len({row["prompt"] for row in rows}) == len(rows)
+    assert all(row["completion"].startswith(f"az {row['group']}") for row in rows)
+    assert not any("\n" in row["prompt"] + row["completion"] for row in rows)
+    record = json.loads((workspace / "data/raw/source.json").read_text())
+    assert (record["license"], record["revision"]) == ("MIT", "2.91.0")
+    assert sorted(record["files"]) == ["LICENSE", "examples.jsonl"]
+
+
+def test_another_package_is_refused(section_of, tmp_path):
+    with pytest.raises(StageError, match="only azure-cli is known as a package, not pip"):
+        fetch_data.extract(section_of("pypi", "pip", revision="1"), tmp_path)
