@@ -204,9 +204,10 @@ def _quality(results: Results) -> Section:
     table = Table(["Set and model", "Perplexity", "95 % interval", "Bits per byte", "Tokens"], rows)
     text = (
         "Perplexity is exp(mean negative log likelihood) of the learned tokens; the base and the "
-        "tuned model score the same tokens. The interval is a bootstrap over rows. Held-out groups "
-        "are whole groups that training never saw."
+        "tuned model score the same tokens. The interval is a bootstrap over rows."
     )
+    if "group_" in held_out_sets(results):
+        text += " Held-out groups are whole groups of rows that training never saw."
     chart = charts.perplexity(results.eval, held_out_sets(results))
     return Section("Perplexity before and after", [Paragraph(text), chart, table])
 

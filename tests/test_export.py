@@ -1,0 +1,327 @@
+"""Export: the page says and draws what the files hold, and nothing in the data can break it."""
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from export_inputs import EVAL, GPU_COST, HOSTILE, METRICS, PLAN, write_export_inputs, write_json
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+from report_page import Page, axis, figures, line_points, marks
+from tiny import ROOT
+
+from stages import export
+from stages.shared import page, report
+from stages.shared.charts import WIDTH
+from stages.shared.stage import write_sums
+
+SHOWN_HOSTILE = HOSTILE.replace("\u202e", "\ufffd").replace("\ud800", "\ufffd")
+SHOWN_HOSTILE = SHOWN_HOSTILE.replace("\x1b", "\ufffd")
+
+
+def make_inputs(folder, text="az vm list --resource-group g"):
+    (folder / "metrics").mkdir(parents=True)
+    for name in ("params.yaml", "dvc.yaml"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "stages").symlink_to(ROOT / "stages")
+    write_export_inputs(folder, text)
+    write_sums(folder / "models/merged")
+    return folder
+
+
+def run_export(folder):
+    command = [sys.executable, "-m", "stages.export"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The stage run once over texts that try to break the page."""
+    folder = make_inputs(tmp_path_factory.mktemp("export") / "ws", HOSTILE)
+    done = run_export(folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return folder
+
+
+@pytest.fixture(scope="module")
+def html(exported):
+    return (exported / "metrics/report.html").read_text(encoding="utf-8")
+
+
+def results(folder, monkeypatch, **changes):
+    """What export reads in `folder`, with whole metrics files replaced."""
+    monkeypatch.chdir(folder)
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    read = export.read_results(params, export.MERGED)
+    return report.Results(**(vars(read) | changes))
+
+
+def test_summary_has_keys_of_its_own(exported):
+    summary = json.loads((exported / "metrics/summary.json").read_text())
+    assert summary == {
+        "perplexity_before": 72.9813,
+        "perplexity_after": 12.7104,
+        "group_perplexity_before": 85.24,
+        "group_perplexity_after": 14.62,
+        "merge_change_percent": 0.0134,
+        "train_minutes": 3.05333,
+        "ram_gb": 2.31,
+        "predicted_vram_gb": 1.799,
+        "fits_gpus": "8 GB, 12 GB, 16 GB, 24 GB, 40 GB, 48 GB, 80 GB",
+    }
+    for values in METRICS.values():
+        assert not summary.keys() & values.keys()
+
+
+def test_summary_on_a_gpu_compares_prediction_and_measurement(exported, monkeypatch):
+    found = report.summary(results(exported, monkeypatch, train_cost=GPU_COST))
+    assert "ram_gb" not in found
+    assert found["vram_gb"] == 1.84
+    assert found["vram_prediction_error_percent"] == pytest.approx(100 * (1.799 - 1.84) / 1.84)
+
+
+@pytest.mark.parametrize(
+    ("needed", "expected"),
+    [(20.1, "24 GB, 40 GB, 48 GB, 80 GB"), (80.0, "80 GB"), (80.5, "none")],
+)
+def test_summary_names_the_cards_that_fit(exported, monkeypatch, needed, expected):
+    plan = PLAN | {"predicted_device_gb": needed}
+    assert report.summary(results(exported, monkeypatch, plan=plan))["fits_gpus"] == expected
+
+
+def test_one_held_out_set_is_enough(exported, monkeypatch):
+    rows_only = {k: v for k, v in EVAL.items() if not k.startswith("group_")}
+    found = results(exported, monkeypatch, eval=rows_only)
+    assert not [key for key in report.summary(found) if key.startswith("group_")]
+    html = page.to_html("t", report.sections(found))
+    assert "Perplexity on held-out rows" in html
+    assert "Perplexity on held-out groups" not in html
+
+
+def test_release_links_the_merged_files(exported):
+    merged, release = exported / "models/merged", exported / "models/release"
+    for name in ("config.json", "model.safetensors"):
+        assert (release / name).stat().st_ino == (merged / name).stat().st_ino
+    names = {path.name for path in release.iterdir()}
+    assert names == {"config.json", "model.safetensors", "README.md", "SHA256SUMS"}
+    check = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
+    for folder in (merged, release):
+        subprocess.run(check, cwd=folder, check=True)
+    assert "README.md" not in (merged / "SHA256SUMS").read_text()
+
+
+def test_release_copies_where_the_cache_is_on_another_file_system(tmp_path):
+    other = tmp_path.parent / f"{tmp_path.name}-other"
+    other = type(other)("/dev/shm") / other.name
+    other.mkdir()
+    try:
+        (other / "model.safetensors").write_bytes(b"weights")
+        assert other.stat().st_dev != tmp_path.stat().st_dev
+        source, target = tmp_path / "merged", tmp_path / "release"
+        source.mkdir(), target.mkdir()
+        (source / "model.safetensors").symlink_to(other / "model.safetensors")
+        assert export.link_files(source, target) == 1
+        copy = target / "model.safetensors"
+        assert copy.read_bytes() == b"weights"
+        assert not copy.is_symlink()
+    finally:
+        shutil.rmtree(other)
+
+
+def test_a_damaged_merged_model_is_not_released(tmp_path):
+    folder = make_inputs(tmp_path / "ws")
+    (folder / "models/merged/model.safetensors").write_bytes(b"damaged")
+    done = run_export(folder)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "export: models/merged/model.safetensors is damaged (its SHA-256 differs); "
+        "repair it with: dvc repro --force --single-item merge\n"
+    )
+    assert not (folder / "models/release").exists()
+    assert not (folder / "metrics/report.html").exists()
+
+
+def test_two_exports_are_equal(exported):
+    files = ["metrics/report.html", "metrics/report.md", "models/release/README.md"]
+    before = [(exported / name).read_bytes() for name in files]
+    assert run_export(exported).returncode == 0
+    assert [(exported / name).read_bytes() for name in files] == before
+
+
+def test_page_needs_nothing_else_and_runs_nothing(html):
+    tags = Page(html).tags
+    assert not {tag for tag, _ in tags} & {"script", "iframe", "object", "embed", "img", "base"}
+    for tag, attributes in tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), f"{tag} {name}"
+            if name in ("src", "href", "xlink:href", "action"):
+                assert value.startswith(("#", "data:")), f"{tag} {name}={value}"
+    style = re.search(r"<style>(.*?)</style>", html, re.DOTALL)[1]
+    assert "url(" not in style
+    assert "@import" not in style
+    policy = next(a for t, a in tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy["content"].startswith("default-src 'none'")
+
+
+def test_ids_are_unique_and_links_lead_somewhere(html):
+    tags = Page(html).tags
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    links = [a["href"][1:] for t, a in tags if t == "a"]
+    assert len(links) == 11
+    assert set(links) <= set(ids)
+
+
+def test_what_models_wrote_is_shown_as_it_is(html):
+    texts = Page(html).texts
+    assert texts.count(SHOWN_HOSTILE) == 4
+    assert texts[-1] == f"user: list VMs\n{SHOWN_HOSTILE}"
+    assert "\u202e" not in html
+
+
+def test_the_learned_part_is_marked(html):
+    marked = re.search(r"<pre dir=\"auto\">user: list VMs\n<mark>(.*?)</mark></pre>", html)
+    assert marked[1].startswith("&lt;script&gt;")
+
+
+@pytest.mark.parametrize("name", ["metrics/report.md", "models/release/README.md"])
+def test_markdown_holds_no_markup_of_others(exported, name):
+    text = (exported / name).read_text(encoding="utf-8")
+    tokens = MarkdownIt("commonmark").enable("table").parse(text.split("\n---\n")[-1])
+    inline = [child for token in tokens for child in token.children or []]
+    assert not [t for t in [*tokens, *inline] if t.type.startswith(("html", "link", "image"))]
+    fences = [token.content for token in tokens if token.type == "fence"]
+    assert fences.count(SHOWN_HOSTILE + "\n") == 5
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a | b", "<b>", "*x* _y_ `z`", "[l](u)", "![i](u)", "# h", "1 < 2 & 3", "a\\|b", "$x$ ~~y~~"],
+)
+def test_markdown_cells_show_their_text(text):
+    table = page.Table(["head"], [[text], [page.Mono(text)]])
+    tokens = (
+        MarkdownIt("commonmark")
+        .enable(["table", "strikethrough"])
+        .parse(page.to_markdown("t", [page.Section("s", [table])]))
+    )
+    cells = [t for t in tokens if t.type == "inline" and t.level == 4][1:]
+    shown = ["".join(child.content for child in cell.children) for cell in cells]
+    assert shown == [text, text]
+
+
+@pytest.mark.parametrize("name", ["Loss", "Learning rate"])
+def test_lines_run_through_the_values(exported, html, name):
+    with (exported / "metrics/curve.csv").open() as file:
+        curve = list(csv.DictReader(file))
+    columns = {"Loss": ["loss", "eval_loss"], "Learning rate": ["learning_rate"]}[name]
+    svg, _ = figures(html)[name]
+    lines = marks(svg, "line")
+    assert len(lines) == len(columns)
+    for column, line in zip(columns, lines, strict=True):
+        expected = [(int(row["step"]), float(row[column])) for row in curve if row[column]]
+        drawn = line_points(svg, line)
+        assert len(drawn) == len(expected)
+        low, high = axis(svg, "Y")
+        for (x, y), (step, value) in zip(drawn, expected, strict=True):
+            assert x == pytest.approx(step, abs=0.01)
+            assert y == pytest.approx(value, abs=(high - low) / 1000)
+
+
+def test_dots_stand_at_the_perplexities(html):
+    svg, rows = figures(html)["Perplexity with 95 % intervals"]
+    low, high = map(math.log, axis(svg, "X"))
+    drawn = []
+    for dot in marks(svg, "symbol"):
+        x = float(re.match(r"translate\(([-\d.]+)", dot.get("transform"))[1])
+        drawn.append(math.exp(low + x / WIDTH * (high - low)))
+    assert drawn == pytest.approx([72.9813, 12.7104, 85.24, 14.62], rel=1e-3)
+    assert rows[1] == ["held-out rows", "tuned", "12.71", "11.02", "14.9"]
+
+
+def test_bars_are_as_long_as_the_memory_parts(exported, monkeypatch):
+    found = results(
+        exported,
+        monkeypatch,
+        train_cost=GPU_COST,
+        eval_cost=METRICS["eval_cost"] | {"weights_vram_gb": 0.118},
+    )
+    html = page.to_html("t", report.sections(found))
+    svg, rows = figures(html)["VRAM by part"]
+    low, high = axis(svg, "X")
+    widths = [float(re.search(r"h([\d.]+)v", bar.get("d"))[1]) for bar in marks(svg, "rect")]
+    drawn = [width / WIDTH * (high - low) for width in widths]
+    parts = [PLAN[f"{part}_gb"] for part in report.MEMORY_PARTS]
+    assert drawn == pytest.approx([*parts, 1.84, 0.19], abs=high / 1000)
+    assert [row[0] for row in rows] == ["predicted"] * 6 + ["measured"] * 2
+    assert "<td class=number>0.118</td>" in html
+
+
+def test_bars_are_as_high_as_the_length_counts(exported, html):
+    with (exported / "metrics/lengths.csv").open() as file:
+        counts = [int(line["rows"]) for line in csv.DictReader(file)]
+    svg, rows = figures(html)["Rows by length"]
+    low, high = axis(svg, "Y")
+    heights = [float(re.search(r"v([\d.]+)h", bar.get("d"))[1]) for bar in marks(svg, "rect")]
+    drawn = [height / 190 * (high - low) for height in heights]
+    assert drawn == pytest.approx(counts, abs=0.05)
+    assert [int(row[1]) for row in rows] == counts
+
+
+def test_every_chart_has_words_and_numbers(html):
+    charts = re.findall(r'<figure>.*?role="img" aria-label="([^"]*)".*?</figure>', html, re.DOTALL)
+    assert len(charts) == 5
+    assert all(len(words) > 40 for words in charts)
+    assert all(rows for _, rows in figures(html).values())
+
+
+def test_long_curves_keep_every_point_and_a_short_table(exported, monkeypatch):
+    line = {"eval_loss": "", "learning_rate": "0.001"}
+    curve = [line | {"step": str(i), "loss": f"{3 - i / 5000:.5f}"} for i in range(1, 5001)]
+    html = page.to_html("t", report.sections(results(exported, monkeypatch, curve=curve)))
+    svg, rows = figures(html)["Loss"]
+    assert len(line_points(svg, marks(svg, "line")[0])) == 5000
+    assert len(rows) == 200
+    assert rows[1][0] == "26"
+
+
+def test_every_parameter_is_listed(exported, html):
+    params = yaml.safe_load((exported / "params.yaml").read_text())
+    for section, values in params.items():
+        for key in values if isinstance(values, dict) else [None]:
+            assert f"<code>{section}.{key}</code>" in html or f"<code>{section}</code>" in html
+
+
+def test_card_metadata(exported):
+    card = ModelCard.load(exported / "models/release/README.md").data
+    assert card.license == "apache-2.0"
+    assert card.tags == ["qlora", "lora", "dvc"]
+    # A PyPI name is no id of the Hub.
+    assert card.base_model is None
+    values = {result.dataset_split: result.metric_value for result in card.eval_results}
+    assert values == {"held-out rows": 12.7104, "held-out groups": 14.62}
+
+
+def test_card_names_a_base_and_data_of_the_hub(tmp_path):
+    folder = make_inputs(tmp_path / "ws")
+    source = {"source": "hub", "revision": "main", "commit": "f" * 40, "license": None}
+    model = source | {"id": "mistralai/Mistral-7B-v0.1", "files": {}}
+    data = source | {"id": "mlabonne/guanaco-llama2-1k", "files": {}}
+    write_json(folder / "models/tokenizer/source.json", model)
+    write_json(folder / "data/prepared/source.json", data)
+    assert run_export(folder).returncode == 0
+    text = (folder / "models/release/README.md").read_text()
+    card = ModelCard(text).data
+    assert card.base_model == "mistralai/Mistral-7B-v0.1"
+    assert card.datasets == ["mlabonne/guanaco-llama2-1k"]
+    assert card.license is None
+    assert "f" * 40 in text
+    assert os.path.getsize(folder / "metrics/report.html") < 500_000
