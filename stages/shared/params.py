@@ -1,45 +1,73 @@
 """The schema of params.yaml: it accepts or refuses, and never changes a value.
 
 No field has a default and nothing is derived, so no stage's result depends on this file and
-none lists it in dvc.yaml.
+none lists it in dvc.yaml. The YAML is read as DVC reads it (YAML 1.2: 1e-05 is a number, 010 is
+ten), so that a stage computes with what dvc.lock records.
 """
 
 import difflib
 import re
+import reprlib
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 PARAMS = Path("params.yaml")
 
 
-def _number(value: Any) -> Any:
-    # Pydantic would take true for 1.
-    if isinstance(value, bool):
-        raise ValueError("must be a number")
-    return value
-
-
-def _text(value: Any) -> Any:
+def _characters(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("must be text; put it in quotes")
-    if value != value.strip() or not value or "\0" in value:
-        raise ValueError("must be text without surrounding spaces")
+    if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("must be text that a file can hold")
     return value
 
 
-Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
-Share = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
-NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0)]
-Positive = Annotated[float, BeforeValidator(_number), Field(gt=0)]
+def _text(value: Any) -> str:
+    value = _characters(value)
+    if value != value.strip() or not value:
+        raise ValueError("must not be empty or have spaces around it")
+    return value
+
+
+def _template(value: Any) -> str:
+    value = _characters(value)
+    file = value.startswith("templates/") and value.endswith(".jinja") and ".." not in value
+    if value != "chat" and not file and value.count("{prompt}") != 1:
+        raise ValueError("must be chat, a file templates/….jinja, or text with {prompt} in it once")
+    return value
+
+
+def _target_modules(value: Any) -> str | list[str]:
+    if value != "all-linear" and not (isinstance(value, list) and value):
+        raise ValueError("must be all-linear or a list of module names")
+    return value if value == "all-linear" else [_text(name) for name in value]
+
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
 Text = Annotated[str, BeforeValidator(_text)]
+Template = Annotated[str, BeforeValidator(_template)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def conflicts(self) -> list[str]:
+        """What is wrong between the values of this section, each as `key: what to do`."""
+        return []
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self):
+        if found := self.conflicts():
+            raise ValueError("\n".join(found))
+        return self
 
 
 class Model(Section):
@@ -47,27 +75,28 @@ class Model(Section):
     id: Text
     revision: Text | None
 
-    @model_validator(mode="after")
-    def _revision_fits_source(self):
+    def conflicts(self) -> list[str]:
         if self.source == "local" and self.revision is not None:
-            raise ValueError("revision: must be null for a local folder")
+            return ["revision: must be null for a local folder"]
         if self.source != "local" and self.revision is None:
-            raise ValueError("revision: must name a commit (hub) or a version (pypi)")
-        return self
+            return ["revision: must name a commit (hub) or a version (pypi)"]
+        return []
 
 
 class Dataset(Model):
     config: Text | None
     split: Text | None
 
-    @model_validator(mode="after")
-    def _fits_source(self):
-        if self.source != "hub" and (self.config or self.split):
-            raise ValueError("config and split: must be null unless source is hub")
-        inside = Path(self.id).parts[:2] == ("data", "source") and ".." not in Path(self.id).parts
-        if self.source == "local" and not inside:
-            raise ValueError("id: a local data set must lie in data/source, which DVC watches")
-        return self
+    def conflicts(self) -> list[str]:
+        found = super().conflicts()
+        if self.source != "hub":
+            for key in ("config", "split"):
+                if getattr(self, key) is not None:
+                    found.append(f"{key}: must be null unless source is hub")
+        parts = Path(self.id).parts
+        if self.source == "local" and (parts[:2] != ("data", "source") or ".." in parts):
+            found.append("id: a local data set must lie in data/source, which DVC watches")
+        return found
 
 
 class Prepare(Section):
@@ -75,9 +104,9 @@ class Prepare(Section):
         "auto", "text", "prompt_completion", "alpaca", "messages", "sharegpt", "rendered"
     ]
     columns: dict[Text, Text] | None
-    template: Text
+    template: Template
     loss_on: Literal["completion", "assistant", "all"]
-    max_length: Annotated[int, BeforeValidator(_number), Field(ge=8)]
+    max_length: Annotated[int, Field(ge=8)]
     too_long: Literal["drop", "truncate", "split", "error"]
     train_rows: Count | None
     eval_rows: Count
@@ -96,17 +125,17 @@ class Quantize(Section):
 
 
 class Lora(Section):
-    r: Annotated[int, BeforeValidator(_number), Field(ge=1, le=4096)]
+    r: Annotated[int, Field(ge=1, le=4096)]
     alpha: Positive
     dropout: Share
-    target_modules: Literal["all-linear"] | Annotated[list[Text], Field(min_length=1)]
+    target_modules: Annotated[str | list[str], BeforeValidator(_target_modules)]
 
 
 class Train(Section):
     epochs: Positive
     batch_size: Count
     gradient_accumulation: Count
-    learning_rate: Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)]
+    learning_rate: Annotated[float, Field(gt=0, le=1)]
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"]
     warmup_ratio: Share
     weight_decay: NotNegative
@@ -117,15 +146,14 @@ class Train(Section):
     attention: Literal["auto", "sdpa", "eager", "varlen", "flash_attention_2"]
     report_to: Literal["none", "tensorboard"]
 
-    @model_validator(mode="after")
-    def _constant_has_no_warmup(self):
+    def conflicts(self) -> list[str]:
         if self.schedule == "constant" and self.warmup_ratio > 0:
-            raise ValueError("warmup_ratio: must be 0, or schedule constant_with_warmup")
-        return self
+            return ["warmup_ratio: must be 0, or schedule constant_with_warmup"]
+        return []
 
 
 class Evaluate(Section):
-    samples: Annotated[int, BeforeValidator(_number), Field(ge=0)]
+    samples: Annotated[int, Field(ge=0)]
 
 
 class Merge(Section):
@@ -139,7 +167,7 @@ class Verify(Section):
 
 
 class Params(Section):
-    seed: Annotated[int, BeforeValidator(_number), Field(ge=0, lt=2**32)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     model: Model
     dataset: Dataset
     prepare: Prepare
@@ -152,20 +180,6 @@ class Params(Section):
     verify: Verify
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys in silence; this one refuses the second."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value} stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def known_keys(section: type[Section] = Params, prefix: str = "") -> list[str]:
     """Every key of the schema in dotted form, such as `lora.r`."""
     keys = []
@@ -176,69 +190,92 @@ def known_keys(section: type[Section] = Params, prefix: str = "") -> list[str]:
     return keys
 
 
-def _message(error: dict) -> str:
-    """One pydantic error as `key: what is wrong (got value)`."""
-    kind, context, got = error["type"], error.get("ctx", {}), error["input"]
-    # Pydantic names the union member it tried after the field: keep the field's own path.
-    path = [str(part) for part in error["loc"]]
-    while len(path) > 1 and ".".join(path) not in known_keys() and kind != "extra_forbidden":
-        path.pop()
-    key = ".".join(path)
+_RULES = {
+    "missing": "missing",
+    "greater_than_equal": "must be {ge} or more",
+    "greater_than": "must be more than {gt}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be {le} or less",
+    "literal_error": "must be {expected}",
+    "value_error": "{error}",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "string_unicode": "must be text that a file can hold",
+    "bool_type": "must be true or false",
+    "model_type": "must be a section with keys",
+    "dict_type": "must be a mapping of column names",
+}
+
+
+def _shown(value: Any) -> str:
+    """`value` on one line of at most 60 characters; aliases in YAML can make it endless."""
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = 60
+    text = brief.repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _near(word: str, words: dict[str, str], likeness: float) -> str:
+    """The entry of `words` whose key is likest to `word`, as a question."""
+    close = difflib.get_close_matches(word, words, 1, likeness)
+    return f"; did you mean {words[close[0]]}?" if close else ""
+
+
+def _near_key(key: str) -> str:
+    """The likeliest key: of the same section, or of that name in another one."""
+    section, _, name = key.rpartition(".")
+    split = [(k, *k.rpartition(".")[::2]) for k in known_keys()]
+    siblings = {last: full for full, parent, last in split if parent == section}
+    elsewhere = {last: full for full, parent, last in split if parent}
+    return _near(name, siblings, 0.6) or _near(name, elsewhere, 0.8)
+
+
+def _messages(error: dict) -> list[str]:
+    """One pydantic error as lines `key: what is wrong (got value)`."""
+    kind, got = error["type"], error["input"]
+    # 0.0 reads better as 0.
+    context = {
+        k: int(v) if isinstance(v, float) and v.is_integer() else v
+        for k, v in error.get("ctx", {}).items()
+    }
+    parts = [str(part) for part in error["loc"] if part != "[key]"]
+    key = ".".join(p if p.isprintable() and len(p) <= 60 else _shown(p) for p in parts)
+    if kind in ("extra_forbidden", "invalid_key"):
+        return [f"{key}: unknown key{_near_key(key)}"]
+    if kind == "value_error" and key in Params.model_fields and key != "seed":
+        return [f"{key}.{line}" for line in str(context["error"]).split("\n")]
+    rule = _RULES[kind].format(**context)
     if kind == "missing":
-        return f"{key}: missing"
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(key, known_keys(), 1, 0.5) or difflib.get_close_matches(
-            path[-1], [k.rsplit(".")[-1] for k in known_keys()], 1, 0.5
-        )
-        return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
-    if kind == "value_error" and isinstance(got, dict):
-        return f"{key}.{context['error']}"
-    rule = {
-        "greater_than_equal": "must be {ge} or more",
-        "greater_than": "must be more than {gt}",
-        "less_than": "must be less than {lt}",
-        "less_than_equal": "must be {le} or less",
-        "literal_error": "must be {expected}",
-        "value_error": "{error}",
-        "int_parsing": "must be a whole number",
-        "int_type": "must be a whole number",
-        "int_from_float": "must be a whole number",
-        "float_parsing": "must be a number",
-        "float_type": "must be a number",
-        "finite_number": "must be a finite number",
-        "bool_parsing": "must be true or false",
-        "bool_type": "must be true or false",
-        "too_short": "must have at least {min_length} entry",
-        "model_type": "must be a section with keys",
-        "dict_type": "must be a mapping of column names",
-        "list_type": "must be a list",
-    }.get(kind, re.sub("^Input should be", "must be", error["msg"]))
-    shown = repr(got) if len(repr(got)) <= 60 else repr(got)[:57] + "..."
+        return [f"{key}: {rule}"]
     near = ""
     if kind == "literal_error" and isinstance(got, str):
         options = re.findall(r"'([^']+)'", context["expected"])
-        close = difflib.get_close_matches(got, options, 1, 0.5)
-        near = f"; did you mean {close[0]}?" if close else ""
-    return f"{key}: {rule.format(**context)} (got {shown}){near}"
+        near = _near(got, dict(zip(options, options, strict=True)), 0.6)
+    return [f"{key}: {rule} (got {_shown(got)}){near}"]
+
+
+def _read(text: str) -> Any:
+    return YAML(typ="safe", pure=True).load(text)
 
 
 def faults(text: str) -> list[str]:
     """What is wrong with a params.yaml of this text, one line each; empty when nothing is."""
     try:
-        raw = yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
+        raw = _read(text)
+    except MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        return [f"{where}not valid YAML: {error.problem}"]
-    except yaml.YAMLError as error:
+        return [f"{where}not valid YAML: {error.problem.splitlines()[0]}"]
+    except (YAMLError, ValueError) as error:
         return [f"not valid YAML: {str(error).splitlines()[0]}"]
+    except RecursionError:
+        return ["not valid YAML: nested too deeply"]
     if not isinstance(raw, dict):
         return ["must be a mapping of sections"]
     try:
         Params.model_validate(raw)
     except ValidationError as error:
-        # A union reports one error for each member; the first line of a key says enough.
-        lines = {line.split(":")[0]: line for line in map(_message, reversed(error.errors()))}
-        return list(reversed(lines.values()))
+        return [line for fault in error.errors() for line in _messages(fault)]
     return []
 
 
@@ -246,10 +283,12 @@ def load_params(path: Path = PARAMS) -> Params:
     """Read and check the whole file; print every fault in a line of its own and exit with 1."""
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        sys.exit(f"{path}: not found; run from the project's folder")
     except UnicodeDecodeError as error:
         sys.exit(f"{path}: not UTF-8 text (byte {error.start})")
+    except FileNotFoundError:
+        sys.exit(f"{path}: not found; run from the project's folder")
+    except OSError as error:
+        sys.exit(f"{path}: {error.strerror}")
     if found := faults(text):
         sys.exit("\n".join(f"{path}: {line}" for line in found))
-    return Params.model_validate(yaml.load(text, _Loader))
+    return Params.model_validate(_read(text))
