@@ -4,13 +4,17 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.ipc
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from stages.shared.rows import SCHEMA
 from stages.shared.stage import write_sums
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import ROOT, make_model, make_tokenizer
 
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True,
@@ -54,7 +58,9 @@ def make_adapter(base: Path, folder: Path, seed: int = 1, scale: float = 0.05, *
     write_sums(folder)
 
 
-def in_memory(models: Path, kind: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def in_memory(
+    models: Path, kind: str, dtype: torch.dtype, adapter: str = "adapter"
+) -> dict[str, torch.Tensor]:
     """The tensors that PEFT's own merge in memory gives."""
     if kind == "original":
         model = AutoModelForCausalLM.from_pretrained(models / "base", dtype=dtype)
@@ -63,7 +69,7 @@ def in_memory(models: Path, kind: str, dtype: torch.dtype) -> dict[str, torch.Te
         if getattr(model.config, "quantization_config", None):
             model = model.dequantize(dtype=dtype)
         model = model.to(dtype)
-    merged = PeftModel.from_pretrained(model, models / "adapter").merge_and_unload(safe_merge=False)
+    merged = PeftModel.from_pretrained(model, models / adapter).merge_and_unload(safe_merge=False)
     return merged.state_dict()
 
 
@@ -83,3 +89,30 @@ def edit_tensors(file: Path, change) -> None:
 
 def edit_json(file: Path, **changes) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def make_prepared(root: Path, rows: int = 12) -> None:
+    """data/prepared/eval.arrow and group.arrow with rows of random text of several lengths."""
+    torch.manual_seed(2)
+    (root / "data/prepared").mkdir(parents=True)
+    for name in ("eval", "group"):
+        content = []
+        for i in range(rows):
+            ids = torch.randint(4, 260, (6 + 3 * i,)).tolist()
+            labels = [-100] * 4 + ids[4:]
+            content.append({"row": f"rows.jsonl:{i}", "input_ids": ids, "labels": labels})
+            content[-1] |= {"prompt_tokens": 4, "scored_bytes": len(ids) - 4}
+        table = pa.Table.from_pylist(content, SCHEMA)
+        path = str(root / f"data/prepared/{name}.arrow")
+        with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, SCHEMA) as stream:
+            stream.write_table(table)
+
+
+def run(stage, root: Path, monkeypatch, **sections) -> None:
+    """main() of a stage in `root`, with these values over params.yaml."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for section, values in sections.items():
+        params[section] |= values
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    monkeypatch.chdir(root)
+    stage.main()

@@ -1,28 +1,25 @@
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from transformers import AutoModelForCausalLM
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stages import merge as stage
+from stages import merge
+from stages.shared import weights
+from stages.shared.stage import SUMS, StageError, check_sums, write_sums
 from stages.shared.weights import Weights
-from tests.merging import in_memory, make_sources, tensors
-from tests.tiny import ROOT
+from tests.merging import edit_json, edit_tensors, in_memory, make_sources, run, tensors
+from tests.tiny import CHATML, ROOT
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def run(root: Path, monkeypatch, **merge) -> Path:
-    """The stage's main() in `root` with these merge params; gives models/merged."""
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["merge"] |= merge
-    (root / "params.yaml").write_text(yaml.safe_dump(params))
-    monkeypatch.chdir(root)
-    stage.main()
-    return root / "models/merged"
-
-
 SOURCES = {
     "llama": {"arch": "llama"},
     "sharded": {"arch": "llama", "max_shard_size": "60KB", "tie_word_embeddings": False},
@@ -31,17 +28,21 @@ SOURCES = {
         "arch": "qwen2",
         "lora": {
             "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 6},
-            "alpha_pattern": {"q_proj": 5},
+            "alpha_pattern": {"q_proj": 5, "^model.layers.0.self_attn.v_proj": 1},
         },
     },
     "gemma": {"arch": "gemma", "lora": {"target_modules": ["q_proj", "v_proj"]}},
     "sixteen": {"arch": "llama", "nf4": False},
 }
+ADAPTER = "adapter_model.safetensors"
+Q = "model.layers.0.self_attn.q_proj"
+A = f"base_model.model.{Q}.lora_A.weight"
+B = f"base_model.model.{Q}.lora_B.weight"
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """One folder for each of SOURCES, made when first asked for."""
+    """One folder for each of SOURCES, made when first asked for. Not to be changed."""
     made = {}
 
     def get(name: str) -> Path:
@@ -52,19 +53,282 @@ def sources(tmp_path_factory):
     return get
 
 
+@pytest.fixture
+def llama(sources, tmp_path):
+    """A copy of the llama's folder, to be changed."""
+    shutil.copytree(sources("llama") / "models", tmp_path / "models")
+    shutil.rmtree(tmp_path / "models/merged", ignore_errors=True)
+    return tmp_path
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["dequantized", "original"])
 @pytest.mark.parametrize("name", SOURCES)
 def test_equals_pefts_merge_in_memory(name, kind, dtype, sources, monkeypatch):
-    root = sources(name)
-    merged = run(root, monkeypatch, base=kind, dtype=dtype)
-    expected = in_memory(root / "models", kind, DTYPES[dtype])
-    found = tensors(merged)
-    base = Weights(root / "models/base")
+    # Small enough that every Linear of the tiny models comes in several blocks.
+    monkeypatch.setattr(weights, "BLOCK_VALUES", 2000)
+    monkeypatch.setattr(weights, "MIN_ROWS", 16)
+    models = sources(name) / "models"
+    run(merge, sources(name), monkeypatch, merge={"base": kind, "dtype": dtype})
+    expected, found = in_memory(models, kind, DTYPES[dtype]), tensors(models / "merged")
+    base = Weights(models / "base")
     assert sorted(found) == base.names
     for key, tensor in found.items():
         assert tensor.dtype == DTYPES[dtype], key
         assert torch.equal(tensor, expected[key]), key
-    assert Weights(merged).index == base.index
-    _, info = AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
-    assert not any(info.values()), info
+    merged = Weights(models / "merged")
+    assert merged.index == base.index
+    assert len(set(merged.files.values())) == (4 if name == "sharded" else 1)
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        models / "merged", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert loaded.dtype == DTYPES[dtype]
+
+
+def test_large_products_in_blocks_equal_the_whole():
+    torch.manual_seed(0)
+    for rows, columns, rank in ((4096, 4096, 64), (14336, 1024, 16), (5000, 333, 8)):
+        b, a = torch.randn(rows, rank), torch.randn(rank, columns)
+        whole = b @ a
+        shape, device = (rows, columns), torch.device("cpu")
+        for block in weights.row_blocks((rows * 64, columns), device)[:1]:
+            assert (block.stop - block.start) * columns <= weights.BLOCK_VALUES
+        assert all(torch.equal(b[s] @ a, whole[s]) for s in weights.row_blocks(shape, device))
+
+
+def test_shard_is_what_safetensors_writes(tmp_path):
+    content = {
+        "b": torch.randn(3, 5).half(),
+        "a": torch.randn(7).half(),
+        "c": torch.ones(()).half(),
+    }
+    shapes = {name: tuple(content[name].shape) for name in sorted(content)}
+    weights.write_shard(
+        tmp_path / "ours", shapes, torch.float16, [content[name] for name in sorted(content)]
+    )
+    save_file(content, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_folder_serves_alone(llama, monkeypatch, capsys):
+    edit_json(llama / "models/base/generation_config.json", eos_token_id=0, top_p=0.9)
+    run(merge, llama, monkeypatch)
+    merged = llama / "models/merged"
+    config = json.loads((merged / "config.json").read_text())
+    assert config["dtype"] == "float16"
+    assert "quantization_config" not in config
+    # The base ends with token 0, the tuned model with the tokenizer's <|im_end|>.
+    generation = json.loads((merged / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [0, 2]
+    assert generation["top_p"] == 0.9
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    assert tokenizer.chat_template == CHATML
+    assert (merged / "LICENSE").read_text() == "Free for all.\n"
+    record = json.loads((merged / "merge.json").read_text())
+    assert (record["base"], record["dtype"]) == ("dequantized", "float16")
+    assert (record["tensors"], record["updated_tensors"], record["overflowed"]) == (20, 14, 0)
+    check_sums(merged, "merge")
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=2).shape[1] > 2
+    assert "GB to models/merged" in capsys.readouterr().out
+
+
+def test_second_merge_gives_the_same_bytes(llama, monkeypatch):
+    run(merge, llama, monkeypatch)
+    first = (llama / "models/merged" / SUMS).read_text()
+    run(merge, llama, monkeypatch)
+    assert (llama / "models/merged" / SUMS).read_text() == first
+
+
+def test_adapter_from_elsewhere(llama, monkeypatch, capsys):
+    """As plain PEFT saves it: in bfloat16, no sums, no tokenizer."""
+    adapter = llama / "models/adapter"
+    for file in adapter.iterdir():
+        if not file.name.startswith("adapter_"):
+            file.unlink()
+    edit_tensors(adapter / ADAPTER, lambda t: t.update({k: v.bfloat16() for k, v in t.items()}))
+    shutil.copy(ROOT / "tests/tiny.py", adapter / "training_args.bin")
+    make_tokenizer_of(llama / "models/base")
+    run(merge, llama, monkeypatch)
+    expected, found = (
+        in_memory(llama / "models", "dequantized", torch.float16),
+        tensors(llama / "models/merged"),
+    )
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    assert not (llama / "models/merged/training_args.bin").exists()
+    said = capsys.readouterr().out
+    assert "models/adapter has no SHA256SUMS: an adapter from elsewhere" in said
+    assert "models/adapter brings no tokenizer, so the base's is used" in said
+
+
+def make_tokenizer_of(folder: Path) -> None:
+    from tests.tiny import make_tokenizer
+
+    make_tokenizer(folder)
+    write_sums(folder)
+
+
+@pytest.mark.parametrize("base", ["base", "quantized"])
+def test_adapter_loads_with_peft(base, sources):
+    models = sources("llama") / "models"
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(models / base), models / "adapter"
+    )
+    assert sum("lora_A" in name for name, _ in model.named_parameters()) == 14
+
+
+def config(**changes):
+    return lambda adapter: edit_json(adapter / "adapter_config.json", **changes)
+
+
+def factors(change):
+    return lambda adapter: edit_tensors(adapter / ADAPTER, change)
+
+
+def nan(t):
+    t[B][3, 1] = float("nan")
+
+
+def other_base(t):
+    t[A] = torch.zeros(4, 96)
+
+
+def rename(t):
+    t[A.replace("q_proj", "qq_proj")] = t.pop(A)
+    t[B.replace("q_proj", "qq_proj")] = t.pop(B)
+
+
+def head(t):
+    t["base_model.model.lm_head.lora_A.weight"] = torch.zeros(4, 64)
+    t["base_model.model.lm_head.lora_B.weight"] = torch.zeros(260, 4)
+
+
+def add(key, *shape):
+    return factors(lambda t: t.update({f"base_model.model.{key}": torch.zeros(*shape)}))
+
+
+def truncate(adapter):
+    (adapter / ADAPTER).write_bytes((adapter / ADAPTER).read_bytes()[:-100])
+
+
+REFUSED = [
+    (factors(nan), f"{Q}: lora_B has NaN or infinite values"),
+    (config(r=8), "model.layers.0.mlp.down_proj: lora_A is 4 x 128 and must be 8 x 128 (rank 8"),
+    (factors(other_base), f"{Q}: lora_A is 4 x 96 and must be 4 x 64"),
+    (factors(lambda t: t.update({A: t[A].T.contiguous()})), "64 x 4 and must"),
+    (factors(rename), f"self_attn.qq_proj: the base has no such module (nearest: {Q}"),
+    (factors(lambda t: t.pop(A)), f"{Q}: lora_A is missing"),
+    (factors(lambda t: t.pop(B)), f"{Q}: lora_B is missing"),
+    (
+        factors(lambda t: (t.pop(A), t.pop(B))),
+        f"{Q} is among the adapter's target_modules and has no tensors",
+    ),
+    (factors(head), "lm_head: LoRA on the embeddings or the output head"),
+    (add("model.embed_tokens.lora_embedding_A", 4, 260), "lora_embedding_A is no lora_A or lora_B"),
+    (add(f"{Q}.lora_magnitude_vector", 64), "lora_magnitude_vector is no lora_A or lora_B"),
+    (add("lm_head.modules_to_save.weight", 260, 64), "modules_to_save.weight is no lora_A"),
+    (config(use_dora=True), "use_dora is not supported: DoRA"),
+    (config(modules_to_save=["lm_head"]), "modules_to_save is not supported: whole retrained"),
+    (config(bias="all"), "bias: all is not supported"),
+    (config(fan_in_fan_out=True), "fan_in_fan_out is not supported"),
+    (config(target_parameters=["experts.gate"]), "target_parameters is not supported: LoRA on"),
+    (config(trainable_token_indices=[3]), "trainable_token_indices is not supported"),
+    (config(layer_replication=[[0, 2]]), "layer_replication is not supported"),
+    (config(a_new_setting={"x": 1}), "a_new_setting is not supported: its effect on a merge"),
+    (config(init_lora_weights="pissa"), "init_lora_weights: pissa is not supported"),
+    (config(peft_type="VERA"), "peft_type VERA is not supported"),
+    (lambda a: (a / "adapter_config.json").write_text("{"), "adapter_config.json: not valid JSON"),
+    (lambda a: (a / "adapter_config.json").unlink(), "is missing; models/adapter is no PEFT"),
+    (lambda a: (a / ADAPTER).unlink(), "adapter_model.safetensors: cannot be read"),
+    (truncate, "adapter_model.safetensors: cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), REFUSED, ids=[row[1][:40] for row in REFUSED])
+def test_refuses_an_adapter_by_name(spoil, message, llama, monkeypatch):
+    (llama / "models/adapter" / SUMS).unlink()
+    spoil(llama / "models/adapter")
+    with pytest.raises(StageError) as error:
+        run(merge, llama, monkeypatch)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list((llama / "models").glob("*merged*"))
+
+
+def scaled(name, factor):
+    def change(content):
+        content[name] = content[name] * factor
+
+    return change
+
+
+def part_infinite(content):
+    content["model.norm.weight"][5] = float("inf")
+
+
+def experts(content):
+    content["model.layers.0.mlp.experts.0.w1.weight"] = torch.zeros(2, 2)
+
+
+NORM = "model.norm.weight"
+SPOILED = [
+    ("quantized", scaled(NORM, 1e5), f"{NORM}: 64 values overflow float16 (largest"),
+    ("quantized", scaled(NORM, 1e-9), f"{NORM}: 64 of 64 values become zero in float16"),
+    ("quantized", part_infinite, f"{NORM}: NaN or infinite values in the base"),
+    ("quantized", lambda t: t.pop(NORM), f"models/quantized lacks {NORM} of the base"),
+    ("quantized", lambda t: t.update(more=torch.zeros(2)), "more has shape (2,) and in the base"),
+    ("base", experts, "experts.0.w1.weight: experts are fused"),
+]
+
+
+@pytest.mark.parametrize(("where", "spoil", "message"), SPOILED, ids=[r[2][:40] for r in SPOILED])
+def test_refuses_a_base_by_name(where, spoil, message, llama, monkeypatch):
+    edit_tensors(llama / "models" / where / "model.safetensors", spoil)
+    write_sums(llama / "models" / where)
+    with pytest.raises(StageError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        run(merge, llama, monkeypatch)
+    assert not list((llama / "models").glob("*merged*"))
+
+
+def test_bfloat16_holds_what_float16_cannot(llama, monkeypatch):
+    edit_tensors(llama / "models/quantized/model.safetensors", scaled(NORM, 1e5))
+    write_sums(llama / "models/quantized")
+    run(merge, llama, monkeypatch, merge={"dtype": "bfloat16"})
+    assert tensors(llama / "models/merged")[NORM].max() > 65504
+
+
+def test_refuses_damaged_sources(llama, monkeypatch):
+    edit_tensors(llama / "models/quantized/model.safetensors", scaled(NORM, 2))
+    with pytest.raises(StageError, match=r"model\.safetensors is damaged .* quantize"):
+        run(merge, llama, monkeypatch)
+
+
+def test_refuses_a_full_disk(llama, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 10**5))
+    with pytest.raises(StageError, match=r"takes 0\.0 GB and 0\.0 GB are free"):
+        run(merge, llama, monkeypatch)
+    assert not list((llama / "models").glob("*merged*"))
+
+
+@pytest.mark.slow
+def test_killed_merge_leaves_no_result(llama, monkeypatch):
+    """SIGKILL after the weights are written: no models/merged, and the next merge is whole."""
+    run(merge, llama, monkeypatch)
+    undisturbed = (llama / "models/merged" / SUMS).read_text()
+    shutil.rmtree(llama / "models/merged")
+    code = (
+        "import os, signal; from stages import merge; "
+        "merge.write_companions = lambda *_: os.kill(os.getpid(), signal.SIGKILL); merge.main()"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT), "PATH": ""}, cwd=llama
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert (llama / "models/.merged.partial/model.safetensors").exists()
+    assert not (llama / "models/merged").exists()
+    run(merge, llama, monkeypatch)
+    assert (llama / "models/merged" / SUMS).read_text() == undisturbed
+    assert not (llama / "models/.merged.partial").exists()

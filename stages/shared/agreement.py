@@ -1,7 +1,7 @@
 """How far one model's predictions are from another's, on the same rows, one model in memory.
 
-The reference is scored first and leaves its log-probabilities in a file; the models compared with
-it are scored afterwards, in the same order (`scored_logits`), against that file.
+The reference is scored first and leaves its logits in a file; the models compared with it are
+scored afterwards, in the same order (`scored_logits`), against that file.
 """
 
 import math
@@ -15,10 +15,12 @@ from peft import PeftModel
 
 from stages.shared.scoring import scored_logits
 
-# Log-probabilities are kept in float32: in 16 bit their rounding would exceed the divergence of a
-# good merge (1e-7 to 1e-5). They take vocabulary x 4 bytes a token, so beyond this size KL is
-# taken over every second, third, … row; perplexity and agreement are always over all rows.
+# Logits are kept in float32: in 16 bit their rounding would exceed the divergence of a good merge
+# (1e-7 to 1e-5). They take vocabulary x 4 bytes a token, so beyond this size KL is taken over every
+# second, third, … row; perplexity and agreement are always over all rows.
 MAX_CACHE_BYTES = 1_000_000_000
+# Tokens whose probabilities are in float64 at once.
+KL_CHUNK = 64
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,11 @@ class Reference:
     tokens: int
     top: torch.Tensor  # most likely next token of every scored token, [tokens]
     every: int  # KL is over rows 0, every, 2 * every, …
-    cache: BinaryIO  # log-probabilities of the scored tokens of those rows, [n, vocabulary]
+    cache: BinaryIO  # logits of the scored tokens of those rows, [n, vocabulary] float32
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nll)
+        return _perplexity(self.nll)
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,15 @@ class Agreement:
 
 
 def reference(model: PeftModel, rows: list[dict], cache: BinaryIO) -> Reference:
-    """Score `model` and write its log-probabilities to `cache`, an empty binary file."""
+    """Score `model` and write its logits to `cache`, an empty binary file."""
     vocabulary = model.get_base_model().get_output_embeddings().weight.shape[0]
     tokens = sum(label >= 0 for row in rows for label in row["labels"][1:])
     every = max(1, math.ceil(tokens * vocabulary * 4 / MAX_CACHE_BYTES))
     losses, top = [], []
     for index, targets, logits in scored_logits(model, rows):
-        logs = logits.log_softmax(-1)
-        losses.append(_nll(logs, targets))
-        top.append(logs.argmax(-1).cpu())
-        cache.write(logs[index % every == 0].cpu().numpy())
+        losses.append(_nll(logits, targets))
+        top.append(logits.argmax(-1).cpu())
+        cache.write(logits[index % every == 0].cpu().numpy())
     return Reference(math.fsum(losses) / tokens, tokens, torch.cat(top), every, cache)
 
 
@@ -68,18 +69,17 @@ def agreement(model, rows: list[dict], ref: Reference) -> Agreement:
     ref.cache.seek(0)
     for index, targets, logits in scored_logits(model, rows):
         nonfinite += int((~logits.isfinite()).sum())
-        logs = logits.log_softmax(-1)
-        losses.append(_nll(logs, targets))
-        agreed += int((logs.argmax(-1).cpu() == ref.top[done : done + len(logs)]).sum())
-        done += len(logs)
-        kept = logs[index % ref.every == 0]
-        expected = torch.empty_like(kept, device="cpu")
-        ref.cache.readinto(expected.numpy())
-        expected = expected.to(kept.device)
-        divergences.append((expected.exp() * (expected - kept)).sum(-1, dtype=torch.float64).cpu())
+        losses.append(_nll(logits, targets))
+        agreed += int((logits.argmax(-1).cpu() == ref.top[done : done + len(logits)]).sum())
+        done += len(logits)
+        for kept in logits[index % ref.every == 0].split(KL_CHUNK):
+            cached = torch.empty_like(kept, device="cpu")
+            ref.cache.readinto(cached.numpy())
+            p = cached.to(kept.device, torch.float64).log_softmax(-1)
+            divergences.append((p.exp() * (p - kept.double().log_softmax(-1))).sum(-1).cpu())
     kl = torch.cat(divergences)
     return Agreement(
-        perplexity=math.exp(min(math.fsum(losses) / ref.tokens, 700)),
+        perplexity=_perplexity(math.fsum(losses) / ref.tokens),
         mean_kl=float(kl.mean()),
         max_kl=float(kl.max()),
         kl_tokens=len(kl),
@@ -88,8 +88,14 @@ def agreement(model, rows: list[dict], ref: Reference) -> Agreement:
     )
 
 
-def _nll(logs: torch.Tensor, targets: torch.Tensor) -> float:
-    return -float(logs.gather(-1, targets[:, None]).sum(dtype=torch.float64))
+def _nll(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    return float(losses.sum(dtype=torch.float64))
+
+
+def _perplexity(nll: float) -> float:
+    # Bounded so that a ruined model is reported and not a math error; NaN stays NaN.
+    return math.exp(min(nll, 700))
 
 
 @contextmanager

@@ -1,0 +1,331 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from stages import merge, verify
+from stages.shared import adapter, agreement
+from stages.shared.stage import SUMS, StageError, write_sums
+from stages.shared.weights import SINGLE
+from tests.merging import (
+    edit_json,
+    edit_tensors,
+    in_memory,
+    make_prepared,
+    make_sources,
+    run,
+    tensors,
+)
+
+ATTENTION = "model.layers.0.self_attn"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A merged llama in five shards. Not to be changed."""
+    root = make_sources(
+        tmp_path_factory.mktemp("whole"), max_shard_size="60KB", tie_word_embeddings=False
+    )
+    make_prepared(root)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run(merge, root, monkeypatch)
+    return root
+
+
+@pytest.fixture
+def project(whole, tmp_path):
+    """A copy of it, to be changed."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def results(root):
+    return json.loads((root / "metrics/verify.json").read_text())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "gemma"])
+def test_a_right_merge_passes(arch, dtype, tmp_path, monkeypatch, capsys):
+    make_prepared(make_sources(tmp_path, arch, lora={"target_modules": ["q_proj", "down_proj"]}))
+    run(merge, tmp_path, monkeypatch, merge={"dtype": dtype})
+    run(verify, tmp_path, monkeypatch, merge={"dtype": dtype})
+    found = results(tmp_path)
+    assert abs(found["perplexity_change_percent"]) < 0.5
+    # The other base was never trained on: its divergence is that of the quantization.
+    assert 0 <= found["mean_kl"] < 0.1 * found["other_base_mean_kl"]
+    assert found["mean_kl"] < found["max_kl"]
+    assert found["token_agreement"] > 0.98
+    assert found["nonfinite_values"] == 0
+    assert (tmp_path / "models/verify.ok").read_text() == "verified\n"
+    assert "verify: passed" in capsys.readouterr().out
+
+
+def in_shards(root, change):
+    """Apply `change` to all merged tensors as one dictionary and write each to its own shard."""
+    merged = root / "models/merged"
+    content = tensors(merged)
+    change(content)
+    for file in merged.glob("*.safetensors"):
+        edit_tensors(file, lambda old: old.update({k: content[k] for k in old if k in content}))
+
+
+def swap(content, root):
+    a, b = f"{ATTENTION}.q_proj.weight", f"{ATTENTION}.o_proj.weight"
+    content[a], content[b] = content[b], content[a]
+
+
+def leave_layer_unmerged(content, root):
+    plain = without_adapter(root)
+    content.update({k: v for k, v in plain.items() if ".layers.1." in k})
+
+
+def double_alpha(content, root):
+    plain = without_adapter(root)
+    content.update({k: v + (v - plain[k]) for k, v in content.items()})
+
+
+def transpose_a(content, root):
+    name = f"{ATTENTION}.v_proj"
+    factors = tensors(root / "models/adapter")
+    a = factors[f"base_model.model.{name}.lora_A.weight"]
+    b = factors[f"base_model.model.{name}.lora_B.weight"]
+    wrong = without_adapter(root)[f"{name}.weight"].float() + 2 * b @ a.T.reshape(a.shape)
+    content[f"{name}.weight"] = wrong.half()
+
+
+def plant_nan(content, root):
+    content["model.layers.1.mlp.up_proj.weight"][7, 9] = float("nan")
+
+
+def change_one_value(content, root):
+    content["model.norm.weight"][3] *= 1.01
+
+
+def take_other_base(content, root):
+    name = f"{ATTENTION}.k_proj.weight"
+    content[name] = in_memory(root / "models", "original", torch.float16)[name]
+
+
+def without_adapter(root):
+    """The dequantized base in float16."""
+    folder = root / "models/none"
+    shutil.copytree(root / "models/adapter", folder, dirs_exist_ok=True)
+    edit_tensors(
+        folder / "adapter_model.safetensors",
+        lambda t: t.update({k: torch.zeros_like(v) for k, v in t.items()}),
+    )
+    return in_memory(root / "models", "dequantized", torch.float16, "none")
+
+
+DIFFERS = "not the base plus the adapter: "
+FAULTS = [
+    (swap, f"{DIFFERS}{ATTENTION}.o_proj.weight (40"),
+    (swap, f"{ATTENTION}.q_proj.weight (40"),
+    (leave_layer_unmerged, "model.layers.1.mlp.down_proj.weight (the adapter was not added)"),
+    (leave_layer_unmerged, "and 4 more"),
+    (double_alpha, "model.layers.0.mlp.down_proj.weight ("),
+    (double_alpha, "and 11 more"),
+    (transpose_a, f"{DIFFERS}{ATTENTION}.v_proj.weight (20"),
+    (
+        plant_nan,
+        f"{DIFFERS}model.layers.1.mlp.up_proj.weight (1 values are NaN or infinite); merge",
+    ),
+    (change_one_value, f"{DIFFERS}model.norm.weight (1 of 64 values differ); merge it again"),
+    (take_other_base, f"{DIFFERS}{ATTENTION}.k_proj.weight (1"),
+]
+
+
+@pytest.mark.parametrize(("plant", "message"), FAULTS, ids=lambda x: getattr(x, "__name__", ""))
+def test_names_the_tensor_that_is_wrong(plant, message, project, monkeypatch):
+    in_shards(project, lambda content: plant(content, project))
+    write_sums(project / "models/merged")
+    assert message in refusal(project, monkeypatch)
+
+
+def refusal(project, monkeypatch, **sections):
+    """The one line that verify fails with, having written nothing."""
+    with pytest.raises(StageError) as error:
+        run(verify, project, monkeypatch, **sections)
+    assert "\n" not in str(error.value)
+    assert not (project / "models/verify.ok").exists()
+    assert not (project / "metrics/verify.json").exists()
+    return str(error.value)
+
+
+def shard(number):
+    return f"model-{number:05d}-of-00004.safetensors"
+
+
+def wrong_shard(merged):
+    shutil.copy(merged / shard(2), merged / shard(3))
+
+
+def drop_tensor(merged):
+    edit_tensors(merged / shard(2), lambda t: t.pop(min(t)))
+
+
+def drop_tensor_and_entry(merged):
+    def change(content):
+        entry = min(content)
+        content.pop(entry)
+        index = json.loads((merged / "model.safetensors.index.json").read_text())["weight_map"]
+        index.pop(entry)
+        edit_json(merged / "model.safetensors.index.json", weight_map=index)
+
+    edit_tensors(merged / shard(2), change)
+
+
+def other_type(merged):
+    edit_tensors(merged / shard(2), lambda t: t.update({min(t): t[min(t)].bfloat16()}))
+
+
+def other_shape(merged):
+    edit_tensors(merged / shard(2), lambda t: t.update({min(t): t[min(t)][:-1].clone()}))
+
+
+def truncate(merged):
+    (merged / shard(4)).write_bytes((merged / shard(4)).read_bytes()[:-64])
+
+
+FOLDERS = [
+    (wrong_shard, f"{shard(3)} holds "),
+    (wrong_shard, f"puts into {shard(2)}; it is the wrong shard"),
+    (drop_tensor, f"{shard(2)} lacks model.layers.0"),
+    (drop_tensor_and_entry, "models/merged lacks model.layers.0"),
+    (other_type, "is BF16 and must be F16"),
+    (other_shape, "and in the base ("),
+    (truncate, f"{shard(4)}: cannot be read"),
+    (lambda m: (m / shard(1)).unlink(), f"{shard(1)}: cannot be read"),
+    (lambda m: edit_json(m / "merge.json", base="original"), "merged with base original, not deq"),
+    (lambda m: edit_json(m / "merge.json", adapter_sha256="0"), "merged with adapter_sha256 0"),
+    (lambda m: (m / "tokenizer.json").write_text("{}"), "tokenizer.json is damaged"),
+]
+
+
+@pytest.mark.parametrize(("plant", "message"), FOLDERS, ids=[row[1][:30] for row in FOLDERS])
+def test_names_what_is_wrong_with_the_folder(plant, message, project, monkeypatch):
+    plant(project / "models/merged")
+    assert message in refusal(project, monkeypatch)
+
+
+def test_catches_a_merge_that_computes_wrong(project, monkeypatch):
+    """A fault in merge's own arithmetic, which verify does not share."""
+    right = adapter._rank_and_scaling
+    with monkeypatch.context() as wrong:
+        wrong.setattr(adapter, "_rank_and_scaling", lambda *a: (right(*a)[0], 2 * right(*a)[1]))
+        run(merge, project, monkeypatch)
+    message = refusal(project, monkeypatch)
+    assert f"{DIFFERS}model.layers.0.mlp.down_proj.weight" in message
+    assert "and 11 more" in message
+
+
+def test_fails_past_the_allowed_change_with_the_numbers(project, monkeypatch):
+    run(merge, project, monkeypatch, merge={"base": "original"})
+    limit = {"max_perplexity_change_percent": 1e-5}
+    message = refusal(project, monkeypatch, merge={"base": "original"}, verify=limit)
+    for part in ("models/merged must not be shipped: perplexity", "(allowed 1e-05 %)", "mean KL"):
+        assert part in message
+    assert "merge.base: dequantized" in message
+    run(verify, project, monkeypatch, merge={"base": "original"})
+    found = results(project)
+    assert found["other_base_mean_kl"] < 0.1 * found["mean_kl"]
+
+
+def test_fails_on_an_activation_that_float16_cannot_hold(tmp_path, monkeypatch):
+    make_prepared(make_sources(tmp_path))
+    norm = "model.layers.1.post_attention_layernorm.weight"
+    for name in ("base", "quantized"):
+        folder = tmp_path / "models" / name
+        # The product that enters down_proj grows with the square.
+        edit_tensors(folder / SINGLE, lambda t: t[norm].mul_(5e3))
+        write_sums(folder)
+    run(merge, tmp_path, monkeypatch)
+    message = refusal(tmp_path, monkeypatch)
+    assert "exceeds float16's 65504; set merge.dtype: bfloat16" in message
+    run(merge, tmp_path, monkeypatch, merge={"dtype": "bfloat16"})
+    run(verify, tmp_path, monkeypatch, merge={"dtype": "bfloat16"})
+    assert results(tmp_path)["max_activation"] > 65504
+
+
+SCORES = {
+    "merged_perplexity": 5.0,
+    "adapter_perplexity": 5.0,
+    "perplexity_change_percent": 0.0,
+    "mean_kl": 0.0,
+    "token_agreement": 1.0,
+    "nonfinite_values": 0,
+    "max_activation": 10.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"nonfinite_values": 3}, "3 predicted values are NaN or infinite"),
+        ({"perplexity_change_percent": -1.5}, "-1.50 % (allowed 1 %)"),
+        ({"perplexity_change_percent": float("nan")}, "nan % (allowed 1 %)"),
+        ({"max_activation": float("inf")}, "an activation of inf exceeds"),
+        ({"max_activation": float("nan")}, "an activation of nan exceeds"),
+    ],
+)
+def test_scores_that_are_refused(values, message):
+    verify.check_scores(SCORES, 1.0, "float16")
+    with pytest.raises(StageError) as error:
+        verify.check_scores(SCORES | values, 1.0, "float16")
+    assert message in str(error.value)
+
+
+def test_kl_agrees_with_a_plain_loop_and_its_cache_is_bounded(project, monkeypatch):
+    run(verify, project, monkeypatch)
+    full = results(project)
+    rows = [r for f in verify.held_out_sets().values() for r in verify.read_rows(f)]
+    reference = verify.load_adapter(
+        verify.load_base(verify.QUANTIZED, torch.device("cpu")), verify.ADAPTER
+    )
+    merged = verify.AutoModelForCausalLM.from_pretrained(verify.MERGED, dtype=torch.float64)
+    divergences, agreed, nll = [], [], []
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        scored = torch.tensor(row["labels"][1:]) >= 0
+        with torch.no_grad():
+            p, q = (
+                m(ids).logits[0, :-1][scored].double().log_softmax(-1) for m in (reference, merged)
+            )
+        divergences.append((p.exp() * (p - q)).sum(-1))
+        agreed.append(p.argmax(-1) == q.argmax(-1))
+        nll.append(-q.gather(-1, ids[0, 1:][scored][:, None]))
+    assert full["kl_tokens"] == len(torch.cat(agreed))
+    assert full["mean_kl"] == pytest.approx(float(torch.cat(divergences).mean()), rel=1e-3)
+    assert full["max_kl"] == pytest.approx(float(torch.cat(divergences).max()), rel=1e-3)
+    assert full["token_agreement"] == pytest.approx(float(torch.cat(agreed).double().mean()))
+    assert full["merged_perplexity"] == pytest.approx(float(torch.cat(nll).mean().exp()), rel=1e-5)
+    monkeypatch.setattr(agreement, "MAX_CACHE_BYTES", full["kl_tokens"] * 260 * 4 // 3)
+    run(verify, project, monkeypatch)
+    third = results(project)
+    assert full["kl_tokens"] / 5 < third["kl_tokens"] < full["kl_tokens"] / 2
+    assert third["merged_perplexity"] == full["merged_perplexity"]
+    assert third["token_agreement"] == full["token_agreement"]
+
+
+def test_other_base_is_scored_as_if_it_had_been_merged(project, monkeypatch):
+    run(verify, project, monkeypatch)
+    other = results(project)
+    run(merge, project, monkeypatch, merge={"base": "original"})
+    run(verify, project, monkeypatch, merge={"base": "original"})
+    found = results(project)
+    assert found["merged_perplexity"] == other["other_base_perplexity"]
+    assert found["mean_kl"] == other["other_base_mean_kl"]
+    assert found["other_base_perplexity"] == other["merged_perplexity"]
+    run(verify, project, monkeypatch, merge={"base": "original"}, verify={"compare_bases": False})
+    assert "other_base_mean_kl" not in results(project)
+
+
+def test_a_16_bit_base_and_an_adapter_without_sums(tmp_path, monkeypatch, capsys):
+    make_prepared(make_sources(tmp_path, nf4=False))
+    (tmp_path / "models/adapter" / SUMS).unlink()
+    run(merge, tmp_path, monkeypatch)
+    run(verify, tmp_path, monkeypatch)
+    assert "other_base_mean_kl" not in results(tmp_path)
+    assert results(tmp_path)["mean_kl"] < 1e-6
+    assert capsys.readouterr().out.count("an adapter from elsewhere") == 2
