@@ -1,0 +1,219 @@
+"""dvc.yaml held to the code: what a stage imports, reads and is governed by, it declares."""
+
+import ast
+from pathlib import PurePosixPath
+
+import pytest
+import yaml
+from tiny import ROOT
+
+from stages.shared.params import Params
+
+PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+STAGES = PIPELINE["stages"]
+SCRIPTS = sorted(file.stem for file in (ROOT / "stages").glob("*.py") if file.stem != "__init__")
+SECTIONS = set(Params.model_fields)
+# The schema accepts or refuses and never changes a result (tests/test_params.py), so no stage
+# depends on it.
+SCHEMA = "stages/shared/params.py"
+
+
+def paths(entries: list) -> list[str]:
+    """The paths of a list in dvc.yaml, whose entries may carry options."""
+    return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
+
+
+def outs(stage: dict) -> list[str]:
+    return [p for kind in ("outs", "metrics", "plots") for p in paths(stage.get(kind, []))]
+
+
+def tree(file: str) -> ast.Module:
+    return ast.parse((ROOT / file).read_text(encoding="utf-8"))
+
+
+def imports(file: str) -> set[str]:
+    """The project's files that `file` imports itself."""
+    found = set()
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        files = (name.replace(".", "/") + ".py" for name in names)
+        found |= {name for name in files if name.startswith("stages/") and (ROOT / name).exists()}
+    return found
+
+
+def code(name: str) -> set[str]:
+    """Every file whose code stage `name` runs: its script, and what it imports through others."""
+    found, new = set(), {f"stages/{name}.py"}
+    while new:
+        found |= new
+        new = {i for file in new for i in imports(file)} - found
+    return found
+
+
+def assets(files: set[str]) -> set[str]:
+    """Files beside the code that it names, such as a style sheet."""
+    beside = {
+        file.name: file.relative_to(ROOT).as_posix()
+        for file in (ROOT / "stages").rglob("*")
+        if file.is_file() and file.suffix not in (".py", ".pyc")
+    }
+    return {
+        beside[node.value]
+        for file in files
+        for node in ast.walk(tree(file))
+        if isinstance(node, ast.Constant) and node.value in beside
+    }
+
+
+def sections(files: set[str]) -> set[str]:
+    """Sections of params.yaml that this code touches: attributes of what load_params gives."""
+    found = set()
+    for file in files - {SCHEMA, "stages/shared/stage.py"}:
+        for function in ast.walk(tree(file)):
+            if isinstance(function, ast.FunctionDef):
+                found |= sections_of(function)
+    return found
+
+
+def sections_of(function: ast.FunctionDef) -> set[str]:
+    nodes = list(ast.walk(function))
+    names = {
+        target.id
+        for node in nodes
+        if isinstance(node, ast.Assign) and is_call(node.value, "load_params")
+        for target in node.targets
+    } | {
+        arg.arg
+        for arg in function.args.args
+        if getattr(arg.annotation, "id", "Params" if arg.arg == "params" else "") == "Params"
+    }
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and is_whole(node.value, names):
+            assert node.attr in SECTIONS | {"model_dump", "model_copy"}, node.attr
+            found |= {node.attr} & SECTIONS
+        dumps = isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "model_dump"
+        if dumps and is_whole(node.func.value, names):
+            included = [k.value for k in node.keywords if k.arg == "include"]
+            found |= ast.literal_eval(included[0]) if included else SECTIONS
+    return found
+
+
+def is_call(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Call) and getattr(node.func, "id", "") == name
+
+
+def is_whole(node: ast.AST, names: set[str]) -> bool:
+    """Whether an expression is the whole of params.yaml."""
+    return is_call(node, "load_params") or (isinstance(node, ast.Name) and node.id in names)
+
+
+def test_every_script_is_a_stage():
+    assert sorted(STAGES) == SCRIPTS
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_command_replaces_the_shell(name):
+    """Without exec, a shell stands between dvc and the stage, and killing dvc leaves an orphan."""
+    assert STAGES[name]["cmd"] == f"exec python -m stages.{name}"
+    assert STAGES[name]["desc"].endswith(".")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_code_is_declared_exactly(name):
+    declared = {dep for dep in STAGES[name]["deps"] if dep.startswith("stages/")}
+    files = code(name)
+    assert declared == (files | assets(files)) - {SCHEMA}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_params_are_declared_exactly_as_whole_sections(name):
+    """With single leaves `-S lora.dropout=0.2` would run nothing."""
+    assert set(STAGES[name]["params"]) == sections(code(name))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_path_constants_are_declared(name):
+    """A stage that reads what it does not declare is not run again when that changes."""
+    stage = STAGES[name]
+    declared = [PurePosixPath(p) for p in [*stage["deps"], *outs(stage)]]
+    for node in ast.walk(tree(f"stages/{name}.py")):
+        if is_call(node, "Path") and isinstance(node.args[0], ast.Constant):
+            path = PurePosixPath(node.args[0].value)
+            # A folder that holds outs of several stages is followed by a name in the code.
+            shared = path.as_posix() in ("metrics", "data", "models")
+            assert shared or any(path == d or d in path.parents for d in declared), path
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_lists_are_sorted(name):
+    """One order, so that a change is one line and a merge conflict is seldom."""
+    stage = STAGES[name]
+    for key in ("deps", "params", "outs", "metrics"):
+        assert paths(stage.get(key, [])) == sorted(paths(stage.get(key, []))), key
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_outs_lie_in_their_folders(name):
+    for out in outs(STAGES[name]):
+        assert out.split("/")[0] in ("data", "models", "metrics")
+        assert len(PurePosixPath(out).parts) == 2
+
+
+def test_no_dependency_lies_inside_an_out():
+    """`dvc repro --pull --allow-missing` would pull a part of a folder and run on it."""
+    made = {PurePosixPath(out) for stage in STAGES.values() for out in outs(stage)}
+    for name, stage in STAGES.items():
+        for dep in map(PurePosixPath, stage["deps"]):
+            assert not made & set(dep.parents), f"{name}: {dep}"
+
+
+def test_outs_are_unlike():
+    made = [out for stage in STAGES.values() for out in outs(stage)]
+    assert len(made) == len(set(made))
+
+
+def test_everything_but_metrics_and_plots_is_cached():
+    """An out with `cache: false` or `persist: true` switches the stage's run cache off."""
+    unpushed = set()
+    for stage in STAGES.values():
+        for entry in stage.get("outs", []):
+            for path, options in {} if isinstance(entry, str) else entry.items():
+                assert options == {"push": False}, path
+                unpushed.add(path)
+        for kind in ("metrics", "plots"):
+            for entry in stage.get(kind, []):
+                assert next(iter(entry.values()))["cache"] is False
+    # CI can make anything else only by pulling it (dvc repro --pull --allow-missing).
+    assert unpushed == {"models/merged", "models/release"}
+
+
+def test_plan_comes_before_quantize():
+    """DVC takes the order of dvc.yaml: a run that will not fit must not quantize first."""
+    order = list(STAGES)
+    assert order.index("plan") < order.index("quantize") < order.index("train")
+
+
+def test_nothing_runs_on_a_dependency_that_nobody_makes():
+    made = {out for stage in STAGES.values() for out in outs(stage)}
+    for stage in STAGES.values():
+        for dep in stage["deps"]:
+            kept = (ROOT / dep).exists() and not dep.startswith(("models/", "metrics/"))
+            assert dep in made or kept, dep
+
+
+def test_package_markers_are_empty():
+    """They run with every stage and no stage declares them."""
+    for folder in ("stages", "stages/shared"):
+        assert (ROOT / folder / "__init__.py").read_bytes() == b""
+
+
+def test_artifact_is_an_out():
+    made = {out for stage in STAGES.values() for out in outs(stage)}
+    assert {entry["path"] for entry in PIPELINE["artifacts"].values()} <= made
