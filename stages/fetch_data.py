@@ -65,22 +65,23 @@ def of_configuration(names: list[str], card: dict, section: Dataset) -> list[str
 
     Every split of it is kept: prepare.eval_file may name another than dataset.split.
     """
-    configs = {c["config_name"]: c for c in card.get("configs") or [] if "config_name" in c}
+    listed = card.get("configs") if isinstance(card.get("configs"), list) else []
+    configs = {c["config_name"]: c for c in listed if isinstance(c, dict) and "config_name" in c}
     default = [n for n, c in configs.items() if c.get("default") or len(configs) == 1]
     wanted = section.config or next(iter(default), "default")
     if wanted not in configs:
         if section.config or configs:
-            listed = ", ".join(configs) or "none"
             raise StageError(
                 f"dataset.config: {section.id} has no configuration {wanted}; its README.md "
-                f"lists: {listed}"
+                f"lists: {', '.join(map(str, configs)) or 'none'}"
             )
         return names
-    inside = configs[wanted].get("data_dir", "").strip("./")
-    entries = configs[wanted].get("data_files", "**")
-    entries = entries if isinstance(entries, list) else [entries]
-    paths = [entry["path"] if isinstance(entry, dict) else entry for entry in entries]
-    flat = [p for path in paths for p in (path if isinstance(path, list) else [path])]
+    inside = str(configs[wanted].get("data_dir") or "").strip("./")
+    entries = configs[wanted].get("data_files") or "**"
+    flat = []
+    for entry in entries if isinstance(entries, list) else [entries]:
+        path = entry.get("path") if isinstance(entry, dict) else entry
+        flat += path if isinstance(path, list) else [str(path)]
     patterns = [f"{inside}/{path}" if inside else path.removeprefix("./") for path in flat]
     # fnmatch's * crosses folders, so ** needs no more than this.
     patterns += [pattern.replace("**/", "") for pattern in patterns]
@@ -103,7 +104,7 @@ def fetch(source: Repository | Folder, section: Dataset, out: Path) -> None:
     print(f"fetch_data: {section.id}: {len(names)} files, {size / 1e6:.2f} MB")
     source.get(names, out)
     keep_only(out, about + names)
-    write_source(out, section, source.commit, source.license)
+    write_source(out, section, source.commit, source.license, source.sums)
 
 
 def extract(section: Dataset, out: Path) -> None:
@@ -114,7 +115,7 @@ def extract(section: Dataset, out: Path) -> None:
     rows = azure_examples(Path(found.locate_file("azure/cli/command_modules")))
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     (out / "examples.jsonl").write_text("".join(lines), encoding="utf-8")
-    write_source(out, section, None, copy_license(found, out))
+    write_source(out, section, None, copy_license(found, out), {})
     print(f"fetch_data: {len(rows)} examples of {len({row['group'] for row in rows})} services")
 
 

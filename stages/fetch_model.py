@@ -43,7 +43,7 @@ def fetch(source: Repository | Folder, section: Model, out: Path) -> None:
     source.get(weights, out)
     check_weights(out, weights, section.id)
     keep_only(out, names + weights)
-    write_source(out, section, source.commit, source.license)
+    write_source(out, section, source.commit, source.license, source.sums)
 
 
 def convert(section: Model, out: Path) -> None:
@@ -72,7 +72,7 @@ def convert(section: Model, out: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     kept = {k: v for k, v in config.items() if k not in ("local_files_only", "is_local")}
     path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    write_source(out, section, None, copy_license(found, out))
+    write_source(out, section, None, copy_license(found, out), {})
 
 
 def copy_tokenizer(base: Path, section: Model, out: Path) -> None:
@@ -81,7 +81,7 @@ def copy_tokenizer(base: Path, section: Model, out: Path) -> None:
     for name in record["files"]:
         if ".safetensors" not in name:
             shutil.copyfile(base / name, out / name)
-    write_source(out, section, record["commit"], record["license"])
+    write_source(out, section, record["commit"], record["license"], record["files"])
 
 
 def main() -> None:

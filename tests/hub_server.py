@@ -1,7 +1,8 @@
 """A small HTTP server that answers as the Hugging Face Hub does, for the calls the project makes.
 
     GET /api/models/ID/revision/REVISION (also datasets): commit, files with sizes and hashes, card
-    GET /ID/resolve/COMMIT/FILE (also /datasets/ID/…): the bytes, from a Range if one is asked for
+    GET /ID/resolve/COMMIT/FILE (also /datasets/ID/…): the bytes, from a Range if one is asked for;
+        for a large kind of file a redirect to another host, which must not be shown the token
 
 It is used through HF_ENDPOINT, by the real huggingface_hub, in a process of its own.
 """
@@ -13,6 +14,8 @@ import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+LARGE = (".safetensors", ".parquet", ".bin")
 
 
 @dataclass
@@ -30,7 +33,7 @@ class Repo:
 class Request:
     path: str
     start: int
-    sent: int = 0
+    token: str | None
 
 
 @dataclass
@@ -39,7 +42,8 @@ class Hub:
 
     `faults` are taken one by one by the requests for a file's bytes, in order: an int cuts the
     connection after so many bytes of the answer, "stall" with a number in front ("9000 stall")
-    stops sending there and keeps the connection open, "503" answers so, "flip" damages a byte.
+    stops sending there and keeps the connection open, "503" answers so, "flip" damages a byte,
+    "long" sends a byte too many.
     """
 
     models: dict[str, Repo] = field(default_factory=dict)
@@ -78,6 +82,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path).strip("/")
+        elsewhere = path.startswith("elsewhere/")
+        path = path.removeprefix("elsewhere/")
         if path.startswith("api/"):
             kind, _, rest = path.removeprefix("api/").partition("/")
             id, _, revision = rest.partition("/revision/")
@@ -87,6 +93,9 @@ class _Handler(BaseHTTPRequestHandler):
             id, _, rest = path.removeprefix("datasets/").partition("/resolve/")
             commit, _, name = rest.partition("/")
             repos = self.hub.datasets if is_data else self.hub.models
+            if name.endswith(LARGE) and not elsewhere:
+                place = self.hub.url.replace("127.0.0.1", "localhost")
+                return self._answer(302, b"", {"Location": f"{place}/elsewhere{self.path}"})
             self._file(repos.get(id), commit, name)
 
     do_HEAD = do_GET
@@ -101,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, content in repo.files.items():
             git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
             entry = {"rfilename": name, "size": len(content), "blobId": git}
-            if name.endswith((".safetensors", ".parquet", ".bin")):
+            if name.endswith(LARGE):
                 sha256 = hashlib.sha256(content).hexdigest()
                 entry["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 134}
             siblings.append(entry)
@@ -121,8 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
         content, start = repo.files[name], 0
         if wanted := self.headers["Range"]:
             start = int(wanted.removeprefix("bytes=").partition("-")[0])
-        request = Request(self.path, start)
-        self.hub.requests.append(request)
+        self.hub.requests.append(Request(self.path, start, self.headers["Authorization"]))
         take = self.hub.faults and name.endswith(self.hub.faulty)
         fault = self.hub.faults.pop(0) if take else ""
         if fault == "503":
@@ -133,9 +141,10 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         if fault == "flip":
             body = bytes([body[0] ^ 1]) + body[1:]
-        stop = int(fault.split()[0]) if fault and fault != "flip" else len(body)
+        if fault == "long":
+            body += b"x"
+        stop = int(fault.split()[0]) if fault[:1].isdigit() else len(body)
         self._answer(206 if start else 200, body, headers, stop)
-        request.sent = stop
         if stop < len(body):
             if "stall" in fault:
                 time.sleep(60)

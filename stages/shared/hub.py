@@ -1,14 +1,18 @@
 """Where a model or a data set comes from: a Hugging Face repository, a folder, a Python package.
 
 `Repository` and `Folder` look alike to a stage: `files` (name -> bytes), `get(names, target)`,
-`commit` and `license`. Only named files are fetched, and nothing of them is executed.
+`commit`, `license`, and `sums` (name -> SHA-256, where `get` has taken it already). Only named
+files are fetched, and nothing of them is executed.
 """
 
 import hashlib
 import json
 import os
+import queue
 import re
 import shutil
+import threading
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
@@ -19,6 +23,7 @@ from stages.shared.params import Dataset, Model
 from stages.shared.stage import StageError, sha256
 
 DEFAULT_PACKAGES = Path("requirements-default.lock")
+CONNECTIONS = 4
 # DVC may link what it tracks into its cache, and that may lie outside the project.
 _DVC_OBJECT = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}")
 
@@ -34,6 +39,7 @@ class Folder:
         """
         self.root, self.commit = (root.parent if root.is_file() else root), commit
         self.files: dict[str, int] = {}
+        self.sums: dict[str, str] = {}
         home = self.root.resolve()
         for path in [root] if root.is_file() else sorted(root.rglob("*")):
             target = path.resolve()
@@ -44,7 +50,7 @@ class Folder:
                 )
             if path.is_file():
                 self.files[path.relative_to(self.root).as_posix()] = path.stat().st_size
-        self.license = card(self.root)["license"] if "README.md" in self.files else None
+        self.license = license_in(card(self.root)) if "README.md" in self.files else None
 
     def get(self, names: list[str], target: Path) -> None:
         for name in names:
@@ -63,9 +69,10 @@ class Repository:
         with hub_errors(kind, id, revision):
             info = HfApi().repo_info(id, repo_type=kind, revision=revision, files_metadata=True)
         self.commit: str = info.sha
-        self.license = info.card_data.get("license") if info.card_data else None
+        self.license = license_in(info.card_data.to_dict()) if info.card_data else None
         self._entries = {check_name(entry.rfilename, id): entry for entry in info.siblings}
         self.files = {name: entry.size for name, entry in self._entries.items()}
+        self.sums: dict[str, str] = {}
         if revision != self.commit:
             print(
                 f"warning: {id}: {revision} may move; pin it in params.yaml as "
@@ -78,42 +85,44 @@ class Repository:
         A file gets its name when it is whole and has the hash that the Hub gives. Not
         `snapshot_download`, which begins an interrupted file anew.
         """
+        missing = [name for name in names if not (target / name).exists()]
+        parts = [target / f"{name}.part" for name in missing]
+        there = sum(part.stat().st_size for part in parts if part.exists())
+        size = sum(self.files[name] for name in missing) - there
+        if size > (free := shutil.disk_usage(target).free):
+            raise StageError(
+                f"{self.id}: {size / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free in "
+                f"{target.parent}"
+            )
+        _in_parallel(lambda name: self._download(name, target), missing)
+
+    def _download(self, name: str, target: Path) -> None:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers
 
-        names = [name for name in names if not (target / name).exists()]
-        parts = {name: target / f"{name}.part" for name in names}
-        there = sum(part.stat().st_size for part in parts.values() if part.exists())
-        missing = sum(self.files[name] for name in names) - there
-        if missing > (free := shutil.disk_usage(target).free):
-            raise StageError(
-                f"{self.id}: {missing / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free in "
-                f"{target.parent}"
+        part = target / f"{name}.part"
+        part.parent.mkdir(parents=True, exist_ok=True)
+        if part.exists() and part.stat().st_size > self.files[name]:
+            part.unlink()
+        with hub_errors(self.kind, self.id, self.revision), part.open("ab", buffering=0) as file:
+            http_get(
+                hf_hub_url(self.id, name, repo_type=self.kind, revision=self.commit),
+                file,
+                resume_size=file.tell(),
+                # Compressed on the way, a file could not be taken up again at a byte.
+                headers=build_hf_headers() | {"Accept-Encoding": "identity"},
+                expected_size=self.files[name],
+                displayed_filename=name,
             )
-        # Compressed on the way, a file could not be taken up again at a byte.
-        headers = build_hf_headers() | {"Accept-Encoding": "identity"}
-        for name, part in parts.items():
-            part.parent.mkdir(parents=True, exist_ok=True)
-            url = hf_hub_url(self.id, name, repo_type=self.kind, revision=self.commit)
-            with (
-                hub_errors(self.kind, self.id, self.revision),
-                part.open("ab", buffering=0) as file,
-            ):
-                http_get(
-                    url,
-                    file,
-                    resume_size=file.tell(),
-                    headers=headers,
-                    expected_size=self.files[name],
-                    displayed_filename=name,
-                )
-            entry = self._entries[name]
-            expected = entry.lfs.sha256 if entry.lfs else entry.blob_id
-            if expected != (sha256(part) if entry.lfs else _git_sha1(part)):
-                part.unlink()
-                raise StageError(f"{self.id}: {name} came damaged (its hash differs); run again")
-            os.replace(part, target / name)
+        entry = self._entries[name]
+        found = sha256(part) if entry.lfs else _git_sha1(part)
+        if found != (entry.lfs.sha256 if entry.lfs else entry.blob_id):
+            part.unlink()
+            raise StageError(f"{self.id}: {name} came damaged (its hash differs); run again")
+        if entry.lfs:
+            self.sums[name] = found
+        os.replace(part, target / name)
 
 
 def open_source(kind: str, section: Model | Dataset) -> Repository | Folder:
@@ -178,6 +187,11 @@ def hub_errors(kind: str, id: str, revision: str, passing: type | tuple = ()):
         raise StageError(
             f"{id}: the connection to the Hub failed; what has arrived is kept, run again"
         ) from None
+    except OSError as error:
+        # huggingface_hub's word for an answer of the wrong length; the disk's faults have a number.
+        if error.errno is not None:
+            raise
+        raise StageError(f"{id}: an answer of the wrong length came; run again") from None
 
 
 def package(name: str, version: str) -> Distribution:
@@ -209,14 +223,20 @@ def copy_license(found: Distribution, out: Path) -> str | None:
 
 
 def card(folder: Path) -> dict:
-    """The YAML at the head of a repository's README.md, with at least the key `license`."""
+    """The YAML at the head of a repository's README.md; empty where there is none."""
     text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
     head = re.match(r"---[ \t]*\n(.*?)\n---", text, re.DOTALL)
     try:
         data = yaml.safe_load(head[1]) if head else None
     except yaml.YAMLError:
         data = None
-    return {"license": None} | (data if isinstance(data, dict) else {})
+    return data if isinstance(data, dict) else {}
+
+
+def license_in(card: dict) -> str | None:
+    """The licence that a card names: the Hub's short name, or what `other` stands for."""
+    names = card.get("license_name") if card.get("license") == "other" else card.get("license")
+    return ", ".join(map(str, names)) if isinstance(names, list) else names
 
 
 def check_name(name: str, source: str) -> str:
@@ -238,19 +258,53 @@ def keep_only(folder: Path, names: list[str]) -> None:
 
 
 def write_source(
-    folder: Path, section: Model | Dataset, commit: str | None, license: str | None
+    folder: Path,
+    section: Model | Dataset,
+    commit: str | None,
+    license: str | None,
+    sums: dict[str, str],
 ) -> None:
-    """Write source.json: where the files of `folder` come from, and the SHA-256 of each."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """Write source.json: where the files of `folder` come from, and the SHA-256 of each.
+
+    `sums` holds those that are known; the others are taken here.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): path for path in paths}
     record = {
         "source": section.source,
         "id": section.id,
         "revision": section.revision,
         "commit": commit,
         "license": license,
-        "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
+        "files": {name: sums.get(name) or sha256(path) for name, path in files.items()},
     }
     (folder / "source.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _in_parallel(work: Callable[[str], None], names: Iterable[str]) -> None:
+    """Do `work` for every name and raise the first error at once.
+
+    The threads of a pool would hold the interpreter until their downloads end: after Ctrl-C too.
+    """
+    waiting, done = queue.SimpleQueue(), queue.SimpleQueue()
+
+    def run() -> None:
+        while not waiting.empty():
+            try:
+                done.put(work(waiting.get_nowait()))
+            except queue.Empty:
+                return
+            except Exception as error:
+                done.put(error)
+
+    names = list(names)
+    for name in names:
+        waiting.put(name)
+    for _ in names[:CONNECTIONS]:
+        threading.Thread(target=run, daemon=True).start()
+    for _ in names:
+        if error := done.get():
+            raise error
 
 
 def _git_sha1(path: Path) -> str:
