@@ -62,35 +62,42 @@ ADAPTER = Path("models/adapter")
 # The held-out loss along the way: enough rows to see a trend, few enough to cost little.
 CURVE_POINTS = 4
 CURVE_ROWS = 32
+WARM_STEPS = 3
 
 
 class Progress(TrainerCallback):
-    """One bar, the held-out loss along the way, faults that stop training, and the clock."""
+    """One bar, the held-out loss along the way, faults that stop training, and the clock.
+
+    `seconds` is the wall time of training with its data loading and warm-up, without the scoring
+    of held-out rows. It travels in the checkpoints: a resumed run reports its whole cost.
+    """
 
     def __init__(self, held_out: list[dict]):
         self.held_out = held_out[:CURVE_ROWS]
         self.seconds = 0.0
+        self.warm: tuple[float, float] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        # The clock travels in the checkpoints: a resumed run reports its whole cost.
         self.seconds = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc="train", disable=None
         )
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.started = time.monotonic()
+        self.mark = time.monotonic()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.seconds += time.monotonic() - self.started
-        self.bar.update()
         every = max(1, state.max_steps // CURVE_POINTS)
-        if state.global_step % every == 0 or state.global_step == state.max_steps:
+        scoring = state.global_step % every == 0 or state.global_step == state.max_steps
+        if model.device.type == "cuda" and (scoring or control.should_save):
+            torch.cuda.synchronize()
+        self.seconds += time.monotonic() - self.mark
+        self.bar.update()
+        if scoring:
             scores = score(model, self.held_out)
             loss = math.fsum(scores.nll) / sum(scores.tokens)
             state.log_history.append({"step": state.global_step, "eval_loss": loss})
         if control.should_save:
             state.log_history.append({"step": state.global_step, "seconds": self.seconds})
+        self.mark = time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for key in ("loss", "grad_norm"):
@@ -100,7 +107,16 @@ class Progress(TrainerCallback):
                     "lower train.learning_rate or train.max_grad_norm"
                 )
         if "loss" in logs:
+            if state.global_step >= WARM_STEPS and self.warm is None:
+                self.warm = (self.seconds, logs["num_tokens"])
+            self.last = (self.seconds, logs["num_tokens"])
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    def steady_tokens_per_second(self) -> float:
+        """Rate after the first WARM_STEPS steps; of all steps when hardly any follow."""
+        if self.warm is None or self.last[1] < 2 * self.warm[1]:
+            return self.last[1] / self.last[0]
+        return (self.last[1] - self.warm[1]) / (self.last[0] - self.warm[0])
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
@@ -216,11 +232,13 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
             "trainable_percent": 100 * trainable / total,
         },
     )
-    write_metrics(
-        Path("metrics/train_cost.json"),
-        {"train_seconds": progress.seconds, "tokens_per_second": seen / progress.seconds}
-        | memory_metrics(paged_bytes(trainer)),
-    )
+    cost = {
+        "device": device_name(device),
+        "train_seconds": progress.seconds,
+        "tokens_per_second": seen / progress.seconds,
+        "steady_tokens_per_second": progress.steady_tokens_per_second(),
+    } | memory_metrics(paged_bytes(trainer))
+    write_metrics(Path("metrics/train_cost.json"), cost)
     write_text(Path("metrics/curve.csv"), curve(trainer.state.log_history))
     print(f"train: loss {result.training_loss:.4f}, {progress.seconds:.0f} s")
 

@@ -89,7 +89,7 @@ def head(causal: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     Raises StageError for an architecture that scales its logits in a way not known here.
     """
     config = causal.config.get_text_config()
-    for key in ("logit_scale", "logits_scaling"):
+    for key in ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, key, None) not in (None, 1.0):
             raise StageError(
                 f"{config.model_type}: logits are scaled ({key}), which is not supported; "

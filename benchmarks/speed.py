@@ -1,0 +1,421 @@
+"""Training speed and peak VRAM beside what people would use instead, on one GPU and the same rows.
+
+    python -m benchmarks.speed make --work DIR               # 7B-shaped random weights, 1,000 rows
+    python -m benchmarks.speed run  --work DIR ours-packed unsloth-packed ours-packed …
+    python -m benchmarks.speed one  --work DIR unsloth-packed   # one side in this process
+    python -m benchmarks.speed profile --work DIR ours-packed   # where the time of a step goes
+
+The shape is Mistral-7B's (7.24e9 parameters), r = 64 on all seven projections; the lengths of the
+rows are log-normal (median 380, 16 to 2,048 tokens), like those of guanaco-llama2-1k. Weights are
+random: speed and memory are real, quality is not. Our figures are read from the
+metrics/train_cost.json that `python -m stages.train` writes; the other sides train through their
+own libraries. Alike on all sides: rows, rank, targets, optimizer (paged AdamW, 32 bit), float32
+adapters and moments. tokens/s is non-padding tokens over the wall time of the epoch, warm-up and
+compilation included; the peak is the allocator's plus the bytes of managed memory.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results/speed.json"
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SHAPE = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+}
+RANK, ALPHA, MAX_LENGTH, SEED = 64, 16, 2048, 7
+LEARNING_RATE = 2e-4
+# Side: rows a step, packed, LoRA dropout.
+SIDES = {
+    "ours-packed": (8, True, 0.0),
+    "ours-packed-2": (2, True, 0.0),
+    "ours-4": (4, False, 0.0),
+    "reference-4": (4, False, 0.1),
+    "unsloth-packed": (8, True, 0.0),
+    "unsloth-packed-2": (2, True, 0.0),
+    "unsloth-4": (4, False, 0.0),
+}
+# 6 floating-point operations a parameter and token with full checkpointing, at 760 TFLOP/s.
+FLOOR_TOKENS_PER_SECOND = 17_500
+
+
+def row_lengths(count: int) -> list[int]:
+    draw = random.Random(SEED)
+    return [
+        max(16, min(MAX_LENGTH, int(draw.lognormvariate(math.log(380), 0.75))))
+        for _ in range(count)
+    ]
+
+
+def random_rows(count: int) -> list[list[int]]:
+    draw = random.Random(SEED + 1)
+    vocabulary = range(3, SHAPE["vocab_size"])
+    return [[1, *draw.choices(vocabulary, k=n - 2), 2] for n in row_lengths(count)]
+
+
+def make(work: Path, rows: int, shape: dict) -> None:
+    """Write the 16-bit model, its NF4 form by the quantize stage, and the prepared rows."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base = work / "models/base"
+    base.mkdir(parents=True)
+    config = AutoConfig.for_model("mistral", bos_token_id=1, eos_token_id=2, **shape)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    print(f"speed: {sum(p.numel() for p in model.parameters())} parameters")
+    model.save_pretrained(base)
+    del model
+    make_tokenizer(base, shape["vocab_size"])
+    source = {"source": "local", "id": "random", "revision": None, "commit": None, "files": {}}
+    (base / "source.json").write_text(json.dumps(source))
+    make_workspace(work, rows)
+    sys.path.insert(0, str(ROOT))
+    from stages.shared.stage import write_sums
+
+    write_sums(base)
+    run_stage(work, "quantize", {})
+
+
+def make_tokenizer(folder: Path, vocabulary: int) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+    ).save_pretrained(folder)
+
+
+def make_workspace(work: Path, rows: int) -> None:
+    """The project's stages beside rows in the form that `prepare` writes."""
+    import pyarrow as pa
+
+    from stages.shared.rows import SCHEMA
+    from stages.shared.stage import write_sums
+
+    shutil.copytree(ROOT / "stages", work / "stages", dirs_exist_ok=True)
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(ROOT / name, work / name)
+    prepared = work / "data/prepared"
+    (prepared / "tokenizer").mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(work / "models/base" / name, prepared / "tokenizer" / name)
+    tokens = random_rows(rows)
+    for name, part in (("train", tokens), ("eval", tokens[:8])):
+        table = pa.Table.from_pylist(
+            [
+                {"row": str(i), "input_ids": ids, "labels": ids, "prompt_tokens": 1}
+                | {"scored_bytes": len(ids)}
+                for i, ids in enumerate(part)
+            ],
+            schema=SCHEMA,
+        )
+        with (
+            pa.OSFile(str(prepared / f"{name}.arrow"), "wb") as file,
+            pa.ipc.new_stream(file, SCHEMA) as writer,
+        ):
+            writer.write_table(table)
+    (prepared / "prepared.json").write_text(json.dumps({"max_length": MAX_LENGTH}))
+    write_sums(prepared)
+    (work / "models/plan.ok").write_text("ok\n")
+
+
+def run_stage(work: Path, stage: str, changes: dict) -> None:
+    import yaml
+
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for section, values in changes.items():
+        params[section] |= values
+    (work / "params.yaml").write_text(yaml.safe_dump(params))
+    subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=work, check=True)
+
+
+def train_params(batch: int, packed: bool, dropout: float) -> dict:
+    """params.yaml sections of one side, the same numbers that the other sides are given."""
+    return {
+        "lora": {"r": RANK, "alpha": ALPHA, "dropout": dropout, "target_modules": TARGETS},
+        "train": {
+            "batch_size": batch,
+            "learning_rate": LEARNING_RATE,
+            "schedule": "constant",
+            "warmup_ratio": 0.0,
+            "max_grad_norm": 0.3,
+            "optimizer": "paged_adamw_32bit",
+            "gradient_checkpointing": True,
+            "batching": "packing" if packed else "group_by_length",
+        },
+    }
+
+
+def ours(work: Path, batch: int, packed: bool, dropout: float) -> dict:
+    run_stage(work, "train", train_params(batch, packed, dropout))
+    return json.loads((work / "metrics/train_cost.json").read_text())
+
+
+def theirs(work: Path, library: str, batch: int, packed: bool, dropout: float) -> dict:
+    """One epoch through trl's SFTTrainer (the reference script) or Unsloth's."""
+    if library == "unsloth":
+        import unsloth  # must come before trl and transformers
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    count = sum(1 for _ in (work / "rows.txt").open()) if (work / "rows.txt").exists() else 1000
+    rows = Dataset.from_dict({"input_ids": random_rows(count)})
+    peft_config = None
+    if library == "unsloth":
+        model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
+            str(work / "models/base"),
+            max_seq_length=MAX_LENGTH,
+            load_in_4bit=True,
+            dtype=torch.bfloat16,
+        )
+        model = unsloth.FastLanguageModel.get_peft_model(
+            model,
+            r=RANK,
+            lora_alpha=ALPHA,
+            lora_dropout=dropout,
+            target_modules=TARGETS,
+            bias="none",
+            use_gradient_checkpointing="unsloth",
+            random_state=SEED,
+        )
+    else:
+        from peft import LoraConfig
+        from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+        model = AutoModelForCausalLM.from_pretrained(
+            work / "models/base",
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=torch.bfloat16,
+                bnb_4bit_use_double_quant=True,
+            ),
+            device_map={"": 0},
+            dtype=torch.bfloat16,
+        )
+        model.config.use_cache = False
+        tokenizer = AutoTokenizer.from_pretrained(work / "models/base")
+        peft_config = LoraConfig(
+            r=RANK,
+            lora_alpha=ALPHA,
+            lora_dropout=dropout,
+            target_modules=TARGETS,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+    grouping = {} if packed else {"train_sampling_strategy": "group_by_length"}
+    trainer = SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=rows,
+        peft_config=peft_config,
+        args=SFTConfig(
+            output_dir=str(work / "out"),
+            num_train_epochs=1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=1,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            weight_decay=0.001,
+            max_grad_norm=0.3,
+            optim="paged_adamw_32bit",
+            gradient_checkpointing=True,
+            packing=packed,
+            max_length=MAX_LENGTH,
+            bf16=True,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **grouping,
+        ),
+    )
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    times = []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            torch.cuda.synchronize()
+            times.append(time.monotonic())
+
+        def on_step_end(self, *args, **kwargs):
+            torch.cuda.synchronize()
+            times.append(time.monotonic())
+
+    trainer.add_callback(Clock())
+    torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    tokens = sum(row_lengths(count))
+    paged = sum(
+        value.numel() * value.element_size()
+        for state in trainer.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and getattr(value, "is_paged", False)
+    )
+    steps = len(times) - 1
+    return {
+        "device": torch.cuda.get_device_name(),
+        "train_seconds": times[-1] - times[0],
+        "tokens_per_second": tokens / (times[-1] - times[0]),
+        "steady_tokens_per_second": tokens * (steps - 3) / steps / (times[-1] - times[3]),
+        "peak_vram_gb": (torch.cuda.max_memory_allocated() + paged) / 1e9,
+        "peak_vram_reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
+    }
+
+
+def one(work: Path, side: str) -> dict:
+    library, settings = side.split("-")[0], SIDES[side]
+    if library == "ours":
+        return ours(work, *settings)
+    return theirs(work, library, *settings)
+
+
+def profile(work: Path, side: str, steps: int) -> None:
+    """Print the longest kernels of two steps, through the trainer that the stage builds."""
+    import torch
+    from datasets import Dataset, disable_caching
+    from torch.profiler import ProfilerActivity
+    from transformers import AutoConfig, AutoTokenizer, TrainerCallback
+
+    from stages.shared.model import load_base, pick_device
+    from stages.shared.params import load_params
+    from stages.shared.trainer import build_trainer, choose_attention, choose_fast_path
+
+    disable_caching()
+    os.chdir(work)
+    import yaml
+
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    batch, packed, dropout = SIDES[side]
+    for section, values in train_params(batch, packed, dropout).items():
+        params[section] |= values
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    params = load_params()
+    device = pick_device()
+    config = AutoConfig.from_pretrained("models/quantized")
+    attention = choose_attention(params.train, config, device)
+    model = load_base(Path("models/quantized"), device, attention)
+    rows = Dataset.from_file("data/prepared/train.arrow").select_columns(["input_ids", "labels"])
+    fast = choose_fast_path(model, params.lora, params.train, batch * MAX_LENGTH)
+    tokenizer = AutoTokenizer.from_pretrained("data/prepared/tokenizer")
+
+    class Window(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == steps - 2:
+                torch.cuda.synchronize()
+                self.profiler = torch.profiler.profile(
+                    activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]
+                )
+                self.profiler.__enter__()
+                self.started = time.monotonic()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == steps:
+                torch.cuda.synchronize()
+                wall = time.monotonic() - self.started
+                self.profiler.__exit__(None, None, None)
+                events = self.profiler.key_averages()
+                busy = sum(e.self_device_time_total for e in events) / 1e6
+                print(f"profile: two steps in {wall:.3f} s, GPU busy {busy:.3f} s; {fast}")
+                for event in sorted(events, key=lambda e: -e.self_device_time_total)[:28]:
+                    ms = event.self_device_time_total / 1e3
+                    print(f"  {ms:8.1f} ms {event.count:6d}  {event.key[:100]}")
+                control.should_training_stop = True
+
+    trainer = build_trainer(
+        model, tokenizer, rows, params, MAX_LENGTH, Path("out"), [Window()], fast
+    )
+    trainer.train()
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel", "unsloth"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def run(work: Path, sides: list[str], out: Path) -> None:
+    """Each side in a process of its own, in the order given; append to `out` as they finish."""
+    for side in sides:
+        environment = dict(os.environ)
+        extra = environment.get("UNSLOTH_PATH")
+        if side.startswith("unsloth") and extra:
+            environment["PYTHONPATH"] = f"{extra}:{environment.get('PYTHONPATH', '')}"
+        command = [sys.executable, "-m", "benchmarks.speed", "one", "--work", str(work), side]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        lines = [line for line in done.stdout.splitlines() if line.startswith('{"side"')]
+        if done.returncode or not lines:
+            print(f"{side}: failed: {done.stdout[-1500:]} {done.stderr[-1500:]}", flush=True)
+            continue
+        found = json.loads(lines[-1])
+        with out.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+        print(
+            f"{side}: {found['tokens_per_second']:.0f} tokens/s "
+            f"(steady {found['steady_tokens_per_second']:.0f}), {found['peak_vram_gb']:.2f} GB, "
+            f"reserved {found['peak_vram_reserved_gb']:.2f} GB",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=["make", "run", "one", "profile"])
+    parser.add_argument("sides", nargs="*", metavar="side", help=", ".join(SIDES))
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
+    parser.add_argument("--hidden", type=int, default=SHAPE["hidden_size"])
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path("speed.jsonl"))
+    args = parser.parse_intermixed_args()
+    work = args.work.resolve()
+    if args.action == "make":
+        shape = SHAPE | {"num_hidden_layers": args.layers, "hidden_size": args.hidden}
+        make(work, args.rows, shape)
+        (work / "rows.txt").write_text("\n" * args.rows)
+    elif args.action == "run":
+        run(work, args.sides, args.out.resolve())
+    elif args.action == "profile":
+        profile(work, args.sides[0], args.steps)
+    else:
+        print(json.dumps({"side": args.sides[0]} | one(work, args.sides[0]) | versions()))
+
+
+if __name__ == "__main__":
+    main()
