@@ -187,6 +187,21 @@ def test_what_models_wrote_is_shown_as_it_is(html):
     assert "\u202e" not in html
 
 
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [
+        ("az vm list\n\n\n", "az vm list"),
+        ("\n" * 128, "(only white space)"),
+        ("a" * 2000, "a" * 2000),
+        ("a" * 3001, "a" * 2000 + " … (1,001 more characters)"),
+    ],
+)
+def test_answers_are_shown_at_a_bearable_length(exported, monkeypatch, answer, shown):
+    sample = dict.fromkeys(("row", "set", "prompt", "reference", "base"), "x") | {"tuned": answer}
+    html = page.to_html("t", report.sections(results(exported, monkeypatch, samples=[sample])))
+    assert Page(html).texts[3] == shown
+
+
 def test_the_learned_part_is_marked(html):
     marked = re.search(r"<pre dir=\"auto\">user: list VMs\n<mark>(.*?)</mark></pre>", html)
     assert marked[1].startswith("&lt;script&gt;")

@@ -17,6 +17,8 @@ DOT = {"filled": True, "opacity": 1}
 BAND = {"title": None, "axis": {"domain": False, "ticks": False, "labelPadding": 8, "grid": False}}
 STYLE = {
     "background": None,
+    # Browsers have wider fonts than the one that Vega measures labels with.
+    "padding": {"left": 14, "right": 8, "top": 4, "bottom": 4},
     "config": {
         "font": "sans-serif",
         "view": {"stroke": None},

@@ -231,8 +231,12 @@ def _samples(results: Results) -> Section:
 
 
 def _short(text: str) -> str:
+    """At most SHOWN_CHARACTERS of an answer: a base model may go on for ever, or write nothing."""
+    text = text.rstrip()
     cut = len(text) - SHOWN_CHARACTERS
-    return text if cut <= 0 else f"{text[:SHOWN_CHARACTERS]} … ({cut:,} more characters)"
+    if cut > 0:
+        return f"{text[:SHOWN_CHARACTERS]} … ({cut:,} more characters)"
+    return text or "(only white space)"
 
 
 def _training(results: Results) -> Section:
