@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 
 from stages.shared.contract import MOST_LEAKED, Drops, lengths_table, metrics_of, sample_of, show
 from stages.shared.encoding import Written, write_set
-from stages.shared.formats import Format, Unusable, recognize
+from stages.shared.formats import Format, Unusable, names_of, recognize
 from stages.shared.readers import data_files, read_file
 from stages.shared.rendering import Renderer, settle
 from stages.shared.rows import PREPARED, held_out_sets, read_rows, set_sha256
@@ -44,6 +44,7 @@ RAW = Path("data/raw")
 TOKENIZER = Path("models/tokenizer")
 METRICS = Path("metrics/data.json")
 LENGTHS = Path("metrics/lengths.csv")
+SETS = {"train": "to train on", "eval": "held out", "group": "of groups held out"}
 
 
 def scan(names: list[str], params: Prepare, store: Store) -> tuple[Format, Drops]:
@@ -73,7 +74,7 @@ def group_of(row: dict, params: Prepare, where: str) -> str:
     if params.group_by not in row:
         raise StageError(
             f"{where}: no column {params.group_by!r} (prepare.group_by); the columns are "
-            f"{', '.join(row)}: name one of them, or set prepare.group_by: null"
+            f"{names_of(row)}: name one of them, or set prepare.group_by: null"
         )
     if row[params.group_by] in (None, ""):
         raise Unusable("empty", f"{params.group_by!r} is empty: name the row's group")
@@ -85,7 +86,7 @@ def describe(form: Format, row: dict, params: Prepare) -> str:
     used = [f"{own} as {name}" if own != name else own for name, own in form.columns.items()]
     ignored = [c for c in row if c not in (*form.columns.values(), params.group_by)]
     shape = f" in the {form.shape.name} shape" if form.shape else ""
-    rest = f"; not used: {', '.join(ignored)}" if ignored else ""
+    rest = f"; not used: {names_of(ignored)}" if ignored else ""
     return f"format {form.name}{shape}, columns {', '.join(used)}{rest}"
 
 
@@ -139,6 +140,10 @@ def write_sets(
 def write_about(out: Path, tokenizer, form: Format, params: Prepare, sets: dict) -> dict:
     """Write the tokenizer, source.json and prepared.json; returns the last."""
     tokenizer.save_pretrained(out / "tokenizer")
+    config = json.loads((out / "tokenizer/tokenizer_config.json").read_text(encoding="utf-8"))
+    # How the tokenizer was loaded is no part of it, and differs between two equal runs.
+    config = {k: v for k, v in config.items() if k not in ("is_local", "local_files_only")}
+    (out / "tokenizer/tokenizer_config.json").write_text(_json(config), encoding="utf-8")
     shutil.copyfile(RAW / "source.json", out / "source.json")
     about = {
         "format": form.name,
@@ -153,9 +158,22 @@ def write_about(out: Path, tokenizer, form: Format, params: Prepare, sets: dict)
     for prefix, file in held_out_sets(out).items():
         about[f"{prefix}eval_set_sha256"] = set_sha256(read_rows(file))
     about["sample"] = sample_of(out / "train.arrow", tokenizer)
-    text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
-    (out / "prepared.json").write_text(text, encoding="utf-8")
+    (out / "prepared.json").write_text(_json(about), encoding="utf-8")
     return about
+
+
+def _json(value: dict) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def summary(metrics: dict) -> str:
+    kept = [f"{metrics[f'{name}_examples']:,} {word}" for name, word in SETS.items()]
+    return (
+        f"prepare: {metrics['rows_in']:,} rows: {', '.join(kept)}; dropped "
+        f"{metrics['dropped_examples']:,}, duplicates {metrics['duplicate_examples']:,}, "
+        f"unused {metrics['unused_examples']:,}; {metrics['train_tokens']:,} tokens to train on, "
+        f"{metrics['learned_token_share_percent']:.0f} % of them learned"
+    )
 
 
 def main() -> None:
@@ -176,6 +194,7 @@ def main() -> None:
     write_text(LENGTHS, lengths_table(sets["train"].lengths, params.prepare.max_length))
     write_metrics(METRICS, metrics)
     show(about["sample"])
+    print(summary(metrics))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,15 @@ def make_workspace(folder: Path, git: bool = False, **sections: dict) -> Path:
     `sections` are merged over TINY_PARAMS. With `git`, a repository with one commit.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("stages", "tools", "data/source", ".dvc/config", ".dvc/.gitignore", ".dvc/plots"):
+    for name in (
+        "stages",
+        "templates",
+        "tools",
+        "data/source",
+        ".dvc/config",
+        ".dvc/.gitignore",
+        ".dvc/plots",
+    ):
         source, target = ROOT / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():

@@ -136,5 +136,10 @@ def show(sample: dict) -> None:
     """Print the sample with what is learned in green, or in [[ ]] where no colour is wanted."""
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     before, after = ("\033[32m", "\033[0m") if coloured else ("[[", "]]")
-    text = "".join(f"{before}{t}{after}" if learned else t for t, learned in sample["pieces"])
+    # Escape sequences in data must not reach the terminal.
+    shown = [
+        ("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text), learned)
+        for text, learned in sample["pieces"]
+    ]
+    text = "".join(f"{before}{t}{after}" if learned else t for t, learned in shown)
     print(f"prepare: the row {sample['row']}, with what is learned marked:\n{text}")

@@ -6,9 +6,11 @@ of its answers.
 """
 
 import difflib
+import json
 import re
 from dataclasses import dataclass
 
+from stages.shared.readers import MAX_ROW_BYTES, too_big
 from stages.shared.stage import StageError
 
 # format -> (columns it needs, columns it may have)
@@ -204,7 +206,7 @@ def recognize(name: str, columns: dict[str, str] | None, first: dict, where: str
         if column not in first:
             raise StageError(
                 f"{where}: no column {column!r} (prepare.columns.{standard}); "
-                f"the columns are {_names(first)}"
+                f"the columns are {names_of(first)}"
             )
     present = {c: own.get(c, c) for c in known if own.get(c, c) in first}
     if name == "auto":
@@ -214,7 +216,7 @@ def recognize(name: str, columns: dict[str, str] | None, first: dict, where: str
         if column not in present:
             raise StageError(
                 f"{where}: no column {own.get(column, column)!r}, which format {name} needs; the "
-                f"columns are {_names(first)}: name yours in prepare.columns: {{{column}: …}}"
+                f"columns are {names_of(first)}: name yours in prepare.columns: {{{column}: …}}"
             )
     used = {c: present[c] for c in (*needed, *optional) if c in present}
     shape = _shape_of(first[used["text"]]) if name == "rendered" else None
@@ -244,7 +246,7 @@ def _recognized(present: dict[str, str], first: dict, where: str) -> str:
         remedy = "set prepare.columns: {" + ", ".join(f"{k}: {v}" for k, v in pairs.items()) + "}"
     else:
         remedy = "name yours in prepare.columns, such as {prompt: question, completion: answer}"
-    raise StageError(f"{where}: no known format has the columns {_names(first)}; {remedy}")
+    raise StageError(f"{where}: no known format has the columns {names_of(first)}; {remedy}")
 
 
 def _shape_of(text) -> Shape | None:
@@ -253,13 +255,15 @@ def _shape_of(text) -> Shape | None:
     return next((shape for shape in SHAPES if shape.marker in text), None)
 
 
-def _names(row: dict) -> str:
-    return ", ".join(str(name) for name in row) or "none"
+def names_of(row: dict) -> str:
+    """Column names in one short line, whatever is in them."""
+    names = ", ".join(" ".join(str(name).split()) for name in row) or "none"
+    return names if len(names) <= 200 else names[:200] + "…"
 
 
 def _value(row: dict, column: str, where: str):
     if column not in row:
-        raise StageError(f"{where}: no column {column!r}; this row has {_names(row)}")
+        raise StageError(f"{where}: no column {column!r}; this row has {names_of(row)}")
     return row[column]
 
 
@@ -273,6 +277,8 @@ def checked_text(value, name: str, where: str) -> str:
         raise Unusable("empty", f"{name!r} is null: fill it in or delete the row")
     if not isinstance(value, str):
         raise StageError(f"{where}: {name!r} holds {_kind(value)} where text belongs; quote it")
+    if len(value) > MAX_ROW_BYTES:
+        raise too_big(where)
     if "\0" in value:
         raise StageError(f"{where}: {name!r} holds a NUL character; remove it")
     try:
@@ -308,7 +314,7 @@ def _list(row: dict, column: str, where: str) -> list[dict]:
 def _from_sharegpt(turn: dict, where: str) -> dict:
     for key in ("from", "value"):
         if key not in turn:
-            raise StageError(f"{where}: a turn without {key!r}; it has {_names(turn)}")
+            raise StageError(f"{where}: a turn without {key!r}; it has {names_of(turn)}")
     role = turn["from"]
     if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
         raise Unusable("roles", f"unknown role {role!r}: use {', '.join(_SHAREGPT_ROLES)}")
@@ -320,7 +326,7 @@ def _conversation(turns: list[dict], where: str) -> list[dict]:
     messages, before = [], None
     for number, turn in enumerate(turns, 1):
         if "role" not in turn:
-            raise StageError(f"{where}: message {number} has no 'role'; it has {_names(turn)}")
+            raise StageError(f"{where}: message {number} has no 'role'; it has {names_of(turn)}")
         role = turn["role"]
         if not isinstance(role, str) or role not in _FOLLOWS:
             raise Unusable(
@@ -338,11 +344,21 @@ def _conversation(turns: list[dict], where: str) -> list[dict]:
             content = ""
         else:
             content = checked_text(content, f"message {number} ({role})", where)
+        if len(message) > 1:
+            _check_extras(message, f"{where}: message {number}")
         messages.append(message | {"content": content})
         before = role
     if before != "assistant":
         raise Unusable("roles", f"ends with {before}: the last message must be the assistant's")
     return messages
+
+
+def _check_extras(message: dict, where: str) -> None:
+    """Tool calls and the like must be JSON with whole characters; a Parquet file can hold more."""
+    try:
+        json.dumps(message, ensure_ascii=False).encode()
+    except (TypeError, UnicodeEncodeError) as error:
+        raise StageError(f"{where}: a tool call that is no JSON ({error}); mend it") from None
 
 
 def _joined(parts: list, number: int, where: str) -> str:

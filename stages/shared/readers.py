@@ -10,6 +10,7 @@ import csv
 import difflib
 import fnmatch
 import gzip
+import io
 import json
 import lzma
 import re
@@ -33,7 +34,7 @@ _COMPRESSED = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
-    ".zst": lambda path: pa.input_stream(str(path), compression="zstd"),
+    ".zst": lambda path: io.BufferedReader(pa.input_stream(str(path), compression="zstd")),
 }
 # How files of one split are named, as the datasets library reads names.
 _SPLITS = {
@@ -169,7 +170,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 number += 1
                 where = f"{path}:{number}"
                 if len(raw) > MAX_ROW_BYTES:
-                    raise _too_big(where)
+                    raise too_big(where)
                 if number == 1:
                     raw = raw.removeprefix(codecs.BOM_UTF8)
                 try:
@@ -183,7 +184,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise _damaged(path, error) from None
 
 
-def _too_big(where: str) -> StageError:
+def too_big(where: str) -> StageError:
     return StageError(
         f"{where}: a row of more than {MAX_ROW_BYTES // 10**6} MB; a row is one example: "
         "put each on a line of its own, or cut it up"
@@ -292,7 +293,7 @@ def _value(path: Path, line: int, text: str, start: int, chunks: Iterator[str]) 
             more = next(chunks, "") if size <= MAX_ROW_BYTES else ""
             if not more:
                 if size > MAX_ROW_BYTES:
-                    raise _too_big(f"{path}:{line}") from None
+                    raise too_big(f"{path}:{line}") from None
                 where = f"{path}:{line + text.count(chr(10), 0, position)}"
                 raise StageError(
                     f"{where}: broken JSON ({error.msg}); mend it or fetch the file again"
@@ -336,7 +337,7 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, dict]]:
             fields = next(reader, None)
         except csv.Error as error:
             if "field larger" in str(error):
-                raise _too_big(f"{path}:{line}") from None
+                raise too_big(f"{path}:{line}") from None
             raise StageError(
                 f"{path}:{line}: broken quoting ({error}); a quote inside a quoted field is "
                 'written twice ("") and each one opened is closed'

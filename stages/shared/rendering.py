@@ -67,18 +67,15 @@ def settle(tokenizer, params: Prepare, form: Format, sample: Example) -> str:
 
 def _template(tokenizer, params: Prepare, form: Format, sample: Example) -> tuple[str, str]:
     template = params.template
-    if template.endswith(".jinja"):
-        path = Path(template)
-        if path.parent != TEMPLATES or not path.is_file():
-            raise StageError(f"prepare.template: no file {template}; put it in {TEMPLATES}/")
-        return path.read_text(encoding="utf-8"), f"template {template}"
     if form.name == "rendered":
         if form.shape is None and params.loss_on != "all":
             raise StageError(
                 "no known mark of an answer in the rendered text ([/INST], <|im_start|>assistant, "
                 "…); set prepare.loss_on: all, or bring columns with prompt and completion"
             )
-        return _rendered_template(tokenizer, form, sample)
+        return _rendered_template(tokenizer, template, form, sample)
+    if template.endswith(".jinja"):
+        return _with_bos(tokenizer, _from_file(template)), f"template {template}"
     if template != "chat":
         return _plain_template(tokenizer, template), "plain template"
     if not tokenizer.chat_template:
@@ -89,30 +86,48 @@ def _template(tokenizer, params: Prepare, form: Format, sample: Example) -> tupl
     return tokenizer.get_chat_template(), "the tokenizer's chat template"
 
 
-def _rendered_template(tokenizer, form: Format, sample: Example) -> tuple[str, str]:
-    """The tokenizer's own template if it writes the sample as it stands, or the shape's."""
+def _from_file(template: str) -> str:
+    path = Path(template)
+    if path.parent != TEMPLATES or not path.is_file():
+        raise StageError(f"prepare.template: no file {template}; put yours in {TEMPLATES}/")
+    return path.read_text(encoding="utf-8")
+
+
+def _with_bos(tokenizer, template: str) -> str:
+    """The template with the BOS that the tokenizer would have put before plain text."""
+    asked = [{"role": "user", "content": "a"}]
+    made = tokenizer.apply_chat_template(asked, template, tokenize=False)
+    if _adds_bos(tokenizer) and not made.startswith(tokenizer.bos_token):
+        return "{{ bos_token }}" + template
+    return template
+
+
+def _rendered_template(tokenizer, template: str, form: Format, sample: Example) -> tuple[str, str]:
+    """The template, of the file, the tokenizer or the shape, that writes the sample as it stands.
+
+    The text is not rendered again: the template is what prompts at inference are rendered with.
+    """
+    own = tokenizer.chat_template and tokenizer.get_chat_template()
     if form.shape is None:
-        return tokenizer.chat_template or "", "text as it stands, all of it learned"
+        return own or "", "text as it stands, all of it learned"
     text = sample["text"]
     turns = read_rendered(form.shape, text)
     messages = [{"role": role, "content": content} for role, content, *_ in turns]
     opening = text[: form.shape.turn.search(text).start()]
     if not opening and _adds_bos(tokenizer) and not text.startswith(tokenizer.bos_token):
         opening = tokenizer.bos_token
-    candidates = [(f"{{{{ {json.dumps(opening)} }}}}" if opening else "") + form.shape.template]
-    if tokenizer.chat_template:
-        candidates.insert(0, tokenizer.get_chat_template())
+    shaped = (f"{{{{ {json.dumps(opening)} }}}}" if opening else "") + form.shape.template
+    candidates = [_from_file(template)] if template.endswith(".jinja") else [own, shaped]
     prompt = text[: sample["answers"][-1][0]]
-    for candidate in candidates:
+    bos = tokenizer.bos_token or ""
+    for candidate in filter(None, candidates):
         try:
             made = tokenizer.apply_chat_template(
                 messages[:-1], candidate, add_generation_prompt=True, tokenize=False
             )
         except jinja2.TemplateError:
             continue
-        if made.removeprefix(tokenizer.bos_token or "") == prompt.removeprefix(
-            tokenizer.bos_token or ""
-        ):
+        if made.removeprefix(bos) == prompt.removeprefix(bos):
             return candidate, f"text as it stands, in the {form.shape.name} shape"
     raise StageError(
         f"the rendered text looks like {form.shape.name} and is not quite: bring the .jinja file "
@@ -227,8 +242,10 @@ class Renderer:
             prompts = self._apply([chat[:-1] for chat in chats], prompt=True)
         except (jinja2.TemplateError, TypeError) as error:
             if len(chats) == 1:
+                # raise_exception() in a template raises the base class.
                 reason = "roles" if type(error) is jinja2.TemplateError else "template"
-                return [Unusable(reason, f"the template refuses it: {error}")]
+                said = " ".join(str(error).split())
+                return [Unusable(reason, f"the template refuses it ({said}): mend the row")]
             return [self._render_chats([chat])[0] for chat in chats]
         return [self._cut(*each) for each in zip(chats, whole, prompts, strict=True)]
 
