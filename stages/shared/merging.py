@@ -28,6 +28,8 @@ def merged_rows(
     """
     if update:
         a, b = update.factors(device)
+    elif name not in weights.nf4:
+        device = torch.device("cpu")  # Nothing to compute.
     for block, part in weights.rows(name, device):
         if update:
             exact = (b[block] @ a).mul_(update.scaling)
