@@ -101,7 +101,7 @@ def fetch(source: Repository | Folder, section: Dataset, out: Path) -> None:
     if section.source == "hub":
         names = of_configuration(names, card(out) if "README.md" in about else {}, section)
     size = sum(source.files[name] for name in names)
-    print(f"fetch_data: {section.id}: {len(names)} files, {size / 1e6:.2f} MB")
+    print(f"fetch_data: fetching {len(names)} files of {section.id}, {size / 1e6:.2f} MB")
     source.get(names, out)
     keep_only(out, about + names)
     write_source(out, section, source.commit, source.license, source.sums)
@@ -127,6 +127,8 @@ def main() -> None:
             fetch(source, section, out)
         else:
             extract(section, out)
+    size = sum(path.stat().st_size for path in RAW.rglob("*") if path.is_file())
+    print(f"fetch_data: {size / 1e6:.2f} MB in {RAW}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 Reads model from params.yaml. Writes models/base (weights as safetensors, config, tokenizer,
 template, licence, source.json) and models/tokenizer (the same without the weights). Bytes are
-kept as they come; only the GGUF file of a package is converted.
+kept as they come; only the GGUF file of a package is converted. DVC does not watch a local model
+folder: after a change in it, run `dvc repro --force --single-item fetch_model`.
 """
 
 import json
@@ -39,7 +40,7 @@ def fetch(source: Repository | Folder, section: Model, out: Path) -> None:
     check_config(out, section.id)
     weights = weight_files(out, source.files, section.id)
     size = sum(source.files[name] for name in weights)
-    print(f"fetch_model: {section.id}: {len(weights)} files of weights, {size / 1e9:.2f} GB")
+    print(f"fetch_model: fetching {len(weights)} files of {section.id}, {size / 1e9:.2f} GB")
     source.get(weights, out)
     check_weights(out, weights, section.id)
     keep_only(out, names + weights)

@@ -178,7 +178,10 @@ def test_the_stage_downloads_a_configuration_from_the_hub(tmp_path):
             text=True,
         )
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout.splitlines()[-1] == "fetch_data: owner/rows: 1 files, 0.00 MB"
+    assert run.stdout.splitlines() == [
+        "fetch_data: fetching 1 files of owner/rows, 0.00 MB",
+        "fetch_data: 0.00 MB in data/raw",
+    ]
     raw = workspace / "data/raw"
     names = ["LICENSE", "README.md", "data/en-0.jsonl"]
     found = {p.relative_to(raw).as_posix() for p in raw.rglob("*") if p.is_file()}
@@ -291,7 +294,10 @@ def test_the_default_is_stable_and_opens_no_socket(tmp_path):
         text=True,
     )
     assert (run.returncode, run.stderr) == (0, "")
-    assert run.stdout == "fetch_data: 6937 examples of 93 services\n"
+    assert run.stdout.splitlines() == [
+        "fetch_data: 6937 examples of 93 services",
+        "fetch_data: 1.70 MB in data/raw",
+    ]
     content = (workspace / "data/raw/examples.jsonl").read_bytes()
     assert hashlib.sha256(content).hexdigest() == (
         "6178a3e2595d117118d307983ccbbd49e8bb4315e5ead2f3323d34ecfac78736"

@@ -99,6 +99,10 @@ def edit(name: str, **changes):
     return apply
 
 
+def both(*faults):
+    return lambda folder: [fault(folder) for fault in faults]
+
+
 def remove(*names: str):
     def apply(folder):
         for name in names:
@@ -173,6 +177,12 @@ REFUSED = {
     "tokenizer incomplete": (
         remove("tokenizer.json"),
         "tiny: its tokenizer does not load: ",
+    ),
+    "tokenizer empty": (
+        both(
+            remove("tokenizer.json"), edit("tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+        ),
+        "tiny: its tokenizer has no vocabulary; is tokenizer.json missing?",
     ),
     "slow tokenizer": (
         edit("tokenizer_config.json", tokenizer_class="ByT5Tokenizer"),

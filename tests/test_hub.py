@@ -26,11 +26,14 @@ sys.addaudithook(forbid)
 """
 # Looks every repository up and downloads it; prints one line for each.
 FETCH = """
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from stages.shared.hub import open_source
 from stages.shared.stage import StageError, whole_folder
+# A shell that puts a job into the background has it ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 for number, (kind, id, revision) in enumerate(map(str.split, sys.argv[2:])):
     try:
         source = open_source(kind, SimpleNamespace(source="hub", id=id, revision=revision))
@@ -172,6 +175,30 @@ def test_an_interrupted_download_goes_on_where_it_stopped(tmp_path):
         assert len(hub.of("config.json")) == 1
     assert (tmp_path / "0/x.safetensors").read_bytes() == BIG
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0"]
+
+
+def test_ctrl_c_does_not_wait_for_the_download(tmp_path):
+    with Hub() as hub:
+        hub.models["owner/big"] = Repo({"x.safetensors": b"\1\2"}, A)
+        hub.faults = ["1 stall"]
+        process = start(hub.url, tmp_path, f"model owner/big {A}")
+        deadline = time.monotonic() + 60
+        while not hub.requests and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        # The server keeps the connection for 60 seconds.
+        text, _ = process.communicate(timeout=30)
+    assert text.splitlines()[-1] == "KeyboardInterrupt"
+
+
+def test_a_download_that_would_not_fit_is_not_begun(tmp_path):
+    with Hub() as hub:
+        huge = Repo({"x.safetensors": b"\1\2"}, A, sizes={"x.safetensors": 10**18})
+        hub.models["owner/huge"] = huge
+        text, _ = start(hub.url, tmp_path, f"model owner/huge {A}").communicate(timeout=60)
+        assert text.startswith("owner/huge: 1000000000.0 GB to download, ")
+        assert len(text.splitlines()) == 1
+        assert hub.requests == []
 
 
 def test_a_damaged_file_is_not_kept(tmp_path):

@@ -84,7 +84,7 @@ def check_config(folder: Path, id: str) -> None:
     tokenizer_config = folder / "tokenizer_config.json"
     if tokenizer_config.exists() and "auto_map" in _read_json(tokenizer_config, id):
         raise StageError(f"{id}: its tokenizer needs code of its own, which is never run")
-    if not any(folder.glob("tokenizer*")):
+    if not any(any(folder.glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
         raise StageError(f"{id} has no tokenizer; copy the files of its base model's beside it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -93,6 +93,9 @@ def check_config(folder: Path, id: str) -> None:
         raise StageError(f"{id}: its tokenizer does not load: {reason}") from None
     if not tokenizer.is_fast:
         raise StageError(f"{id} has no fast tokenizer (tokenizer.json), which this pipeline needs")
+    # Transformers makes an empty one when tokenizer.json is missing, and says nothing.
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):
+        raise StageError(f"{id}: its tokenizer has no vocabulary; is tokenizer.json missing?")
 
 
 def check_weights(folder: Path, names: list[str], id: str) -> None:
