@@ -213,7 +213,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_consta
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     for number, text in _lines(path):
-        if text.isspace():
+        if not text.strip():
             continue
         try:
             row = _DECODER.decode(text)

@@ -19,7 +19,6 @@ from stages.shared.formats import Example, Format, Unusable, read_rendered
 from stages.shared.params import Prepare
 from stages.shared.stage import StageError
 
-TEMPLATES = Path("templates")
 # Templates that print today's date would make other bytes tomorrow, and a prompt at inference
 # that no row begins with: the date that Llama 3 documents is written into them.
 _FIXED_DATE = (
@@ -88,15 +87,15 @@ def _template(tokenizer, params: Prepare, form: Format, sample: Example) -> tupl
 
 def _from_file(template: str) -> str:
     path = Path(template)
-    if path.parent != TEMPLATES or not path.is_file():
-        raise StageError(f"prepare.template: no file {template}; put yours in {TEMPLATES}/")
+    if not path.is_file():
+        raise StageError(f"prepare.template: no file {template}; put yours in templates/")
     return path.read_text(encoding="utf-8")
 
 
 def _with_bos(tokenizer, template: str) -> str:
     """The template with the BOS that the tokenizer would have put before plain text."""
     asked = [{"role": "user", "content": "a"}]
-    made = tokenizer.apply_chat_template(asked, template, tokenize=False)
+    made = tokenizer.apply_chat_template(asked, chat_template=template, tokenize=False)
     if _adds_bos(tokenizer) and not made.startswith(tokenizer.bos_token):
         return "{{ bos_token }}" + template
     return template
@@ -123,7 +122,7 @@ def _rendered_template(tokenizer, template: str, form: Format, sample: Example) 
     for candidate in filter(None, candidates):
         try:
             made = tokenizer.apply_chat_template(
-                messages[:-1], candidate, add_generation_prompt=True, tokenize=False
+                messages[:-1], chat_template=candidate, add_generation_prompt=True, tokenize=False
             )
         except jinja2.TemplateError:
             continue
@@ -136,19 +135,15 @@ def _rendered_template(tokenizer, template: str, form: Format, sample: Example) 
 
 
 def _plain_template(tokenizer, template: str) -> str:
-    """Plain text around {prompt} as a chat template; the answer starts on the next line."""
-    if template.count("{prompt}") != 1:
-        raise StageError(
-            "prepare.template: must be chat, a file in templates/ ending in .jinja, or text with "
-            f"{{prompt}} in it once (got {template!r})"
-        )
+    """Plain text around {prompt} as a chat template; the answer never sticks to its last word."""
     before, after = template.split("{prompt}")
+    after += "" if after[-1:].isspace() else "\n"
     bos = "{{ bos_token }}" if _adds_bos(tokenizer) else ""
     return (
         bos + "{% for m in messages %}{% if m['role'] == 'assistant' %}"
         "{{ m['content'] + eos_token }}{% elif m['role'] == 'system' %}"
         "{{ m['content'] + '\\n\\n' }}"
-        f"{{% else %}}{{{{ {json.dumps(before)} + m['content'] + {json.dumps(after + chr(10))} }}}}"
+        f"{{% else %}}{{{{ {json.dumps(before)} + m['content'] + {json.dumps(after)} }}}}"
         "{% endif %}{% endfor %}"
     )
 
@@ -283,19 +278,21 @@ class Renderer:
                 continue
             before, after = self._apply([chat[:i]], prompt=True)[0], self._apply([chat[: i + 1]])[0]
             start, end = len(before), len(after)
-            if not prompt.startswith(after):
+            if not prompt.startswith(after) and "tool_calls" not in message:
                 found = self.any_special.search(prompt, start)
                 end = found.end() if found else start
-            part = prompt[start:end]
-            if not prompt.startswith(before) or message["content"].strip() not in part:
+            part = prompt[start:end].rstrip()
+            if not (
+                prompt.startswith(before)
+                and message["content"].strip() in part
+                and part.endswith(self.special)
+            ):
                 raise Unusable(
                     "template",
-                    f"the template writes answer {i + 1} differently once the conversation goes "
-                    "on: set prepare.loss_on: completion, or another .jinja file",
+                    f"the template writes message {i + 1} differently once the conversation goes "
+                    "on, or does not end it: set prepare.loss_on: completion, or another template",
                 )
-            if part.rstrip().endswith(self.special):
-                end = start + len(part.rstrip())
-            spans.append((start, end))
+            spans.append((start, start + len(part)))
         return spans
 
     def _finish(self, prompt: str, answer: str, spans: list, raw: bool = False) -> _Rendered:
@@ -322,18 +319,22 @@ class Renderer:
             elif both[: len(prompt)] == prompt:
                 made.append(both[len(prompt) :])
             else:
-                made.append(self._ids(["\n" + row.answer])[0][len(self.anchor) :])
+                after = self._ids(["\n" + row.answer])[0]
+                # Empty, and so refused, where the tokenizer merges even the anchor.
+                made.append(
+                    after[len(self.anchor) :] if after[: len(self.anchor)] == self.anchor else []
+                )
         return made
 
     def _rows(self, row: _Rendered, prompt: list[int], answer: list[int]) -> list | Unusable:
         ids = np.array(prompt + answer, np.int32)
+        if not answer or answer[-1] not in self.end_ids:
+            return Unusable(
+                "template", f"its tokens do not end with {row.end!r}: set another prepare.template"
+            )
         if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
             return Unusable(
                 "template", "begins with BOS twice: remove it from the template or from the text"
-            )
-        if ids[-1] not in self.end_ids:
-            return Unusable(
-                "template", f"does not end with the token {row.end!r}: mend the template"
             )
         learned = np.zeros(len(ids), bool)
         learned[0 if self.loss_on == "all" else len(prompt) :] = True
