@@ -7,12 +7,13 @@ Writes metrics/plan.json and models/plan.ok, the same bytes whenever training ma
 """
 
 import difflib
+import importlib.util
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from stages.shared.params import Params, load_params
-from stages.shared.rows import PREPARED
+from stages.shared.params import Params, Train, load_params
 from stages.shared.stage import StageError, begin, write_metrics, write_text
 
 if __name__ == "__main__":
@@ -22,16 +23,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from stages.shared import vram
+from stages.shared import attention, vram
+from stages.shared.rows import IGNORED, PREPARED
 
 CONFIG = Path("models/tokenizer")
 METRICS = Path("metrics/plan.json")
 VERDICT = Path("models/plan.ok")
 
 
-def read_shape(folder: Path) -> vram.Shape:
+@dataclass(frozen=True)
+class Rows:
+    """Tokens and learned tokens of each training row; `max_length` is the width of a pack."""
+
+    tokens: list[int]
+    learned: list[int]
+    max_length: int
+
+
+def read_model(folder: Path) -> tuple[PretrainedConfig, vram.Shape]:
     """The model of `folder`/config.json, built on the meta device: shapes without weights."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -48,13 +59,15 @@ def read_shape(folder: Path) -> vram.Shape:
         for name, module in model.named_modules()
         if type(module) is torch.nn.Linear and module is not head
     )
-    return vram.Shape(
+    return config, vram.Shape(
         layers=text.num_hidden_layers,
+        vocabulary=text.vocab_size,
         hidden=text.hidden_size,
         intermediate=intermediate,
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        silu=getattr(text, "hidden_act", None) == "silu",
         linears=linears,
         other_parameters=model.num_parameters() - sum(x.parameters for x in linears),
     )
@@ -84,31 +97,42 @@ def match_targets(shape: vram.Shape, wanted: str | list[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def read_lengths(prepared: Path) -> tuple[list[int], list[int]]:
-    """Tokens and learned tokens of every training row."""
+def read_rows(prepared: Path) -> Rows:
+    """Lengths of every training row, and what packing fills rows up to."""
     with pa.memory_map(str(prepared / "train.arrow")) as source:
         table = pyarrow.ipc.open_stream(source).read_all()
         tokens = pc.list_value_length(table["input_ids"]).to_pylist()
-        rows = pc.list_parent_indices(table["labels"])
-        learned = pc.filter(rows, pc.not_equal(pc.list_flatten(table["labels"]), -100))
+        row = pc.list_parent_indices(table["labels"])
+        learned = pc.filter(row, pc.not_equal(pc.list_flatten(table["labels"]), IGNORED))
         counts = {c["values"]: c["counts"] for c in pc.value_counts(learned).to_pylist()}
-    return tokens, [counts.get(i, 0) for i in range(len(tokens))]
+    prepared_json = json.loads((prepared / "prepared.json").read_text(encoding="utf-8"))
+    learned_tokens = [counts.get(i, 0) for i in range(len(tokens))]
+    return Rows(tokens, learned_tokens, prepared_json["max_length"])
 
 
-def largest_step(tokens: list[int], learned: list[int], params: Params, max_length: int) -> tuple:
-    """(rows, tokens, learned tokens) of the largest step on the device."""
-    size = min(params.train.batch_size, len(tokens))
-    if params.train.batching == "packing":
-        room = min(params.train.batch_size * max_length, sum(tokens))
-        return 1, room, min(room, sum(learned))
-    return size, size * max(tokens), sum(sorted(learned)[-size:])
+def attention_of(train: Train, config: PretrainedConfig) -> str:
+    """The attention that training takes on an NVIDIA GPU, by its demands on memory."""
+    auto = "varlen" if attention.supports(config) else "sdpa"
+    return {"auto": auto, "flash_attention_2": "varlen"}.get(train.attention, train.attention)
 
 
-def training(shape: vram.Shape, params: Params, step: tuple[int, int, int]) -> vram.Training:
-    """The settings as stages/train.py would use them on an NVIDIA GPU."""
-    rows, tokens, learned = step
-    packed = params.train.batching == "packing"
-    attention = {"auto": "varlen" if packed else "sdpa", "flash_attention_2": "varlen"}
+def largest_step(rows: Rows, train: Train, kind: str) -> tuple[int, int, int]:
+    """(rows, tokens, learned tokens) that the largest step holds on the device."""
+    size = min(train.batch_size, len(rows.tokens))
+    if train.batching == "packing":
+        room = min(train.batch_size * rows.max_length, sum(rows.tokens))
+        return 1, room, min(room, sum(rows.learned))
+    learned = sum(sorted(rows.learned)[-size:])
+    if kind == "varlen":
+        return 1, sum(sorted(rows.tokens)[-size:]), learned
+    return size, size * max(rows.tokens), learned
+
+
+def describe(config, shape: vram.Shape, params: Params, rows: Rows) -> vram.Training:
+    """The settings as training uses them on an NVIDIA GPU (stages/shared/trainer.py)."""
+    kind = attention_of(params.train, config)
+    count, tokens, learned = largest_step(rows, params.train, kind)
+    checkpointing = params.train.gradient_checkpointing
     return vram.Training(
         method="qlora" if params.quantize.type == "nf4" else "lora",
         double_quant=params.quantize.double_quant,
@@ -116,14 +140,15 @@ def training(shape: vram.Shape, params: Params, step: tuple[int, int, int]) -> v
         targets=match_targets(shape, params.lora.target_modules),
         dropout=params.lora.dropout,
         optimizer=params.train.optimizer,
-        rows=rows,
+        rows=count,
         tokens=tokens,
         learned_tokens=learned,
         accumulation=params.train.gradient_accumulation,
-        checkpointing=params.train.gradient_checkpointing,
-        offloading=params.train.gradient_checkpointing and packed,
-        attention=attention.get(params.train.attention, params.train.attention),
-        fused=True,
+        checkpointing=checkpointing,
+        offloading=vram.offloads(shape, checkpointing, tokens),
+        attention=kind,
+        liger=importlib.util.find_spec("liger_kernel") is not None,
+        fused_lora=params.lora.dropout == 0,
     )
 
 
@@ -157,30 +182,33 @@ def changes(params: Params) -> Iterator[tuple[str, Params]]:
             yield change("lora", r=rank)
 
 
-def cheapest_change(shape, lengths, params: Params, max_length: int, limit: float) -> str:
-    """The first change of `changes` after which `limit` bytes are enough, as -S options."""
+def cheapest_change(config, shape: vram.Shape, params: Params, rows: Rows, limit: float) -> str:
+    """The first of `changes` after which `limit` bytes are enough, as -S takes it."""
     for text, changed in changes(params):
-        step = largest_step(*lengths, changed, max_length)
-        needed = vram.predict(shape, training(shape, changed, step)).device
+        needed = vram.predict(shape, describe(config, shape, changed, rows)).device
         if needed <= limit:
             return f"{text} ({needed / vram.GB:.2f} GB)"
-    return "no single change does; take a smaller base or a shorter prepare.max_length"
+    return "none of the settings alone; take a smaller base or a shorter prepare.max_length"
 
 
 def table(prediction: vram.Prediction, run: vram.Training, shape: vram.Shape) -> str:
-    """Where each GB goes."""
-    rows = [
-        ("base weights", prediction.weights, f"{shape.parameters / 1e9:.3f}e9 parameters"),
-        ("adapter", prediction.adapter, f"rank {run.rank}, weights and gradients"),
+    """Where each GB goes, at the moment of a step that needs most."""
+    size = f"{shape.parameters / 1e9:.3f}e9 parameters"
+    kind = {"qlora": "NF4", "lora": "16 bit"}[run.method]
+    saving = ", checkpointed" * run.checkpointing + ", kept in host memory" * run.offloading
+    lines = [
+        ("base weights", prediction.weights, f"{size}, {kind}"),
+        ("adapter", prediction.adapter, f"rank {run.rank}: weights and gradients, float32"),
         ("optimizer", prediction.optimizer, run.optimizer),
-        ("activations", prediction.activations, f"{run.tokens} tokens a step"),
-        ("logits", prediction.logits, f"{run.learned_tokens} learned tokens"),
+        ("activations", prediction.activations, f"{run.tokens} tokens a step{saving}"),
+        ("output head", prediction.logits, f"{run.learned_tokens} learned tokens"),
+        ("workspaces", prediction.workspaces, "of the matrix products"),
         ("training allocates", prediction.peak, f"most in {prediction.moment}"),
-        ("context, fragments", prediction.overhead, "CUDA itself, and memory reserved in vain"),
+        ("reserve", prediction.reserve, "CUDA itself, and gaps between allocations"),
         ("the card must have", prediction.device, ""),
     ]
     return "\n".join(
-        f"  {name:<20}{size / vram.GB:>8.2f} GB  {why}".rstrip() for name, size, why in rows
+        f"  {n:<20}{size / vram.GB:>8.3f} GB  {why}".rstrip() for n, size, why in lines
     )
 
 
@@ -200,39 +228,38 @@ def metrics(shape: vram.Shape, run: vram.Training) -> dict:
     }
 
 
-def report(shape, lengths, params: Params, max_length: int, run: vram.Training) -> None:
-    """Print the table, the cards it fits and what would make the next smaller card do."""
-    prediction = vram.predict(shape, run)
-    fits = vram.fitting_cards(prediction.device)
-    print(table(prediction, run, shape))
-    print(f"Fits cards of {', '.join(map(str, fits)) or 'no usual size in'} GB.")
-    smaller = [size for size in vram.CARDS_GB if size not in fits]
-    if smaller:
-        advice = cheapest_change(shape, lengths, params, max_length, smaller[-1] * vram.GB)
-        print(f"To fit {smaller[-1]} GB: {advice}")
+def advice(config, shape: vram.Shape, params: Params, rows: Rows, needed: float) -> str:
+    """Which cards hold `needed` bytes, and what would make the next smaller one do."""
+    fits = vram.fitting_cards(needed)
+    lines = [f"fits cards of {', '.join(map(str, fits)) or 'no usual size in'} GB"]
+    if smaller := [size for size in vram.CARDS_GB if size not in fits]:
+        change = cheapest_change(config, shape, params, rows, smaller[-1] * vram.GB)
+        lines.append(f"to fit {smaller[-1]} GB: {change}")
+    return "\n".join(f"plan: {line}" for line in lines)
 
 
-def refuse_over_limit(shape, lengths, params, max_length, run) -> None:
+def refuse_over_limit(config, shape: vram.Shape, params: Params, rows: Rows, needed: float) -> None:
     """Raise StageError when plan.vram_limit_gb is exceeded."""
-    limit, needed = params.plan.vram_limit_gb, vram.predict(shape, run).device / vram.GB
-    if limit is not None and needed > limit:
-        advice = cheapest_change(shape, lengths, params, max_length, limit * vram.GB)
+    limit = params.plan.vram_limit_gb
+    if limit is not None and needed > limit * vram.GB:
+        change = cheapest_change(config, shape, params, rows, limit * vram.GB)
         raise StageError(
-            f"training would need {needed:.2f} GB and plan.vram_limit_gb is {limit:g}; "
-            f"cheapest change: {advice}"
+            f"training would need {needed / vram.GB:.2f} GB and plan.vram_limit_gb is {limit:g}; "
+            f"cheapest change that fits: {change}"
         )
 
 
 def main() -> None:
     params = load_params()
-    shape = read_shape(CONFIG)
-    lengths = read_lengths(PREPARED)
-    max_length = json.loads((PREPARED / "prepared.json").read_text())["max_length"]
-    run = training(shape, params, largest_step(*lengths, params, max_length))
-    where = "this GPU" if torch.cuda.is_available() else "an NVIDIA GPU (this machine has none)"
-    print(f"plan: predicting the VRAM for {len(lengths[0])} rows on {where}")
-    report(shape, lengths, params, max_length, run)
-    refuse_over_limit(shape, lengths, params, max_length, run)
+    config, shape = read_model(CONFIG)
+    rows = read_rows(PREPARED)
+    run = describe(config, shape, params, rows)
+    prediction = vram.predict(shape, run)
+    where = "this GPU" if torch.cuda.is_available() else "an NVIDIA GPU; this machine has none"
+    print(f"plan: the VRAM that training needs on {where}, {len(rows.tokens)} rows")
+    print(table(prediction, run, shape))
+    print(advice(config, shape, params, rows, prediction.device))
+    refuse_over_limit(config, shape, params, rows, prediction.device)
     write_metrics(METRICS, metrics(shape, run))
     write_text(VERDICT, "training may start\n")
 

@@ -35,13 +35,26 @@ CARDS_GB = (8, 12, 16, 24, 40, 48, 80)
 CONTEXT = 0.5e9
 # What the caching allocator reserves and cannot use, as a share of what comes and goes each step.
 FRAGMENTATION = 0.05
+# From this many bytes of layer inputs on, training keeps them in host memory
+# (stages/shared/trainer.py; a test holds the two together).
+OFFLOADED_BYTES = 1e9
 # Layer inputs that trl's offloading still holds on the GPU (max_fwd_stash_size).
 OFFLOAD_STASH = 5
+# Layer inputs that it has brought back and not yet let go, in the backward pass.
+OFFLOAD_RETURNED = 2
+# cuBLAS workspaces, taken from the allocator by the forward and the backward thread.
+WORKSPACES = 0.064e9
 # Tiles of trl's fused head: tokens x vocabulary.
 HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
 
 NF4_BYTES = {True: 0.5 + 1 / 64 + 4 / 16384, False: 0.5 + 4 / 64}
-MOMENT_BYTES = {"adamw_torch_fused": 8, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2}
+# Names that say which tensor of a layer a Linear reads, as Llama and its relatives use them.
+ATTENTION_INPUTS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj"})
+ATTENTION = ATTENTION_INPUTS | {"o_proj"}
+MLP_INPUTS = frozenset({"gate_proj", "up_proj", "gate_up_proj"})
+MLP_OUTPUT = frozenset({"down_proj"})
+MLP = MLP_INPUTS | MLP_OUTPUT
+MOMENT_BYTES = {"adamw_torch_fused": 8, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2 + 8 / 256}
 
 
 @dataclass(frozen=True)
@@ -63,11 +76,13 @@ class Shape:
     `linears` (embeddings, output head, norms, biases), a tied head counted once."""
 
     layers: int
+    vocabulary: int
     hidden: int
     intermediate: int
     heads: int
     kv_heads: int
     head_dim: int
+    silu: bool
     linears: tuple[Linear, ...]
     other_parameters: int
 
@@ -93,7 +108,8 @@ class Training:
     checkpointing: bool
     offloading: bool
     attention: str  # varlen (also flash_attention_2) | sdpa | eager
-    fused: bool  # Liger's RMSNorm, RoPE and SwiGLU
+    liger: bool  # Liger's RMSNorm, RoPE and SwiGLU
+    fused_lora: bool  # stages/shared/fused_lora.py
 
 
 @dataclass(frozen=True)
@@ -107,15 +123,21 @@ class Prediction:
     optimizer: float
     activations: float
     logits: float
-    overhead: float
+    workspaces: float
+    reserve: float
 
     @property
-    def peak(self) -> float:
-        return self.weights + self.adapter + self.optimizer + self.activations + self.logits
+    def overhead(self) -> float:
+        return self.workspaces + self.reserve
 
     @property
     def device(self) -> float:
-        return self.peak + self.overhead
+        parts = self.weights + self.adapter + self.optimizer + self.activations + self.logits
+        return parts + self.overhead
+
+    @property
+    def peak(self) -> float:
+        return self.device - self.reserve
 
 
 def adapted(shape: Shape, targets: frozenset[str]) -> list[Linear]:
@@ -136,32 +158,120 @@ def weights_bytes(shape: Shape, method: str, double_quant: bool) -> float:
     return NF4_BYTES[double_quant] * linear + 2.0 * shape.other_parameters
 
 
-def saved_per_token(shape: Shape, run: Training) -> float:
-    """Bytes that one layer keeps for its backward pass, per token."""
-    h, i = shape.hidden, shape.intermediate
-    a, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    norms = 4 * h if run.fused else 8 * h
-    inputs_of_projections = 4 * h
-    attention = 4 * a + 4 * k + 4 * shape.heads
+def adapts(shape: Shape, run: Training, names: frozenset[str]) -> bool:
+    """Whether a Linear of one of these short names gets an adapter."""
+    return any(x.name.rsplit(".", 1)[-1] in names for x in adapted(shape, run.targets))
+
+
+def one_operation_mlp(shape: Shape, run: Training) -> bool:
+    """Whether the MLP runs as one operation (stages/shared/fused_lora.py)."""
+    parts = [frozenset({name}) for name in ("gate_proj", "up_proj", "down_proj")]
+    return run.fused_lora and shape.silu and all(adapts(shape, run, part) for part in parts)
+
+
+def attention_saved(shape: Shape, run: Training) -> float:
+    """Bytes per token that the attention half of a layer keeps for its backward pass."""
+    h, a = shape.hidden, shape.heads * shape.head_dim
+    k, row = shape.kv_heads * shape.head_dim, run.tokens / run.rows
+    # q, k, v, the output and an fp32 log-sum-exp.
+    kept = norm_saved(h, run) + 4 * a + 4 * k + 4 * shape.heads
     if run.attention != "varlen":
-        # A mask makes transformers expand K and V to all heads (use_gqa_in_sdpa).
-        attention += 4 * (a - k)
+        # A mask makes transformers expand K and V to all heads (use_gqa_in_sdpa) and becomes an
+        # additive bf16 one in every layer.
+        kept += 4 * (a - k) + 2 * row
     if run.attention == "eager":
-        attention += shape.heads * run.tokens / run.rows * (2 + 4 + 2)
-    mlp = 6 * i if run.fused else 8 * i
-    inner = 0.0
-    if run.method != "full":
-        mine = adapted(shape, run.targets)
-        inner = sum(2 * run.rank for x in mine) / shape.layers
-        if run.dropout > 0:
-            # The dropped copy in bf16 and its mask, one of each for every adapter.
-            inner += sum(3 * x.inputs for x in mine) / shape.layers
-    return norms + inputs_of_projections + attention + mlp + inner
+        kept += shape.heads * row * (4 + 2)  # the softmax in fp32 and in bf16
+    return kept + projections_saved(shape, run, ATTENTION, {2 * h: ATTENTION_INPUTS})
 
 
-def backward_per_token(shape: Shape) -> float:
-    """Bytes of gradients that live at once while one layer runs backward, per token."""
-    return 4 * shape.hidden + 4 * shape.intermediate
+def mlp_saved(shape: Shape, run: Training) -> float:
+    """Bytes per token that the MLP half of a layer keeps for its backward pass."""
+    h, i = shape.hidden, shape.intermediate
+    inputs = {2 * h: MLP_INPUTS, 2 * i: MLP_OUTPUT}
+    gates = 4 * i if run.liger else 6 * i
+    if one_operation_mlp(shape, run):
+        inputs, gates = {2 * h: MLP_INPUTS}, 4 * i
+    return norm_saved(h, run) + gates + projections_saved(shape, run, MLP, inputs)
+
+
+def norm_saved(hidden: int, run: Training) -> float:
+    """RMSNorm keeps its input: Liger in bf16, transformers in fp32 and, to learn its weight, the
+    normalized values as well."""
+    if run.liger:
+        return 2 * hidden
+    return 6 * hidden if run.method == "full" else 4 * hidden
+
+
+def projections_saved(
+    shape: Shape, run: Training, names: frozenset[str], inputs: dict[int, frozenset[str]]
+) -> float:
+    """Bytes per token that the Linears of these names keep: what they read, if they train.
+
+    `inputs` says which Linears share an input and how many bytes it has; o_proj reads what
+    attention keeps anyway.
+    """
+    if run.method == "full":
+        return sum(inputs)
+    shared = sum(size for size, group in inputs.items() if adapts(shape, run, group))
+    if run.fused_lora:
+        return shared
+    mine = [x for x in adapted(shape, run.targets) if x.name.rsplit(".", 1)[-1] in names]
+    inner = 2 * run.rank * len(mine) / shape.layers
+    if run.dropout > 0:
+        # Each adapter keeps a dropped copy of its own in bf16 and a mask of a byte an element.
+        return inner + sum(3 * x.inputs for x in mine) / shape.layers
+    return inner + shared
+
+
+def working(shape: Shape, run: Training) -> float:
+    """Bytes beyond what one layer saved, at the worst moment of its forward and backward pass."""
+    h, i, t = shape.hidden, shape.intermediate, run.tokens
+    trained = run.method != "full" and adapts(shape, run, MLP_OUTPUT)
+    dropped = run.dropout > 0 and run.method != "full"
+    # A 16-bit copy of one weight, and its constants in fp32.
+    dequantized = 0.0
+    if run.method == "qlora":
+        dequantized = (2 + 4 / 64) * max(x.parameters for x in shape.linears)
+    # The product of gate and up is there in any case when down_proj runs; is it saved?
+    saved = run.method == "full" or (trained and not dropped)
+    product = 0 if saved and not one_operation_mlp(shape, run) else 2 * i
+    candidates = [
+        # down_proj, forward: the product, the stream and the output; the weight or the rest.
+        t * (product + 6 * h - (3 * i if trained and dropped else 0)) + dequantized,
+        t * (product + 8 * h),
+        t * (attention_backward(shape, run) - mlp_saved(shape, run)),
+    ]
+    if run.method == "full" or run.fused_lora:
+        # down_proj, backward: the product and its gradient beside the weight.
+        held = product if trained else 0
+        candidates.append(t * (2 * h + held + 2 * i) + dequantized)
+        if not run.liger:
+            # SwiGLU, backward: six values besides its inputs; autograd's own makes two.
+            candidates.append(t * (2 * h + (12 * i if run.fused_lora else 4 * i)))
+    else:
+        # What the adapter of down_proj saved is free when the gradient through the base comes.
+        freed = 3 * i if trained and dropped else 2 * i if trained else 0
+        gradients = 4 * i if trained else 2 * i
+        candidates.append(t * (2 * h - freed + gradients) + dequantized)
+        # Two gradients and their sum: autograd adds out of place. Unfused, the product's gradient
+        # and those of its factors are as many.
+        if trained or not run.liger:
+            candidates.append(t * (2 * h - freed + 6 * i))
+    return max(candidates)
+
+
+def attention_backward(shape: Shape, run: Training) -> float:
+    """Bytes per token at the attention's backward pass, when the MLP's are free again."""
+    a, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    # The stream's gradient, those of the output, of q, k and v.
+    live = attention_saved(shape, run) + 2 * shape.hidden + 4 * a + 4 * k
+    if run.attention == "varlen":
+        # FlashAttention 2 sums dq in fp32 and dk, dv for every query head first.
+        return live + 4 * a + 4 * shape.heads + (4 * a if a != k else 0)
+    live += 4 * (a - k)
+    if run.attention == "eager":
+        live += shape.heads * run.tokens / run.rows * (4 + 4 + 2)
+    return live
 
 
 def mask_bytes(run: Training) -> float:
@@ -170,35 +280,73 @@ def mask_bytes(run: Training) -> float:
 
 
 def moments(shape: Shape, run: Training) -> dict[str, tuple[float, float, float]]:
-    """(adapter or weight gradients, activations, logits) at each moment that can be the worst."""
+    """(gradients and casts, activations, logits) at each moment that can be the worst."""
     if run.method == "full":
         trainable, gradient_bytes, cast_bytes = shape.parameters, 2.0, 0.0
     else:
         trainable = adapter_parameters(shape, run.rank, run.targets)
-        gradient_bytes, cast_bytes = 4.0, 2.0
-    h, t, n, layers = shape.hidden, run.tokens, run.learned_tokens, shape.layers
-    layer = saved_per_token(shape, run) * t
-    kept = 2 * h * t if run.checkpointing else layer
-    stored = kept * (min(OFFLOAD_STASH, layers) if run.offloading else layers)
-    largest = max(shape.linears, key=lambda x: x.parameters).parameters
-    dequantized = 2.0 * largest if run.method == "qlora" else 0.0
-    working = backward_per_token(shape) * t + dequantized + (layer if run.checkpointing else 0.0)
+        # Autocast keeps a bf16 copy of each weight; the fused path makes one when it needs it.
+        gradient_bytes, cast_bytes = 4.0, 0.0 if run.fused_lora else 2.0
+    h, t, n = shape.hidden, run.tokens, run.learned_tokens
+    layers = shape.layers
+    saved = t * (attention_saved(shape, run) + mlp_saved(shape, run))
+    stream = 2.0 * h * t
+    # The whole step: mask, cosines and sines of the positions.
+    always = mask_bytes(run) + 4.0 * shape.head_dim * t
+    if run.checkpointing:
+        # The fused norm saves the layer's input itself, which is stored already.
+        layer = saved - (stream if run.liger else 0.0)
+        stored = stream * layers
+        at_head = stream * min(OFFLOAD_STASH, layers) if run.offloading else stored
+        last = first = layer
+        if run.offloading:
+            stored = OFFLOAD_RETURNED * stream
+        last, first = last + stored, first + (stored if run.offloading else stream)
+        casts_in_backward = trainable * cast_bytes / layers
+    else:
+        at_head = last = saved * layers
+        first = saved
+        casts_in_backward = trainable * cast_bytes
+    final_norm = stream if run.liger else 2 * stream
+    # Unfused, its backward pass makes several fp32 copies.
+    norm_backward = final_norm + (stream if run.liger else 10 * stream)
+    most = working(shape, run)
     tile = 2.0 * min(n, HEAD_TOKENS) * HEAD_VOCABULARY
-    head = tile + 2 * h * n + 4 * h * n + 2 * h * t
     # Gradients of an earlier micro-step are still there when a step adds several up.
     before = trainable * gradient_bytes if run.accumulation > 1 else 0.0
+    gradients = trainable * gradient_bytes
     casts = trainable * cast_bytes
-    mask = mask_bytes(run)
-    one = kept if run.checkpointing else layer
+    head_weight = 0.0
+    if run.method == "full":
+        # The gradient of the output head is summed in fp32.
+        head_weight = 6.0 * shape.vocabulary * h
     return {
-        "scoring the output head": (before + casts, stored + mask, head),
-        "backward through the last layer": (before + casts, stored + working + mask, 0.0),
-        "backward through the first layer": (
-            trainable * gradient_bytes + casts / layers,
-            one + working + mask,
+        "scoring, forward": (
+            before + casts,
+            at_head + always + final_norm + stream,
+            tile + 2.0 * h * n,
+        ),
+        "scoring, backward": (
+            before + (0.0 if run.checkpointing else casts),
+            at_head + always + final_norm,
+            tile + 6.0 * h * n + head_weight,
+        ),
+        "the final norm, backward": (
+            before + (0.0 if run.checkpointing else casts),
+            at_head + always + norm_backward,
             0.0,
         ),
-        "the optimizer's step": (trainable * gradient_bytes, 0.0, 0.0),
+        "the last layer's backward pass": (
+            before + casts_in_backward,
+            last + always + most,
+            0.0,
+        ),
+        "the first layer's backward pass": (
+            gradients * (layers - 1) / layers + casts / layers,
+            first + always + most,
+            0.0,
+        ),
+        "the optimizer's step": (gradients, 0.0, 0.0),
     }
 
 
@@ -220,13 +368,20 @@ def predict(shape: Shape, run: Training) -> Prediction:
         optimizer=float(state * trainable),
         activations=activations,
         logits=logits,
-        overhead=CONTEXT + FRAGMENTATION * (gradients + activations + logits),
+        workspaces=WORKSPACES,
+        reserve=CONTEXT + FRAGMENTATION * (gradients + activations + logits),
     )
 
 
 def methods(shape: Shape, run: Training) -> dict[str, Prediction]:
     """The same rows by full fine-tuning (bf16 weights, gradients and moments), LoRA and QLoRA."""
-    return {name: predict(shape, replace(run, method=name)) for name in ("full", "lora", "qlora")}
+    full = predict(shape, replace(run, method="full", fused_lora=False))
+    return {"full": full} | {m: predict(shape, replace(run, method=m)) for m in ("lora", "qlora")}
+
+
+def offloads(shape: Shape, checkpointing: bool, tokens: int) -> bool:
+    """Whether training sends the inputs of checkpointed layers to host memory."""
+    return checkpointing and 2 * shape.hidden * shape.layers * tokens >= OFFLOADED_BYTES
 
 
 def fitting_cards(needed: float) -> list[int]:
