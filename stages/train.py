@@ -17,8 +17,8 @@ from pathlib import Path
 
 from stages.shared.params import Params, load_params
 from stages.shared.stage import (
-    StageError,
     begin,
+    check_space,
     check_sums,
     code_files,
     whole_folder,
@@ -36,11 +36,13 @@ from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 from trl import SFTTrainer
 
 from stages.shared.checkpoints import (
+    KEPT,
     Checkpoints,
     checkpoint_folder,
     fingerprint,
     newest_complete,
 )
+from stages.shared.faults import Faults
 from stages.shared.model import (
     device_name,
     load_base,
@@ -62,11 +64,12 @@ ADAPTER = Path("models/adapter")
 # The held-out loss along the way: enough rows to see a trend, few enough to cost little.
 CURVE_POINTS = 4
 CURVE_ROWS = 32
+CURVE_LINES = 200
 WARM_STEPS = 3
 
 
 class Progress(TrainerCallback):
-    """One bar, the held-out loss along the way, faults that stop training, and the clock.
+    """One bar, the held-out loss along the way, and the clock.
 
     `seconds` is the wall time of training with its data loading and warm-up, without the scoring
     of held-out rows. It travels in the checkpoints: a resumed run reports its whole cost.
@@ -100,16 +103,10 @@ class Progress(TrainerCallback):
         self.mark = time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        for key in ("loss", "grad_norm"):
-            if key in logs and not math.isfinite(logs[key]):
-                raise StageError(
-                    f"{key} is {logs[key]} at step {state.global_step}; "
-                    "lower train.learning_rate or train.max_grad_norm"
-                )
         if "loss" in logs:
             if state.global_step >= WARM_STEPS and self.warm is None:
-                self.warm = (self.seconds, logs["num_tokens"])
-            self.last = (self.seconds, logs["num_tokens"])
+                self.warm = (self.seconds, self.trainer.tokens)
+            self.last = (self.seconds, self.trainer.tokens)
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
     def steady_tokens_per_second(self) -> float:
@@ -124,9 +121,6 @@ class Progress(TrainerCallback):
 
 def write_adapter(trainer: SFTTrainer, out: Path) -> None:
     """Save the adapter, float32, with bytes that depend on nothing but the run."""
-    for name, parameter in trainer.model.named_parameters():
-        if "lora_B" in name and not parameter.any():
-            raise StageError(f"{name} is all zero after training; raise train.learning_rate")
     trainer.model.save_pretrained(out, save_embedding_layers=False)
     (out / "README.md").unlink(missing_ok=True)
     source = json.loads((QUANTIZED / "source.json").read_text(encoding="utf-8"))
@@ -141,19 +135,29 @@ def write_adapter(trainer: SFTTrainer, out: Path) -> None:
 
 
 def curve(history: list[dict]) -> str:
-    """metrics/curve.csv: one line a logged step, the held-out loss where it was taken."""
+    """metrics/curve.csv: about CURVE_LINES lines, the loss as the mean since the line before."""
     columns = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
-    lines: dict[int, dict] = {}
+    steps: dict[int, dict] = {}
     for entry in history:
         known = {key: entry[key] for key in columns if key in entry}
-        lines.setdefault(entry["step"], {}).update(known)
+        steps.setdefault(entry["step"], {}).update(known)
+    every, losses = math.ceil(len(steps) / CURVE_LINES), []
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    for _, line in sorted(lines.items()):
-        if "loss" in line or "eval_loss" in line:
+    for step, line in sorted(steps.items()):
+        losses.append(line["loss"])
+        if step % every == 0 or step == max(steps) or "eval_loss" in line:
+            line["loss"] = math.fsum(losses) / len(losses)
+            losses.clear()
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
     return text.getvalue()
+
+
+def mean_loss(history: list[dict]) -> float:
+    """Mean over all steps. The trainer's own leaves out those before a resume."""
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    return math.fsum(losses) / len(losses)
 
 
 def paged_bytes(trainer: SFTTrainer) -> int:
@@ -184,7 +188,8 @@ def main() -> None:
 def train(params: Params, device: torch.device, folder: Path) -> None:
     disable_caching()
     prepared = json.loads((PREPARED / "prepared.json").read_text(encoding="utf-8"))
-    rows = Dataset.from_file(str(PREPARED / "train.arrow")).select_columns(["input_ids", "labels"])
+    named = Dataset.from_file(str(PREPARED / "train.arrow"))
+    rows = named.select_columns(["input_ids", "labels"])
     tokenizer = AutoTokenizer.from_pretrained(PREPARED / "tokenizer")
     longest = max(map(len, rows["input_ids"]))
     config = AutoConfig.from_pretrained(QUANTIZED)
@@ -199,9 +204,10 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
         params,
         prepared["max_length"],
         folder,
-        [checkpoints, progress],
+        [checkpoints, progress, Faults(named)],
         fast,
     )
+    progress.trainer = trainer
     trainable, total = trainer.model.get_nb_trainable_parameters()
     tokens = sum(map(len, rows["input_ids"]))
     batch = params.train.batch_size * params.train.gradient_accumulation
@@ -213,19 +219,22 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
         f"({100 * trainable / total:.2f} %), alpha/r = {scale:g}; {fast}",
         flush=True,
     )
+    # Float32 values, with two moments each in a checkpoint.
+    check_space(folder, trainable * (4 + 12 * (KEPT + 1)), "the adapter with its checkpoints")
     resumed = newest_complete(folder)
     if resumed:
         print(f"train: goes on from {resumed.name}", flush=True)
     reset_peaks()
     result = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     checkpoints.raise_if_stopped()
+    loss = mean_loss(trainer.state.log_history)
     seen = round(tokens * params.train.epochs)
     with whole_folder(ADAPTER) as out:
         write_adapter(trainer, out)
     write_metrics(
         Path("metrics/train.json"),
         {
-            "train_loss": result.training_loss,
+            "train_loss": loss,
             "steps": result.global_step,
             "tokens": seen,
             "trainable_params": trainable,
@@ -240,7 +249,7 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     } | memory_metrics(paged_bytes(trainer))
     write_metrics(Path("metrics/train_cost.json"), cost)
     write_text(Path("metrics/curve.csv"), curve(trainer.state.log_history))
-    print(f"train: loss {result.training_loss:.4f}, {progress.seconds:.0f} s")
+    print(f"train: loss {loss:.4f}, {progress.seconds:.0f} s")
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def test_a_damaged_merged_model_is_not_released(tmp_path):
     assert done.returncode == 1
     assert done.stderr == (
         "export: models/merged/model.safetensors is damaged (its SHA-256 differs); "
-        "repair it with: dvc repro --force --single-item merge\n"
+        "repair it with: python -m tools.repair merge\n"
     )
     assert not (folder / "models/release").exists()
     assert not (folder / "metrics/report.html").exists()

@@ -2,10 +2,9 @@
 
 A killed run continues from its newest complete checkpoint and ends with the bytes of an
 undisturbed one. A checkpoint made with other parameters, data, base, code or library versions
-has another key and is never seen. The folder is removed when the adapter is in place.
+has another key and is never seen. The folder is removed when the outputs are in place.
 """
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -18,12 +17,22 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from stages.shared.stage import SUMS, StageError, check_inputs, check_sums, sha256, write_sums
+from stages.shared.stage import (
+    SUMS,
+    StageError,
+    check_inputs,
+    check_sums,
+    lock,
+    settle,
+    sha256,
+    write_sums,
+)
 
 KEPT = 2
 # A kill costs at most this much work. The variable exists for tests that kill often.
 SECONDS = float(os.environ.get("CHECKPOINT_SECONDS", "600"))
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def fingerprint(params: dict, inputs: list[Path], code: list[Path], device: str) -> str:
@@ -43,76 +52,83 @@ def fingerprint(params: dict, inputs: list[Path], code: list[Path], device: str)
 
 @contextmanager
 def checkpoint_folder(key: str):
-    """Yield the folder of run `key`, locked against a second run; remove it on success.
+    """Yield the folder of run `key`, held against a second run; remove it on success.
 
     It lies in the project that DVC calls its root, also for experiments run in a temporary copy.
     """
-    folder = Path(os.environ.get("DVC_ROOT", ".")) / "checkpoints" / key
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            owner = lock.read().strip()
-            raise StageError(
-                f"{folder}: the same training already runs (process {owner}); wait for it"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+    root = Path(os.environ.get("DVC_ROOT", ".")) / "checkpoints"
+    folder = root / key
+    with lock(folder / "lock", "train"):
+        others = [other for other in root.iterdir() if other != folder and any(_numbered(other))]
+        if others:
+            size = sum(f.stat().st_size for other in others for f in other.rglob("*"))
+            print(
+                f"train: {len(others)} unfinished runs of other parameters hold {size / 1e9:.2f} "
+                f"GB in {root}; delete them there when you will not go back to them",
+                flush=True,
+            )
         yield folder
         shutil.rmtree(folder)
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are all as they were written; says so of damaged ones."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1]))
-    for checkpoint in found:
+    """The newest checkpoint whose files are all as they were written; damaged ones are removed."""
+    for checkpoint in reversed(_numbered(folder)):
         try:
             check_sums(checkpoint, "train")
         except StageError:
-            print(f"train: {checkpoint.name} is incomplete or damaged, skipped")
+            print(f"train: {checkpoint.name} is incomplete or damaged, skipped", flush=True)
+            shutil.rmtree(checkpoint)
         else:
             return checkpoint
     return None
 
 
+def _numbered(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
 class Checkpoints(TrainerCallback):
     """Saves every SECONDS and on SIGTERM, SIGINT or SIGHUP; seals each checkpoint with its sums.
 
-    A signal only sets a flag: it usually comes twice, and the step at hand ends first.
+    A signal only sets a flag: it usually comes twice, and the step at hand ends first. One that
+    comes during the last step, or later, changes nothing: all that is left is to write.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.saved_at = time.monotonic()
         self.stopped_by: int | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, self._stop)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.saved_at = time.monotonic()
+        for number in SIGNALS:
+            # nohup and a script's `&` ignore signals on purpose.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._stop)
 
     def _stop(self, number, frame):
         self.stopped_by = number
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == state.max_steps:
-            return
-        if self.stopped_by or time.monotonic() - self.saved_at >= SECONDS:
+            self.stopped_by = None
+        elif self.stopped_by or time.monotonic() - self.saved_at >= SECONDS:
             control.should_save = True
             control.should_training_stop = bool(self.stopped_by)
 
     def on_save(self, args, state, control, **kwargs):
-        write_sums(self.folder / f"checkpoint-{state.global_step}")
+        checkpoint = self.folder / f"checkpoint-{state.global_step}"
+        write_sums(checkpoint)
+        settle(checkpoint)
         self.saved_at = time.monotonic()
-        for old in sorted(
-            self.folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])
-        )[:-KEPT]:
+        for old in _numbered(self.folder)[:-KEPT]:
             shutil.rmtree(old)
         if not self.stopped_by:
             try:
                 check_inputs()
             except StageError as error:
-                print(f"train: the result will be refused: {error}")
+                print(f"train: the result will be refused: {error}", flush=True)
 
     def raise_if_stopped(self) -> None:
         """After training: end the stage when a signal, and not the last step, ended it."""

@@ -255,14 +255,15 @@ def _messages(error: dict) -> list[str]:
     return [f"{key}: {rule} (got {_shown(got)}){near}"]
 
 
-def _read(text: str) -> Any:
+def read_yaml(text: str) -> Any:
+    """YAML 1.2, as DVC reads it."""
     return YAML(typ="safe", pure=True).load(text)
 
 
 def faults(text: str) -> list[str]:
     """What is wrong with a params.yaml of this text, one line each; empty when nothing is."""
     try:
-        raw = _read(text)
+        raw = read_yaml(text)
     except MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         return [f"{where}not valid YAML: {error.problem.splitlines()[0]}"]
@@ -291,4 +292,4 @@ def load_params(path: Path = PARAMS) -> Params:
         sys.exit(f"{path}: {error.strerror}")
     if found := faults(text):
         sys.exit("\n".join(f"{path}: {line}" for line in found))
-    return Params.model_validate(_read(text))
+    return Params.model_validate(read_yaml(text))

@@ -7,10 +7,12 @@ other ones would be recorded under a false name, so outputs pass through `whole_
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -18,12 +20,22 @@ import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
-import yaml
+from ruamel.yaml.error import YAMLError
 
-from stages.shared.params import PARAMS, load_params
+from stages.shared.params import PARAMS, load_params, read_yaml
 
 SUMS = "SHA256SUMS"
+# What the disk refuses, and what its owner can do about it.
+DISK_FAULTS = {
+    errno.ENOSPC: "make room and run it again",
+    errno.EDQUOT: "make room and run it again",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f) and run it again",
+    errno.EACCES: "mend its permissions (chown, chmod) and run it again",
+    errno.EPERM: "mend its permissions (chown, chmod) and run it again",
+    errno.EROFS: "make it writable and run it again",
+}
 _PR_SET_PDEATHSIG = 1
 _begun: dict = {}
 
@@ -51,7 +63,10 @@ def begin(name: str) -> None:
     # Libraries warn their callers, and the caller is us: none of it is for the user to act on.
     warnings.simplefilter("ignore")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _die_with_parent()
+    entry = _entry(name)
+    _check_writable(entry)
+    _begun["lock"] = lock(Path(".dvc/tmp") / f"{name}.lock", name)
     _begun.update(name=name, inputs=_inputs(name))
     # The process's start is known to a tick of 10 ms, and Python reads no module that soon.
     started = _process_start() + 0.02
@@ -60,11 +75,41 @@ def begin(name: str) -> None:
             raise StageError(f"{path} was edited while this stage started; run it again")
 
 
+def lock(path: Path, name: str) -> IO[str]:
+    """Hold `path` for this process alone; while another one does, say which and wait for it.
+
+    Closing the file, and any end of the process, lets go.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            print(f"{name}: waits for process {file.read()}, which runs the same", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        # The other process may have removed the file, and a third one may hold the next.
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            return file
+        file.close()
+
+
 def check_inputs() -> None:
     """Raise StageError if the stage's parameters, code or input files changed since `begin`."""
-    if not _begun:
+    if "inputs" not in _begun:
         return
-    before, now = _begun["inputs"], _inputs(_begun["name"])
+    before = _begun["inputs"]
+    try:
+        now = _inputs(_begun["name"])
+    except (OSError, YAMLError, ValueError, TypeError, KeyError) as error:
+        raise StageError(
+            f"an input changed while the stage ran ({error}), so its result is not recorded; "
+            "run it again"
+        ) from None
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
         raise StageError(
@@ -81,6 +126,7 @@ def whole_folder(path: Path, resume_key: str | None = None):
     call with the same key is given it again, for downloads.
     """
     partial = path.with_name(f".{path.name}.partial" + (f"-{resume_key}" if resume_key else ""))
+    _begun["writing"] = path
     for stale in path.parent.glob(f".{path.name}.partial*"):
         if not resume_key or stale != partial:
             shutil.rmtree(stale)
@@ -88,9 +134,7 @@ def whole_folder(path: Path, resume_key: str | None = None):
     try:
         yield partial
         write_sums(partial)
-        for file in partial.rglob("*"):
-            # safetensors writes 0600, which a DVC cache shared by a group could not use.
-            file.chmod(0o755 if file.is_dir() else 0o644)
+        settle(partial)
         check_inputs()
     except BaseException:
         if not resume_key:
@@ -104,10 +148,32 @@ def whole_folder(path: Path, resume_key: str | None = None):
 def write_text(path: Path, text: str) -> None:
     """Write `path` under a temporary name first: an open() of it could write into DVC's cache."""
     check_inputs()
+    _begun["writing"] = path
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        _sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def settle(folder: Path) -> None:
+    """Bring the files of `folder` onto the disk, with the permissions that a new file has.
+
+    A machine that is preempted loses what the disk has not got, though the name may be there.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            _sync(file)
+            # safetensors writes 0600, which a DVC cache shared by a group could not use. A file
+            # with a second name may be one of DVC's cache, which is read-only for a reason.
+            if file.stat().st_nlink == 1:
+                file.chmod(0o666 & ~umask)
 
 
 def write_metrics(path: Path, metrics: dict) -> None:
@@ -126,21 +192,41 @@ def write_sums(folder: Path) -> None:
 def check_sums(folder: Path, stage: str) -> None:
     """Compare the files of `folder`, the output of `stage`, with its SHA256SUMS.
 
-    Raises StageError naming the first file that is missing or differs. A damaged file may come
-    out of DVC's cache, which never looks at it again: only making it anew repairs it.
+    Raises StageError naming the first file that is missing, differs or does not belong there. A
+    damaged file may come out of DVC's cache, which never looks at it again and would put it back:
+    tools/repair.py throws it out of there first.
     """
-    repair = f"repair it with: dvc repro --force --single-item {stage}"
+    repair = f"repair it with: python -m tools.repair {stage}"
+    listed = {}
     try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        text = (folder / SUMS).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise StageError(f"{folder / SUMS} is missing; {repair}") from None
-    for line in lines:
-        expected, name = line.split("  ", 1)
+    except UnicodeDecodeError:
+        raise StageError(f"{folder / SUMS} is damaged; {repair}") from None
+    for line in text.splitlines():
+        if not (match := re.fullmatch("([0-9a-f]{64})  (.+)", line)):
+            raise StageError(f"{folder / SUMS} is damaged; {repair}")
+        listed[match[2]] = match[1]
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {SUMS}
+    for name in sorted(listed.keys() | found):
         file = folder / name
-        if not file.is_file():
+        if name not in found:
             raise StageError(f"{file} is missing; {repair}")
-        if sha256(file) != expected:
+        if name not in listed:
+            raise StageError(f"{file} is not in {folder / SUMS}; {repair}")
+        if sha256(file) != listed[name]:
             raise StageError(f"{file} is damaged (its SHA-256 differs); {repair}")
+
+
+def check_space(folder: Path, size: int, what: str) -> None:
+    """Raise StageError when `size` bytes of `what` do not fit on the disk of `folder`."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise StageError(
+            f"{folder}: {what} takes {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; make "
+            "room and run it again"
+        )
 
 
 def sha256(path: Path) -> str:
@@ -154,16 +240,16 @@ def code_files(name: str) -> list[Path]:
 
 
 def _entry(name: str) -> dict:
-    return yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
+    return read_yaml(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
 
 
 def _inputs(name: str) -> dict:
     """The stage's entry in dvc.yaml, its parameter sections by value and its files by content."""
     entry = _entry(name)
-    params = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
+    params = read_yaml(PARAMS.read_text(encoding="utf-8"))
     inputs = {f"dvc.yaml: {name}": entry}
-    inputs |= {f"params.yaml: {key}": params.get(key) for key in entry.get("params", [])}
-    for dep in entry.get("deps", []):
+    inputs |= {f"params.yaml: {key}": params.get(key) for key in entry["params"]}
+    for dep in entry["deps"]:
         path = Path(dep)
         if path.suffix in (".py", ".json", ".ok"):
             inputs[dep] = sha256(path) if path.exists() else None
@@ -176,6 +262,37 @@ def _inputs(name: str) -> dict:
     return inputs
 
 
+def _check_writable(entry: dict) -> None:
+    """Raise the OSError at once that a stage would meet when it writes after hours."""
+    for kind in ("outs", "metrics", "plots"):
+        for out in entry.get(kind, []):
+            path = Path(out if isinstance(out, str) else next(iter(out)))
+            for folder in (path, path.parent):
+                if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+                    # A read-only disk refuses its owner too.
+                    writable = os.statvfs(folder).f_flag & os.ST_RDONLY == 0
+                    number = errno.EACCES if writable else errno.EROFS
+                    raise OSError(number, os.strerror(number), str(folder))
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _die_with_parent() -> None:
+    """Have SIGTERM sent to this process when the one that started it ends, as by SIGKILL."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    # dvc may have ended before. It starts a stage in its own process group, and whoever inherits
+    # its children belongs to another.
+    try:
+        orphan = os.getpgid(os.getppid()) != os.getpgrp()
+    except ProcessLookupError:
+        orphan = True
+    if orphan and "DVC_STAGE" in os.environ:
+        raise StageError("dvc ended before the stage began")
+
+
 def _process_start() -> float:
     """Seconds since the epoch when this process started, to 10 ms (proc(5), field 22)."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
@@ -183,27 +300,51 @@ def _process_start() -> float:
     return time.time() - age
 
 
+def _disk_fault(error: BaseException) -> str | None:
+    """One line when the disk refused. Libraries written in Rust and C++ raise no OSError."""
+    text = str(error)
+    for number, remedy in DISK_FAULTS.items():
+        if getattr(error, "errno", None) == number or os.strerror(number) in text:
+            where = getattr(error, "filename2", None) or getattr(error, "filename", None)
+            return f"{where or _begun.get('writing', '.')}: {os.strerror(number)}; {remedy}"
+    # torch.save does not pass the reason on.
+    if "inline_container.cc" in text:
+        return f"{_begun.get('writing', '.')}: cannot be written; is the disk full?"
+    return None
+
+
 def _report(name, kind, error, trace) -> None:
     if issubclass(kind, KeyboardInterrupt):
         message = "interrupted"
     elif issubclass(kind, StageError):
         message = str(error)
-    elif issubclass(kind, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-    ):
-        message = f"{error.filename or 'write'}: {error.strerror}"
+    elif fault := _disk_fault(error):
+        message = fault
     elif issubclass(kind, ModuleNotFoundError) and not (error.name or "").startswith("stages"):
         message = (
             f"{sys.executable} has no module {error.name}; activate the project's environment "
             "first: . .venv/bin/activate"
         )
-    elif issubclass(kind, MemoryError):
-        message = "out of memory (RAM)"
+    elif kind.__name__ == "OutOfMemoryError":
+        message = (
+            "out of GPU memory; see with nvidia-smi who else uses it, or train with a smaller "
+            "train.batch_size or train.gradient_checkpointing: true"
+        )
+    elif issubclass(kind, MemoryError) or "can't allocate memory" in str(error):
+        message = "out of memory (RAM); close other programs or take a smaller model or batch"
     else:
         sys.__excepthook__(kind, error, trace)
         return
     print(f"{name}: {message}", file=sys.stderr)
+    # DVC removed the outputs before it started the stage.
+    if "DVC_STAGE" in os.environ and "DVC_EXP_NAME" not in os.environ and _recorded(name):
+        print(
+            f"{name}: have the earlier outputs back with: git checkout params.yaml dvc.lock "
+            "metrics && dvc checkout",
+            file=sys.stderr,
+        )
+
+
+def _recorded(name: str) -> bool:
+    path = Path("dvc.lock")
+    return path.exists() and name in read_yaml(path.read_text(encoding="utf-8"))["stages"]

@@ -13,11 +13,10 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from stages.shared import attention
-from stages.shared.fused_lora import checkpoint_contexts, fuse_lora
+from stages.shared.fused_lora import fuse_lora
 from stages.shared.params import Lora, Params, Train
 from stages.shared.stage import StageError
 
-LOGGED_STEPS = 200
 # Below this the inputs of the checkpointed layers are not worth a trip to host memory.
 OFFLOADED_BYTES = 1e9
 LIGER_PARTS = {"rope": True, "rms_norm": True, "swiglu": True}
@@ -68,6 +67,30 @@ def choose_fast_path(
     )
 
 
+class Trainer(SFTTrainer):
+    """trl's trainer without its per-step statistics, each of which waits for the GPU.
+
+    `tokens` counts those that went in, padding not counted.
+    """
+
+    tokens = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean NLL of the learned tokens of a whole step, through trl's fused output head."""
+        output = model(**inputs, use_cache=False, fused_lm_head=True)
+        return -output.log_probs.sum() / num_items_in_batch
+
+    def count_tokens(self) -> None:
+        """Count the tokens of every batch while it is still on the host."""
+        collate = self.data_collator
+
+        def counting(examples):
+            self.tokens += sum(len(example["input_ids"]) for example in examples)
+            return collate(examples)
+
+        self.data_collator = counting
+
+
 def lora_config(lora: Lora) -> LoraConfig:
     return LoraConfig(
         r=lora.r,
@@ -94,7 +117,7 @@ def build_trainer(
     folder: Path,
     callbacks: list,
     fast: FastPath,
-) -> SFTTrainer:
+) -> Trainer:
     """A trl trainer over a frozen base of load_base and `rows` with input_ids and labels.
 
     The adapter and its optimizer state are float32. `folder` takes the checkpoints.
@@ -130,13 +153,15 @@ def build_trainer(
         bf16=gpu,
         use_cpu=not gpu,
         dataloader_pin_memory=gpu,
-        logging_steps=max(1, optimizer_steps(len(rows), train) // LOGGED_STEPS),
+        # Every step: a fault stops at its own step, and a mean over several would not survive a
+        # resume. trl waits for the device at each step anyway, to count tokens.
+        logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
         report_to=train.report_to,
         disable_tqdm=True,
     )
-    trainer = SFTTrainer(
+    trainer = Trainer(
         model=model,
         args=args,
         train_dataset=rows,
@@ -145,16 +170,15 @@ def build_trainer(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.count_tokens()
     # trl casts the adapter of a quantized base to bfloat16, and loading a checkpoint casts it
     # back to float32: a resumed run would differ. In float32 from the start both are the same.
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if train.gradient_checkpointing:
-        # Switched on here and not by the trainer, which cannot pass a context.
-        contexts = {"context_fn": checkpoint_contexts} if fast.fused_lora else {}
-        model.gradient_checkpointing_enable({"use_reentrant": False} | contexts)
-        trainer.model.enable_input_require_grads()
     if fast.fused_lora:
-        fuse_lora(trainer.model, fast.liger)
+        fuse_lora(trainer.model, fast.liger, train.gradient_checkpointing)
+    elif train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        trainer.model.enable_input_require_grads()
     return trainer

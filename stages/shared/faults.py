@@ -1,0 +1,96 @@
+"""Training that goes wrong, noticed at the step where it does.
+
+A step is looked at before its checkpoint is written, so that no checkpoint holds a broken
+adapter and the last good one stays.
+"""
+
+import math
+import statistics
+from collections import deque
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from stages.shared.stage import StageError
+
+# A loss explodes when it lies this many nats above the median of the steps before (perplexity
+# seven times as high), this many steps in a row: one hard row does not.
+EXPLODED_NATS = 2.0
+EXPLODED_STEPS = 5
+MEDIAN_STEPS = 100
+# By then every schedule has given a learning rate above zero.
+MOVED_BY_STEP = 5
+NAMED_ROWS = 8
+
+
+class Faults(TrainerCallback):
+    """Stops training with the step, the rows of its batches, and what to try.
+
+    rows: train.arrow with its column `row`. The trainer must log every step.
+    """
+
+    def __init__(self, rows: Dataset):
+        self.rows = rows
+        self.losses: deque[float] = deque(maxlen=MEDIAN_STEPS)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.batches: deque[dict] = deque(maxlen=args.gradient_accumulation_steps)
+        self.hook = model.register_forward_pre_hook(
+            lambda module, positional, inputs: self.batches.append(inputs), with_kwargs=True
+        )
+        self.losses.extend(entry["loss"] for entry in state.log_history if "loss" in entry)
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        if "loss" not in logs:
+            return
+        loss, norm = logs["loss"], logs["grad_norm"]
+        if not math.isfinite(loss):
+            self._stop(state, f"the loss is {loss}", "look at these rows, or lower {rate}")
+        if not math.isfinite(norm):
+            self._stop(state, f"the gradient's norm is {norm}", "lower {rate}")
+        self.losses.append(loss)
+        recent, before = list(self.losses)[-EXPLODED_STEPS:], list(self.losses)[:-EXPLODED_STEPS]
+        if len(before) >= EXPLODED_STEPS:
+            median = statistics.median(before)
+            if min(recent) > median + EXPLODED_NATS:
+                reason = f"the loss exploded to {loss:.2f}, from a median of {median:.2f}"
+                self._stop(state, reason, "lower {rate} or raise train.warmup_ratio")
+        if state.global_step == min(MOVED_BY_STEP, state.max_steps) and not moved(model):
+            self._stop(state, "the adapter does not move", "raise {rate} or change {targets}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.hook.remove()
+
+    def _stop(self, state, reason: str, remedy: str) -> None:
+        names = row_names(self.batches, self.rows)
+        shown = ", ".join(names[:NAMED_ROWS]) + (", …" if len(names) > NAMED_ROWS else "")
+        remedy = remedy.format(rate="train.learning_rate", targets="lora.target_modules")
+        raise StageError(f"{reason} at step {state.global_step} (rows {shown}); {remedy}")
+
+
+def moved(model: torch.nn.Module) -> bool:
+    """Whether training has changed an adapter, whose every B starts as zero (LoRA, section 4.1)."""
+    return any(p.any().item() for name, p in model.named_parameters() if ".lora_B." in name)
+
+
+def row_names(batches, rows: Dataset) -> list[str]:
+    """The rows that `batches` (inputs of the model, padded or packed) consist of, by name."""
+    known = {tuple(ids): name for ids, name in zip(rows["input_ids"], rows["row"], strict=True)}
+    found = []
+    for batch in batches:
+        for ids in sequences(batch):
+            # Packing may cut a row; one that begins like it is meant.
+            name = known.get(ids)
+            found.append(name or next((n for k, n in known.items() if k[: len(ids)] == ids), "?"))
+    return found
+
+
+def sequences(batch: dict) -> list[tuple[int, ...]]:
+    """Token ids of each row in a batch [rows, width] padded on the right, or [1, tokens] packed."""
+    ids = batch["input_ids"].tolist()
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        return [tuple(row[:n]) for row, n in zip(ids, mask.sum(dim=1).tolist(), strict=True)]
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+    return [tuple(ids[0][a:b]) for a, b in zip(starts, [*starts[1:], None], strict=True)]
