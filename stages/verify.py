@@ -185,7 +185,7 @@ def compare_other(
         if name not in source.shapes:  # an output head tied to the embeddings
             return stored
         rows = merged_rows(source, name, updates.get(name), dtype, device)
-        return torch.cat([values for values, _ in rows])
+        return torch.cat([part.values for part in rows])
 
     if device.type == "cpu":
         with float32_layers(model, merged):

@@ -5,23 +5,37 @@ row blocks are held at once. The result is that of PEFT's in-memory merge
 (`merge_and_unload(safe_merge=False)`) of the base in the target type, bit for bit on one device.
 """
 
+import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 
 from stages.shared.adapter import Update
 from stages.shared.stage import StageError
-from stages.shared.weights import Weights
+from stages.shared.weights import Weights, row_blocks
 
 # float16 rounds what is below 2^-25 to zero. Normally distributed weights of width 0.02 lose one
 # value in a million; a tensor that loses this share is too small for the type.
 MAX_FLUSHED_SHARE = 0.01
 
 
+class Rows(NamedTuple):
+    """A row block of a merged tensor, and how many of its values the 16-bit type cannot hold."""
+
+    values: torch.Tensor
+    overflowed: int  # finite before rounding, infinite after
+    broken: int  # NaN or infinite already before
+    flushed: int  # nonzero before, zero after
+    largest: float  # magnitude before rounding, where something overflowed
+
+
 def merged_rows(
     weights: Weights, name: str, update: Update | None, dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the tensor `name` in row blocks: (values in `dtype`, the same before rounding).
+) -> Iterator[Rows]:
+    """Yield the tensor `name` with its update in row blocks, computed on all cores.
 
     The order of operations is that of `weight.data += delta` in peft/tuners/lora/layer.py: the
     weight rounded to `dtype`, plus (B A) * scaling in float32, rounded once.
@@ -30,36 +44,65 @@ def merged_rows(
         a, b = update.factors(device)
     elif name not in weights.nf4:
         device = torch.device("cpu")  # Nothing to compute.
-    for block, part in weights.rows(name, device):
+    read = weights.reader(name, device)
+
+    def merged(block: slice) -> Rows:
+        part = read(block)
         if update:
             exact = (b[block] @ a).mul_(update.scaling)
             exact += part.to(dtype)
         else:
             exact = part
-        yield exact.to(dtype), exact
+        return _rounded(exact, dtype)
+
+    yield from _in_order(merged, row_blocks(weights.shapes[name], device))
 
 
-def check_rounding(name: str, blocks: Iterator, flushed: dict[str, int]) -> Iterator[torch.Tensor]:
+def _rounded(exact: torch.Tensor, dtype: torch.dtype) -> Rows:
+    values = exact.to(dtype)
+    flushed = int(exact.count_nonzero() - values.count_nonzero())
+    overflowed = broken = 0
+    largest = 0.0
+    low, high = values.aminmax()
+    if not (low.isfinite() and high.isfinite()):
+        broken = int((~exact.isfinite()).sum())
+        overflowed = int((~values.isfinite()).sum()) - broken
+        largest = float(exact.abs().max())
+    return Rows(values.cpu(), overflowed, broken, flushed, largest)
+
+
+def _in_order(function, items: list) -> Iterator:
+    """function(item) for each, on as many threads as cores, a few ahead of what is consumed."""
+    workers = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque = deque()
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+def check_rounding(name: str, blocks: Iterator[Rows], flushed: dict) -> Iterator[torch.Tensor]:
     """Pass on the values of `merged_rows`, and count in `flushed` those that became zero.
 
     Raises StageError naming the tensor when a value is not finite, when one overflows, or when
     more than MAX_FLUSHED_SHARE became zero.
     """
     size = flushed[name] = 0
-    for values, exact in blocks:
-        kind = str(values.dtype).removeprefix("torch.")
-        low, high = values.aminmax()
-        if not (low.isfinite() and high.isfinite()):
-            overflowed = int((values.isinf() & exact.isfinite()).sum())
-            if not overflowed:
-                raise StageError(f"{name}: NaN or infinite values in the base; fetch it again")
+    for rows in blocks:
+        kind = str(rows.values.dtype).removeprefix("torch.")
+        if rows.broken:
+            raise StageError(f"{name}: NaN or infinite values in the base; fetch it again")
+        if rows.overflowed:
             raise StageError(
-                f"{name}: {overflowed} values overflow {kind} (largest {exact.abs().max():.3g}); "
+                f"{name}: {rows.overflowed} values overflow {kind} (largest {rows.largest:.3g}); "
                 "set merge.dtype: bfloat16"
             )
-        size += values.numel()
-        flushed[name] += int(exact.count_nonzero() - values.count_nonzero())
-        yield values
+        size += rows.values.numel()
+        flushed[name] += rows.flushed
+        yield rows.values
     if flushed[name] > MAX_FLUSHED_SHARE * size:
         raise StageError(
             f"{name}: {flushed[name]} of {size} values become zero in {kind}; "

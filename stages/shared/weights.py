@@ -5,7 +5,7 @@ Nothing stays mapped: mapped pages count as memory of the process, 140 GB of the
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -74,26 +74,27 @@ class Weights:
         with safe_open(self.files[key], framework="pt") as tensors:
             return tensors.get_tensor(key)
 
-    def rows(self, name: str, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield (which rows, their values) of one tensor; NF4 comes dequantized, in bfloat16.
+    def reader(self, name: str, device: torch.device) -> Callable[[slice], torch.Tensor]:
+        """A function that reads rows of one tensor, from any thread; NF4 in bfloat16.
 
-        Raises StageError when the tensor is not of a floating type.
+        An NF4 weight is dequantized here, whole. Raises StageError when the tensor is not of a
+        floating type.
         """
-        shape = self.shapes[name]
         if name in self.nf4:
-            whole = self._dequantized(name, device)
-            for block in row_blocks(shape, device):
-                yield block, whole[block]
-            return
+            return self._dequantized(name, device).__getitem__
         if self.dtypes[name] not in TYPES:
             raise StageError(f"{self.files[name]}: {name} is {self.dtypes[name]}, not a float type")
-        with self.files[name].open("rb") as file:
-            file.seek(self._offsets[name])
-            for block in row_blocks(shape, device):
-                rows = (block.stop - block.start, *shape[1:]) if shape else ()
-                part = torch.empty(rows, dtype=TYPES[self.dtypes[name]])
+        dtype, shape, offset = TYPES[self.dtypes[name]], self.shapes[name], self._offsets[name]
+        row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
+
+        def read(block: slice) -> torch.Tensor:
+            part = torch.empty((block.stop - block.start, *shape[1:]) if shape else (), dtype=dtype)
+            with self.files[name].open("rb") as file:
+                file.seek(offset + block.start * row_bytes)
                 file.readinto(part.reshape(-1).view(torch.uint8).numpy())
-                yield block, part.to(device)
+            return part.to(device)
+
+        return read
 
     def _dequantized(self, name: str, device: torch.device) -> torch.Tensor:
         parts = [part for part in NF4_PARTS if f"{name}.{part}" in self.files]
@@ -155,6 +156,6 @@ def write_shard(
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for values in blocks:
-            out.write(values.cpu().reshape(-1).view(torch.uint8).numpy())
+            out.write(values.reshape(-1).view(torch.uint8).numpy())
         out.flush()
         os.fsync(out.fileno())
