@@ -353,9 +353,8 @@ def profile(work: Path, side: str, steps: int) -> None:
                     print(f"  {ms:8.1f} ms {event.count:6d}  {event.key[:100]}")
                 control.should_training_stop = True
 
-    trainer = build_trainer(
-        model, tokenizer, rows, params, MAX_LENGTH, Path("out"), [Window()], fast
-    )
+    trainer = build_trainer(model, tokenizer, rows, params, MAX_LENGTH, Path("out"), fast)
+    trainer.add_callback(Window())
     trainer.train()
 
 

@@ -33,7 +33,6 @@ import torch
 from datasets import Dataset, disable_caching
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback
-from trl import SFTTrainer
 
 from stages.shared.checkpoints import (
     KEPT,
@@ -53,6 +52,7 @@ from stages.shared.model import (
 from stages.shared.rows import PREPARED, read_rows
 from stages.shared.scoring import score
 from stages.shared.trainer import (
+    Trainer,
     build_trainer,
     choose_attention,
     choose_fast_path,
@@ -75,7 +75,8 @@ class Progress(TrainerCallback):
     of held-out rows. It travels in the checkpoints: a resumed run reports its whole cost.
     """
 
-    def __init__(self, held_out: list[dict]):
+    def __init__(self, trainer: Trainer, held_out: list[dict]):
+        self.trainer = trainer
         self.held_out = held_out[:CURVE_ROWS]
         self.seconds = 0.0
         self.warm: tuple[float, float] | None = None
@@ -119,7 +120,7 @@ class Progress(TrainerCallback):
         self.bar.close()
 
 
-def write_adapter(trainer: SFTTrainer, out: Path) -> None:
+def write_adapter(trainer: Trainer, out: Path) -> None:
     """Save the adapter, float32, with bytes that depend on nothing but the run."""
     trainer.model.save_pretrained(out, save_embedding_layers=False)
     (out / "README.md").unlink(missing_ok=True)
@@ -160,7 +161,7 @@ def mean_loss(history: list[dict]) -> float:
     return math.fsum(losses) / len(losses)
 
 
-def paged_bytes(trainer: SFTTrainer) -> int:
+def paged_bytes(trainer: Trainer) -> int:
     """Bytes of optimizer state in managed memory (bitsandbytes' paged optimizers)."""
     return sum(
         value.numel() * value.element_size()
@@ -186,39 +187,25 @@ def main() -> None:
 
 
 def train(params: Params, device: torch.device, folder: Path) -> None:
+    """Train, from the newest checkpoint in `folder` if there is one, and write the outputs."""
     disable_caching()
-    prepared = json.loads((PREPARED / "prepared.json").read_text(encoding="utf-8"))
+    max_length = json.loads((PREPARED / "prepared.json").read_text(encoding="utf-8"))["max_length"]
     named = Dataset.from_file(str(PREPARED / "train.arrow"))
     rows = named.select_columns(["input_ids", "labels"])
-    tokenizer = AutoTokenizer.from_pretrained(PREPARED / "tokenizer")
-    longest = max(map(len, rows["input_ids"]))
     config = AutoConfig.from_pretrained(QUANTIZED)
     model = load_base(QUANTIZED, device, choose_attention(params.train, config, device))
-    width = prepared["max_length"] if params.train.batching == "packing" else longest
+    longest = max(map(len, rows["input_ids"]))
+    width = max_length if params.train.batching == "packing" else longest
     fast = choose_fast_path(model, params.lora, params.train, params.train.batch_size * width)
-    checkpoints, progress = Checkpoints(folder), Progress(read_rows(PREPARED / "eval.arrow"))
-    trainer = build_trainer(
-        model,
-        tokenizer,
-        rows,
-        params,
-        prepared["max_length"],
-        folder,
-        [checkpoints, progress, Faults(named)],
-        fast,
-    )
-    progress.trainer = trainer
+    tokenizer = AutoTokenizer.from_pretrained(PREPARED / "tokenizer")
+    trainer = build_trainer(model, tokenizer, rows, params, max_length, folder, fast)
+    checkpoints = Checkpoints(folder)
+    progress = Progress(trainer, read_rows(PREPARED / "eval.arrow"))
+    for callback in (checkpoints, progress, Faults(named)):
+        trainer.add_callback(callback)
     trainable, total = trainer.model.get_nb_trainable_parameters()
     tokens = sum(map(len, rows["input_ids"]))
-    batch = params.train.batch_size * params.train.gradient_accumulation
-    steps = optimizer_steps(len(trainer.train_dataset), params.train)
-    scale = params.lora.alpha / params.lora.r
-    print(
-        f"train: {len(rows)} rows, {tokens} tokens, {steps} steps of {batch} on "
-        f"{device_name(device)}; {trainable} of {total} parameters train "
-        f"({100 * trainable / total:.2f} %), alpha/r = {scale:g}; {fast}",
-        flush=True,
-    )
+    announce(params, len(rows), tokens, trainer, f"{device_name(device)}; {fast}")
     # Float32 values, with two moments each in a checkpoint.
     check_space(folder, trainable * (4 + 12 * (KEPT + 1)), "the adapter with its checkpoints")
     resumed = newest_complete(folder)
@@ -227,29 +214,38 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     reset_peaks()
     result = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     checkpoints.raise_if_stopped()
-    loss = mean_loss(trainer.state.log_history)
-    seen = round(tokens * params.train.epochs)
     with whole_folder(ADAPTER) as out:
         write_adapter(trainer, out)
-    write_metrics(
-        Path("metrics/train.json"),
-        {
-            "train_loss": loss,
-            "steps": result.global_step,
-            "tokens": seen,
-            "trainable_params": trainable,
-            "trainable_percent": 100 * trainable / total,
-        },
-    )
+    metrics = {
+        "train_loss": mean_loss(trainer.state.log_history),
+        "steps": result.global_step,
+        "tokens": round(tokens * params.train.epochs),
+        "trainable_params": trainable,
+        "trainable_percent": 100 * trainable / total,
+    }
     cost = {
         "device": device_name(device),
         "train_seconds": progress.seconds,
-        "tokens_per_second": seen / progress.seconds,
+        "tokens_per_second": metrics["tokens"] / progress.seconds,
         "steady_tokens_per_second": progress.steady_tokens_per_second(),
-    } | memory_metrics(paged_bytes(trainer))
-    write_metrics(Path("metrics/train_cost.json"), cost)
+    }
+    write_metrics(Path("metrics/train.json"), metrics)
+    write_metrics(Path("metrics/train_cost.json"), cost | memory_metrics(paged_bytes(trainer)))
     write_text(Path("metrics/curve.csv"), curve(trainer.state.log_history))
-    print(f"train: loss {loss:.4f}, {progress.seconds:.0f} s")
+    print(f"train: loss {metrics['train_loss']:.4f}, {progress.seconds:.0f} s")
+
+
+def announce(params: Params, rows: int, tokens: int, trainer: Trainer, where: str) -> None:
+    """Say in numbers what is about to happen."""
+    trainable, total = trainer.model.get_nb_trainable_parameters()
+    batch = params.train.batch_size * params.train.gradient_accumulation
+    steps = optimizer_steps(len(trainer.train_dataset), params.train)
+    print(
+        f"train: {rows} rows, {tokens} tokens, {steps} steps of {batch}; {trainable} of {total} "
+        f"parameters train ({100 * trainable / total:.2f} %), "
+        f"alpha/r = {params.lora.alpha / params.lora.r:g}; {where}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 
 from stages.quantize import quantize
 from stages.shared import fused_lora
-from stages.shared.fused_lora import checkpoint_contexts, fuse_lora
+from stages.shared.fused_lora import fuse_lora
 from stages.shared.model import load_base
 from tests.tiny import make_model
 
@@ -52,12 +52,7 @@ def loss_and_gradients(model):
 def test_fused_lora_has_the_loss_and_gradients_of_peft(quantized, arch, checkpointing):
     loss, expected = loss_and_gradients(adapted(quantized[arch]))
     model = adapted(quantized[arch])
-    linears = fuse_lora(model, liger=False)
-    assert linears == 2 * 7
-    if checkpointing:
-        contexts = {"use_reentrant": False, "context_fn": checkpoint_contexts}
-        model.get_base_model().gradient_checkpointing_enable(contexts)
-        model.enable_input_require_grads()
+    assert fuse_lora(model, liger=False, checkpointing=checkpointing) == 2 * 7
     fused_loss, gradients = loss_and_gradients(model)
     assert fused_loss == pytest.approx(loss, rel=1e-5)
     assert gradients.keys() == expected.keys()
@@ -67,9 +62,9 @@ def test_fused_lora_has_the_loss_and_gradients_of_peft(quantized, arch, checkpoi
         assert error < 1e-4, name
 
 
-def test_a_second_pass_never_computes_the_down_projection(quantized, monkeypatch):
+def test_a_second_pass_skips_the_products_that_end_a_part(quantized, monkeypatch):
     model = adapted(quantized["llama"])
-    fuse_lora(model, liger=False)
+    fuse_lora(model, liger=False, checkpointing=True)
     calls = []
     forward = fused_lora._Product.forward
     monkeypatch.setattr(
@@ -77,9 +72,6 @@ def test_a_second_pass_never_computes_the_down_projection(quantized, monkeypatch
         "forward",
         lambda self, x: calls.append(self.base.out_features) or forward(self, x),
     )
-    contexts = {"use_reentrant": False, "context_fn": checkpoint_contexts}
-    model.get_base_model().gradient_checkpointing_enable(contexts)
-    model.enable_input_require_grads()
     loss_and_gradients(model)
-    # Seven products a layer in the forward pass, six in the second one.
-    assert len(calls) == 2 * (7 + 6)
+    # Seven products a layer in the forward pass; q, k, v, gate and up in the second one.
+    assert len(calls) == 2 * (7 + 5)

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from stages.quantize import quantize
 from stages.shared import attention
-from stages.shared.fused_lora import checkpoint_contexts, fuse_lora
+from stages.shared.fused_lora import fuse_lora
 from stages.shared.model import load_base, set_compute_dtype
 from stages.shared.trainer import LIGER_OFF, LIGER_PARTS
 from tests.tiny import make_model
@@ -73,10 +73,7 @@ def plain(folder, dtype):
 def fast(folder, bounds=None):
     """Loss and gradients of all rows in one flattened batch, as the fast path computes them."""
     model = adapted(folder, "varlen", liger=True)
-    contexts = {"use_reentrant": False, "context_fn": checkpoint_contexts}
-    model.get_base_model().gradient_checkpointing_enable(contexts)
-    model.enable_input_require_grads()
-    fuse_lora(model, liger=True)
+    fuse_lora(model, liger=True, checkpointing=True)
     ids = torch.cat(rows())[None].cuda()
     ends = torch.tensor([0, *LENGTHS]).cumsum(0)
     bounds = (ends if bounds is None else bounds).to(torch.int32)

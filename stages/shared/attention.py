@@ -36,21 +36,17 @@ def varlen_attention(
     one sequence: padding on the right only follows real tokens, which never look at it.
     """
     if softcap is not None or s_aux is not None:
-        raise StageError(
-            "varlen attention has no soft cap and no sinks; set train.attention: sdpa"
-        )
+        raise StageError("varlen attention has no soft cap and no sinks; set train.attention: sdpa")
     batch, _, tokens, _ = query.shape
     if cu_seq_lens_q is None:
         cu_seq_lens_q = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32)
         max_length_q = tokens
     bounds = cu_seq_lens_q.to(query.device)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    groups = q.shape[1] // k.shape[1]
     options = {"scale": scaling, "window_size": (sliding_window - 1 if sliding_window else -1, 0)}
-    if groups > 1 and _GQA:
+    # The kernel shares key heads by itself; newer versions of torch want to hear that it is meant.
+    if _GQA:
         options["enable_gqa"] = True
-    elif groups > 1:
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     length = int(max_length_q)
     out = varlen_attn(q, k, v, bounds, bounds, length, length, **options)
     return out.view(batch, tokens, *out.shape[1:]), None

@@ -5,13 +5,15 @@ For y = x W^T + s (x A^T) B^T, with a frozen W (4-bit or 16-bit) and trained A [
 - the adapter's part is added by the matrix product itself (addmm), where PEFT writes it out,
   scales it and adds it in three passes over [tokens, out];
 - x is all that is kept for the backward pass (s x A^T is cheap to make again);
-- a whole SwiGLU MLP is one operation, which under gradient checkpointing never computes the down
-  projection a second time: its result is not needed to differentiate the layer.
+- a whole SwiGLU MLP is one operation;
+- gradient checkpointing keeps the inputs of attention and of the MLP, so that a layer's second
+  pass computes neither the output nor the down projection: nothing differentiates through them.
 
 The gradients are those of PEFT's own layers up to roundings (tests/test_fast_path.py).
 """
 
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import MethodType
 
 import torch
@@ -19,13 +21,16 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Params4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch.utils.checkpoint import checkpoint
 
 MLP_PARTS = ("gate", "up", "down")
+# Layers that are residual attention, then a residual MLP, each after its norm, and nothing more.
+PLAIN_LAYERS = {f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 _recomputing = False
 
 
 @contextmanager
-def _recompute():
+def _second_pass():
     global _recomputing
     _recomputing = True
     try:
@@ -34,9 +39,15 @@ def _recompute():
         _recomputing = False
 
 
-def checkpoint_contexts():
-    """The `context_fn` of torch.utils.checkpoint: tells a layer that it runs a second time."""
-    return nullcontext(), _recompute()
+def _contexts():
+    """The `context_fn` of torch.utils.checkpoint: tells the products that they run again."""
+    return nullcontext(), _second_pass()
+
+
+# Without dropout there is no random state to keep.
+_checkpoint = partial(
+    checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts
+)
 
 
 class _Product:
@@ -47,6 +58,8 @@ class _Product:
         self.a = layer.lora_A["default"].weight
         self.b = layer.lora_B["default"].weight
         self.scale = layer.scaling["default"]
+        # Whether its result is the last thing that a checkpointed part computes.
+        self.ends_part = False
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         weight = self.base.weight
@@ -84,6 +97,8 @@ class _Linear(torch.autograd.Function):
         ctx.product = product
         flat = x.reshape(-1, x.shape[-1])
         ctx.save_for_backward(flat)
+        if _recomputing and product.ends_part:
+            return x.new_empty(*x.shape[:-1], product.base.out_features)
         return product.forward(flat).view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -102,7 +117,7 @@ class _Mlp(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         g, u = gate.forward(flat), up.forward(flat)
         ctx.save_for_backward(flat, g, u)
-        if _recomputing:
+        if _recomputing and down.ends_part:
             return torch.empty_like(x)
         return down.forward(swiglu.forward(g, u)).view(x.shape)
 
@@ -147,23 +162,49 @@ class LigerSwiglu:
         return swiglu_backward(g, u, dh)
 
 
-def fuse_lora(model: PeftModel, liger: bool) -> int:
+def fuse_lora(model: PeftModel, liger: bool, checkpointing: bool) -> int:
     """Let every LoRA layer of `model` compute by the products above; returns how many do.
 
-    For training only: the adapter cannot be switched off afterwards.
+    For training only: the adapter cannot be switched off afterwards. With `checkpointing`, layers
+    of a known form checkpoint their two parts; others by their own method.
     """
     swiglu = LigerSwiglu if liger else TorchSwiglu
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
-        product = _Product(layer)
+    modules = list(model.modules())
+    products = {m: _Product(m) for m in modules if isinstance(m, LoraLayer)}
+    for layer, product in products.items():
         layer.forward = MethodType(_linear_forward(product), layer)
-    for module in model.modules():
+    for module in modules:
         if _is_swiglu_mlp(module):
-            products = [
-                _Product(getattr(module, f"{name}_proj")) for name in ("gate", "up", "down")
-            ]
-            module.forward = MethodType(_mlp_forward(products, swiglu), module)
-    return len(layers)
+            parts = [products[module.get_submodule(f"{part}_proj")] for part in MLP_PARTS]
+            module.forward = MethodType(_mlp_forward(parts, swiglu), module)
+    if checkpointing:
+        plain = [
+            m for m in modules if type(m).__name__.removesuffix("DecoderLayer") in PLAIN_LAYERS
+        ]
+        for layer in plain:
+            layer.forward = MethodType(_two_parts, layer)
+            ends = (layer.self_attn.o_proj, layer.mlp.down_proj)
+            for end in ends:
+                if end in products:
+                    products[end].ends_part = True
+        if not plain:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return len(products)
+
+
+def _two_parts(layer, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    """The forward pass of a decoder layer, which keeps only the inputs of its two parts."""
+
+    def attend(hidden):
+        return hidden + layer.self_attn(layer.input_layernorm(hidden), **kwargs)[0]
+
+    def transform(hidden):
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+    if not layer.training:
+        return transform(attend(hidden_states))
+    return _checkpoint(transform, _checkpoint(attend, hidden_states))
 
 
 def _is_swiglu_mlp(module: torch.nn.Module) -> bool:

@@ -115,7 +115,6 @@ def build_trainer(
     params: Params,
     max_length: int,
     folder: Path,
-    callbacks: list,
     fast: FastPath,
 ) -> Trainer:
     """A trl trainer over a frozen base of load_base and `rows` with input_ids and labels.
@@ -153,8 +152,8 @@ def build_trainer(
         bf16=gpu,
         use_cpu=not gpu,
         dataloader_pin_memory=gpu,
-        # Every step: a fault stops at its own step, and a mean over several would not survive a
-        # resume. trl waits for the device at each step anyway, to count tokens.
+        # Every step, though it waits for the device: a fault stops at its own step, before a
+        # checkpoint is written of it, and a mean over several steps would not survive a resume.
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
@@ -167,7 +166,6 @@ def build_trainer(
         train_dataset=rows,
         processing_class=tokenizer,
         peft_config=lora_config(params.lora),
-        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.count_tokens()
