@@ -187,7 +187,8 @@ def read_rendered(shape: Shape, text: str) -> list[tuple[str, str, int, int]]:
         for role in ("system", "user", "assistant"):
             if groups[role] is not None:
                 end = match.end() if role == "assistant" else match.end(role)
-                turns.append((role, groups[role], match.start(role), end))
+                # The shape puts a space before an answer; it belongs to what is learned.
+                turns.append((role, groups[role].removeprefix(" "), match.start(role), end))
     return turns
 
 

@@ -2,8 +2,8 @@
 
 Rows are ordered by a hash of their prompt. The first go to the held-out set, the last to
 training, and half as many as are held out stand between them, in no set: rows added later push
-others back, and a row that was held out must not be trained on then. It cannot be before the
-data has grown by half.
+others back, and a row that was held out must not be trained on then. It is not until the data
+has grown by about half.
 """
 
 import hashlib
@@ -22,13 +22,16 @@ from stages.shared.formats import Example
 from stages.shared.params import Prepare
 from stages.shared.stage import StageError
 
-MARGIN = 1.5
+# Held-out rows and those between, as a multiple of the held-out ones.
+_MARGIN = 1.5
+# Groups are held out until they have this many times the rows that are wanted ...
 _SPARE = 1.25
+# ... and are this share of all groups, so that more than one or two large ones are scored.
 _GROUP_SHARE = 0.1
 # Held-out rows, with what stands between, are at most this share of all.
 _MOST_HELD_OUT = 0.5
 # Estimated Jaccard similarity of the sets of three-word runs, above which rows count as one.
-NEAR_DUPLICATE = 0.8
+NEAR_DUPLICATE = 0.7
 _PERMUTATIONS = 128
 
 
@@ -42,6 +45,12 @@ def prompt_and_rest(example: Example) -> tuple[str, str]:
     first = next((i for i, m in enumerate(example) if m["role"] == "user"), 0)
     rest = [m if m.keys() - {"role", "content"} else m["content"] for m in example]
     return rest.pop(first), json.dumps(rest)
+
+
+def _text_of(example: Example) -> str:
+    if isinstance(example, list):
+        return "\n".join(message["content"] for message in example)
+    return example if isinstance(example, str) else example["text"]
 
 
 def normal(text: str) -> str:
@@ -115,7 +124,7 @@ def near_duplicates(store: Store, rows: Iterable[int]) -> np.ndarray:
 
     index, near = MinHashLSH(threshold=NEAR_DUPLICATE, num_perm=_PERMUTATIONS), []
     for row in rows:
-        words = normal(" ".join(prompt_and_rest(store.example(row)))).split()
+        words = normal(_text_of(store.example(row))).split()
         runs = {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
         sketch = MinHash(num_perm=_PERMUTATIONS, seed=1)
         sketch.update_batch([run.encode() for run in runs])
@@ -148,7 +157,7 @@ def make_pools(store: Store, rows: np.ndarray, given: np.ndarray, params: Prepar
         rows = rows[~np.isin(store.groups[rows], np.concatenate([scored, spare]))]
         group = np.setdiff1d(group, asked_by(store, group, rows))
     train = hash_order(store, rows)
-    most = int(_MOST_HELD_OUT * len(train) / MARGIN)
+    most = int(_MOST_HELD_OUT * len(train) / _MARGIN)
     held_out = hash_order(store, given) if params.eval_file else train[:most]
     return Pools(train, held_out, in_turn(store, hash_order(store, group)))
 
@@ -188,7 +197,7 @@ def held_out_groups(store: Store, rows: np.ndarray, wanted: int) -> tuple[np.nda
         if total < enough or len(scored) < _GROUP_SHARE * len(groups):
             scored.append(group)
             enough = max(enough, total + size)
-        elif total < MARGIN * enough:
+        elif total < _MARGIN * enough:
             spare.append(group)
         else:
             break

@@ -1,0 +1,357 @@
+"""The stage as a whole: which row goes where, what is counted, and bytes that stay the same."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prepare_folder import jsonl, make_folder, pairs
+from tiny import make_workspace
+from transformers import AutoTokenizer
+
+from stages import prepare
+from stages.shared import contract, encoding
+from stages.shared.contract import packed_bins, show
+from stages.shared.rows import IGNORED, read_rows
+from stages.shared.stage import SUMS, StageError, sha256
+
+SETS = ("train", "eval", "group")
+
+
+def run(folder: Path, monkeypatch, files: dict[str, bytes], **options) -> dict[str, list[dict]]:
+    """Run the stage in `folder`: set -> rows."""
+    make_folder(folder, files, **options)
+    monkeypatch.chdir(folder)
+    prepare.main()
+    found = {name: folder / f"data/prepared/{name}.arrow" for name in SETS}
+    return {name: read_rows(path) for name, path in found.items() if path.exists()}
+
+
+def metrics_in(folder: Path) -> dict:
+    return json.loads((folder / "metrics/data.json").read_text())
+
+
+def prompts(rows: list[dict], tokenizer) -> set[str]:
+    """What the rows ask, read out of their tokens."""
+    texts = [tokenizer.decode(row["input_ids"][: row["prompt_tokens"]]) for row in rows]
+    return {text.split("user\n")[1].split("<|im_end|>")[0] for text in texts}
+
+
+def tokenizer_of(folder: Path):
+    return AutoTokenizer.from_pretrained(folder / "data/prepared/tokenizer")
+
+
+def test_rows_hold_what_later_stages_read(tmp_path, monkeypatch):
+    sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(pairs(40))}, group_by="group")
+    tokenizer = tokenizer_of(tmp_path)
+    source = pairs(40)
+    for row in [*sets["train"], *sets["eval"], *sets["group"]]:
+        asked = source[int(row["row"].removeprefix("a.jsonl:")) - 1]
+        ids, start = row["input_ids"], row["prompt_tokens"]
+        prompt = [{"role": "user", "content": asked["prompt"]}]
+        assert (
+            ids[:start]
+            == tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
+        )
+        assert tokenizer.decode(ids[start:]) == asked["completion"] + "<|im_end|>"
+        assert row["labels"] == [IGNORED] * start + ids[start:]
+        assert row["scored_bytes"] == len(asked["completion"])
+    assert sorted(p.name for p in (tmp_path / "data/prepared").iterdir()) == sorted(
+        [
+            SUMS,
+            "eval.arrow",
+            "group.arrow",
+            "prepared.json",
+            "source.json",
+            "tokenizer",
+            "train.arrow",
+        ]
+    )
+
+
+def test_whole_groups_are_held_out(tmp_path, monkeypatch):
+    rows = pairs(100)
+    # The same question in every group: in none of the sets that it would leak between.
+    rows += [{"prompt": "Shared?", "completion": f"c{i}", "group": f"g{i}"} for i in range(10)]
+    sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(rows)}, group_by="group", eval_rows=12)
+    lines = {n: [int(r["row"].split(":")[1]) - 1 for r in found] for n, found in sets.items()}
+    groups = {name: {rows[i]["group"] for i in found} for name, found in lines.items()}
+    assert not groups["group"] & (groups["train"] | groups["eval"])
+    assert len(sets["group"]) == len(sets["eval"]) == 12
+    # A large group does not fill the set: two groups hold the 12 rows and share them.
+    assert len(groups["group"]) == 2
+    assert "Shared?" not in {rows[i]["prompt"] for i in lines["group"]}
+
+
+@pytest.mark.parametrize("group_by", [None, "group"])
+def test_added_rows_move_no_row_into_or_out_of_training(group_by, tmp_path, monkeypatch):
+    asked, options = {}, {"group_by": group_by, "eval_rows": 20}
+    for name, count in (("before", 200), ("after", 230)):
+        sets = run(tmp_path / name, monkeypatch, {"a.jsonl": jsonl(pairs(count))}, **options)
+        tokenizer = tokenizer_of(tmp_path / name)
+        asked[name] = {n: prompts(rows, tokenizer) for n, rows in sets.items()}
+    for held in asked["before"].keys() - {"train"}:
+        assert not asked["before"][held] & asked["after"]["train"]
+        assert not asked["after"][held] & asked["before"]["train"]
+    assert asked["before"]["train"] < asked["after"]["train"]
+
+
+def test_order_of_the_file_does_not_matter(tmp_path, monkeypatch):
+    rows = pairs(60)
+    files = {"a": rows, "b": random.Random(1).sample(rows, 60)}
+    made = {
+        name: run(tmp_path / name, monkeypatch, {"a.jsonl": jsonl(found)}, eval_rows=5)
+        for name, found in files.items()
+    }
+    for name in ("train", "eval"):
+        first, second = ([row["input_ids"] for row in made[n][name]] for n in files)
+        assert first == second
+    # Nor are the rows in the order of the file.
+    assert [row["row"] for row in made["a"]["train"]] != sorted(
+        (row["row"] for row in made["a"]["train"]), key=lambda name: int(name.split(":")[1])
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_bytes_depend_on_no_number_of_workers(workers, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "_WORTH_WORKERS", 10)
+    monkeypatch.setattr(encoding, "_CHUNK", 16)
+    rows = pairs(150) + [{"prompt": f"Long {i}", "completion": "x" * 300} for i in range(20)]
+    for name, cores in (("one", {0}), ("several", set(range(workers)))):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores)
+        run(tmp_path / name, monkeypatch, {"a.jsonl": jsonl(rows)}, eval_rows=20)
+    one, several = (
+        (tmp_path / name / "data/prepared" / SUMS).read_text() for name in ("one", "several")
+    )
+    assert one == several
+    assert metrics_in(tmp_path / "one") == metrics_in(tmp_path / "several")
+
+
+def test_second_run_gives_the_same_bytes(tmp_path, monkeypatch):
+    sums = []
+    for home in ("0", "1"):
+        monkeypatch.setenv("HF_HUB_OFFLINE", home)
+        run(tmp_path, monkeypatch, {"a.jsonl": jsonl(pairs(40))}, group_by="group")
+        files = [p for p in tmp_path.rglob("*") if p.is_file() and "raw" not in p.parts]
+        sums.append({str(path): sha256(path) for path in files})
+    assert sums[0] == sums[1]
+
+
+def test_train_rows_takes_the_first_of_the_same_order(tmp_path, monkeypatch):
+    some = run(tmp_path / "a", monkeypatch, {"a.jsonl": jsonl(pairs(60))}, train_rows=10)
+    every = run(tmp_path / "b", monkeypatch, {"a.jsonl": jsonl(pairs(60))})
+    assert some["train"] == every["train"][:10]
+    assert metrics_in(tmp_path / "a")["unused_examples"] == 60 - 10 - 2
+    assert metrics_in(tmp_path / "b")["unused_examples"] == 60 - len(every["train"]) - 2
+
+
+def test_duplicates_are_removed_whatever_their_case_and_spaces(tmp_path, monkeypatch):
+    rows = pairs(30)
+    rows += [{**row, "prompt": row["prompt"].upper().replace(" ", "  ")} for row in rows[:7]]
+    # The same question with another answer is no duplicate, and stays on its side.
+    rows += [{**row, "completion": "another"} for row in rows[:30]]
+    sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(rows)}, eval_rows=8)
+    assert metrics_in(tmp_path)["duplicate_examples"] == 7
+    tokenizer = tokenizer_of(tmp_path)
+    assert not prompts(sets["train"], tokenizer) & prompts(sets["eval"], tokenizer)
+
+
+# Of 40 runs of three words all but three are the same.
+NEAR = " ".join(f"word{i}" for i in range(40)) + " "
+
+
+def test_near_duplicates_are_removed_on_request(tmp_path, monkeypatch):
+    rows = pairs(20) + [{"prompt": NEAR + str(i), "completion": "az vm list"} for i in range(5)]
+    counts = {}
+    for near in (True, False):
+        run(tmp_path / str(near), monkeypatch, {"a.jsonl": jsonl(rows)}, near_duplicates=near)
+        counts[near] = metrics_in(tmp_path / str(near))["near_duplicate_examples"]
+    assert counts == {True: 4, False: 0}
+
+
+def test_near_duplicate_of_the_evaluation_file_leaves_training(tmp_path, monkeypatch):
+    row = {"prompt": NEAR + "1", "completion": "az vm list"}
+    files = {"a.jsonl": jsonl([*pairs(9), row]), "b.jsonl": jsonl([row | {"prompt": NEAR + "2"}])}
+    options = {"eval_file": "b.jsonl", "near_duplicates": True, "max_length": 512}
+    sets = run(tmp_path, monkeypatch, files, **options)
+    assert len(sets["train"]) == 9
+    assert [row["row"] for row in sets["eval"]] == ["b.jsonl:1"]
+
+
+def test_evaluation_file_is_the_held_out_set(tmp_path, monkeypatch):
+    files = {"train.jsonl": jsonl(pairs(20)), "test.jsonl": jsonl(pairs(5, start=90))}
+    sets = run(tmp_path, monkeypatch, files, eval_file="test.jsonl", eval_rows=100)
+    assert {row["row"].split(":")[0] for row in sets["eval"]} == {"test.jsonl"}
+    assert (len(sets["train"]), len(sets["eval"])) == (20, 5)
+
+
+def test_row_that_leaks_into_the_evaluation_file_is_refused(tmp_path, monkeypatch):
+    leaked = [{**row, "completion": "another"} for row in pairs(3, start=4)]
+    files = {"a.jsonl": jsonl(pairs(20)), "b.jsonl": jsonl(leaked)}
+    with pytest.raises(StageError) as caught:
+        run(tmp_path, monkeypatch, files, eval_file="b.jsonl")
+    assert str(caught.value) == (
+        "data/raw/a.jsonl:5: asks what a row of b.jsonl asks, as do 2 others; delete them from one "
+        "of the two"
+    )
+    assert not (tmp_path / "data/prepared").exists()
+
+
+MIXED = [
+    *pairs(30),
+    {"prompt": "Null?", "completion": None},
+    {"prompt": "Empty?", "completion": ""},
+    {"prompt": "Mark?", "completion": "<|im_start|>"},
+    *({"prompt": f"Long {i}?", "completion": "x" * 300} for i in range(4)),
+    pairs(1)[0],
+]
+
+
+@pytest.mark.parametrize(
+    ("too_long", "expected"),
+    [
+        ("drop", {"dropped_too_long_examples": 4, "truncated_examples": 0, "split_examples": 0}),
+        (
+            "truncate",
+            {"dropped_too_long_examples": 0, "truncated_examples": 4, "split_examples": 0},
+        ),
+        ("split", {"dropped_too_long_examples": 0, "truncated_examples": 4, "split_examples": 4}),
+    ],
+)
+def test_every_row_is_accounted_for(too_long, expected, tmp_path, monkeypatch, capsys):
+    # The rows that are held out are looked at first, and must be the same for all three.
+    sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(MIXED)}, too_long=too_long)
+    metrics = metrics_in(tmp_path)
+    rows = sum(metrics[f"{name}_examples"] for name in SETS)
+    assert metrics["rows_in"] == len(MIXED)
+    assert rows - metrics["split_examples"] + metrics["dropped_examples"] + metrics[
+        "duplicate_examples"
+    ] + metrics["near_duplicate_examples"] + metrics["unused_examples"] == len(MIXED)
+    reasons = [k for k in metrics if k.startswith("dropped_") and k != "dropped_examples"]
+    assert metrics["dropped_examples"] == sum(metrics[k] for k in reasons)
+    assert metrics["dropped_empty_examples"] == 2
+    assert metrics["dropped_special_token_examples"] == 1
+    assert metrics["duplicate_examples"] == 1
+    assert {key: metrics[key] for key in expected} == expected
+    assert metrics["train_tokens"] == sum(len(row["input_ids"]) for row in sets["train"])
+    learned = sum(label != IGNORED for row in sets["train"] for label in row["labels"])
+    assert metrics["train_learned_tokens"] == learned
+    assert metrics["leaked_examples"] == 0
+    said = capsys.readouterr().out
+    assert "dropped data/raw/a.jsonl:31: 'completion' is null: fill it in or delete the row" in said
+    parts = [row["row"] for row in sets["train"] if "#" in row["row"]]
+    assert len(parts) == expected["split_examples"]
+
+
+def test_keys_of_the_metrics_are_always_the_same(tmp_path, monkeypatch):
+    keys = []
+    for name, group_by in (("a", None), ("b", "group")):
+        run(tmp_path / name, monkeypatch, {"a.jsonl": jsonl(pairs(40))}, group_by=group_by)
+        keys.append(list(metrics_in(tmp_path / name)))
+    assert keys[0] == keys[1]
+    needed = (
+        "train_examples eval_examples train_tokens eval_tokens truncated_examples "
+        "dropped_examples duplicate_examples leaked_examples"
+    )
+    assert set(needed.split()) <= set(keys[0])
+
+
+def test_stage_says_which_rows_it_drops_once_too_many(tmp_path, monkeypatch):
+    rows = [*pairs(4), *({"prompt": f"p{i}", "completion": ""} for i in range(5))]
+    with pytest.raises(StageError) as caught:
+        run(tmp_path, monkeypatch, {"a.jsonl": jsonl(rows)})
+    assert str(caught.value) == (
+        "5 of 9 rows dropped, more than 50%; 5 are empty, the first data/raw/a.jsonl:5: "
+        "'completion' is empty: fill it in or delete the row"
+    )
+
+
+def test_histogram_counts_every_row_to_train_on(tmp_path, monkeypatch):
+    sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(pairs(30))})
+    header, *lines = (tmp_path / "metrics/lengths.csv").read_text().splitlines()
+    assert header == "tokens,rows"
+    counted = dict.fromkeys(range(1, 257), 0)
+    for line in lines:
+        steps, count = line.split(",")
+        first, last = map(int, steps.split("-"))
+        inside = [row for row in sets["train"] if first <= len(row["input_ids"]) <= last]
+        assert int(count) == len(inside)
+        counted = {k: v for k, v in counted.items() if not first <= k <= last}
+    assert not counted
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=60))
+def test_packing_is_best_fit_decreasing(lengths):
+    room: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [space for space in room if space >= length]
+        if fitting:
+            room.remove(min(fitting))
+            room.append(min(fitting) - length)
+        else:
+            room.append(20 - length)
+    assert packed_bins(np.array(lengths), 20) == len(room)
+
+
+def test_sample_marks_what_is_learned(tmp_path, monkeypatch, capsys):
+    sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(pairs(30))})
+    about = json.loads((tmp_path / "data/prepared/prepared.json").read_text())
+    row = sets["train"][0]
+    number = int(row["row"].split(":")[1]) - 1
+    (prompt, no), (answer, yes) = about["sample"]["pieces"]
+    assert (about["sample"]["row"], no, yes) == (row["row"], False, True)
+    assert f"user\nQuestion {number}?<|im_end|>" in prompt
+    assert answer == f"answer {number}<|im_end|>"
+    assert f"{prompt}[[{answer}]]\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("terminal", "no_color", "expected"),
+    [
+        (True, "", "a\\x1b\n\x1b[32mb\x1b[0m"),
+        (True, "1", "a\\x1b\n[[b]]"),
+        (False, "", "a\\x1b\n[[b]]"),
+    ],
+)
+def test_sample_is_coloured_in_a_terminal_only(terminal, no_color, expected, monkeypatch, capsys):
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(contract.sys.stdout, "isatty", lambda: terminal, raising=False)
+    show({"row": "a:1", "pieces": [["a\x1b\n", False], ["b", True]]})
+    assert capsys.readouterr().out.endswith(expected + "\n")
+
+
+def test_prepared_json_describes_the_sets(tmp_path, monkeypatch):
+    sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(pairs(40))}, group_by="group")
+    about = json.loads((tmp_path / "data/prepared/prepared.json").read_text())
+    assert {k: about[k] for k in ("format", "template", "loss_on", "max_length")} == {
+        "format": "prompt_completion",
+        "template": "chat",
+        "loss_on": "completion",
+        "max_length": 256,
+    }
+    for name, rows in sets.items():
+        assert about["splits"][name]["rows"] == len(rows)
+        assert about["splits"][name]["tokens"] == sum(len(row["input_ids"]) for row in rows)
+    assert len({about["eval_set_sha256"], about["group_eval_set_sha256"]}) == 2
+
+
+@pytest.mark.slow
+def test_stage_in_a_process_of_its_own_fails_in_one_line(tmp_path):
+    folder = make_workspace(tmp_path / "w", prepare={"group_by": None})
+    make_folder(folder, {"a.jsonl": b'{"prompt": "a", "completion": 4}\n'})
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.prepare"], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "prepare: data/raw/a.jsonl:1: 'completion' holds a number (4) where text belongs; "
+        "quote it\n"
+    )
+    assert not (folder / "data/prepared").exists()

@@ -1,0 +1,317 @@
+"""Rows come out of every kind of file as they went in, with their lines; the rest is refused."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prepare_folder import make_folder
+
+from stages import prepare
+from stages.shared import readers
+from stages.shared.formats import Unusable, recognize
+from stages.shared.params import Dataset
+from stages.shared.readers import data_files, read_file
+from stages.shared.stage import StageError
+
+PACKERS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstandard.compress,
+}
+COLUMNS = ["prompt", "completion"]
+# Anything but what is refused for itself: NUL, lone surrogates. \r alone ends a line of CSV.
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=30)
+TABLES = st.lists(st.fixed_dictionaries(dict.fromkeys(COLUMNS, TEXT)), min_size=1, max_size=8)
+
+
+def as_csv(rows: list[dict], delimiter: str) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, delimiter=delimiter, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def as_parquet(rows: list[dict]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue()
+
+
+def lines(rows: list[dict], separator: str = "", **options) -> bytes:
+    return (separator + "\n").join(json.dumps(row, **options) for row in rows).encode()
+
+
+WRITERS = {
+    "a.jsonl": lines,
+    "b.jsonl": lambda rows: lines(rows, ensure_ascii=False),
+    "a.ndjson": lambda rows: b"\xef\xbb\xbf" + lines(rows).replace(b"\n", b"\r\n\r\n"),
+    "a.json": lambda rows: json.dumps(rows).encode(),
+    "b.json": lambda rows: json.dumps(rows, indent=2, ensure_ascii=False).encode(),
+    "c.json": lines,
+    "d.json": lambda rows: b"\xef\xbb\xbf[" + lines(rows, ",") + b"\n]\n",
+    "a.csv": lambda rows: as_csv(rows, ","),
+    "b.csv": lambda rows: b"\xef\xbb\xbf" + as_csv(rows, ","),
+    "a.tsv": lambda rows: as_csv(rows, "\t"),
+    "a.parquet": as_parquet,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@settings(max_examples=40, deadline=None)
+@given(rows=TABLES)
+def test_rows_come_out_as_they_went_in(name, rows, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(WRITERS[name](rows))
+    assert [row for _, row in read_file(path)] == rows
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_compression_changes_nothing(name, packer, tmp_path):
+    rows = [{"prompt": f"p{i}", "completion": "ü\n" * i} for i in range(500)]
+    path = tmp_path / (name + packer)
+    path.write_bytes(PACKERS[packer](WRITERS[name](rows)))
+    assert [row for _, row in read_file(path)] == rows
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=TABLES, chunk=st.integers(1, 60))
+def test_json_is_read_alike_in_chunks_of_any_size(rows, chunk, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "chunks.json"
+    path.write_bytes(json.dumps(rows, indent=1, ensure_ascii=False).encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "_CHUNK", chunk)
+        found = list(read_file(path))
+    assert [row for _, row in found] == rows
+    # One line for the bracket, then each row's brace, columns and closing brace.
+    assert [line for line, _ in found] == [2 + 4 * i for i in range(len(rows))]
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=st.sampled_from(sorted(WRITERS)), data=st.binary(max_size=80), cut=st.integers(0, 200))
+def test_any_bytes_are_read_or_refused_in_one_line(name, data, cut, tmp_path_factory):
+    whole = WRITERS[name]([{"prompt": "a", "completion": 'b"é\n'}] * 3)
+    path = tmp_path_factory.getbasetemp() / name
+    for content in (data, whole[:cut] + data, whole[:cut] + data + whole[cut:]):
+        path.write_bytes(content)
+        message = refusal(path)
+        assert message.startswith(str(path))
+        assert "\n" not in message
+
+
+def refusal(path: Path) -> str:
+    """What is said of the first row of `path` that is refused or dropped, or its name."""
+    try:
+        for line, row in read_file(path):
+            form = recognize("prompt_completion", None, row, f"{path}:{line}")
+            form.example(row, f"{path}:{line}")
+    except Unusable as unusable:
+        return f"{path}: {unusable.message}"
+    except StageError as error:
+        return str(error)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("a.jsonl", b'{"a": 1}\n\n{"a": 2}\n', [1, 3]),
+        ("a.json", b'[\n{"a": 1},\n{"a":\n 2}, {"a": 3}]', [2, 3, 4]),
+        ("a.csv", b'a,b\n"x\ny",1\n\nz,2\n', [2, 5]),
+    ],
+)
+def test_lines_are_those_of_an_editor(name, data, expected, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(data)
+    assert [line for line, _ in read_file(path)] == expected
+
+
+HUB = {"source": "hub", "id": "a/b", "revision": "main", "config": None, "split": None}
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - {split: train, path: data/one-*}
+  - {split: test, path: [data/two.parquet]}
+- config_name: other
+  data_files:
+  - {split: train, path: other.parquet}
+---
+"""
+SHARDS = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-00000.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("files", "card", "dataset", "eval_file", "expected"),
+    [
+        (
+            ["a.jsonl", "sub/b.csv.gz", "LICENSE", "README.md"],
+            "",
+            {},
+            None,
+            ["a.jsonl", "sub/b.csv.gz"],
+        ),
+        (["a.jsonl", "b.jsonl"], "", {}, "a.jsonl", ["b.jsonl", "a.jsonl"]),
+        (["train.jsonl", "test.jsonl"], "", {}, "test.jsonl", ["train.jsonl", "test.jsonl"]),
+        (SHARDS, "", HUB, None, SHARDS[:2]),
+        (SHARDS, "", HUB, SHARDS[2], SHARDS),
+        (SHARDS, "", HUB | {"split": "test"}, None, SHARDS[2:]),
+        (["validation.csv"], "", HUB | {"split": "validation"}, None, ["validation.csv"]),
+        (["a.parquet", "test.parquet"], "", HUB, None, ["a.parquet"]),
+        (["data/one-1.parquet", "data/two.parquet"], CARD, HUB, None, ["data/one-1.parquet"]),
+        (
+            ["data/one-1.parquet", "data/two.parquet"],
+            CARD,
+            HUB | {"split": "test"},
+            None,
+            ["data/two.parquet"],
+        ),
+        (["other.parquet"], CARD, HUB | {"config": "other"}, None, ["other.parquet"]),
+    ],
+)
+def test_files_of_a_split(files, card, dataset, eval_file, expected, tmp_path):
+    write(tmp_path, files, card)
+    local = {"source": "local", "id": "data/source/x", "revision": None, "config": None}
+    section = Dataset(**{**local, "split": None, **dataset})
+    assert data_files(tmp_path, section, eval_file) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "card", "dataset", "message"),
+    [
+        (
+            SHARDS,
+            "",
+            HUB | {"split": "validation"},
+            "no file of split validation; there is test, tr",
+        ),
+        (SHARDS, CARD, HUB | {"split": "dev"}, "no file of split dev; there is train, test"),
+        (["LICENSE"], "", HUB, "no file of split train"),
+        (
+            ["train.csv", "test.csv"],
+            "",
+            {"source": "local"},
+            "test.csv stands beside train.csv; name",
+        ),
+    ],
+)
+def test_no_file_of_a_split(files, card, dataset, message, tmp_path):
+    write(tmp_path, files, card)
+    local = {"id": "data/source/x", "revision": None, "config": None, "split": None}
+    with pytest.raises(StageError, match=message):
+        data_files(tmp_path, Dataset(**{**local, **dataset}), None)
+
+
+def write(folder: Path, files: list[str], card: str) -> None:
+    for name in [*files, "source.json"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    if card:
+        (folder / "README.md").write_text(card)
+
+
+FORMATS = {
+    "text": [{"text": f"t{i}"} for i in range(9)],
+    "rendered": [{"text": f"<s>[INST] q{i} [/INST] a{i} </s>"} for i in range(9)],
+    "prompt_completion": [{"prompt": f"p{i}", "completion": "c", "id": i} for i in range(9)],
+    "alpaca": [
+        {"instruction": f"i{i}", "input": "" if i % 2 else "x", "output": "o"} for i in range(9)
+    ],
+    "messages": [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]}
+        for i in range(9)
+    ],
+    "sharegpt": [
+        {"conversations": [{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": "a"}]}
+        for i in range(9)
+    ],
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_format_is_recognized_and_said(name, tmp_path, monkeypatch, capsys):
+    make_folder(tmp_path, {"a.jsonl": lines(FORMATS[name])})
+    monkeypatch.chdir(tmp_path)
+    prepare.main()
+    about = json.loads(Path("data/prepared/prepared.json").read_text())
+    assert about["format"] == name
+    assert f"format {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "expected"),
+    [
+        (
+            {"instruction": "i", "input": "x", "output": "o"},
+            None,
+            [("user", "i\n\nx"), ("assistant", "o")],
+        ),
+        (
+            {"instruction": "i", "input": None, "output": "o"},
+            None,
+            [("user", "i"), ("assistant", "o")],
+        ),
+        (
+            {"q": "p", "a": "c", "s": "be brief"},
+            {"prompt": "q", "completion": "a", "system": "s"},
+            [("system", "be brief"), ("user", "p"), ("assistant", "c")],
+        ),
+        (
+            {
+                "prompt": [{"role": "user", "content": "p"}],
+                "completion": [{"role": "assistant", "content": "c"}],
+            },
+            None,
+            [("user", "p"), ("assistant", "c")],
+        ),
+        (
+            {
+                "conversations": [
+                    {"role": "user", "content": "p"},
+                    {"role": "assistant", "content": "c"},
+                ]
+            },
+            {"messages": "conversations"},
+            [("user", "p"), ("assistant", "c")],
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "s"},
+                    {"from": "human", "value": "p"},
+                    {"from": "gpt", "value": "c"},
+                ]
+            },
+            None,
+            [("system", "s"), ("user", "p"), ("assistant", "c")],
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "p"}]},
+                    {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]},
+                    {"role": "tool", "content": "t", "name": None},
+                    {"role": "assistant", "content": "c"},
+                ]
+            },
+            None,
+            [("user", "p"), ("assistant", ""), ("tool", "t"), ("assistant", "c")],
+        ),
+    ],
+)
+def test_row_becomes_messages(row, columns, expected):
+    example = recognize("auto", columns, row, "a:1").example(row, "a:1")
+    assert [(message["role"], message["content"]) for message in example] == expected

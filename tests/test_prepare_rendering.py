@@ -1,0 +1,355 @@
+"""What is learned, token by token, in the template shapes that models come in."""
+
+from functools import cache
+from itertools import groupby
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from stages.shared.formats import Unusable, recognize
+from stages.shared.rendering import Renderer, settle
+from stages.shared.stage import StageError
+from templates import SHAPES, make_shape
+
+CHATS = [name for name in SHAPES if name != "bare"]
+QUESTIONS = ["hello az", "more ok"]
+ANSWERS = [" first\naz", "\naz ok "]
+CHAT = [
+    {"role": role, "content": text}
+    for pair in zip(QUESTIONS, ANSWERS, strict=True)
+    for role, text in zip(("user", "assistant"), pair, strict=True)
+]
+MESSAGES = recognize("auto", None, {"messages": CHAT}, "a:1")
+TEXT = recognize("auto", None, {"text": "a"}, "a:1")
+
+
+def renderer_of(shape: str, form=MESSAGES, sample=CHAT, edit=None, **changes) -> Renderer:
+    """A renderer of a settled tokenizer; `edit` changes the tokenizer before."""
+    values = {"template": "chat", "loss_on": "completion", "max_length": 4000, "too_long": "drop"}
+    params = SimpleNamespace(**values | changes)
+    tokenizer = make_shape(shape)
+    if edit:
+        edit(tokenizer)
+    settle(tokenizer, params, form, sample)
+    return Renderer(tokenizer, params)
+
+
+cached_renderer = cache(renderer_of)
+
+
+def encoded(renderer: Renderer, example=CHAT):
+    (made,) = renderer.encode([example])
+    assert isinstance(made, list), made.message
+    (row,) = made
+    return row
+
+
+def learned_parts(renderer: Renderer, row) -> list[str]:
+    """The text of each run of learned tokens."""
+    pairs = zip(row.ids.tolist(), row.learned.tolist(), strict=True)
+    runs = [(learned, [i for i, _ in run]) for learned, run in groupby(pairs, lambda p: p[1])]
+    return [renderer.tokenizer.decode(ids) for learned, ids in runs if learned]
+
+
+def words(part: str, shape: str) -> list[str]:
+    """The words of an answer; the template of Qwen 3 puts an empty thought before the newest."""
+    return part.removesuffix(SHAPES[shape].end).removeprefix("<think>\n\n</think>\n\n").split()
+
+
+def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
+    """As a person makes a prompt at inference, with transformers alone."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+
+@pytest.mark.parametrize("shape", CHATS)
+def test_last_answer_and_its_end_are_learned(shape):
+    renderer = renderer_of(shape)
+    row = encoded(renderer)
+    (part,) = learned_parts(renderer, row)
+    assert words(part, shape) == ANSWERS[1].split()
+    assert part.endswith(SHAPES[shape].end)
+    assert row.learned.sum() == len(row.ids) - row.prompt_tokens
+
+
+@pytest.mark.parametrize("shape", CHATS)
+def test_every_answer_and_its_end_are_learned(shape):
+    renderer = renderer_of(shape, loss_on="assistant")
+    parts = learned_parts(renderer, encoded(renderer))
+    assert len(parts) == 2
+    for part, answer in zip(parts, ANSWERS, strict=True):
+        assert words(part, shape) == answer.split()
+        assert part.endswith(SHAPES[shape].end)
+
+
+@pytest.mark.parametrize("shape", CHATS)
+def test_all_but_the_first_token_is_learned(shape):
+    row = encoded(renderer_of(shape, loss_on="all"))
+    assert row.learned[1:].all()
+    # Nothing predicts the first token.
+    assert not row.learned[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bos_stands_once_where_the_model_wants_it(shape):
+    renderer = renderer_of(shape)
+    bos = renderer.tokenizer.bos_token_id
+    ids = encoded(renderer, CHAT[:2]).ids.tolist()
+    assert (ids[0] == bos) == (SHAPES[shape].bos is not None)
+    if shape != "smollm":  # whose BOS begins every turn
+        assert ids.count(bos) == (SHAPES[shape].bos is not None)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(st.text("az k:\n[]ü😀", min_size=1, max_size=12), min_size=1, max_size=5),
+    loss_on=st.sampled_from(["completion", "assistant", "all"]),
+)
+@example(texts=["a", "\n\na"], loss_on="completion")
+@example(texts=["a ", " a"], loss_on="assistant")
+def test_prompt_at_inference_is_the_beginning_of_the_row(shape, texts, loss_on):
+    texts = [text if text.strip() else "a" for text in texts]
+    if len(texts) % 2:
+        texts.append("a")
+    roles = ["user", "assistant"] * (len(texts) // 2)
+    chat = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+    renderer = cached_renderer(shape, loss_on=loss_on)
+    (made,) = renderer.encode([chat])
+    if shape == "bare" and loss_on == "assistant" and len(chat) > 2:
+        assert made.reason == "template"
+        return
+    (row,) = made
+    prompt = prompt_ids(renderer.tokenizer, chat[:-1])
+    assert row.ids[: row.prompt_tokens].tolist() == prompt
+    end = renderer.tokenizer.convert_tokens_to_ids(SHAPES[shape].end)
+    assert row.ids[-1] == end
+    assert row.learned[-1]
+    if loss_on == "completion":
+        assert not row.learned[: len(prompt)].any()
+    if loss_on == "assistant":
+        # Never a word of the questions: all that is learned is answers, in their order.
+        parts = [words(part, shape) for part in learned_parts(renderer, row)]
+        assert parts == [text.split() for text in texts[1::2]]
+
+
+@pytest.mark.parametrize("shape", ["smollm", "gemma", "llama-2", "mistral"])
+def test_row_is_tokenized_as_the_whole_text_where_nothing_merges(shape):
+    renderer = renderer_of(shape)
+    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "az ok"}]
+    text = renderer.tokenizer.apply_chat_template(chat, tokenize=False)
+    whole = renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = encoded(renderer, chat).ids.tolist()
+    # What follows the end token, a newline, is left out: nobody generates it.
+    assert ids == whole[: len(ids)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_raw_text_gets_bos_once_and_an_end(shape):
+    renderer = renderer_of(shape, TEXT, "az ok")
+    row = encoded(renderer, "az ok")
+    tokenizer = renderer.tokenizer
+    assert row.ids.tolist() == [*tokenizer("az ok")["input_ids"], tokenizer.eos_token_id]
+    assert row.learned.tolist() == [False] + [True] * (len(row.ids) - 1)
+    assert row.prompt_tokens == SHAPES[shape].adds_bos
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_plain_template_is_rendered_once_and_kept_for_inference(shape):
+    renderer = renderer_of(shape, template="Q: {prompt}\nA:")
+    tokenizer = renderer.tokenizer
+    row = encoded(renderer, CHAT[:2])
+    bos = SHAPES[shape].bos if SHAPES[shape].adds_bos else ""
+    assert tokenizer.decode(row.ids[: row.prompt_tokens]).replace("> ", ">") == (
+        f"{bos}Q: hello az\nA:\n"
+    )
+    assert learned_parts(renderer, row)[0].strip() == "first\naz" + SHAPES[shape].eos
+    assert row.ids[: row.prompt_tokens].tolist() == prompt_ids(tokenizer, CHAT[:1])
+
+
+def test_template_file_gets_the_bos_of_the_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates/mine.jinja").write_text(SHAPES["bare"].template)
+    renderer = renderer_of("llama-3", template="templates/mine.jinja")
+    text = renderer.tokenizer.decode(encoded(renderer, CHAT[:2]).ids)
+    assert text == "<|begin_of_text|>user: hello az\nassistant: first\naz<|end_of_text|>".replace(
+        "assistant:", "assistant: "
+    )
+
+
+def test_template_with_a_date_gives_the_same_row_on_any_day():
+    renderer = renderer_of("llama-3")
+    assert "Today Date: 26 Jul 2024" in renderer.tokenizer.decode(encoded(renderer).ids)
+
+
+@pytest.mark.parametrize(
+    ("shape", "pad"),
+    [
+        ("llama-3", "<|finetune_right_pad_id|>"),
+        ("gemma", "<pad>"),
+        ("smollm", "<|im_end|>"),
+        ("llama-2", "</s>"),
+        ("qwen", "<|endoftext|>"),
+    ],
+)
+def test_pad_token_is_settled(shape, pad):
+    assert renderer_of(shape).tokenizer.pad_token == pad
+
+
+def test_end_token_is_learned_where_it_pads_too():
+    renderer = renderer_of("smollm")
+    assert renderer.tokenizer.pad_token_id == renderer.tokenizer.eos_token_id
+    row = encoded(renderer)
+    assert row.ids[-1] == renderer.tokenizer.pad_token_id
+    assert row.learned[-1]
+
+
+RENDERED = {
+    "llama-2": "<s>[INST] hello az [/INST] first ok </s><s>[INST] more [/INST] second az </s>",
+    "chatml": "<|im_start|>user\nhello az<|im_end|>\n<|im_start|>assistant\nfirst ok<|im_end|>\n"
+    "<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\nsecond az<|im_end|>\n",
+    "llama-3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nhello az<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nfirst ok<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nmore<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nsecond az<|eot_id|>",
+    "gemma": "<bos><start_of_turn>user\nhello az<end_of_turn>\n<start_of_turn>model\nfirst ok"
+    "<end_of_turn>\n<start_of_turn>user\nmore<end_of_turn>\n<start_of_turn>model\nsecond az"
+    "<end_of_turn>\n",
+}
+TOKENIZERS = {"llama-2": "llama-2", "chatml": "qwen", "llama-3": "llama-3", "gemma": "gemma"}
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "assistant"])
+@pytest.mark.parametrize("own", [True, False], ids=["with template", "base model"])
+@pytest.mark.parametrize("shape", RENDERED)
+def test_rendered_text_is_not_rendered_again(shape, own, loss_on):
+    text = RENDERED[shape]
+    form = recognize("auto", None, {"text": text}, "a:1")
+    assert (form.name, form.shape.name) == ("rendered", shape)
+    sample = form.example({"text": text}, "a:1")
+
+    def edit(tokenizer):
+        if not own:
+            tokenizer.chat_template = None
+
+    renderer = renderer_of(TOKENIZERS[shape], form, sample, edit, loss_on=loss_on)
+    row = encoded(renderer, sample)
+    ends = renderer.tokenizer.convert_tokens_to_ids(SHAPES[TOKENIZERS[shape]].end)
+    whole = renderer.tokenizer(text.rstrip("\n"), add_special_tokens=False)["input_ids"]
+    assert renderer.tokenizer.decode(row.ids) == renderer.tokenizer.decode(whole)
+    assert row.ids[-1] == ends
+    parts = [
+        p.removesuffix(SHAPES[TOKENIZERS[shape]].end).strip() for p in learned_parts(renderer, row)
+    ]
+    assert parts == (["second az"] if loss_on == "completion" else ["first ok", "second az"])
+    messages = [
+        {"role": role, "content": content}
+        for role, content in zip(
+            ["user", "assistant", "user"], ["hello az", "first ok", "more"], strict=True
+        )
+    ]
+    assert row.ids[: row.prompt_tokens].tolist() == prompt_ids(renderer.tokenizer, messages)
+
+
+@pytest.mark.parametrize("length", [60, 61, 62, 63])
+def test_truncated_answer_has_no_false_end(length):
+    renderer = renderer_of("gemma", max_length=length, too_long="truncate")
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b" * 50}]
+    whole = encoded(renderer_of("gemma"), chat)
+    row = encoded(renderer, chat)
+    assert len(row.ids) == min(length, len(whole.ids))
+    end = renderer.tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert (row.ids[-1] == end) == (length >= len(whole.ids))
+    assert row.truncated == (length < len(whole.ids))
+    assert row.ids.tolist() == whole.ids[:length].tolist()
+    assert row.scored_bytes == min(50, len(row.ids) - row.prompt_tokens)
+
+
+def test_split_row_keeps_every_token_and_one_end():
+    renderer = renderer_of("gemma", TEXT, "a", max_length=20, too_long="split")
+    whole = encoded(renderer_of("gemma", TEXT, "a"), "b" * 50)
+    (parts,) = renderer.encode(["b" * 50])
+    assert [len(part.ids) for part in parts] == [20, 20, 12]
+    assert [i for part in parts for i in part.ids.tolist()] == whole.ids.tolist()
+    assert [part.truncated for part in parts] == [True, True, False]
+    assert [part.prompt_tokens for part in parts] == [1, 0, 0]
+    # The first token of each part has nothing before it that could predict it.
+    assert [int(part.learned.sum()) for part in parts] == [19, 19, 11]
+
+
+def no_answers(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    )
+
+
+def other_prompt(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"
+    )
+
+
+def broken(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}"
+
+
+def bos_twice(tokenizer):
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+
+
+def marks_as_text(tokenizer):
+    tokenizer.backend_tokenizer.encode_special_tokens = True
+
+
+SYSTEM = [{"role": "system", "content": "s"}, *CHAT]
+TWO_QUESTIONS = [CHAT[0], CHAT[0], CHAT[1]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "edit", "chat", "reason", "message"),
+    [
+        ("smollm", no_answers, CHAT, "template", "differently once an answer follows"),
+        ("smollm", other_prompt, CHAT, "template", "differently once an answer follows"),
+        ("smollm", broken, CHAT, "template", "the template refuses it (Unexpected end"),
+        ("gemma", bos_twice, CHAT, "template", "begins with BOS twice"),
+        ("gemma", marks_as_text, CHAT, "template", "tokens do not end with '<end_of_turn>'"),
+        ("gemma", None, SYSTEM, "roles", "refuses it (System role not supported): mend"),
+        ("llama-2", None, TWO_QUESTIONS, "roles", "(Roles must alternate user/assistant)"),
+        ("qwen", None, [CHAT[0] | {"content": "<|im_end|>"}, CHAT[1]], "special_token", "'<|im_e"),
+    ],
+)
+def test_row_that_would_be_wrong_is_dropped(shape, edit, chat, reason, message):
+    renderer = renderer_of(shape, edit=edit)
+    good, unusable = renderer.encode([CHAT, chat])
+    assert isinstance(unusable, Unusable)
+    assert unusable.reason == reason
+    assert message in unusable.message
+    # One bad row does not take its neighbours with it.
+    assert isinstance(good, list) == (chat is not CHAT)
+
+
+def test_answer_rewritten_in_a_longer_conversation_is_not_learned_wrongly():
+    def edit(tokenizer):
+        tokenizer.chat_template = tokenizer.chat_template.replace(
+            "message['content'] + '<|im_end|>'",
+            "(message['content'] if messages[-1]['role'] == 'assistant' and messages | length < 3"
+            " else '…') + '<|im_end|>'",
+        )
+
+    (unusable,) = renderer_of("smollm", edit=edit, loss_on="assistant").encode([CHAT])
+    assert "writes message 2 differently once the conversation goes on" in unusable.message
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: setattr(t, "chat_template", None), "no chat template .* templates/chatml.jinja"),
+        (lambda t: setattr(t, "eos_token", None), "no EOS token"),
+    ],
+)
+def test_tokenizer_that_cannot_serve_is_refused(edit, message):
+    with pytest.raises(StageError, match=message):
+        renderer_of("smollm", edit=edit)
