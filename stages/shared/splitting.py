@@ -164,7 +164,7 @@ def make_pools(store: Store, rows: np.ndarray, given: np.ndarray, params: Prepar
 
 def after_held_out(store: Store, order: np.ndarray, held_out: int) -> np.ndarray:
     """The rows of `order` to train on when its first `held_out` are the held-out set."""
-    start = math.ceil(MARGIN * held_out)
+    start = math.ceil(_MARGIN * held_out)
     # Rows that ask the same thing stay on one side.
     while 0 < start < len(order) and (
         store.prompts[order[start]] == store.prompts[order[start - 1]]
