@@ -68,6 +68,7 @@ def read_model(folder: Path) -> tuple[PretrainedConfig, vram.Shape]:
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         silu=getattr(text, "hidden_act", None) == "silu",
+        plain=any(type(module).__name__ in vram.PLAIN_LAYERS for module in model.modules()),
         linears=linears,
         other_parameters=model.num_parameters() - sum(x.parameters for x in linears),
     )

@@ -38,6 +38,13 @@ FRAGMENTATION = 0.05
 # From this many bytes of layer inputs on, training keeps them in host memory
 # (stages/shared/trainer.py; a test holds the two together).
 OFFLOADED_BYTES = 1e9
+# Layers that the fused path checkpoints in two parts (stages/shared/fused_lora.py; likewise).
+PLAIN_LAYERS = {
+    "LlamaDecoderLayer",
+    "MistralDecoderLayer",
+    "Qwen2DecoderLayer",
+    "Qwen3DecoderLayer",
+}
 # Layer inputs that trl's offloading still holds on the GPU (max_fwd_stash_size).
 OFFLOAD_STASH = 5
 # Layer inputs that it has brought back and not yet let go, in the backward pass.
@@ -83,6 +90,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     silu: bool
+    plain: bool  # its layers are of PLAIN_LAYERS
     linears: tuple[Linear, ...]
     other_parameters: int
 
@@ -220,11 +228,14 @@ def projections_saved(
     if run.dropout > 0:
         # Each adapter keeps a dropped copy of its own in bf16 and a mask of a byte an element.
         return inner + sum(3 * x.inputs for x in mine) / shape.layers
+    if run.method == "lora":
+        # PEFT casts the input of a 16-bit layer to fp32, autocast back to a bf16 of its own.
+        return inner + sum(2 * x.inputs for x in mine) / shape.layers
     return inner + shared
 
 
-def working(shape: Shape, run: Training) -> float:
-    """Bytes beyond what one layer saved, at the worst moment of its forward and backward pass."""
+def mlp_working(shape: Shape, run: Training) -> float:
+    """Bytes beyond what the MLP half of a layer saved, at its worst moment, forward or backward."""
     h, i, t = shape.hidden, shape.intermediate, run.tokens
     trained = run.method != "full" and adapts(shape, run, MLP_OUTPUT)
     dropped = run.dropout > 0 and run.method != "full"
@@ -233,45 +244,64 @@ def working(shape: Shape, run: Training) -> float:
     if run.method == "qlora":
         dequantized = (2 + 4 / 64) * max(x.parameters for x in shape.linears)
     # The product of gate and up is there in any case when down_proj runs; is it saved?
-    saved = run.method == "full" or (trained and not dropped)
-    product = 0 if saved and not one_operation_mlp(shape, run) else 2 * i
+    one = one_operation_mlp(shape, run)
+    product = 0 if run.method == "full" or (trained and not dropped and not one) else 2 * i
     candidates = [
         # down_proj, forward: the product, the stream and the output; the weight or the rest.
         t * (product + 6 * h - (3 * i if trained and dropped else 0)) + dequantized,
         t * (product + 8 * h),
-        t * (attention_backward(shape, run) - mlp_saved(shape, run)),
     ]
     if run.method == "full" or run.fused_lora:
         # down_proj, backward: the product and its gradient beside the weight.
-        held = product if trained else 0
-        candidates.append(t * (2 * h + held + 2 * i) + dequantized)
+        candidates.append(t * (2 * h + (product if trained else 0) + 2 * i) + dequantized)
         if not run.liger:
             # SwiGLU, backward: six values besides its inputs; autograd's own makes two.
             candidates.append(t * (2 * h + (12 * i if run.fused_lora else 4 * i)))
-    else:
-        # What the adapter of down_proj saved is free when the gradient through the base comes.
-        freed = 3 * i if trained and dropped else 2 * i if trained else 0
-        gradients = 4 * i if trained else 2 * i
-        candidates.append(t * (2 * h - freed + gradients) + dequantized)
-        # Two gradients and their sum: autograd adds out of place. Unfused, the product's gradient
-        # and those of its factors are as many.
-        if trained or not run.liger:
-            candidates.append(t * (2 * h - freed + 6 * i))
+        return max(candidates)
+    # What the adapter of down_proj saved is free when the gradient through the base comes.
+    freed = 3 * i if trained and dropped else 2 * i if trained else 0
+    gradients = 4 * i if trained else 2 * i
+    candidates.append(t * (2 * h - freed + gradients) + dequantized)
+    # Two gradients and their sum: autograd adds out of place. Without Liger, the product's
+    # gradient and those of its factors are as many.
+    if trained or not run.liger:
+        candidates.append(t * (2 * h - freed + 6 * i))
+    if trained and run.method == "lora":
+        # Forward: PEFT's fp32 copy of the product, and with dropout the dropped one.
+        candidates.append(t * (2 * i + (8 * i if dropped else 4 * i) + 6 * h))
     return max(candidates)
 
 
-def attention_backward(shape: Shape, run: Training) -> float:
-    """Bytes per token at the attention's backward pass, when the MLP's are free again."""
+def attention_working(shape: Shape, run: Training) -> float:
+    """Bytes beyond what the attention half of a layer saved, at its backward pass."""
     a, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    # The stream's gradient, those of the output, of q, k and v.
-    live = attention_saved(shape, run) + 2 * shape.hidden + 4 * a + 4 * k
+    # The gradients of the stream, of the output, of q, k and v.
+    live = 2 * shape.hidden + 4 * a + 4 * k
     if run.attention == "varlen":
         # FlashAttention 2 sums dq in fp32 and dk, dv for every query head first.
-        return live + 4 * a + 4 * shape.heads + (4 * a if a != k else 0)
-    live += 4 * (a - k)
+        live += 4 * a + 4 * shape.heads + (4 * a if a != k else 0)
+    else:
+        live += 4 * (a - k)
     if run.attention == "eager":
         live += shape.heads * run.tokens / run.rows * (4 + 4 + 2)
-    return live
+    return run.tokens * live
+
+
+def two_parts(shape: Shape, run: Training) -> bool:
+    """Whether attention and MLP are checkpointed apart (stages/shared/fused_lora.py)."""
+    return run.checkpointing and run.fused_lora and shape.plain
+
+
+def one_layer(shape: Shape, run: Training) -> float:
+    """Bytes at the worst moment of one layer's backward pass, what it saved included."""
+    attention = run.tokens * attention_saved(shape, run)
+    mlp = run.tokens * mlp_saved(shape, run) + mlp_working(shape, run)
+    if not two_parts(shape, run):
+        mlp += attention
+    worst = max(mlp, attention + attention_working(shape, run))
+    # Liger's norm saves the layer's input itself, which checkpointing stores already.
+    shared = 2 * shape.hidden * run.tokens if run.checkpointing and run.liger else 0
+    return worst - shared
 
 
 def mask_bytes(run: Training) -> float:
@@ -279,47 +309,40 @@ def mask_bytes(run: Training) -> float:
     return 0.0 if run.attention == "varlen" else run.tokens * run.tokens / run.rows
 
 
-def moments(shape: Shape, run: Training) -> dict[str, tuple[float, float, float]]:
-    """(gradients and casts, activations, logits) at each moment that can be the worst."""
+def trainable_bytes(shape: Shape, run: Training) -> tuple[float, float, float]:
+    """(weights, gradients, copies in bf16) of what trains; a full model's weights are the base."""
     if run.method == "full":
-        trainable, gradient_bytes, cast_bytes = shape.parameters, 2.0, 0.0
-    else:
-        trainable = adapter_parameters(shape, run.rank, run.targets)
-        # Autocast keeps a bf16 copy of each weight; the fused path makes one when it needs it.
-        gradient_bytes, cast_bytes = 4.0, 0.0 if run.fused_lora else 2.0
-    h, t, n = shape.hidden, run.tokens, run.learned_tokens
-    layers = shape.layers
-    saved = t * (attention_saved(shape, run) + mlp_saved(shape, run))
+        return 0.0, 2.0 * shape.parameters, 0.0
+    count = adapter_parameters(shape, run.rank, run.targets)
+    # Autocast keeps a bf16 copy of each weight; the fused path makes one when it needs it.
+    return 4.0 * count, 4.0 * count, 0.0 if run.fused_lora else 2.0 * count
+
+
+def moments(shape: Shape, run: Training) -> dict[str, tuple[float, float, float]]:
+    """(gradients and casts, activations, output head) at each moment that can be the worst."""
+    h, t, n, layers = shape.hidden, run.tokens, run.learned_tokens, shape.layers
+    _, gradients, casts = trainable_bytes(shape, run)
+    # Gradients of an earlier micro-step are still there when a step adds several up.
+    before = gradients if run.accumulation > 1 else 0.0
     stream = 2.0 * h * t
     # The whole step: mask, cosines and sines of the positions.
     always = mask_bytes(run) + 4.0 * shape.head_dim * t
-    if run.checkpointing:
-        # The fused norm saves the layer's input itself, which is stored already.
-        layer = saved - (stream if run.liger else 0.0)
-        stored = stream * layers
-        at_head = stream * min(OFFLOAD_STASH, layers) if run.offloading else stored
-        last = first = layer
-        if run.offloading:
-            stored = OFFLOAD_RETURNED * stream
-        last, first = last + stored, first + (stored if run.offloading else stream)
-        casts_in_backward = trainable * cast_bytes / layers
-    else:
-        at_head = last = saved * layers
-        first = saved
-        casts_in_backward = trainable * cast_bytes
+    saved = t * (attention_saved(shape, run) + mlp_saved(shape, run))
+    kept = 2 * stream if two_parts(shape, run) else stream if run.checkpointing else saved
+    # What lies beside the layer that runs backward: at first all layers', at last nothing.
+    at_head, last = kept * layers, kept * layers
+    first = kept
+    if run.offloading:
+        at_head, last = OFFLOAD_STASH * stream, OFFLOAD_RETURNED * stream
+        first = last
+    layer = one_layer(shape, run)
+    if not run.checkpointing:
+        last, first = last - saved, 0.0
+    held = casts if not run.checkpointing else 0.0
     final_norm = stream if run.liger else 2 * stream
-    # Unfused, its backward pass makes several fp32 copies.
-    norm_backward = final_norm + (stream if run.liger else 10 * stream)
-    most = working(shape, run)
     tile = 2.0 * min(n, HEAD_TOKENS) * HEAD_VOCABULARY
-    # Gradients of an earlier micro-step are still there when a step adds several up.
-    before = trainable * gradient_bytes if run.accumulation > 1 else 0.0
-    gradients = trainable * gradient_bytes
-    casts = trainable * cast_bytes
-    head_weight = 0.0
-    if run.method == "full":
-        # The gradient of the output head is summed in fp32.
-        head_weight = 6.0 * shape.vocabulary * h
+    # Training all of it, the gradient of the output head is summed in fp32, then cast.
+    head_weight = 6.0 * shape.vocabulary * h if run.method == "full" else 0.0
     return {
         "scoring, forward": (
             before + casts,
@@ -327,23 +350,24 @@ def moments(shape: Shape, run: Training) -> dict[str, tuple[float, float, float]
             tile + 2.0 * h * n,
         ),
         "scoring, backward": (
-            before + (0.0 if run.checkpointing else casts),
+            before + held,
             at_head + always + final_norm,
             tile + 6.0 * h * n + head_weight,
         ),
+        # Without Liger, the norm's backward pass makes several fp32 copies.
         "the final norm, backward": (
-            before + (0.0 if run.checkpointing else casts),
-            at_head + always + norm_backward,
+            before + held,
+            at_head + always + final_norm + (stream if run.liger else 10 * stream),
             0.0,
         ),
         "the last layer's backward pass": (
-            before + casts_in_backward,
-            last + always + most,
+            before + max(held, casts / layers),
+            last + layer + always,
             0.0,
         ),
         "the first layer's backward pass": (
             gradients * (layers - 1) / layers + casts / layers,
-            first + always + most,
+            first + layer + always,
             0.0,
         ),
         "the optimizer's step": (gradients, 0.0, 0.0),
@@ -352,20 +376,19 @@ def moments(shape: Shape, run: Training) -> dict[str, tuple[float, float, float]
 
 def predict(shape: Shape, run: Training) -> Prediction:
     """The parts at the moment of a step that needs most."""
-    weights = weights_bytes(shape, run.method, run.double_quant)
     if run.method == "full":
-        trainable, own, state = shape.parameters, 0.0, 4
+        optimizer = 4.0 * shape.parameters
     else:
-        trainable, own = adapter_parameters(shape, run.rank, run.targets), 4.0
-        state = MOMENT_BYTES[run.optimizer]
+        count = adapter_parameters(shape, run.rank, run.targets)
+        optimizer = MOMENT_BYTES[run.optimizer] * count
     name, (gradients, activations, logits) = max(
         moments(shape, run).items(), key=lambda item: sum(item[1])
     )
     return Prediction(
         moment=name,
-        weights=weights,
-        adapter=own * trainable + gradients,
-        optimizer=float(state * trainable),
+        weights=weights_bytes(shape, run.method, run.double_quant),
+        adapter=trainable_bytes(shape, run)[0] + gradients,
+        optimizer=optimizer,
         activations=activations,
         logits=logits,
         workspaces=WORKSPACES,

@@ -1,0 +1,185 @@
+"""The plan stage: what it accepts, refuses, writes and advises."""
+
+import json
+
+import pyarrow as pa
+import pytest
+import yaml
+
+from stages import plan
+from stages.shared import vram
+from stages.shared.params import Params
+from stages.shared.rows import SCHEMA
+from stages.shared.stage import StageError
+from tests.tiny import ROOT, make_model
+
+
+def params_of(**sections) -> Params:
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for section, values in sections.items():
+        raw[section] |= values
+    return Params.model_validate(raw)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A models/tokenizer with the config of a tiny Llama."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tokenizer):
+    return plan.read_model(tokenizer)
+
+
+MISTRAL = {
+    "model_type": "mistral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory):
+    """The shape of Mistral-7B: no weights are needed to plan for it."""
+    folder = tmp_path_factory.mktemp("mistral")
+    (folder / "config.json").write_text(json.dumps(MISTRAL))
+    return plan.read_model(folder)
+
+
+ROWS = plan.Rows(tokens=[100, 2000, 300, 1500], learned=[50, 1000, 100, 20], max_length=2048)
+
+
+def write_rows(prepared, rows):
+    prepared.mkdir(parents=True)
+    table = pa.Table.from_pylist(
+        [
+            {"row": str(i), "input_ids": ids, "labels": labels, "prompt_tokens": 1}
+            | {"scored_bytes": 1}
+            for i, (ids, labels) in enumerate(rows)
+        ],
+        schema=SCHEMA,
+    )
+    with (
+        pa.OSFile(str(prepared / "train.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, SCHEMA) as out,
+    ):
+        out.write_table(table)
+    (prepared / "prepared.json").write_text(json.dumps({"max_length": 64}))
+
+
+def test_lengths_are_read_with_the_learned_tokens(tmp_path):
+    prepared = tmp_path / "prepared"
+    write_rows(prepared, [([1, 2, 3], [-100, 2, 3]), ([4] * 9, [-100] * 9), ([5], [5])])
+    assert plan.read_rows(prepared) == plan.Rows([3, 9, 1], [2, 0, 1], 64)
+
+
+@pytest.mark.parametrize(
+    ("train", "kind", "expected"),
+    [
+        ({"batching": "shuffle", "batch_size": 2}, "sdpa", (2, 4000, 1100)),
+        ({"batching": "group_by_length", "batch_size": 2}, "varlen", (1, 3500, 1100)),
+        ({"batching": "shuffle", "batch_size": 99}, "sdpa", (4, 8000, 1170)),
+        ({"batching": "packing", "batch_size": 1}, "varlen", (1, 2048, 1170)),
+        ({"batching": "packing", "batch_size": 8}, "varlen", (1, 3900, 1170)),
+    ],
+)
+def test_the_largest_step(train, kind, expected):
+    assert plan.largest_step(ROWS, params_of(train=train).train, kind) == expected
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["q_proj", "v_porj"], "v_porj is no linear layer of the base.*did you mean v_proj"),
+        (["lm_head"], "lm_head is no linear layer"),
+        (["embed_tokens"], "embed_tokens is no linear layer"),
+        (["self_attn"], "self_attn is no linear layer"),
+        (["proj"], "proj is no linear layer.*It has down_proj, gate_proj"),
+    ],
+)
+def test_a_target_that_peft_would_skip_is_refused(tiny, targets, message):
+    with pytest.raises(StageError, match=message) as refused:
+        plan.match_targets(tiny[1], targets)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "no-such-model"}, "not a decoder that plan knows"),
+        ({"model_type": "gpt2"}, "not a decoder that plan knows"),
+        ({}, "not a decoder that plan knows"),
+    ],
+)
+def test_a_model_that_it_does_not_know_is_refused_in_one_line(tmp_path, config, message):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StageError, match=message) as refused:
+        plan.read_model(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_limit_that_is_too_low_names_the_change_that_fits(mistral):
+    params = params_of(plan={"vram_limit_gb": 12.0}, train={"batch_size": 4})
+    run = plan.describe(*mistral, params, ROWS)
+    needed = vram.predict(mistral[1], run).device
+    with pytest.raises(StageError) as refused:
+        plan.refuse_over_limit(*mistral, params, ROWS, needed)
+    line = str(refused.value)
+    assert f"would need {needed / 1e9:.2f} GB and plan.vram_limit_gb is 12" in line
+    assert "train.gradient_checkpointing=true" in line
+    assert "\n" not in line
+
+
+def test_the_advised_change_fits_and_is_the_first_that_does(mistral):
+    config, shape = mistral
+    params = params_of(train={"batch_size": 4}, lora={"r": 256, "dropout": 0.1})
+    needed = [
+        (text, vram.predict(shape, plan.describe(config, shape, changed, ROWS)).device)
+        for text, changed in plan.changes(params)
+    ]
+    now = vram.predict(shape, plan.describe(config, shape, params, ROWS)).device
+    assert all(size < now for _, size in needed)
+    for limit in (60e9, 40e9, 30e9, 24e9):
+        first = next((text for text, size in needed if size <= limit), "none of the settings")
+        assert plan.cheapest_change(config, shape, params, ROWS, limit).startswith(first)
+
+
+def test_no_limit_and_a_high_limit_pass(mistral):
+    for limit in (None, 1000.0):
+        plan.refuse_over_limit(*mistral, params_of(plan={"vram_limit_gb": limit}), ROWS, 5e9)
+
+
+def test_the_stage_writes_the_promised_keys_and_a_constant_verdict(
+    tokenizer, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/tokenizer").symlink_to(tokenizer)
+    write_rows(tmp_path / "data/prepared", [([1, 2, 3], [-100, 2, 3])] * 20)
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    plan.main()
+    assert (tmp_path / "models/plan.ok").read_bytes() == b"training may start\n"
+    found = json.loads((tmp_path / "metrics/plan.json").read_text())
+    parts = ("weights", "adapter", "optimizer", "activations", "logits", "overhead")
+    assert {
+        "predicted_peak_vram_gb",
+        "predicted_device_gb",
+        "full_finetune_gb",
+        "lora_gb",
+        "qlora_gb",
+        "smallest_gpu_gb",
+        *(f"{part}_gb" for part in parts),
+    } == set(found)
+    assert sum(found[f"{part}_gb"] for part in parts) == pytest.approx(
+        found["predicted_device_gb"], rel=1e-4
+    )
+    assert found["smallest_gpu_gb"] == 8
+    assert "the card must have" in capsys.readouterr().out

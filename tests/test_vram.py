@@ -1,0 +1,212 @@
+"""The VRAM model against what PEFT, bitsandbytes and autograd really keep, on tiny models."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from stages.plan import match_targets, read_model
+from stages.quantize import quantize
+from stages.shared import fused_lora, trainer, vram
+from stages.shared.fused_lora import fuse_lora
+from tests.tiny import make_model
+
+ARCHITECTURES = ["llama", "mistral", "qwen2", "gemma"]
+TOKENS = 256
+
+
+def run_of(shape, **changes):
+    plain = vram.Training(
+        method="lora",
+        double_quant=True,
+        rank=8,
+        targets=match_targets(shape, "all-linear"),
+        dropout=0.0,
+        optimizer="adamw_torch_fused",
+        rows=1,
+        tokens=TOKENS,
+        learned_tokens=TOKENS,
+        accumulation=1,
+        checkpointing=False,
+        offloading=False,
+        attention="varlen",
+        liger=False,
+        fused_lora=False,
+    )
+    return replace(plain, **changes)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+    for arch in ARCHITECTURES:
+        made[arch] = tmp_path_factory.mktemp(arch)
+        make_model(made[arch], arch, tie_word_embeddings=arch in ("qwen2", "gemma"))
+    return made
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["mlp.down_proj"]])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_parameters_are_those_of_peft(folders, arch, targets):
+    _, shape = read_model(folders[arch])
+    model = AutoModelForCausalLM.from_pretrained(folders[arch])
+    assert shape.parameters == model.num_parameters()
+    adapted = get_peft_model(model, LoraConfig(r=6, target_modules=targets, task_type="CAUSAL_LM"))
+    matched = match_targets(shape, targets)
+    assert vram.adapter_parameters(shape, 6, matched) == adapted.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_quantized_weights_are_the_bytes_of_the_checkpoint(tmp_path, double_quant):
+    from safetensors import safe_open
+
+    wide = {"hidden_size": 256, "intermediate_size": 512}
+    make_model(tmp_path / "base", "llama", **wide)
+    (tmp_path / "nf4").mkdir()
+    quantize(tmp_path / "base", tmp_path / "nf4", double_quant=double_quant)
+    _, shape = read_model(tmp_path / "base")
+    stored = 0
+    for file in (tmp_path / "nf4").glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            # The maps and the JSON of a quant_state are the same few bytes for every Linear.
+            stored += sum(
+                tensors.get_tensor(key).nbytes
+                for key in tensors.keys()  # noqa: SIM118
+                if "quant_map" not in key and "quant_state" not in key
+            )
+    predicted = vram.weights_bytes(shape, "qlora", double_quant)
+    assert stored == pytest.approx(predicted, rel=1e-3)
+    bits = vram.NF4_BYTES[double_quant] * 8
+    assert bits == pytest.approx(4.127 if double_quant else 4.5, abs=1e-3)
+
+
+def bytes_kept(model, layer, hidden):
+    """Bytes that autograd keeps of one layer's forward pass, parameters and the input left out."""
+    skipped = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in skipped:
+            kept[storage.data_ptr()] = (storage.nbytes(), storage)
+        return tensor
+
+    stream = torch.randn(1, TOKENS, hidden, dtype=torch.bfloat16, requires_grad=True)
+    positions = torch.arange(TOKENS)[None]
+    cos_sin = model.get_base_model().model.rotary_emb(stream, positions)
+    skipped |= {x.untyped_storage().data_ptr() for x in cos_sin}
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        layer(stream, position_embeddings=cos_sin, attention_mask=None)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"fused_lora": True},
+        {"targets": ["q_proj", "v_proj"]},
+        {"targets": ["q_proj", "v_proj"], "fused_lora": True},
+        {"targets": ["gate_proj", "up_proj", "down_proj"]},
+        {"rank": 64},
+    ],
+    ids=str,
+)
+def test_a_layer_keeps_the_bytes_that_the_model_says(tmp_path, changes):
+    wide = {"hidden_size": 128, "intermediate_size": 320, "head_dim": 32, "num_hidden_layers": 1}
+    # Without shared heads: for those the CPU takes a kernel that keeps the attention matrix.
+    make_model(tmp_path, "llama", **wide, num_key_value_heads=4)
+    _, shape = read_model(tmp_path)
+    targets = changes.pop("targets", "all-linear")
+    run = run_of(shape, **changes, targets=match_targets(shape, targets))
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    model = get_peft_model(
+        base, LoraConfig(r=run.rank, target_modules=targets, task_type="CAUSAL_LM")
+    ).train()
+    if run.fused_lora:
+        fuse_lora(model, liger=False, checkpointing=False)
+    # Autocast's bf16 copies of the adapter are counted apart (`casts` in vram.moments).
+    casts = 0 if run.fused_lora else 2 * vram.adapter_parameters(shape, run.rank, run.targets)
+    kept = bytes_kept(model, base.model.layers[0], shape.hidden) - casts
+    per_token = vram.attention_saved(shape, run) + vram.mlp_saved(shape, run)
+    assert kept / TOKENS == pytest.approx(per_token, rel=0.03)
+
+
+def test_plan_and_training_decide_by_the_same_constants():
+    assert vram.OFFLOADED_BYTES == trainer.OFFLOADED_BYTES
+    assert vram.PLAIN_LAYERS == fused_lora.PLAIN_LAYERS
+
+
+LLAMA_7B = vram.Shape(
+    layers=32,
+    vocabulary=32000,
+    hidden=4096,
+    intermediate=11008,
+    heads=32,
+    kv_heads=32,
+    head_dim=128,
+    silu=True,
+    plain=True,
+    linears=tuple(
+        vram.Linear(f"model.layers.{layer}.{name}", *size)
+        for layer in range(32)
+        for name, size in {
+            "self_attn.q_proj": (4096, 4096),
+            "self_attn.k_proj": (4096, 4096),
+            "self_attn.v_proj": (4096, 4096),
+            "self_attn.o_proj": (4096, 4096),
+            "mlp.gate_proj": (4096, 11008),
+            "mlp.up_proj": (4096, 11008),
+            "mlp.down_proj": (11008, 4096),
+        }.items()
+    ),
+    other_parameters=2 * 32000 * 4096 + 65 * 4096,
+)
+
+
+def test_llama_2_7b_has_its_published_size():
+    assert LLAMA_7B.parameters == 6_738_415_616
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ({"checkpointing": True}, {}),
+        ({"checkpointing": True, "offloading": True}, {"checkpointing": True}),
+        ({"method": "qlora"}, {"method": "lora"}),
+        ({"method": "lora", "checkpointing": True}, {"method": "full", "checkpointing": True}),
+        ({"optimizer": "paged_adamw_8bit"}, {"optimizer": "paged_adamw_32bit"}),
+        ({"liger": True}, {"liger": False}),
+        ({"fused_lora": True}, {"fused_lora": False}),
+        ({}, {"dropout": 0.1}),
+        ({"rank": 8}, {"rank": 64}),
+        ({"tokens": 2048, "learned_tokens": 2048}, {"tokens": 8192, "learned_tokens": 8192}),
+        ({}, {"attention": "sdpa"}),
+        ({"attention": "sdpa"}, {"attention": "eager"}),
+        ({"method": "qlora", "double_quant": True}, {"method": "qlora", "double_quant": False}),
+    ],
+    ids=str,
+)
+def test_a_saving_saves(less, more):
+    base = run_of(LLAMA_7B, tokens=4096, learned_tokens=4096, liger=True)
+    assert vram.predict(LLAMA_7B, replace(base, **less)).device < (
+        vram.predict(LLAMA_7B, replace(base, **more)).device
+    )
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_the_parts_are_the_whole(method):
+    found = vram.predict(LLAMA_7B, run_of(LLAMA_7B, method=method))
+    parts = ("weights", "adapter", "optimizer", "activations", "logits", "overhead")
+    assert sum(getattr(found, part) for part in parts) == found.device
+    assert found.device - found.peak == pytest.approx(found.reserve)
+
+
+@pytest.mark.parametrize(("gb", "cards"), [(8.0, 8), (8.001, 12), (79.9, 80), (80.1, None)])
+def test_a_card_fits_what_is_at_most_its_size(gb, cards):
+    assert (vram.fitting_cards(gb * 1e9) or [None])[0] == cards
