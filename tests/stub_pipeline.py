@@ -1,4 +1,4 @@
-"""A repository whose one stage turns params into metrics in milliseconds, run by the real DVC."""
+"""A repository whose two stages turn params into metrics in milliseconds, run by the real DVC."""
 
 import subprocess
 import sys
@@ -12,11 +12,23 @@ stages:
     cmd: exec python evaluate.py
     deps: [evaluate.py]
     params: [seed, train, results]
-    outs: [model.bin]
+    outs: [adapter]
     metrics:
     - metrics/eval.json: {cache: false}
     - metrics/verify.json: {cache: false}
     - metrics/train_cost.json: {cache: false}
+  merge:
+    cmd: exec python merge.py
+    deps: [adapter, merge.py]
+    outs:
+    - merged: {push: false}
+"""
+MERGE = """\
+import pathlib, shutil
+pathlib.Path("merged").mkdir()
+weights = pathlib.Path("adapter/weights").read_text()
+pathlib.Path("merged/weights").write_text("merged with " + weights)
+shutil.copyfile("adapter/tokenizer", "merged/tokenizer")
 """
 STAGE = """\
 import json, pathlib
@@ -34,7 +46,9 @@ cost = {"train_seconds": results["seconds"], "tokens_per_second": 80.0, "device"
 pathlib.Path("metrics").mkdir(exist_ok=True)
 for name, values in {"eval": evaluation, "verify": verify, "train_cost": cost}.items():
     pathlib.Path(f"metrics/{name}.json").write_text(json.dumps(values))
-pathlib.Path("model.bin").write_text(str(params))
+pathlib.Path("adapter").mkdir()
+pathlib.Path("adapter/weights").write_text(str(params))
+pathlib.Path("adapter/tokenizer").write_text("tokenizer")
 """
 PARAMS = """\
 seed: 42
@@ -65,9 +79,10 @@ def make(folder: Path) -> Path:
     for name, text in {
         "dvc.yaml": DVC_YAML,
         "evaluate.py": STAGE,
+        "merge.py": MERGE,
         "params.yaml": PARAMS,
         "gate.yaml": (ROOT / "gate.yaml").read_text(),
-        ".gitignore": "/model.bin\n/tools\n/stages\n",
+        ".gitignore": "/adapter\n/merged\n/tools\n/stages\n",
     }.items():
         (folder / name).write_text(text)
     # The tools under test, as they are: links, so that nothing is tested stale.

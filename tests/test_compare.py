@@ -6,7 +6,7 @@ import pytest
 import stub_pipeline as stub
 from stub_pipeline import edit, must, tool
 
-from tools.compare import verdict
+from tools.compare import metric_rows, verdict
 from tools.noise import spread
 
 
@@ -41,6 +41,14 @@ def test_quality_stands_first_and_cost_last(compared):
         "| `verify: token_agreement` | 0.999 | 0.99 | -0.90 % | worse |",
         "| `train_cost: train_seconds` | 100 | 300 | +200.00 % | worse |",
     ]
+
+
+def test_quality_comes_first_whatever_the_order_of_the_stages():
+    names = ("data", "train", "train_cost", "eval", "eval_cost", "verify", "summary")
+    before = {f"metrics/{name}.json": {"x": 1} for name in names}
+    now = {f"metrics/{name}.json": {"x": 2} for name in names}
+    rows = [row[0] for row in metric_rows(before, now, {})]
+    assert rows == ["eval: x", "verify: x", "train: x", "data: x", "train_cost: x", "eval_cost: x"]
 
 
 def test_parameters_are_listed_and_escaped(compared):

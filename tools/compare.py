@@ -61,10 +61,10 @@ def change(before, now) -> str:
 def metric_rows(before: dict, now: dict, noise: dict) -> list[list[str]]:
     """One row for each changed metric. All three map a metrics file to its values."""
     unequal = unequal_sets(before.get(EVAL, {}), now.get(EVAL, {}))
-    paths = [path for path in dict.fromkeys([*before, *now]) if path != LEFT_OUT]
-    paths.sort(key=lambda path: (path not in FIRST, path in LAST))
+    ends = (*FIRST, *LAST, LEFT_OUT)
+    between = [path for path in dict.fromkeys([*before, *now]) if path not in ends]
     rows = []
-    for path in paths:
+    for path in (*FIRST, *between, *LAST):
         old, new = before.get(path, {}), now.get(path, {})
         for key in dict.fromkeys([*old, *new]):
             a, b = old.get(key), new.get(key)

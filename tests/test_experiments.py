@@ -1,0 +1,120 @@
+"""What the README says of experiments: sweep, table, apply, branch, and freeing their disk."""
+
+import json
+
+import pytest
+import stub_pipeline as stub
+from stub_pipeline import must, run, tool
+
+# `make experiments` of the Makefile: the summary and the parameters that differ.
+COLUMNS = (
+    r"^(?!(Experiment|(group_)?perplexity_after|merge_change_percent|train_minutes|v?ram_gb|seed"
+    r"|(lora|train|quantize|merge|model|dataset|prepare)\..*)$)"
+)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """Three experiments beside the committed run, made by a sweep as for CI: a plain loop."""
+    folder = stub.make(tmp_path_factory.mktemp("experiments"))
+    for rate in ("1e-3", "1e-4", "1e-5"):
+        must(
+            folder,
+            "dvc",
+            "exp",
+            "run",
+            "--temp",
+            "-q",
+            "-n",
+            f"rate-{rate}",
+            "-S",
+            f"train.learning_rate={rate}",
+        )
+    return folder
+
+
+def merged_weights(folder):
+    """Files of DVC's cache that hold merged weights."""
+    files = (path for path in (folder / ".dvc/cache/files").rglob("*") if path.is_file())
+    return [path for path in files if path.read_bytes().startswith(b"merged with")]
+
+
+def names(folder):
+    return set(must(folder, "dvc", "exp", "list", "--name-only").split())
+
+
+def test_the_table_shows_few_columns(repository):
+    text = must(
+        repository, "dvc", "exp", "show", "--csv", "--only-changed", "--drop", COLUMNS
+    ).splitlines()
+    assert text[0] == "Experiment,train.learning_rate"
+    assert len([line for line in text if ",1e-05" in line]) == 1
+
+
+def test_freeing_merged_models_loses_no_adapter(repository):
+    assert len(merged_weights(repository)) == 4
+    said = tool(repository, "free").stdout
+    assert "free: would free (with --yes) 0.00 GB: 6 files of merged models" in said
+    assert len(merged_weights(repository)) == 4
+    assert "free: freed" in tool(repository, "free", "--yes").stdout
+    assert [path.read_text() for path in merged_weights(repository)] == [
+        (repository / "merged/weights").read_text()
+    ]
+    assert json.loads(must(repository, "dvc", "status", "--json")) == {}
+    assert "0 files" in tool(repository, "free").stdout
+
+
+def test_a_freed_model_is_merged_again_without_training(repository):
+    tool(repository, "free", "--yes")
+    assert "merged" in run(repository, "dvc", "exp", "apply", "rate-1e-4").stderr
+    told = must(repository, "dvc", "repro")
+    assert "Running stage 'merge'" in told
+    assert "Running stage 'evaluate'" not in told
+    assert "0.0001" in (repository / "merged/weights").read_text()
+    must(repository, "git", "checkout", "-q", "-f", "main")
+    must(repository, "dvc", "checkout", "-q")
+
+
+def test_removing_experiments_frees_theirs_alone(repository):
+    """The documented pair of commands keeps other experiments and other branches whole."""
+    must(repository, "dvc", "exp", "branch", "-q", "rate-1e-3", "kept")
+    must(repository, "dvc", "exp", "remove", "-q", "rate-1e-3", "rate-1e-5")
+    must(repository, "dvc", "gc", "-q", "-f", "-w", "-a", "-T", "--all-experiments")
+    assert names(repository) == {"rate-1e-4"}
+    cached = (repository / ".dvc/cache/files").rglob("*")
+    kept = [path.read_text() for path in cached if path.is_file() and path.suffix != ".dir"]
+    for rate, there in {"0.001": True, "0.0001": True, "1e-05": False}.items():
+        assert any(text.startswith("{") and f": {rate}," in text for text in kept) == there, rate
+    must(repository, "git", "checkout", "-q", "kept")
+    # The merged model was freed above; the adapter was not.
+    run(repository, "dvc", "checkout", "-q")
+    assert "Running stage 'evaluate'" not in must(repository, "dvc", "repro")
+    must(repository, "git", "checkout", "-q", "-f", "main")
+    must(repository, "dvc", "checkout", "-q")
+
+
+def test_a_remote_serves_what_is_needed(repository, tmp_path):
+    """Push, fresh clone, pull one output, reproduce everything without running a stage."""
+    clone = tmp_path / "clone"
+    must(repository, "git", "checkout", "-q", "-f", "main")
+    must(repository, "dvc", "checkout", "-q", "--force")
+    must(
+        repository,
+        "dvc",
+        "remote",
+        "add",
+        "-q",
+        "-f",
+        "-d",
+        "--local",
+        "store",
+        str(tmp_path / "s"),
+    )
+    must(repository, "dvc", "push", "-q")
+    must(tmp_path, "git", "clone", "-q", "-b", "main", str(repository), str(clone))
+    must(clone, "dvc", "remote", "add", "-q", "-d", "--local", "store", str(tmp_path / "s"))
+    must(clone, "dvc", "pull", "-q", "adapter")
+    assert (clone / "adapter/weights").exists()
+    assert not (clone / "merged").exists()
+    told = must(clone, "dvc", "repro", "--pull", "--allow-missing")
+    assert "Running stage" not in told
