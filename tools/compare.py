@@ -11,12 +11,12 @@ import argparse
 from stages.shared.page import Mono, Paragraph, Section, Table, to_markdown
 from tools.gate import EVAL, is_number, metrics, unequal_sets
 from tools.noise import RESULT as NOISE
+from tools.noise import SUMMARY
 from tools.revision import PARAMS, Revision, fail
 
-# Quality first; what a run cost last. summary.json repeats the others.
+# Quality first; what a run cost last.
 FIRST = (EVAL, "metrics/verify.json", "metrics/train.json")
 LAST = ("metrics/train_cost.json", "metrics/eval_cost.json")
-LEFT_OUT = "metrics/summary.json"
 NEARER_ZERO_IS_BETTER = ("_change_percent", "_error_percent")
 LOWER_IS_BETTER = (
     "perplexity",
@@ -61,7 +61,7 @@ def change(before, now) -> str:
 def metric_rows(before: dict, now: dict, noise: dict) -> list[list[str]]:
     """One row for each changed metric. All three map a metrics file to its values."""
     unequal = unequal_sets(before.get(EVAL, {}), now.get(EVAL, {}))
-    ends = (*FIRST, *LAST, LEFT_OUT)
+    ends = (*FIRST, *LAST, SUMMARY)
     between = [path for path in dict.fromkeys([*before, *now]) if path not in ends]
     rows = []
     for path in (*FIRST, *between, *LAST):

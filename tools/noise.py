@@ -20,6 +20,8 @@ from pathlib import Path
 from tools.revision import PARAMS, Revision, fail, git
 
 RESULT = Path("benchmarks/results/noise.json")
+# Repeats the others.
+SUMMARY = "metrics/summary.json"
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "dvc")
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 STUDENT_T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -61,15 +63,14 @@ def spread(values: list[float]) -> dict:
 
 
 def spreads(runs: list[dict[str, dict]]) -> dict[str, dict]:
-    """Metrics file -> key -> spread, for every number that all runs have."""
-    return {
-        path: {
-            key: spread([run[path][key] for run in runs])
-            for key, value in values.items()
-            if isinstance(value, int | float) and all(key in run.get(path, {}) for run in runs)
-        }
-        for path, values in runs[0].items()
-    }
+    """Metrics file -> key -> spread, for every number that all runs have and that varies."""
+    found: dict[str, dict] = {path: {} for path in runs[0] if path != SUMMARY}
+    for path, keys in found.items():
+        for key, value in runs[0][path].items():
+            values = [run.get(path, {}).get(key) for run in runs]
+            if isinstance(value, int | float) and None not in values and len(set(values)) > 1:
+                keys[key] = spread(values)
+    return found
 
 
 def main() -> None:
