@@ -43,27 +43,31 @@ class Rows:
 
 
 def read_model(folder: Path) -> tuple[PretrainedConfig, vram.Shape]:
-    """The model of `folder`/config.json, built on the meta device: shapes without weights."""
+    """The model of `folder`/config.json; no weights are read."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        text = config.get_text_config()
-        heads, intermediate = text.num_attention_heads, text.intermediate_size
+        return config, shape_of(config)
     except (AttributeError, KeyError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise StageError(f"{folder}/config.json: not a decoder that plan knows: {reason}") from None
-    head = model.get_output_embeddings()
+
+
+def shape_of(config: PretrainedConfig) -> vram.Shape:
+    """The shape of the model, read off its modules, which are built on the meta device."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    text = config.get_text_config()
+    heads, head = text.num_attention_heads, model.get_output_embeddings()
     linears = tuple(
         vram.Linear(name, module.in_features, module.out_features)
         for name, module in model.named_modules()
         if type(module) is torch.nn.Linear and module is not head
     )
-    return config, vram.Shape(
+    return vram.Shape(
         layers=text.num_hidden_layers,
         vocabulary=text.vocab_size,
         hidden=text.hidden_size,
-        intermediate=intermediate,
+        intermediate=text.intermediate_size,
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,

@@ -1,13 +1,16 @@
 """The VRAM model against what PEFT, bitsandbytes and autograd really keep, on tiny models."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from stages.plan import match_targets, read_model
+from benchmarks.random_models import build, config_of
+from benchmarks.vram import Point, prepare, random_rows, training_of
+from stages.plan import match_targets, read_model, shape_of
 from stages.quantize import quantize
 from stages.shared import fused_lora, trainer, vram
 from stages.shared.fused_lora import fuse_lora
@@ -210,3 +213,34 @@ def test_the_parts_are_the_whole(method):
 @pytest.mark.parametrize(("gb", "cards"), [(8.0, 8), (8.001, 12), (79.9, 80), (80.1, None)])
 def test_a_card_fits_what_is_at_most_its_size(gb, cards):
     assert (vram.fitting_cards(gb * 1e9) or [None])[0] == cards
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_random_nf4_model_is_as_large_as_predicted_and_computes(double_quant):
+    model = build("tiny", True, torch.device("cpu"), double_quant=double_quant)
+    linears = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    shape = shape_of(config_of("tiny"))
+    assert len(linears) == len(shape.linears) == 14
+    states = [linear.weight.quant_state for linear in linears]
+    constants = sum(s.absmax.nbytes + (s.state2.absmax.nbytes if s.nested else 0) for s in states)
+    found = constants + sum(p.nbytes for p in model.parameters())
+    # A part of a block of 256 constants takes a whole one: at most 4 bytes a Linear.
+    assert found - vram.weights_bytes(shape, "qlora", double_quant) <= 4 * len(linears)
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        Point("tiny", "qlora", 4, 64),
+        Point("tiny-tied", "lora", 4, 64, dropout=0.1, accumulation=2),
+        Point("tiny", "full", 0, 64, checkpointing=False),
+    ],
+    ids=lambda point: point.method,
+)
+def test_a_point_of_the_benchmark_trains_and_has_a_prediction(point):
+    trainer, fast = prepare(point, torch.device("cpu"), random_rows(point, 2))
+    assert trainer.train().global_step == 2
+    shape, run = training_of(point, asdict(fast))
+    assert run.tokens == 64
+    assert vram.predict(shape, run).peak > vram.weights_bytes(shape, point.method, True)

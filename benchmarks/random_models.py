@@ -1,0 +1,158 @@
+"""Models of well-known shapes with random weights, made on the device as 16 bit or as NF4.
+
+An NF4 model is built from random 4-bit codes, so that a 70B shape never exists in 16 bit. What
+training computes with it is as fast and as large as with the real one, and means nothing.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from bitsandbytes.functional import create_dynamic_map, get_4bit_type
+from bitsandbytes.nn import Linear4bit, Params4bit
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from stages.shared.model import set_compute_dtype
+
+SPREAD = 0.02
+
+
+@dataclass(frozen=True)
+class Family:
+    model_type: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool
+
+
+SHAPES = {
+    "tiny": Family("llama", 64, 128, 2, 4, 2, 260, False),
+    "tiny-tied": Family("qwen2", 64, 128, 2, 4, 2, 260, True),
+    "qwen2-1.5b": Family("qwen2", 1536, 8960, 28, 12, 2, 151936, True),
+    "mistral-7b": Family("mistral", 4096, 14336, 32, 32, 8, 32000, False),
+    "llama-2-13b": Family("llama", 5120, 13824, 40, 40, 40, 32000, False),
+    "llama-2-70b": Family("llama", 8192, 28672, 80, 64, 8, 32000, False),
+}
+
+
+def config_of(name: str) -> PretrainedConfig:
+    """The configuration of a shape of SHAPES."""
+    shape = SHAPES[name]
+    window = {"sliding_window": None} if shape.model_type == "mistral" else {}
+    return AutoConfig.for_model(
+        shape.model_type,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=32768,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        **window,
+    )
+
+
+def random_nf4(outputs: int, inputs: int, double_quant: bool, device: torch.device) -> Params4bit:
+    """A weight [outputs, inputs] of random NF4 codes in [-SPREAD, SPREAD]."""
+    count = outputs * inputs
+    codes = torch.randint(0, 256, (count // 2, 1), dtype=torch.uint8, device=device)
+    stats = {
+        "quant_type": "nf4",
+        "blocksize": 64,
+        "quant_map": get_4bit_type("nf4", device=device),
+        "dtype": "bfloat16",
+        "shape": (outputs, inputs),
+    }
+    blocks = count // 64
+    if double_quant:
+        # Constants of zero: every block then has the offset for its constant.
+        stats |= {
+            "absmax": torch.zeros(blocks, dtype=torch.uint8, device=device),
+            "nested_absmax": torch.zeros(-(-blocks // 256), device=device),
+            "nested_blocksize": 256,
+            "nested_quant_map": create_dynamic_map().to(device),
+            "nested_dtype": "float32",
+            "nested_offset": SPREAD,
+        }
+    else:
+        stats["absmax"] = torch.full((blocks,), SPREAD, device=device)
+    return Params4bit.from_prequantized(codes, stats, device=device)
+
+
+def build(
+    name: str,
+    quantized: bool,
+    device: torch.device,
+    attention: str | None = None,
+    double_quant: bool = True,
+) -> PreTrainedModel:
+    """A frozen base as `load_base` gives it: norms 1, the rest random, bf16 or NF4."""
+    config = config_of(name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation=attention
+        )
+    head = model.get_output_embeddings()
+    for path, module in list(model.named_modules()):
+        if quantized and type(module) is torch.nn.Linear and module is not head:
+            replacement = Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=module.bias is not None,
+                compute_dtype=torch.bfloat16,
+                quant_type="nf4",
+                device="meta",
+            )
+            replacement.weight = random_nf4(
+                module.out_features, module.in_features, double_quant, device
+            )
+            replacement.quant_state = replacement.weight.quant_state
+            model.set_submodule(path, replacement)
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.device.type == "meta":
+                value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+                value = value.fill_(1) if parameter.ndim == 1 else value.normal_(0, SPREAD)
+                setattr(module, key, torch.nn.Parameter(value, requires_grad=False))
+    if config.tie_word_embeddings:
+        head.weight = model.get_input_embeddings().weight
+    # Its buffers hold frequencies, which the meta device does not.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    model.is_loaded_in_4bit = quantized
+    set_compute_dtype(model, torch.bfloat16)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The few tokens that a trainer asks a tokenizer for; rows are token ids already."""
+    from tokenizers import Tokenizer, models
+
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        unk_token="<unk>",
+    )
+
+
+def scratch() -> Path:
+    """A folder for what a trainer insists on writing."""
+    return Path(tempfile.mkdtemp(prefix="benchmark-"))

@@ -1,0 +1,408 @@
+"""What training needs on a GPU, measured, against what `plan` predicts.
+
+    python -m benchmarks.vram measure --only fit        # on one NVIDIA GPU of 140 GB
+    python -m benchmarks.vram fit                       # anywhere: the constants of vram.py
+    python -m benchmarks.vram measure --only held-out   # after the constants are committed
+    python -m benchmarks.vram report                    # anywhere: predictions, errors, a table
+
+Random weights in the shapes of known models (benchmarks/random_models.py), trained for a few steps
+by the trainer of the train stage. A point's `measured_gb` is the allocator's peak and the managed
+memory of a paged optimizer; `measured_device_gb` is what the card held: the allocator's
+reservation, managed memory, and everything that the driver counts besides (context, kernels).
+Writes benchmarks/results/plan.json.
+"""
+
+import argparse
+import contextlib
+import gc
+import importlib.metadata
+import json
+import random
+import shutil
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import yaml
+
+from benchmarks.random_models import SHAPES, build, config_of, scratch, tokenizer
+from stages.plan import match_targets, shape_of
+from stages.shared import vram
+from stages.shared.params import PARAMS, Params
+
+RESULTS = Path("benchmarks/results/plan.json")
+STEPS = 3
+ROWS_A_STEP = 4
+LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting. `offloading` None leaves the choice to the trainer, as in a real run."""
+
+    shape: str
+    method: str
+    rank: int
+    tokens_per_step: int
+    checkpointing: bool = True
+    dropout: float = 0.0
+    optimizer: str = "adamw_torch_fused"
+    offloading: bool | None = None
+    attention: str = "auto"
+    targets: str = "all-linear"
+    accumulation: int = 1
+    held_out: bool = True
+
+
+K = 1024
+POINTS = [
+    # Six to fit the constants of stages/shared/vram.py on.
+    Point("mistral-7b", "qlora", 64, 2 * K, held_out=False),
+    Point("mistral-7b", "qlora", 8, 8 * K, held_out=False),
+    Point("qwen2-1.5b", "qlora", 64, 8 * K, checkpointing=False, held_out=False),
+    Point("mistral-7b", "lora", 64, 8 * K, dropout=0.1, held_out=False),
+    Point("llama-2-13b", "qlora", 64, 8 * K, held_out=False),
+    Point("mistral-7b", "full", 0, 2 * K, held_out=False),
+    # Never looked at while fitting.
+    Point("qwen2-1.5b", "qlora", 8, 2 * K),
+    Point("qwen2-1.5b", "qlora", 256, 16 * K),
+    Point("qwen2-1.5b", "qlora", 64, 2 * K, checkpointing=False, dropout=0.1),
+    Point("qwen2-1.5b", "lora", 64, 16 * K, offloading=False),
+    Point("qwen2-1.5b", "full", 0, 8 * K),
+    Point("mistral-7b", "qlora", 64, 2 * K, checkpointing=False),
+    Point("mistral-7b", "qlora", 64, 8 * K, dropout=0.1),
+    Point("mistral-7b", "qlora", 64, 8 * K, offloading=False),
+    Point("mistral-7b", "qlora", 64, 16 * K),
+    Point("mistral-7b", "qlora", 64, 8 * K, attention="sdpa"),
+    Point("mistral-7b", "qlora", 16, 2 * K, dropout=0.05, targets="q_proj,v_proj"),
+    Point("mistral-7b", "qlora", 64, 2 * K, accumulation=2),
+    Point("mistral-7b", "lora", 8, 8 * K),
+    Point("mistral-7b", "full", 0, 8 * K),
+    Point("llama-2-13b", "qlora", 8, 2 * K),
+    Point("llama-2-13b", "qlora", 64, 2 * K, checkpointing=False),
+    Point("llama-2-13b", "qlora", 64, 16 * K),
+    Point("llama-2-13b", "lora", 256, 8 * K),
+    Point("llama-2-70b", "qlora", 8, 2 * K),
+    Point("llama-2-70b", "qlora", 64, 8 * K),
+    # Last: what a paged optimizer takes is given back at the end of the process only.
+    Point("mistral-7b", "qlora", 64, 2 * K, optimizer="paged_adamw_32bit"),
+    Point("mistral-7b", "qlora", 256, 2 * K, optimizer="paged_adamw_32bit"),
+    Point("mistral-7b", "qlora", 256, 8 * K, optimizer="paged_adamw_8bit"),
+]
+
+
+def params_of(point: Point) -> Params:
+    """params.yaml with the settings of `point`."""
+    params = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
+    params["quantize"] |= {"type": "nf4" if point.method == "qlora" else "none"}
+    targets = point.targets if point.targets == "all-linear" else point.targets.split(",")
+    params["lora"] |= {
+        "r": max(1, point.rank),
+        "alpha": max(1, point.rank),
+        "dropout": point.dropout,
+        "target_modules": targets,
+    }
+    params["train"] |= {
+        "epochs": 1.0,
+        "batch_size": ROWS_A_STEP,
+        "gradient_accumulation": point.accumulation,
+        "optimizer": point.optimizer,
+        "gradient_checkpointing": point.checkpointing,
+        "batching": "shuffle",
+        "attention": point.attention,
+        "learning_rate": 1.0e-5,
+    }
+    return Params.model_validate(params)
+
+
+def random_rows(point: Point, steps: int):
+    """`steps` steps of rows that together have the point's tokens, each a little shorter than the
+    one before, so that a padded batch has a mask."""
+    from datasets import Dataset
+
+    draw, rows = random.Random(0), []
+    for index in range(steps * point.accumulation * ROWS_A_STEP):
+        length = point.tokens_per_step // ROWS_A_STEP - (index if point.attention == "sdpa" else 0)
+        rows.append(draw.choices(range(3, SHAPES[point.shape].vocabulary), k=length))
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})
+
+
+def full_trainer(model, rows, params: Params, folder: Path, fast):
+    """Every weight trained in bf16, with bf16 moments: what the table calls full fine-tuning."""
+    from transformers.trainer_callback import PrinterCallback
+    from trl import SFTConfig
+
+    from stages.shared.trainer import LIGER_OFF, LIGER_PARTS, Trainer
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    gpu = model.device.type == "cuda"
+    if fast.liger:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model, **LIGER_PARTS, **LIGER_OFF)
+    args = SFTConfig(
+        output_dir=str(folder),
+        num_train_epochs=1,
+        per_device_train_batch_size=params.train.batch_size,
+        learning_rate=params.train.learning_rate,
+        optim="adamw_torch_fused",
+        gradient_checkpointing=params.train.gradient_checkpointing,
+        activation_offloading=fast.offload,
+        padding_free=fast.padding_free,
+        max_length=None,
+        bf16=gpu,
+        use_cpu=not gpu,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer())
+    trainer.remove_callback(PrinterCallback)
+    trainer.count_tokens()
+    return trainer
+
+
+def prepare(point: Point, device: torch.device, rows):
+    """(trainer, fast path) for `point`: the model, the adapter and what training would choose."""
+    from stages.shared.trainer import build_trainer, choose_attention, choose_fast_path
+
+    params, config = params_of(point), config_of(point.shape)
+    attention = choose_attention(params.train, config, device)
+    model = build(point.shape, point.method == "qlora", device, attention)
+    fast = choose_fast_path(model, params.lora, params.train, point.tokens_per_step)
+    if point.offloading is not None:
+        fast = replace(fast, offload=point.offloading)
+    folder = scratch()
+    if point.method == "full":
+        fast = replace(fast, fused_lora=False)
+        return full_trainer(model, rows, params, folder, fast), fast
+    trainer = build_trainer(
+        model=model,
+        tokenizer=tokenizer(),
+        rows=rows,
+        params=params,
+        max_length=point.tokens_per_step,
+        folder=folder,
+        fast=fast,
+    )
+    return trainer, fast
+
+
+def training_of(point: Point, fast: dict) -> tuple[vram.Shape, vram.Training]:
+    """The facts that `predict` is fed with for a measured point."""
+    shape = shape_of(config_of(point.shape))
+    padded = not fast["padding_free"]
+    targets = point.targets if point.targets == "all-linear" else point.targets.split(",")
+    return shape, vram.Training(
+        method=point.method,
+        double_quant=True,
+        rank=point.rank,
+        targets=match_targets(shape, targets),
+        dropout=point.dropout,
+        optimizer=point.optimizer,
+        rows=ROWS_A_STEP if padded else 1,
+        tokens=point.tokens_per_step,
+        learned_tokens=point.tokens_per_step,
+        accumulation=point.accumulation,
+        checkpointing=point.checkpointing,
+        offloading=fast["offload"],
+        attention="sdpa" if padded else "varlen",
+        liger=fast["liger"],
+        fused_lora=fast["fused_lora"],
+    )
+
+
+class Meter:
+    """Peaks of one process on its GPU, point after point."""
+
+    def __init__(self):
+        torch.cuda.init()
+        self.managed_before = 0
+
+    def start(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    def stop(self, trainer) -> dict[str, float]:
+        """Peaks in GB. What the driver counts besides includes managed memory of earlier points,
+        which bitsandbytes never gives back."""
+        from stages.train import paged_bytes
+
+        torch.cuda.synchronize()
+        managed = paged_bytes(trainer)
+        free, total = torch.cuda.mem_get_info()
+        reserved = torch.cuda.memory_reserved()
+        context = total - free - reserved - managed - self.managed_before
+        self.managed_before += managed
+        allocated, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return {
+            "allocated_gb": allocated / vram.GB,
+            "managed_gb": managed / vram.GB,
+            "reserved_gb": held / vram.GB,
+            "context_gb": context / vram.GB,
+            "measured_gb": (allocated + managed) / vram.GB,
+            "measured_device_gb": (held + managed + context) / vram.GB,
+        }
+
+
+def measure_point(point: Point, meter: Meter, device: torch.device) -> dict:
+    """Train a few steps and return the point with what was measured."""
+    meter.start()
+    started = time.monotonic()
+    trainer, fast = prepare(point, device, random_rows(point, STEPS))
+    built = time.monotonic() - started
+    trainer.train()
+    found = meter.stop(trainer)
+    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    print(
+        f"vram: {point.shape} {point.method} r={point.rank} {point.tokens_per_step} tokens: "
+        f"{found['measured_gb']:.2f} GB, card {found['measured_device_gb']:.2f} GB "
+        f"(built in {built:.0f} s, trained in {time.monotonic() - started - built:.0f} s; {fast})",
+        flush=True,
+    )
+    return asdict(point) | {"fast": asdict(fast)} | found
+
+
+def measure(only: str, shapes: list[str]) -> None:
+    """Measure the chosen points and put them into RESULTS, in place of older ones."""
+    from datasets import disable_caching
+
+    disable_caching()
+    device, meter = torch.device("cuda", 0), Meter()
+    wanted = {"fit": (False,), "held-out": (True,), "all": (False, True)}[only]
+    saved = load()
+    for point in POINTS:
+        if point.held_out not in wanted or (shapes and point.shape not in shapes):
+            continue
+        try:
+            found = measure_point(point, meter, device)
+        except torch.cuda.OutOfMemoryError as error:
+            print(f"vram: {point}: does not fit this card: {str(error).splitlines()[0]}")
+            continue
+        same = [p for p in saved["points"] if key(p) == key(found)]
+        saved["points"] = [p for p in saved["points"] if p not in same] + [found]
+        saved |= {
+            "device": torch.cuda.get_device_name(),
+            "date": datetime.now(UTC).date().isoformat(),
+            "versions": {name: version(name) for name in LIBRARIES},
+        }
+        save(saved)
+
+
+def version(name: str) -> str:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+    return "not installed"
+
+
+def key(point: dict) -> dict:
+    """The fields that say which point it is."""
+    return {name: point[name] for name in Point.__dataclass_fields__ if name != "held_out"}
+
+
+def load() -> dict:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {"points": []}
+
+
+def save(results: dict) -> None:
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def predicted(point: dict) -> vram.Prediction:
+    """What `plan` says of a measured point."""
+    fields = {name: point[name] for name in Point.__dataclass_fields__}
+    return vram.predict(*training_of(Point(**fields), point["fast"]))
+
+
+def fit() -> None:
+    """Print the constants that the fit points ask for; they are frozen by hand in vram.py."""
+    points = [p for p in load()["points"] if not p["held_out"]]
+    if not points:
+        raise SystemExit("vram: no fit points in benchmarks/results/plan.json; measure them first")
+    offloaded = [p for p in points if p["fast"]["offload"]]
+    gaps = {}
+    for returned in (1, 2, 3, 4):
+        vram.OFFLOAD_RETURNED = returned
+        gaps[returned] = [
+            p["measured_gb"] * vram.GB - predicted(p).peak + vram.WORKSPACES for p in offloaded
+        ]
+    spread = {n: max(map(abs, g)) if g else 0.0 for n, g in gaps.items()}
+    vram.OFFLOAD_RETURNED = min(spread, key=spread.get) if offloaded else 2
+    guess = {id(p): predicted(p) for p in points}
+    workspaces = statistics.median(
+        p["measured_gb"] * vram.GB - guess[id(p)].peak + vram.WORKSPACES for p in points
+    )
+    shares = []
+    for p in points:
+        comes_and_goes = (guess[id(p)].reserve - vram.CONTEXT) / vram.FRAGMENTATION
+        shares.append((p["reserved_gb"] - p["allocated_gb"]) * vram.GB / comes_and_goes)
+    print(f"OFFLOAD_RETURNED = {vram.OFFLOAD_RETURNED}")
+    print(f"WORKSPACES = {workspaces / vram.GB:.3f}e9")
+    print(
+        f"FRAGMENTATION = {statistics.median(shares):.3f}  (each: {[f'{s:.3f}' for s in shares]})"
+    )
+    print(f"CONTEXT = {statistics.median(p['context_gb'] for p in points):.3f}e9")
+    print(f"{len(points)} points, {len(offloaded)} of them offloaded")
+
+
+def report() -> None:
+    """Fill in the predictions, print the table and the errors on the held-out points."""
+    results = load()
+    lines = [
+        "| shape | method | r | tokens | ckpt | offload | dropout | optimizer "
+        "| predicted | measured | error | card predicted | card measured | error |",
+        "|---|---|--:|--:|---|---|--:|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    errors = []
+    for point in results["points"]:
+        found = predicted(point)
+        point["predicted_gb"] = round(found.peak / vram.GB, 4)
+        point["predicted_device_gb"] = round(found.device / vram.GB, 4)
+        point["error_percent"] = error(found.peak, point["measured_gb"])
+        point["device_error_percent"] = error(found.device, point["measured_device_gb"])
+        if point["held_out"]:
+            errors += [point["error_percent"], point["device_error_percent"]]
+        lines.append(
+            f"| {point['shape']} | {point['method']} | {point['rank']} "
+            f"| {point['tokens_per_step']} | {'yes' if point['checkpointing'] else 'no'} "
+            f"| {'yes' if point['fast']['offload'] else 'no'} | {point['dropout']:g} "
+            f"| {point['optimizer']} | {point['predicted_gb']:.2f} | {point['measured_gb']:.2f} "
+            f"| {point['error_percent']:+.1f} % | {point['predicted_device_gb']:.2f} "
+            f"| {point['measured_device_gb']:.2f} | {point['device_error_percent']:+.1f} %"
+            f"{'' if point['held_out'] else ' (fit)'} |"
+        )
+    save(results)
+    print("\n".join(lines))
+    if errors:
+        print(f"held out: {len(errors) // 2} points, {min(errors):+.1f} to {max(errors):+.1f} %")
+
+
+def error(found: float, measured_gb: float) -> float:
+    """Per cent by which a prediction in bytes lies above what was measured."""
+    return round(100 * (found / vram.GB / measured_gb - 1), 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    measuring = commands.add_parser("measure")
+    measuring.add_argument("--only", choices=("fit", "held-out", "all"), default="all")
+    measuring.add_argument("--shapes", nargs="*", default=[], choices=sorted(SHAPES))
+    commands.add_parser("fit")
+    commands.add_parser("report")
+    options = parser.parse_args()
+    if options.command == "measure":
+        measure(options.only, options.shapes)
+    else:
+        {"fit": fit, "report": report}[options.command]()
+
+
+if __name__ == "__main__":
+    main()
