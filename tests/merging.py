@@ -63,16 +63,16 @@ def make_adapter(base: Path, folder: Path, seed: int = 1, scale: float = 0.05, *
 def in_memory(
     models: Path, kind: str, dtype: torch.dtype, adapter: str = "adapter"
 ) -> dict[str, torch.Tensor]:
-    """The tensors that PEFT's own merge in memory gives."""
-    if kind == "original":
-        model = AutoModelForCausalLM.from_pretrained(models / "base", dtype=dtype)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(models / "quantized", dtype=dtype)
-        if getattr(model.config, "quantization_config", None):
-            model = model.dequantize(dtype=dtype)
-        model = model.to(dtype)
-    merged = PeftModel.from_pretrained(model, models / adapter).merge_and_unload(safe_merge=False)
-    return merged.state_dict()
+    """The tensors that PEFT's own merge in memory gives, on the device that merge takes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = models / ("base" if kind == "original" else "quantized")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device})
+    if "quantization_config" in json.loads((folder / "config.json").read_text()):
+        model = model.dequantize(dtype=dtype)
+    merged = PeftModel.from_pretrained(model.to(dtype), models / adapter).merge_and_unload(
+        safe_merge=False
+    )
+    return {name: tensor.cpu() for name, tensor in merged.state_dict().items()}
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
