@@ -44,6 +44,8 @@ RAW = Path("data/raw")
 TOKENIZER = Path("models/tokenizer")
 METRICS = Path("metrics/data.json")
 LENGTHS = Path("metrics/lengths.csv")
+# Rows by which the template and its end token are judged.
+SAMPLES = 100
 SETS = {"train": "to train on", "eval": "held out", "group": "of groups held out"}
 
 
@@ -183,7 +185,8 @@ def main() -> None:
         names = data_files(RAW, params.dataset, params.prepare.eval_file)
         form, unreadable = scan(names, params.prepare, store)
         tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-        print(f"prepare: {settle(tokenizer, params.prepare, form, store.example(0))}")
+        samples = [store.example(row) for row in range(min(len(store), SAMPLES))]
+        print(f"prepare: {settle(tokenizer, params.prepare, form, samples)}")
         rows, given, counts = remove_duplicates(store, params.prepare)
         pools = make_pools(store, rows, given, params.prepare)
         sets, unused = write_sets(

@@ -263,12 +263,13 @@ def test_keys_of_the_metrics_are_always_the_same(tmp_path, monkeypatch):
 
 
 def test_stage_says_which_rows_it_drops_once_too_many(tmp_path, monkeypatch):
-    rows = [*pairs(4), *({"prompt": f"p{i}", "completion": ""} for i in range(5))]
+    rows = [*pairs(4), *({"prompt": f"p{i}", "completion": ""} for i in range(6))]
     with pytest.raises(StageError) as caught:
         run(tmp_path, monkeypatch, {"a.jsonl": jsonl(rows)})
     assert str(caught.value) == (
-        "5 of 9 rows dropped, more than 50%; 5 are empty, the first data/raw/a.jsonl:5: "
-        "'completion' is empty: fill it in or delete the row"
+        "6 of 10 rows dropped, more than 50%; 6 are empty (a.jsonl:5, a.jsonl:6, a.jsonl:7, "
+        "a.jsonl:8, a.jsonl:9, …), the first: data/raw/a.jsonl:5: 'completion' is empty: fill it "
+        "in or delete the row"
     )
 
 

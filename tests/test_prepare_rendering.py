@@ -32,7 +32,7 @@ def renderer_of(shape: str, form=MESSAGES, sample=CHAT, edit=None, **changes) ->
     tokenizer = make_shape(shape)
     if edit:
         edit(tokenizer)
-    settle(tokenizer, params, form, sample)
+    settle(tokenizer, params, form, [sample])
     return Renderer(tokenizer, params)
 
 
@@ -196,6 +196,13 @@ def test_template_with_a_date_gives_the_same_row_on_any_day():
 )
 def test_pad_token_is_settled(shape, pad):
     assert renderer_of(shape).tokenizer.pad_token == pad
+
+
+@pytest.mark.parametrize("shape", CHATS)
+def test_eos_becomes_what_ends_an_answer(shape):
+    assert renderer_of(shape).tokenizer.eos_token == SHAPES[shape].end
+    # Raw text is no answer.
+    assert renderer_of(shape, TEXT, "az").tokenizer.eos_token == SHAPES[shape].eos
 
 
 def test_end_token_is_learned_where_it_pads_too():

@@ -3,7 +3,7 @@
 import math
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from itertools import groupby
 from pathlib import Path
 
@@ -23,6 +23,7 @@ MOST_DROPPED = 0.5
 MOST_LEAKED = 0
 # Rows of one reason that are shown in full.
 _SHOWN = 3
+_SHOWN_PLACES = 5
 
 
 class Drops:
@@ -32,11 +33,14 @@ class Drops:
         self.seen = 0
         self.counts: Counter[str] = Counter()
         self._first: dict[str, str] = {}
+        self._places: dict[str, list[str]] = defaultdict(list)
 
     def add(self, where: str, why: Unusable) -> None:
         self.counts[why.reason] += 1
         line = f"{where}: {why.message}"
         self._first.setdefault(why.reason, line)
+        if self.counts[why.reason] <= _SHOWN_PLACES:
+            self._places[why.reason].append(where.rpartition("/")[2])
         if self.counts[why.reason] <= _SHOWN:
             print(f"prepare: dropped {line}")
 
@@ -47,7 +51,8 @@ class Drops:
             (reason, count), *_ = self.counts.most_common(1)
             raise StageError(
                 f"{dropped} of {self.seen} rows dropped, more than {MOST_DROPPED:.0%}; {count} are "
-                f"{reason}, the first {self._first[reason]}"
+                f"{reason} ({', '.join(self._places[reason])}{', …' * (count > _SHOWN_PLACES)}), "
+                f"the first: {self._first[reason]}"
             )
 
 

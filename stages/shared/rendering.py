@@ -9,6 +9,7 @@ never from token ids, so a pad token equal to the end token does no harm.
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,10 +42,12 @@ class Encoded:
     truncated: bool = False
 
 
-def settle(tokenizer, params: Prepare, form: Format, sample: Example) -> str:
-    """Give `tokenizer` its pad token and the chat template that rows and inference share.
+def settle(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> str:
+    """Give `tokenizer` its pad token and what rows and inference share: template and EOS.
 
-    Returns what was settled, in words. Raises StageError for a template that cannot serve.
+    Its EOS becomes the token that ends an answer: Gemma's template, for one, ends turns with
+    another, and who generates until the EOS would wait for it in vain. Returns what was settled,
+    in words. Raises StageError for a template that cannot serve.
     """
     if not tokenizer.is_fast:
         raise StageError("models/tokenizer: no tokenizer.json; choose a model that ships one")
@@ -57,11 +60,14 @@ def settle(tokenizer, params: Prepare, form: Format, sample: Example) -> str:
     pad = f"pad token {tokenizer.pad_token}"
     if form.name == "text":
         return f"raw text, all of it learned, {pad}"
-    text, said = _template(tokenizer, params, form, sample)
+    text, said = _template(tokenizer, params, form, samples[0])
     if "strftime_now" in text:
         text, said = _FIXED_DATE + text, f"{said} with a fixed date"
     tokenizer.chat_template = text
-    return f"{said}, {pad}"
+    end = next(Renderer(tokenizer, params).ends(samples), tokenizer.eos_token)
+    if end != tokenizer.eos_token:
+        tokenizer.eos_token = end
+    return f"{said}, answers end with {end}, {pad}"
 
 
 def _template(tokenizer, params: Prepare, form: Format, sample: Example) -> tuple[str, str]:
@@ -193,6 +199,10 @@ class Renderer:
         prompts = self._ids([r.prompt for r in whole])
         pairs = iter(zip(prompts, self._answer_ids(whole, prompts), strict=True))
         return [r if isinstance(r, Unusable) else self._rows(r, *next(pairs)) for r in rendered]
+
+    def ends(self, examples: list[Example]) -> Iterator[str]:
+        """The end token of each example that can be used."""
+        return (made.end for made in self._render(examples) if isinstance(made, _Rendered))
 
     def _render(self, examples: list[Example]) -> list[_Rendered | Unusable]:
         refused = [self._special_in(example) for example in examples]
