@@ -138,6 +138,7 @@ def describe(config, shape: vram.Shape, params: Params, rows: Rows) -> vram.Trai
     kind = attention_of(params.train, config)
     count, tokens, learned = largest_step(rows, params.train, kind)
     checkpointing = params.train.gradient_checkpointing
+    width = rows.max_length if params.train.batching == "packing" else max(rows.tokens)
     return vram.Training(
         method="qlora" if params.quantize.type == "nf4" else "lora",
         double_quant=params.quantize.double_quant,
@@ -150,7 +151,7 @@ def describe(config, shape: vram.Shape, params: Params, rows: Rows) -> vram.Trai
         learned_tokens=learned,
         accumulation=params.train.gradient_accumulation,
         checkpointing=checkpointing,
-        offloading=vram.offloads(shape, checkpointing, tokens),
+        offloading=vram.offloads(shape, checkpointing, params.train.batch_size * width),
         attention=kind,
         liger=importlib.util.find_spec("liger_kernel") is not None,
         fused_lora=params.lora.dropout == 0,

@@ -85,8 +85,8 @@ def test_quantized_weights_are_the_bytes_of_the_checkpoint(tmp_path, double_quan
     assert bits == pytest.approx(4.127 if double_quant else 4.5, abs=1e-3)
 
 
-def bytes_kept(model, layer, hidden):
-    """Bytes that autograd keeps of one layer's forward pass, parameters and the input left out."""
+def bytes_kept(model, compute):
+    """Bytes of what autograd keeps of `compute()`, parameters left out, each storage once."""
     skipped = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -96,16 +96,21 @@ def bytes_kept(model, layer, hidden):
             kept[storage.data_ptr()] = (storage.nbytes(), storage)
         return tensor
 
-    stream = torch.randn(1, TOKENS, hidden, dtype=torch.bfloat16, requires_grad=True)
-    positions = torch.arange(TOKENS)[None]
-    cos_sin = model.get_base_model().model.rotary_emb(stream, positions)
-    skipped |= {x.untyped_storage().data_ptr() for x in cos_sin}
     with (
         torch.autocast("cpu", torch.bfloat16),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
-        layer(stream, position_embeddings=cos_sin, attention_mask=None)
+        result = compute()
+    assert result is not None
     return sum(size for size, _ in kept.values())
+
+
+def bytes_of_layer(model, layer, hidden):
+    stream = torch.randn(1, TOKENS, hidden, dtype=torch.bfloat16, requires_grad=True)
+    cos, sin = model.get_base_model().model.rotary_emb(stream, torch.arange(TOKENS)[None])
+    shared = cos.nbytes + sin.nbytes
+    options = {"position_embeddings": (cos, sin), "attention_mask": None}
+    return bytes_kept(model, lambda: layer(stream, **options)) - shared
 
 
 @pytest.mark.parametrize(
@@ -135,9 +140,35 @@ def test_a_layer_keeps_the_bytes_that_the_model_says(tmp_path, changes):
         fuse_lora(model, liger=False, checkpointing=False)
     # Autocast's bf16 copies of the adapter are counted apart (`casts` in vram.moments).
     casts = 0 if run.fused_lora else 2 * vram.adapter_parameters(shape, run.rank, run.targets)
-    kept = bytes_kept(model, base.model.layers[0], shape.hidden) - casts
+    kept = bytes_of_layer(model, base.model.layers[0], shape.hidden) - casts
     per_token = vram.attention_saved(shape, run) + vram.mlp_saved(shape, run)
     assert kept / TOKENS == pytest.approx(per_token, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("arch", "fused", "streams"), [("llama", True, 2), ("gemma", True, 1), ("llama", False, 1)]
+)
+def test_checkpointing_keeps_the_inputs_that_the_model_says(tmp_path, arch, fused, streams):
+    kept = {}
+    for layers in (1, 3):
+        folder = tmp_path / f"{layers}"
+        make_model(folder, arch, num_hidden_layers=layers)
+        _, shape = read_model(folder)
+        assert vram.two_parts(shape, run_of(shape, checkpointing=True, fused_lora=fused)) == (
+            streams == 2
+        )
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(base, config).train()
+        if fused:
+            fuse_lora(model, liger=False, checkpointing=True)
+        else:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        ids = torch.arange(TOKENS)[None]
+        kept[layers] = bytes_kept(model, lambda run=base.model, ids=ids: run(input_ids=ids)[0])
+    per_layer = (kept[3] - kept[1]) / 2 / TOKENS
+    assert per_layer == pytest.approx(streams * 2 * shape.hidden, rel=0.02)
 
 
 def test_plan_and_training_decide_by_the_same_constants():

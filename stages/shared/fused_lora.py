@@ -178,9 +178,7 @@ def fuse_lora(model: PeftModel, liger: bool, checkpointing: bool) -> int:
             parts = [products[module.get_submodule(f"{part}_proj")] for part in MLP_PARTS]
             module.forward = MethodType(_mlp_forward(parts, swiglu), module)
     if checkpointing:
-        plain = [
-            m for m in modules if type(m).__name__.removesuffix("DecoderLayer") in PLAIN_LAYERS
-        ]
+        plain = [m for m in modules if type(m).__name__ in PLAIN_LAYERS]
         for layer in plain:
             layer.forward = MethodType(_two_parts, layer)
             ends = (layer.self_attn.o_proj, layer.mlp.down_proj)
