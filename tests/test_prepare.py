@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prepare_folder import jsonl, make_folder, pairs
-from tiny import make_workspace
+from tiny import ROOT, make_workspace
 from transformers import AutoTokenizer
 
 from stages import prepare
@@ -100,6 +101,51 @@ def test_added_rows_move_no_row_into_or_out_of_training(group_by, tmp_path, monk
         assert not asked["before"][held] & asked["after"]["train"]
         assert not asked["after"][held] & asked["before"]["train"]
     assert asked["before"]["train"] < asked["after"]["train"]
+
+
+def test_own_column_names_of_a_csv(tmp_path, monkeypatch, capsys):
+    lines = [f'"Question {i}, really?",answer {i},x\n' for i in range(9)]
+    data = ("frage,antwort,id\n" + "".join(lines)).encode()
+    columns = {"prompt": "frage", "completion": "antwort"}
+    sets = run(tmp_path, monkeypatch, {"a.csv": data}, columns=columns)
+    tokenizer = tokenizer_of(tmp_path)
+    row = sets["train"][0]
+    number = int(row["row"].split(":")[1]) - 2
+    assert f"user\nQuestion {number}, really?<|im_end|>" in tokenizer.decode(row["input_ids"])
+    said = capsys.readouterr().out
+    assert "columns frage as prompt, antwort as completion; not used: id" in said
+
+
+def test_killed_stage_takes_its_workers_along(tmp_path):
+    """A worker that lives on would hold the memory of the stage, and the lock of its terminal."""
+    make_folder(tmp_path, {"a.jsonl": jsonl(pairs(20_000))})
+    code = (
+        "import os; from stages import prepare; from stages.shared import encoding\n"
+        "os.sched_getaffinity = lambda _: {0, 1}\n"
+        "prepare.main()"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+    stage = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL
+    )
+    children = Path(f"/proc/{stage.pid}/task/{stage.pid}/children")
+    while len(workers := children.read_text().split()) < 2:
+        assert stage.poll() is None
+        time.sleep(0.01)
+    stage.kill()
+    stage.wait()
+    deadline = time.monotonic() + 30
+    while any(alive(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not (tmp_path / "data/prepared").exists()
+
+
+def alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_order_of_the_file_does_not_matter(tmp_path, monkeypatch):

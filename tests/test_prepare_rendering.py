@@ -179,6 +179,14 @@ def test_template_file_gets_the_bos_of_the_tokenizer(tmp_path, monkeypatch):
     )
 
 
+def test_broken_template_file_is_named_with_its_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates/mine.jinja").write_text("{% for m in messages %}\n{{ m['content' }}")
+    with pytest.raises(StageError, match=r"^templates/mine.jinja:2: unexpected '}', expected '\]'"):
+        renderer_of("llama-3", template="templates/mine.jinja")
+
+
 def test_template_with_a_date_gives_the_same_row_on_any_day():
     renderer = renderer_of("llama-3")
     assert "Today Date: 26 Jul 2024" in renderer.tokenizer.decode(encoded(renderer).ids)

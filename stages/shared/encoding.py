@@ -112,7 +112,7 @@ def _parts(
         yield from ((chunk, _encode(chunk)) for chunk in chunks)
         return
     context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, context, _die_with_parent)
+    pool = ProcessPoolExecutor(workers, context, _begin_worker)
     try:
         waiting = deque()
         for chunk in chunks:
@@ -127,7 +127,10 @@ def _parts(
         pool.shutdown(cancel_futures=True)
 
 
-def _die_with_parent() -> None:
+def _begin_worker() -> None:
+    """Leave signals to the stage, and end when it ends, however it does."""
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

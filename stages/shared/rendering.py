@@ -31,6 +31,9 @@ _FIXED_DATE = (
 _PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
 
 
+_ASKED = [{"role": "user", "content": "a"}]
+
+
 @dataclass(frozen=True)
 class Encoded:
     """One row: `ids` int32 [T], `learned` bool [T] (False at 0, which nothing predicts)."""
@@ -60,7 +63,7 @@ def settle(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> 
     pad = f"pad token {tokenizer.pad_token}"
     if form.name == "text":
         return f"raw text, all of it learned, {pad}"
-    text, said = _template(tokenizer, params, form, samples[0])
+    text, said = _template(tokenizer, params, form, samples)
     if "strftime_now" in text:
         text, said = _FIXED_DATE + text, f"{said} with a fixed date"
     tokenizer.chat_template = text
@@ -70,7 +73,7 @@ def settle(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> 
     return f"{said}, answers end with {end}, {pad}"
 
 
-def _template(tokenizer, params: Prepare, form: Format, sample: Example) -> tuple[str, str]:
+def _template(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> tuple[str, str]:
     template = params.template
     if form.name == "rendered":
         if form.shape is None and params.loss_on != "all":
@@ -78,9 +81,11 @@ def _template(tokenizer, params: Prepare, form: Format, sample: Example) -> tupl
                 "no known mark of an answer in the rendered text ([/INST], <|im_start|>assistant, "
                 "…); set prepare.loss_on: all, or bring columns with prompt and completion"
             )
-        return _rendered_template(tokenizer, template, form, sample)
+        return _rendered_template(tokenizer, template, form, samples[0])
     if template.endswith(".jinja"):
-        return _with_bos(tokenizer, _from_file(template)), f"template {template}"
+        return _with_bos(
+            tokenizer, _from_file(tokenizer, template), samples
+        ), f"template {template}"
     if template != "chat":
         return _plain_template(tokenizer, template), "plain template"
     if not tokenizer.chat_template:
@@ -91,19 +96,30 @@ def _template(tokenizer, params: Prepare, form: Format, sample: Example) -> tupl
     return tokenizer.get_chat_template(), "the tokenizer's chat template"
 
 
-def _from_file(template: str) -> str:
+def _from_file(tokenizer, template: str) -> str:
     path = Path(template)
     if not path.is_file():
         raise StageError(f"prepare.template: no file {template}; put yours in templates/")
-    return path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    try:
+        tokenizer.apply_chat_template(_ASKED, chat_template=text, tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise StageError(f"{template}:{error.lineno}: {error.message}; mend the template") from None
+    except (jinja2.TemplateError, TypeError):
+        pass  # It asks for more than this one message, and will say so of the rows.
+    return text
 
 
-def _with_bos(tokenizer, template: str) -> str:
+def _with_bos(tokenizer, template: str, samples: list[Example]) -> str:
     """The template with the BOS that the tokenizer would have put before plain text."""
-    asked = [{"role": "user", "content": "a"}]
-    made = tokenizer.apply_chat_template(asked, chat_template=template, tokenize=False)
-    if _adds_bos(tokenizer) and not made.startswith(tokenizer.bos_token):
-        return "{{ bos_token }}" + template
+    for chat in samples:
+        try:
+            made = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+        except (jinja2.TemplateError, TypeError):
+            continue
+        if _adds_bos(tokenizer) and not made.startswith(tokenizer.bos_token):
+            return "{{ bos_token }}" + template
+        break
     return template
 
 
@@ -122,7 +138,7 @@ def _rendered_template(tokenizer, template: str, form: Format, sample: Example) 
     if not opening and _adds_bos(tokenizer) and not text.startswith(tokenizer.bos_token):
         opening = tokenizer.bos_token
     shaped = (f"{{{{ {json.dumps(opening)} }}}}" if opening else "") + form.shape.template
-    candidates = [_from_file(template)] if template.endswith(".jinja") else [own, shaped]
+    candidates = [_from_file(tokenizer, template)] if template.endswith(".jinja") else [own, shaped]
     prompt = text[: sample["answers"][-1][0]]
     bos = tokenizer.bos_token or ""
     for candidate in filter(None, candidates):
