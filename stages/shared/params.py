@@ -6,6 +6,7 @@ ten), so that a stage computes with what dvc.lock records.
 """
 
 import difflib
+import functools
 import re
 import reprlib
 import sys
@@ -255,8 +256,9 @@ def _messages(error: dict) -> list[str]:
     return [f"{key}: {rule} (got {_shown(got)}){near}"]
 
 
+@functools.cache
 def read_yaml(text: str) -> Any:
-    """YAML 1.2, as DVC reads it."""
+    """YAML 1.2, as DVC reads it. The same text gives the same object, so leave it as it is."""
     return YAML(typ="safe", pure=True).load(text)
 
 

@@ -140,9 +140,12 @@ def whole_folder(path: Path, resume_key: str | None = None):
         if not resume_key:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+    # At no instant is there half a folder under the final name.
+    old = path.with_name(f".{path.name}.partial-old")
     if path.exists():
-        shutil.rmtree(path)
+        os.rename(path, old)
     os.replace(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

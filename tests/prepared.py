@@ -1,0 +1,55 @@
+"""data/prepared and models/base by hand, so that train can be tested without the stages before."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+from tiny import make_rows, make_tokenizer, make_workspace
+
+from stages.shared.rows import IGNORED, SCHEMA, set_sha256
+from stages.shared.stage import write_sums
+
+SOURCE = {"source": "local", "id": "tiny", "revision": None, "commit": None, "files": {}}
+
+
+def make_prepared_workspace(folder: Path, **sections: dict) -> Path:
+    """A workspace of tests/tiny.py in which quantize, or train after it, can start."""
+    make_workspace(folder, **sections)
+    make_rows(folder / "data/source/rows.jsonl", 72)
+    tokenizer = make_tokenizer(folder / "tiny")
+    lines = (folder / "data/source/rows.jsonl").read_text().splitlines()
+    rows = [_row(tokenizer, i, json.loads(line)) for i, line in enumerate(lines)]
+    prepared = folder / "data/prepared"
+    prepared.mkdir(parents=True)
+    for name, part in {"train": rows[:48], "eval": rows[48:60], "group": rows[60:]}.items():
+        with pa.OSFile(str(prepared / f"{name}.arrow"), "wb") as file:
+            table = pa.Table.from_pylist(part, schema=SCHEMA)
+            with pa.ipc.new_stream(file, SCHEMA) as writer:
+                writer.write_table(table)
+    tokenizer.save_pretrained(prepared / "tokenizer")
+    about = {"max_length": 160, "eval_set_sha256": set_sha256(rows[48:60])}
+    (prepared / "prepared.json").write_text(json.dumps(about))
+    (prepared / "source.json").write_text(json.dumps(SOURCE))
+    write_sums(prepared)
+    shutil.copytree(folder / "tiny", folder / "models/base")
+    (folder / "models/base/source.json").write_text(json.dumps(SOURCE))
+    write_sums(folder / "models/base")
+    (folder / "models/plan.ok").write_text("ok")
+    return folder
+
+
+def _row(tokenizer, number: int, row: dict) -> dict:
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, tokenize=False
+    )
+    asked = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+    answer.append(tokenizer.eos_token_id)
+    return {
+        "row": f"rows.jsonl:{number + 1}",
+        "input_ids": asked + answer,
+        "labels": [IGNORED] * len(asked) + answer,
+        "prompt_tokens": len(asked),
+        "scored_bytes": len(row["completion"]),
+    }
