@@ -22,8 +22,8 @@ import torch
 from benchmarks.random_models import build, config_of
 from benchmarks.speed import random_rows, row_lengths
 from benchmarks.vram import LIBRARIES, ROWS_A_STEP, Meter, Point, prepare, version
-from stages.plan import shape_of
 from stages.shared import vram
+from stages.shared.shapes import shape_of
 
 FOLDER = Path("benchmarks/results")
 RESULTS = FOLDER / "methods.json"

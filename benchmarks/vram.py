@@ -29,9 +29,9 @@ import torch
 import yaml
 
 from benchmarks.random_models import SHAPES, build, config_of, scratch, tokenizer
-from stages.plan import match_targets, shape_of
 from stages.shared import vram
 from stages.shared.params import PARAMS, Params
+from stages.shared.shapes import match_targets, shape_of
 
 RESULTS = Path("benchmarks/results/plan.json")
 STEPS = 3

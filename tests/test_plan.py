@@ -7,9 +7,10 @@ import pytest
 import yaml
 
 from stages import plan
-from stages.shared import vram
+from stages.shared import planning, vram
 from stages.shared.params import Params
 from stages.shared.rows import SCHEMA
+from stages.shared.shapes import match_targets, read_model
 from stages.shared.stage import StageError
 from tests.tiny import ROOT, make_model
 
@@ -31,7 +32,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tiny(tokenizer):
-    return plan.read_model(tokenizer)
+    return read_model(tokenizer)
 
 
 MISTRAL = {
@@ -51,10 +52,10 @@ def mistral(tmp_path_factory):
     """The shape of Mistral-7B: no weights are needed to plan for it."""
     folder = tmp_path_factory.mktemp("mistral")
     (folder / "config.json").write_text(json.dumps(MISTRAL))
-    return plan.read_model(folder)
+    return read_model(folder)
 
 
-ROWS = plan.Rows(tokens=[100, 2000, 300, 1500], learned=[50, 1000, 100, 20], max_length=2048)
+ROWS = planning.Rows(tokens=[100, 2000, 300, 1500], learned=[50, 1000, 100, 20], max_length=2048)
 
 
 def write_rows(prepared, rows):
@@ -78,7 +79,7 @@ def write_rows(prepared, rows):
 def test_lengths_are_read_with_the_learned_tokens(tmp_path):
     prepared = tmp_path / "prepared"
     write_rows(prepared, [([1, 2, 3], [-100, 2, 3]), ([4] * 9, [-100] * 9), ([5], [5])])
-    assert plan.read_rows(prepared) == plan.Rows([3, 9, 1], [2, 0, 1], 64)
+    assert planning.read_rows(prepared) == planning.Rows([3, 9, 1], [2, 0, 1], 64)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_lengths_are_read_with_the_learned_tokens(tmp_path):
     ],
 )
 def test_the_largest_step(train, kind, expected):
-    assert plan.largest_step(ROWS, params_of(train=train).train, kind) == expected
+    assert planning.largest_step(ROWS, params_of(train=train).train, kind) == expected
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_the_largest_step(train, kind, expected):
 )
 def test_a_target_that_peft_would_skip_is_refused(tiny, targets, message):
     with pytest.raises(StageError, match=message) as refused:
-        plan.match_targets(tiny[1], targets)
+        match_targets(tiny[1], targets)
     assert "\n" not in str(refused.value)
 
 
@@ -122,13 +123,13 @@ def test_a_target_that_peft_would_skip_is_refused(tiny, targets, message):
 def test_a_model_that_it_does_not_know_is_refused_in_one_line(tmp_path, config, message):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(StageError, match=message) as refused:
-        plan.read_model(tmp_path)
+        read_model(tmp_path)
     assert "\n" not in str(refused.value)
 
 
 def test_a_limit_that_is_too_low_names_the_change_that_fits(mistral):
     params = params_of(plan={"vram_limit_gb": 12.0}, train={"batch_size": 4})
-    run = plan.describe(*mistral, params, ROWS)
+    run = planning.describe(*mistral, params, ROWS)
     needed = vram.predict(mistral[1], run).device
     with pytest.raises(StageError) as refused:
         plan.refuse_over_limit(*mistral, params, ROWS, needed)
@@ -142,14 +143,14 @@ def test_the_advised_change_fits_and_is_the_first_that_does(mistral):
     config, shape = mistral
     params = params_of(train={"batch_size": 4}, lora={"r": 256, "dropout": 0.1})
     needed = [
-        (text, vram.predict(shape, plan.describe(config, shape, changed, ROWS)).device)
-        for text, changed in plan.changes(params)
+        (text, vram.predict(shape, planning.describe(config, shape, changed, ROWS)).device)
+        for text, changed in planning.changes(params)
     ]
-    now = vram.predict(shape, plan.describe(config, shape, params, ROWS)).device
+    now = vram.predict(shape, planning.describe(config, shape, params, ROWS)).device
     assert all(size < now for _, size in needed)
     for limit in (60e9, 40e9, 30e9, 24e9):
         first = next((text for text, size in needed if size <= limit), "none of the settings")
-        assert plan.cheapest_change(config, shape, params, ROWS, limit).startswith(first)
+        assert planning.cheapest_change(config, shape, params, ROWS, limit).startswith(first)
 
 
 def test_no_limit_and_a_high_limit_pass(mistral):

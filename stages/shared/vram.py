@@ -1,29 +1,36 @@
 """How much VRAM training needs, part by part, from shapes and settings alone.
 
 Symbols: H hidden size, I intermediate size, A = heads x head size, K = kv heads x head size,
-V vocabulary, L layers, r rank, T tokens a step on the device (padding included), N of them learned.
-All sizes are bytes; GB is 10^9 bytes.
+L layers, r rank, T tokens a step on the device, N of them learned. All sizes are bytes; GB is 10^9
+bytes; bf16 and fp32 take 2 and 4.
 
-Weights. NF4 keeps 4 bits a parameter and one fp32 constant for each block of 64 (0.5 + 4/64 bytes);
-double quantization keeps that constant in 8 bits and one fp32 for each 256 of them
-(0.5 + 1/64 + 4/16384 = 4.127 bits; Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section
-3). Every Linear but the output head is quantized (transformers, get_keys_to_not_convert); the rest
-is bf16.
+Weights. NF4 keeps 4 bits a parameter and an fp32 constant for each block of 64: 0.5 + 4/64 bytes.
+Double quantization keeps the constant in 8 bits and an fp32 one for each 256 of them: 0.5 + 1/64 +
+4/16384 bytes, 4.127 bits (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3).
+Every Linear but the output head is quantized (transformers, get_keys_to_not_convert).
 
-Adapter. A Linear of `in` x `out` gets r * (in + out) parameters (Hu et al. 2021,
-https://arxiv.org/abs/2106.09685): fp32 weights, fp32 gradients, two Adam moments. Under autocast
-each is also cast to bf16, and the cast lives until the backward pass used it.
+Adapter. A Linear of `in` x `out` gets r (in + out) parameters (Hu et al. 2021,
+https://arxiv.org/abs/2106.09685): weights, gradients and two Adam moments, all fp32. PEFT's own
+layers, under autocast, also keep a bf16 copy of the weights until the backward pass.
 
-Activations. What autograd keeps for one token of one layer is the sum over its operations
-(`saved_per_token`, read off modeling_llama.py, peft/tuners/lora/bnb.py and, fused, Liger's ops; the
-idea is Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, whose layer is another one).
-Checkpointing keeps 2H of it, the layer's input in bf16, and recomputes one layer at a time.
+Activations. What autograd keeps for one token of one layer is the sum over its operations, as in
+Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198), whose layer is another one:
 
-Output head. trl scores learned tokens in tiles of 4,096 x 32,768 and never keeps full logits
-(trl/kernels/chunked_logprob.py).
+    attention   RMSNorm 2H (Liger; 4H without), the projections' input 2H, q and output 4A,
+                k and v 4K, log-sum-exp 4 per head
+    MLP         RMSNorm 2H or 4H, input 2H, gate and up 4I (6I without Liger), and their product 2I
+                unless the MLP is one operation (stages/shared/fused_lora.py)
+    adapters    PEFT's own layers keep x A^T, 2r each, and with dropout 3 bytes for each input
 
-The peak is the worst of four moments of a step (`moments`), since what one of them needs is freed
-before the next. The card must also hold the CUDA context and what the allocator reserves in vain.
+(transformers modeling_llama.py, peft/tuners/lora/bnb.py, liger_kernel/ops; counted by
+tests/test_vram.py.) Checkpointing keeps the input of a layer, or of each half of it, 2H, and recomputes the rest.
+
+Output head. trl scores the learned tokens in tiles of 4,096 x 32,768 and never makes the logits of
+all of them (trl/kernels/chunked_logprob.py).
+
+The peak is the worst of the `moments` of a step. Beyond what is saved, one layer works with
+gradients and with one dequantized weight (`mlp_working`, `attention_working`). The card must also
+hold the CUDA context and what the allocator reserves in vain.
 """
 
 from dataclasses import dataclass, replace
