@@ -23,7 +23,8 @@ Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198), whose layer is anoth
     adapters    PEFT's own layers keep x A^T, 2r each, and with dropout 3 bytes for each input
 
 (transformers modeling_llama.py, peft/tuners/lora/bnb.py, liger_kernel/ops; counted by
-tests/test_vram.py.) Checkpointing keeps the input of a layer, or of each half of it, 2H, and recomputes the rest.
+tests/test_vram.py.) Checkpointing keeps the input of a layer, or of each half of it, 2H, and
+recomputes the rest.
 
 Output head. trl scores the learned tokens in tiles of 4,096 x 32,768 and never makes the logits of
 all of them (trl/kernels/chunked_logprob.py).
