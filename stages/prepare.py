@@ -55,8 +55,9 @@ def scan(names: list[str], params: Prepare, store: Store) -> tuple[Format, Drops
     size = sum((RAW / name).stat().st_size for name in names)
     print(f"prepare: reading {size / 1e6:.2f} MB in {len(names)} files: {', '.join(names[:5])}")
     for name in names:
-        for line, row in tqdm(read_file(RAW / name), name, unit=" rows", disable=None):
-            where = f"{RAW / name}:{line}"
+        path = RAW / name
+        for line, row in tqdm(read_file(path), name, unit=" rows", disable=None):
+            where = f"{path}:{line}"
             if form is None:
                 form = recognize(params.format, params.columns, row, where)
                 print(f"prepare: {describe(form, row, params)}")

@@ -73,6 +73,7 @@ class Store:
         self._ends = array("Q", [0])
         self._columns = {name: array("Q") for name in ("prompts", "wholes", "groups")}
         self._columns |= {"files": array("I"), "lines": array("I")}
+        self._group_keys: dict[str, int] = {}
         self.paths: list[str] = []
 
     def add(self, path: str, line: int, example: Example, group: str) -> None:
@@ -81,7 +82,10 @@ class Store:
         if not self.paths or self.paths[-1] != path:
             self.paths.append(path)
         self._ends.append(self._ends[-1] + self._file.write(json.dumps(example).encode()))
-        values = (key, hash64(f"{key} {normal(rest)}"), hash64(group), len(self.paths) - 1, line)
+        if group not in self._group_keys:
+            self._group_keys[group] = hash64(group)
+        whole, groups = hash64(f"{key} {normal(rest)}"), self._group_keys[group]
+        values = (key, whole, groups, len(self.paths) - 1, line)
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
 
