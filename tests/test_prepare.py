@@ -141,6 +141,20 @@ def test_killed_stage_takes_its_workers_along(tmp_path):
     assert not (tmp_path / "data/prepared").exists()
 
 
+def test_odd_rendered_rows_are_taken_as_they_are(tmp_path, monkeypatch):
+    rows = [{"text": f"<s>[INST] q{i} [/INST] a{i} </s>"} for i in range(8)]
+    rows.insert(0, {"text": "<s>[INST]odd[/INST]odd</s>"})
+    rows.append({"text": "<s>[INST] never answered [/INST]"})
+    sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(rows)}, loss_on="assistant")
+    tokenizer = tokenizer_of(tmp_path)
+    texts = {tokenizer.decode(row["input_ids"]) for row in [*sets["train"], *sets["eval"]]}
+    # The tokenizer has no token </s>: its own EOS ends the rows.
+    assert texts <= {row["text"] + "<|im_end|>" for row in rows}
+    assert metrics_in(tmp_path)["dropped_roles_examples"] == 1
+    prompt = [{"role": "user", "content": "q1"}]
+    assert tokenizer.apply_chat_template(prompt, tokenize=False) == "<s>[INST] q1 [/INST]"
+
+
 def alive(pid: str) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
+from tqdm import tqdm
 
 from stages.shared.encoding import Written
 from stages.shared.formats import REASONS, Unusable
@@ -42,7 +43,8 @@ class Drops:
         if self.counts[why.reason] <= _SHOWN_PLACES:
             self._places[why.reason].append(where.rpartition("/")[2])
         if self.counts[why.reason] <= _SHOWN:
-            print(f"prepare: dropped {line}")
+            # Beside a progress bar, not through it.
+            tqdm.write(f"prepare: dropped {line}")
 
     def check(self) -> None:
         """Raise StageError if too many were dropped."""

@@ -31,6 +31,8 @@ _FIXED_DATE = (
 _PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
 
 
+# Of the rendered rows that are looked at, so many must be what the template would have written.
+_MOST_WRITTEN = 0.5
 _ASKED = [{"role": "user", "content": "a"}]
 
 
@@ -81,7 +83,7 @@ def _template(tokenizer, params: Prepare, form: Format, samples: list[Example]) 
                 "no known mark of an answer in the rendered text ([/INST], <|im_start|>assistant, "
                 "…); set prepare.loss_on: all, or bring columns with prompt and completion"
             )
-        return _rendered_template(tokenizer, template, form, samples[0])
+        return _rendered_template(tokenizer, template, form, samples)
     if template.endswith(".jinja"):
         return _with_bos(
             tokenizer, _from_file(tokenizer, template), samples
@@ -123,37 +125,50 @@ def _with_bos(tokenizer, template: str, samples: list[Example]) -> str:
     return template
 
 
-def _rendered_template(tokenizer, template: str, form: Format, sample: Example) -> tuple[str, str]:
-    """The template, of the file, the tokenizer or the shape, that writes the sample as it stands.
+def _rendered_template(
+    tokenizer, template: str, form: Format, samples: list[Example]
+) -> tuple[str, str]:
+    """The template, of the file, the tokenizer or the shape, that writes most samples as they are.
 
     The text is not rendered again: the template is what prompts at inference are rendered with.
     """
     own = tokenizer.chat_template and tokenizer.get_chat_template()
     if form.shape is None:
         return own or "", "text as it stands, all of it learned"
-    text = sample["text"]
-    turns = read_rendered(form.shape, text)
-    messages = [{"role": role, "content": content} for role, content, *_ in turns]
+    text = samples[0]["text"]
     opening = text[: form.shape.turn.search(text).start()]
     if not opening and _adds_bos(tokenizer) and not text.startswith(tokenizer.bos_token):
         opening = tokenizer.bos_token
     shaped = (f"{{{{ {json.dumps(opening)} }}}}" if opening else "") + form.shape.template
-    candidates = [_from_file(tokenizer, template)] if template.endswith(".jinja") else [own, shaped]
-    prompt = text[: sample["answers"][-1][0]]
-    bos = tokenizer.bos_token or ""
-    for candidate in filter(None, candidates):
-        try:
-            made = tokenizer.apply_chat_template(
-                messages[:-1], chat_template=candidate, add_generation_prompt=True, tokenize=False
-            )
-        except jinja2.TemplateError:
-            continue
-        if made.removeprefix(bos) == prompt.removeprefix(bos):
-            return candidate, f"text as it stands, in the {form.shape.name} shape"
-    raise StageError(
-        f"the rendered text looks like {form.shape.name} and is not quite: bring the .jinja file "
-        "it was rendered with in prepare.template, or columns with prompt and completion"
+    if template.endswith(".jinja"):
+        candidates = [_from_file(tokenizer, template)]
+    else:
+        candidates = [own, shaped] if own else [shaped]
+    count, _, chosen = max(
+        (sum(_writes(tokenizer, candidate, form, sample) for sample in samples), -i, candidate)
+        for i, candidate in enumerate(candidates)
     )
+    if count < _MOST_WRITTEN * len(samples):
+        raise StageError(
+            f"the rendered text looks like {form.shape.name} and is not quite: bring the .jinja "
+            "file it was rendered with in prepare.template, or columns with prompt and completion"
+        )
+    return chosen, f"text as it stands, in the {form.shape.name} shape"
+
+
+def _writes(tokenizer, template: str, form: Format, sample: dict) -> bool:
+    """Whether the template writes the sample's prompt as it stands, a BOS aside."""
+    turns = read_rendered(form.shape, sample["text"])
+    messages = [{"role": role, "content": content} for role, content, *_ in turns[:-1]]
+    try:
+        made = tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+    except jinja2.TemplateError:
+        return False
+    bos = tokenizer.bos_token or ""
+    prompt = sample["text"][: sample["answers"][-1][0]]
+    return made.removeprefix(bos) == prompt.removeprefix(bos)
 
 
 def _plain_template(tokenizer, template: str) -> str:
