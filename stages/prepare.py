@@ -53,7 +53,8 @@ def scan(names: list[str], params: Prepare, store: Store) -> tuple[Format, Drops
     """Read every row of the files `names` in data/raw into `store`."""
     form, drops = None, Drops()
     size = sum((RAW / name).stat().st_size for name in names)
-    print(f"prepare: reading {size / 1e6:.2f} MB in {len(names)} files: {', '.join(names[:5])}")
+    files = "1 file" if len(names) == 1 else f"{len(names)} files"
+    print(f"prepare: reading {size / 1e6:.2f} MB in {files}: {', '.join(names[:5])}")
     for name in names:
         path = RAW / name
         for line, row in tqdm(read_file(path), name, unit=" rows", disable=None):
@@ -170,7 +171,8 @@ def _json(value: dict) -> str:
 
 
 def summary(metrics: dict) -> str:
-    kept = [f"{metrics[f'{name}_examples']:,} {word}" for name, word in SETS.items()]
+    counts = {word: metrics[f"{name}_examples"] for name, word in SETS.items()}
+    kept = [f"{count:,} {word}" for word, count in counts.items() if count]
     return (
         f"prepare: {metrics['rows_in']:,} rows: {', '.join(kept)}; dropped "
         f"{metrics['dropped_examples']:,}, duplicates {metrics['duplicate_examples']:,}, "
