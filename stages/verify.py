@@ -7,7 +7,7 @@ models/verify.ok and metrics/verify.json, and only when every check has passed:
 - tensor names, shapes and types are the base's and `merge.dtype`;
 - every tensor is what PEFT itself computes for it, within one rounding;
 - transformers loads the folder with no key missing or left over;
-- on all held-out rows perplexity is within `verify.max_perplexity_change_percent` of the base
+- on the held-out rows perplexity is within `verify.max_perplexity_change_percent` of the base
   with the adapter, and no value overflows.
 """
 
@@ -47,7 +47,7 @@ from stages.shared.agreement import (
 )
 from stages.shared.merging import merged_rows
 from stages.shared.model import load_adapter, load_base, pick_device
-from stages.shared.rows import held_out_sets, read_rows
+from stages.shared.rows import PREPARED, held_out_sets, read_rows
 from stages.shared.weights import LETTERS, Weights
 
 BASE = Path("models/base")
@@ -260,8 +260,9 @@ def main() -> None:
     device = pick_device()
     check_sums(QUANTIZED, "quantize")
     check_sums(BASE, "fetch_model")
+    check_sums(PREPARED, "prepare")
     check_adapter_sums(ADAPTER)
-    rows = [row for file in held_out_sets().values() for row in read_rows(file)]
+    rows = read_rows(held_out_sets()[""])
     print(f"verify: {MERGED} against {QUANTIZED} + {ADAPTER}, {len(rows)} rows, on {device}")
     metrics = verify(params, rows, device)
     write_metrics(METRICS, metrics)

@@ -94,20 +94,18 @@ def edit_json(file: Path, **changes) -> None:
 
 
 def make_prepared(root: Path, rows: int = 12) -> None:
-    """data/prepared/eval.arrow and group.arrow with rows of random text of several lengths."""
+    """data/prepared/eval.arrow with rows of random text of several lengths."""
     torch.manual_seed(2)
+    content = []
+    for i in range(rows):
+        ids = torch.randint(4, 260, (6 + 3 * i,)).tolist()
+        labels = [-100] * 4 + ids[4:]
+        content.append({"row": f"rows.jsonl:{i}", "input_ids": ids, "labels": labels})
+        content[-1] |= {"prompt_tokens": 4, "scored_bytes": len(ids) - 4}
     (root / "data/prepared").mkdir(parents=True)
-    for name in ("eval", "group"):
-        content = []
-        for i in range(rows):
-            ids = torch.randint(4, 260, (6 + 3 * i,)).tolist()
-            labels = [-100] * 4 + ids[4:]
-            content.append({"row": f"rows.jsonl:{i}", "input_ids": ids, "labels": labels})
-            content[-1] |= {"prompt_tokens": 4, "scored_bytes": len(ids) - 4}
-        table = pa.Table.from_pylist(content, SCHEMA)
-        path = str(root / f"data/prepared/{name}.arrow")
-        with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, SCHEMA) as stream:
-            stream.write_table(table)
+    path = str(root / "data/prepared/eval.arrow")
+    with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, SCHEMA) as stream:
+        stream.write_table(pa.Table.from_pylist(content, SCHEMA))
 
 
 def run(stage, root: Path, monkeypatch, **sections) -> None:

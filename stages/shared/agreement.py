@@ -106,7 +106,8 @@ def watched_activations(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     def watch(_module, inputs, output):
         for value in (*inputs, output):
             if isinstance(value, torch.Tensor) and value.is_floating_point():
-                torch.maximum(largest, value.abs().max().float(), out=largest)
+                low, high = value.aminmax()
+                torch.maximum(largest, torch.maximum(-low, high).float(), out=largest)
 
     handles = [m.register_forward_hook(watch) for _, m in _layers(model)]
     try:
