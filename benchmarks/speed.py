@@ -9,7 +9,7 @@ The shape is Mistral-7B's (7.24e9 parameters), r = 64 on all seven projections; 
 rows are log-normal (median 380, 16 to 2,048 tokens), like those of guanaco-llama2-1k. Weights are
 random: speed and memory are real, quality is not. Our figures are read from the
 metrics/train_cost.json that `python -m stages.train` writes; the other sides train through their
-own libraries. Alike on all sides: rows, rank, targets, optimizer (paged AdamW, 32 bit), float32
+own libraries. Alike on all sides: rows, rank, targets, optimizer (fused AdamW), float32
 adapters and moments. tokens/s is non-padding tokens over the wall time of the epoch, warm-up and
 compilation included; the peak is the allocator's plus the bytes of managed memory.
 """
@@ -42,6 +42,7 @@ SHAPE = {
 }
 RANK, ALPHA, MAX_LENGTH, SEED = 64, 16, 2048, 7
 LEARNING_RATE = 2e-4
+OPTIMIZER = "adamw_torch_fused"
 # Side: rows a step, packed, LoRA dropout.
 SIDES = {
     "ours-packed": (8, True, 0.0),
@@ -166,7 +167,7 @@ def train_params(batch: int, packed: bool, dropout: float) -> dict:
             "schedule": "constant",
             "warmup_ratio": 0.0,
             "max_grad_norm": 0.3,
-            "optimizer": "paged_adamw_32bit",
+            "optimizer": OPTIMIZER,
             "gradient_checkpointing": True,
             "batching": "packing" if packed else "group_by_length",
         },
@@ -247,7 +248,7 @@ def theirs(work: Path, library: str, batch: int, packed: bool, dropout: float) -
             lr_scheduler_type="constant",
             weight_decay=0.001,
             max_grad_norm=0.3,
-            optim="paged_adamw_32bit",
+            optim=OPTIMIZER,
             gradient_checkpointing=True,
             packing=packed,
             max_length=MAX_LENGTH,

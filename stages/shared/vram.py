@@ -40,9 +40,9 @@ GB = 1e9
 CARDS_GB = (8, 12, 16, 24, 40, 48, 80)
 
 # CUDA context, cuBLAS workspaces and loaded kernels: on the card, unseen by the allocator.
-CONTEXT = 0.5e9
+CONTEXT = 0.871e9
 # What the caching allocator reserves and cannot use, as a share of what comes and goes each step.
-FRAGMENTATION = 0.05
+FRAGMENTATION = 0.301
 # From this many bytes of layer inputs on, training keeps them in host memory
 # (stages/shared/trainer.py; a test holds the two together).
 OFFLOADED_BYTES = 1e9
@@ -56,9 +56,9 @@ PLAIN_LAYERS = {
 # Layer inputs that trl's offloading still holds on the GPU (max_fwd_stash_size).
 OFFLOAD_STASH = 5
 # Layer inputs that it has brought back and not yet let go, in the backward pass.
-OFFLOAD_RETURNED = 2
+OFFLOAD_RETURNED = 4
 # cuBLAS workspaces, taken from the allocator by the forward and the backward thread.
-WORKSPACES = 0.064e9
+WORKSPACES = 0.080e9
 # Tiles of trl's fused head: tokens x vocabulary.
 HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
 
