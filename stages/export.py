@@ -38,6 +38,7 @@ MERGED = Path("models/merged")
 RELEASE = Path("models/release")
 METRICS = Path("metrics")
 PREPARED = Path("data/prepared")
+TOKENIZER = Path("models/tokenizer")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "dvc")
 
 
@@ -53,7 +54,7 @@ def read_results(params: dict, merged: Path) -> report.Results:
         params=params,
         prepared=_json(PREPARED / "prepared.json"),
         data_source=_json(PREPARED / "source.json"),
-        model_source=_json(Path("models/tokenizer/source.json")),
+        model_source=_json(TOKENIZER / "source.json"),
         curve=_csv(METRICS / "curve.csv"),
         lengths=_csv(METRICS / "lengths.csv"),
         samples=[json.loads(line) for line in samples],
@@ -100,9 +101,10 @@ def _csv(path: Path) -> list[dict]:
 
 def main() -> None:
     params = load_params().model_dump()
+    for folder, stage in ((MERGED, "merge"), (PREPARED, "prepare"), (TOKENIZER, "fetch_model")):
+        check_sums(folder, stage)
     results = read_results(params, MERGED)
     print(f"export: releasing {results.release_gb:.2f} GB from {MERGED}, linked, with its card")
-    check_sums(MERGED, "merge")
     title = f"{results.model_source['id']} tuned on {results.data_source['id']}"
     sections = report.sections(results)
     with whole_folder(RELEASE) as out:

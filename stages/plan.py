@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stages.shared.params import Params, load_params
 from stages.shared.rows import PREPARED
-from stages.shared.stage import StageError, begin, write_metrics, write_text
+from stages.shared.stage import StageError, begin, check_sums, write_metrics, write_text
 
 if __name__ == "__main__":
     begin("plan")
@@ -86,6 +86,8 @@ def refuse_over_limit(config, shape: vram.Shape, params: Params, rows: Rows, nee
 
 def main() -> None:
     params = load_params()
+    check_sums(CONFIG, "fetch_model")
+    check_sums(PREPARED, "prepare")
     config, shape = read_model(CONFIG)
     rows = read_rows(PREPARED)
     run = describe(config, shape, params, rows)

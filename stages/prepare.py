@@ -15,7 +15,14 @@ import shutil
 from pathlib import Path
 
 from stages.shared.params import Prepare, load_params
-from stages.shared.stage import StageError, begin, whole_folder, write_metrics, write_text
+from stages.shared.stage import (
+    StageError,
+    begin,
+    check_sums,
+    whole_folder,
+    write_metrics,
+    write_text,
+)
 
 if __name__ == "__main__":
     begin("prepare")
@@ -183,6 +190,8 @@ def summary(metrics: dict) -> str:
 
 def main() -> None:
     params = load_params()
+    check_sums(RAW, "fetch_data")
+    check_sums(TOKENIZER, "fetch_model")
     with whole_folder(PREPARED) as out:
         store = Store(out)
         names = data_files(RAW, params.dataset, params.prepare.eval_file)

@@ -20,3 +20,16 @@ def isolated(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
     monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """A tiny workspace in which every stage has run. Copy it; it is shared."""
+    import quick
+    import yaml
+    from tiny import make_workspace
+
+    folder = make_workspace(tmp_path_factory.mktemp("finished") / "ws")
+    for name in yaml.safe_load((folder / "dvc.yaml").read_text())["stages"]:
+        quick.run(name, folder)
+    return folder

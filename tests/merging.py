@@ -106,6 +106,8 @@ def make_prepared(root: Path, rows: int = 12) -> None:
     path = str(root / "data/prepared/eval.arrow")
     with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, SCHEMA) as stream:
         stream.write_table(pa.Table.from_pylist(content, SCHEMA))
+    write_sums(root / "data/prepared")
+    write_sums(root / "data/prepared")
 
 
 def run(stage, root: Path, monkeypatch, **sections) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import yaml
 from tiny import ROOT, make_tokenizer
 
+from stages.shared.stage import write_sums
+
 # What the tests of prepare start from: no groups, small sets, every row that is left.
 PREPARE = {"group_by": None, "eval_rows": 2, "train_rows": None, "max_length": 256}
 
@@ -23,6 +25,8 @@ def make_folder(
         make_tokenizer(folder / "models/tokenizer")
     else:
         tokenizer.save_pretrained(folder / "models/tokenizer")
+    for made in ("data/raw", "models/tokenizer"):
+        write_sums(folder / made)
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["dataset"] |= {"source": "local", "id": "data/source/x", "revision": None}
     params["dataset"] |= dataset or {}

@@ -32,7 +32,8 @@ def make_inputs(folder, text="az vm list --resource-group g"):
         shutil.copy(ROOT / name, folder)
     (folder / "stages").symlink_to(ROOT / "stages")
     write_export_inputs(folder, text)
-    write_sums(folder / "models/merged")
+    for made in ("data/prepared", "models/merged", "models/tokenizer"):
+        write_sums(folder / made)
     return folder
 
 
@@ -330,8 +331,9 @@ def test_card_names_a_base_and_data_of_the_hub(tmp_path):
     source = {"source": "hub", "revision": "main", "commit": "f" * 40, "license": None}
     model = source | {"id": "mistralai/Mistral-7B-v0.1", "files": {}}
     data = source | {"id": "mlabonne/guanaco-llama2-1k", "files": {}}
-    write_json(folder / "models/tokenizer/source.json", model)
-    write_json(folder / "data/prepared/source.json", data)
+    for made, about in (("models/tokenizer", model), ("data/prepared", data)):
+        write_json(folder / made / "source.json", about)
+        write_sums(folder / made)
     assert run_export(folder).returncode == 0
     text = (folder / "models/release/README.md").read_text()
     card = ModelCard(text).data

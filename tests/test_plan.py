@@ -11,7 +11,7 @@ from stages.shared import planning, vram
 from stages.shared.params import Params
 from stages.shared.rows import SCHEMA
 from stages.shared.shapes import match_targets, read_model
-from stages.shared.stage import StageError
+from stages.shared.stage import StageError, write_sums
 from tests.tiny import ROOT, make_model
 
 
@@ -165,6 +165,8 @@ def test_the_stage_writes_the_promised_keys_and_a_constant_verdict(
     (tmp_path / "models").mkdir()
     (tmp_path / "models/tokenizer").symlink_to(tokenizer)
     write_rows(tmp_path / "data/prepared", [([1, 2, 3], [-100, 2, 3])] * 20)
+    for folder in (tokenizer, tmp_path / "data/prepared"):
+        write_sums(folder)
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     plan.main()
     assert (tmp_path / "models/plan.ok").read_bytes() == b"training may start\n"

@@ -107,8 +107,8 @@ def check_inputs() -> None:
         now = _inputs(_begun["name"])
     except (OSError, YAMLError, ValueError, TypeError, KeyError) as error:
         raise StageError(
-            f"an input changed while the stage ran ({error}), so its result is not recorded; "
-            "run it again"
+            "an input changed while the stage ran, so its result is not recorded; "
+            f"run it again ({str(error).splitlines()[0]})"
         ) from None
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if changed:
