@@ -12,7 +12,14 @@ import shutil
 from pathlib import Path
 
 from stages.shared.params import load_params
-from stages.shared.stage import StageError, begin, check_sums, sha256, whole_folder
+from stages.shared.stage import (
+    StageError,
+    begin,
+    check_space,
+    check_sums,
+    sha256,
+    whole_folder,
+)
 
 if __name__ == "__main__":
     begin("merge")
@@ -54,7 +61,7 @@ def check_layout(base: Weights, quantized: Weights) -> None:
         if base.shapes.get(name) != quantized.shapes[name]:
             raise StageError(
                 f"{quantized.folder}: {name} has shape {quantized.shapes[name]} and in the base "
-                f"{base.shapes.get(name)}; repair: dvc repro --force --single-item quantize"
+                f"{base.shapes.get(name)}; repair it with: python -m tools.repair quantize"
             )
     config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
     for name in sorted(set(base.names) - set(quantized.names)):
@@ -62,16 +69,6 @@ def check_layout(base: Weights, quantized: Weights) -> None:
         tied = name == "lm_head.weight" and config.get("tie_word_embeddings")
         if not tied and not name.endswith("rotary_emb.inv_freq"):
             raise StageError(f"{quantized.folder} lacks {name} of the base (fused or renamed?)")
-
-
-def check_disk(folder: Path, size: int) -> None:
-    """Raise StageError when `size` bytes do not fit on the disk of `folder`."""
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise StageError(
-            f"{folder.parent}: the merged model takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB "
-            "are free; make room with: dvc gc --workspace"
-        )
 
 
 def write_weights(
@@ -88,7 +85,7 @@ def write_weights(
     """
     names = [name for shard in shards.values() for name in shard]
     total = sum(torch.Size(source.shapes[name]).numel() for name in names) * dtype.itemsize
-    check_disk(out, total)
+    check_space(out.parent, total, "the merged model")
     flushed: dict[str, int] = {}
     with tqdm(total=total / 1e9, unit="GB", desc="merge", disable=None) as bar:
 
