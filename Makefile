@@ -9,7 +9,7 @@ READY := .venv/ready
 # dvc.yaml says `python`: it must be the environment's.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help env repro test lint fix compare
+.PHONY: help env repro test test-browser lint fix compare gate noise experiments chaos
 help:  ## Show this list.
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -21,6 +21,7 @@ $(READY): requirements.lock requirements-default.lock
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-default.lock
+	@$(BIN)/python -m tools.offline_plots
 	@touch $@
 
 repro: $(READY)  ## Run whatever is stale of the pipeline.
@@ -28,6 +29,12 @@ repro: $(READY)  ## Run whatever is stale of the pipeline.
 
 test: $(READY)  ## Run the tests.
 	@pytest
+
+test-browser: $(READY)  ## Open the report and the plots in Chromium with the network denied.
+	@pytest tests/browser/check_report.py
+
+chaos: $(READY)  ## Kill the pipeline 200 times; writes benchmarks/results/chaos.json
+	@python -m tests.chaos
 
 lint: $(READY)  ## Check style and format.
 	@ruff check .
@@ -39,3 +46,12 @@ fix: $(READY)  ## Mend style and format.
 
 compare: $(READY)  ## Compare metrics and parameters with another revision: make compare BASE=main
 	@python -m tools.compare --base $(BASE)
+
+gate: $(READY)  ## Fail when quality fell beyond gate.yaml: make gate BASE=origin/main
+	@python -m tools.gate --base $(BASE)
+
+noise: $(READY)  ## Repeat the default with three other seeds and store the spread.
+	@python -m tools.noise --seeds 1 2 3
+
+experiments: $(READY)  ## The experiments, with the columns that matter.
+	@dvc exp show --only-changed --drop '^(?!(Experiment|(group_)?perplexity_after|merge_change_percent|train_minutes|v?ram_gb|seed|(lora|train|quantize|merge|model|dataset|prepare)\..*)$$)'

@@ -18,7 +18,7 @@ from pathlib import Path
 
 LIBRARIES = ["torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"]
 # What torch and trl import at their first use.
-LIBRARIES += ["torch._dynamo", "trl.trainer.sft_trainer", "plotly.graph_objects", "pydantic"]
+LIBRARIES += ["torch._dynamo", "trl.trainer.sft_trainer", "pydantic"]
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(LIBRARIES)
 # One thread: tiny models need no more, and many tests may run side by side.

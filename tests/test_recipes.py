@@ -1,0 +1,66 @@
+"""Each recipe is valid and runs end to end with its model and data swapped for tiny ones."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from quick import Stage
+from tiny import ROOT, make_model, make_tokenizer, make_workspace
+
+from stages.shared.params import faults
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+STAGES = [
+    "fetch_model",
+    "fetch_data",
+    "prepare",
+    "plan",
+    "quantize",
+    "train",
+    "evaluate",
+    "merge",
+    "verify",
+    "export",
+]
+# What has to be small for the test; everything else is the recipe's own.
+SMALL = {
+    "model": {"source": "local", "id": "tiny", "revision": None},
+    "dataset": {"source": "local", "id": "data/source/rows.jsonl", "revision": None},
+    "prepare": {"eval_rows": 8, "max_length": 256},
+    "evaluate": {"samples": 2},
+}
+
+
+def make_guanaco(path):
+    rows = [
+        {"text": f"<s>[INST] What is item {i}? [/INST] It stands in box {i % 7}. </s>"}
+        for i in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_runs_end_to_end(recipe, tmp_path):
+    text = recipe.read_text()
+    assert faults(text) == []
+    folder = make_workspace(tmp_path / "project")
+    shutil.rmtree(folder / "tiny")
+    # As the models of the recipes: no chat template, a BOS, and Llama's names of the projections.
+    make_tokenizer(folder / "tiny", chat_template=None)
+    make_model(folder / "tiny", "mistral" if "mistral" in recipe.stem else "llama")
+    make_guanaco(folder / "data/source/rows.jsonl")
+    params = yaml.safe_load(text)
+    for section, values in SMALL.items():
+        params[section] |= values
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    for name in STAGES:
+        stage = Stage(name, folder)
+        assert stage.wait() == 0, (name, stage.log.read_text())
+    targets = json.loads((folder / "models/adapter/adapter_config.json").read_text())
+    wanted = params["lora"]["target_modules"]
+    assert wanted == "all-linear" or targets["target_modules"] == sorted(wanted)
+    assert targets["r"] == params["lora"]["r"]
+    evaluated = json.loads((folder / "metrics/eval.json").read_text())
+    assert evaluated["tuned_perplexity"] < evaluated["base_perplexity"]
+    assert (folder / "models/release/model.safetensors").exists()

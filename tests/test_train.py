@@ -1,0 +1,115 @@
+"""What training must leave as it was, what it must change, and what it writes."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from prepared import make_prepared_workspace
+from quick import run
+from safetensors.torch import load_file
+
+from stages.shared.model import load_base
+from stages.shared.rows import read_rows
+from stages.shared.scoring import score
+from stages.shared.stage import sha256
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    folder = make_prepared_workspace(tmp_path_factory.mktemp("train"), lora={"dropout": 0.1})
+    run("quantize", folder)
+    return folder
+
+
+def train(folder, **sections):
+    """Run the stage with changed parameters; returns the adapter's tensors."""
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    for section, values in sections.items():
+        params[section] |= values
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    run("train", folder)
+    return load_file(folder / "models/adapter/adapter_model.safetensors")
+
+
+def test_the_base_stays_and_every_adapter_tensor_moves(project):
+    before = {p.name: sha256(p) for p in (project / "models/quantized").iterdir()}
+    adapter = train(project)
+    assert {p.name: sha256(p) for p in (project / "models/quantized").iterdir()} == before
+    assert len(adapter) == 2 * 7 * 2
+    for name, tensor in adapter.items():
+        # trl would have made them bfloat16, and a resumed run float32 again.
+        assert tensor.dtype == torch.float32, name
+        assert tensor.any(), name
+    moved = train(project, train={"learning_rate": 1e-3})
+    assert all(not torch.equal(adapter[name], moved[name]) for name in adapter)
+
+
+def test_two_runs_write_the_same_bytes(project):
+    sums = []
+    for _ in range(2):
+        train(project, train={"learning_rate": 2e-3})
+        files = sorted((project / "models/adapter").iterdir())
+        sums.append({path.name: sha256(path) for path in files})
+    assert sums[0] == sums[1]
+    config = json.loads((project / "models/adapter/adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert config["base_model_name_or_path"] == "models/base"
+
+
+def test_metrics_and_curve(project):
+    train(project)
+    metrics = json.loads((project / "metrics/train.json").read_text())
+    rows = read_rows(project / "data/prepared/train.arrow")
+    assert metrics["steps"] == len(rows) // 8
+    assert metrics["tokens"] == sum(len(row["input_ids"]) for row in rows)
+    adapter = load_file(project / "models/adapter/adapter_model.safetensors")
+    assert metrics["trainable_params"] == sum(t.numel() for t in adapter.values())
+    lines = (project / "metrics/curve.csv").read_text().splitlines()
+    header = lines[0].split(",")
+    assert len(lines) == 1 + metrics["steps"]
+    last = dict(zip(header, lines[-1].split(","), strict=True))
+    # The held-out loss of the last step is that of the saved adapter, by the same scores.
+    model = PeftModel.from_pretrained(
+        load_base(project / "models/quantized", CPU), project / "models/adapter"
+    )
+    scores = score(model, read_rows(project / "data/prepared/eval.arrow"))
+    assert float(last["eval_loss"]) == pytest.approx(sum(scores.nll) / sum(scores.tokens), rel=1e-4)
+    cost = json.loads((project / "metrics/train_cost.json").read_text())
+    assert cost["train_seconds"] > 0
+    assert "peak_vram_gb" not in cost
+
+
+def test_checkpointing_changes_nothing_but_memory(project):
+    plain = train(project, lora={"dropout": 0.0})
+    checkpointed = train(project, train={"gradient_checkpointing": True})
+    for name in plain:
+        assert torch.allclose(plain[name], checkpointed[name], atol=1e-6), name
+
+
+def test_packed_rows_do_not_see_each_other(project):
+    """One step on packed rows equals one step on the same rows apart: a leak would differ."""
+    one_step = {"schedule": "constant", "warmup_ratio": 0.0, "gradient_checkpointing": False}
+    apart = train(project, train=one_step | {"batching": "shuffle", "batch_size": 48})
+    together = train(project, train={"batching": "packing"})
+    assert json.loads((project / "metrics/train.json").read_text())["steps"] == 1
+    assert apart.keys() == together.keys()
+    # Adam's first step is lr times the sign of the gradient: equal but where it is next to zero.
+    share = [
+        ((apart[n] - together[n]).abs() < 1e-4).float().mean().item() for n in apart if "_B" in n
+    ]
+    assert min(share) > 0.98
+
+
+def test_lora_on_the_16_bit_base(project):
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["quantize"]["type"] = "none"
+    params["train"] |= {"batching": "group_by_length", "batch_size": 8}
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    run("quantize", project)
+    adapter = train(project)
+    assert len(adapter) == 2 * 7 * 2
+    assert all(tensor.any() for tensor in adapter.values())
