@@ -60,6 +60,9 @@ def begin(name: str) -> None:
         "BITSANDBYTES_NOWELCOME": "1",
     }.items():
         os.environ.setdefault(variable, value)
+    if not sys.stderr.isatty():
+        # Bars are for terminals; in a log each step of one would be a line.
+        os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
     # Libraries warn their callers, and the caller is us: none of it is for the user to act on.
     warnings.simplefilter("ignore")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
