@@ -33,6 +33,8 @@ from pathlib import Path
 
 import yaml
 
+from stages.shared.stage import write_sums
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/prepare.json"
 NEAR_ROWS = 20_000
@@ -112,6 +114,7 @@ def make(work: Path, rows: int) -> None:
             rendered.write(json.dumps({"text": text.replace("{}", prompt, 1)}) + "\n")
             if i < NEAR_ROWS:
                 near.write(line)
+    write_sums(work / "data/raw")
 
 
 def run(work: Path, *command: str) -> dict:
