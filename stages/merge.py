@@ -78,10 +78,12 @@ def write_weights(
     updates: dict[str, Update],
     dtype: torch.dtype,
     device: torch.device,
+    sums: dict[str, str],
 ) -> dict:
     """Stream the merged tensors of `source` into `out` by `shards` {file: names}.
 
-    Returns the counts for merge.json. Raises StageError naming a tensor that `dtype` cannot hold.
+    Returns the counts for merge.json and puts the files' SHA-256 into `sums`. Raises StageError
+    naming a tensor that `dtype` cannot hold.
     """
     names = [name for shard in shards.values() for name in shard]
     total = sum(torch.Size(source.shapes[name]).numel() for name in names) * dtype.itemsize
@@ -98,7 +100,7 @@ def write_weights(
 
         for file, shard in shards.items():
             shapes = {name: source.shapes[name] for name in shard}
-            write_shard(out / file, shapes, dtype, stream(shard))
+            sums[file] = write_shard(out / file, shapes, dtype, stream(shard))
     if list(shards) != [SINGLE]:
         weight_map = {name: file for file, shard in shards.items() for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -153,29 +155,36 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def read_sources(kind: str) -> tuple[Weights, dict[str, list[str]], dict[str, Update]]:
+    """The checked weights to merge onto, the tensors by output file, and the updates by weight."""
+    if kind == "dequantized":
+        check_sums(QUANTIZED, "quantize")
+    else:
+        check_sums(BASE, "fetch_model")
+    check_adapter_sums(ADAPTER)
+    base, quantized = Weights(BASE), Weights(QUANTIZED)
+    check_layout(base, quantized)
+    shards: dict[str, list[str]] = {}
+    for name in quantized.names:
+        shards.setdefault(base.files[name].name, []).append(name)
+    source = quantized if kind == "dequantized" else base
+    return source, shards, read_adapter(ADAPTER, quantized.shapes)
+
+
 def main() -> None:
     params = load_params().merge
     dtype = getattr(torch, params.dtype)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_sums(
-        *((QUANTIZED, "quantize") if params.base == "dequantized" else (BASE, "fetch_model"))
-    )
-    check_adapter_sums(ADAPTER)
-    base, quantized = Weights(BASE), Weights(QUANTIZED)
-    check_layout(base, quantized)
-    source = quantized if params.base == "dequantized" else base
-    updates = read_adapter(ADAPTER, quantized.shapes)
-    shards: dict[str, list[str]] = {}
-    for name in quantized.names:
-        shards.setdefault(base.files[name].name, []).append(name)
+    # Row blocks are computed side by side: threads within one would only wait for each other.
+    torch.set_num_threads(1)
+    source, shards, updates = read_sources(params.base)
     print(f"merge: {len(updates)} updates onto {source.folder}, {params.dtype}, {device}")
-    with whole_folder(MERGED) as out:
-        counts = write_weights(out, source, shards, updates, dtype, device)
+    sums: dict[str, str] = {}
+    with whole_folder(MERGED, sums=sums) as out:
+        counts = write_weights(out, source, shards, updates, dtype, device, sums)
         write_companions(out, BASE, ADAPTER, dtype)
-        adapter = {"adapter_sha256": sha256(ADAPTER / WEIGHTS)}
-        write_json(
-            out / "merge.json", params.model_dump() | {"device": device.type} | counts | adapter
-        )
+        made = {"device": device.type, "adapter_sha256": sha256(ADAPTER / WEIGHTS)}
+        write_json(out / "merge.json", params.model_dump() | made | counts)
     print(f"merge: wrote {counts['bytes'] / 1e9:.2f} GB to {MERGED}")
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import merge
 from stages.shared import weights
-from stages.shared.stage import SUMS, StageError, check_sums, write_sums
+from stages.shared.stage import SUMS, StageError, check_sums, sha256, write_sums
 from stages.shared.weights import Weights
 from tests.merging import edit_json, edit_tensors, in_memory, make_sources, run, tensors
 from tests.tiny import CHATML, ROOT
@@ -107,9 +107,9 @@ def test_shard_is_what_safetensors_writes(tmp_path):
         "c": torch.ones(()).half(),
     }
     shapes = {name: tuple(content[name].shape) for name in sorted(content)}
-    weights.write_shard(
-        tmp_path / "ours", shapes, torch.float16, [content[name] for name in sorted(content)]
-    )
+    blocks = [content[name] for name in sorted(content)]
+    digest = weights.write_shard(tmp_path / "ours", shapes, torch.float16, blocks)
+    assert digest == sha256(tmp_path / "ours")
     save_file(content, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 

@@ -122,11 +122,12 @@ def check_inputs() -> None:
 
 
 @contextmanager
-def whole_folder(path: Path, resume_key: str | None = None):
+def whole_folder(path: Path, resume_key: str | None = None, sums: dict[str, str] | None = None):
     """Yield an empty folder that becomes `path`, complete with SHA256SUMS, when the block ends.
 
     On an error nothing is left behind; with `resume_key` the unfinished folder stays and a later
-    call with the same key is given it again, for downloads.
+    call with the same key is given it again, for downloads. `sums` is filled by the block with
+    the SHA-256, by name, of files that it hashed while writing: a large file is not read again.
     """
     partial = path.with_name(f".{path.name}.partial" + (f"-{resume_key}" if resume_key else ""))
     _begun["writing"] = path
@@ -136,7 +137,7 @@ def whole_folder(path: Path, resume_key: str | None = None):
     partial.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
-        write_sums(partial)
+        write_sums(partial, sums)
         settle(partial)
         check_inputs()
     except BaseException:
@@ -188,10 +189,16 @@ def write_metrics(path: Path, metrics: dict) -> None:
     write_text(path, json.dumps(rounded, indent=2, allow_nan=False) + "\n")
 
 
-def write_sums(folder: Path) -> None:
-    """Write SHA256SUMS (the format of sha256sum) over every other file of `folder`."""
+def write_sums(folder: Path, known: dict[str, str] | None = None) -> None:
+    """Write SHA256SUMS (the format of sha256sum) over every other file of `folder`.
+
+    `known` holds sums, by name, that need not be computed.
+    """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / SUMS)
-    lines = [f"{sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in files]
+    lines = []
+    for file in files:
+        name = file.relative_to(folder).as_posix()
+        lines.append(f"{(known or {}).get(name) or sha256(file)}  {name}\n")
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 

@@ -3,9 +3,11 @@
 Nothing stays mapped: mapped pages count as memory of the process, 140 GB of them for a 70B model.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -137,10 +139,11 @@ def write_shard(
     shapes: dict[str, tuple[int, ...]],
     dtype: torch.dtype,
     blocks: Iterable[torch.Tensor],
-) -> None:
+) -> str:
     """Write one safetensors file, synced to disk, from the row blocks of its tensors in order.
 
-    The format: https://github.com/huggingface/safetensors#format.
+    The format: https://github.com/huggingface/safetensors#format. Returns the file's SHA-256,
+    computed beside the writing.
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
@@ -153,9 +156,16 @@ def write_shard(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+    start = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(start)
+    with file.open("wb") as out, ThreadPoolExecutor(1) as hasher:
+        out.write(start)
+        hashed = hasher.submit(digest.update, b"")
         for values in blocks:
-            out.write(values.reshape(-1).view(torch.uint8).numpy())
+            data = values.reshape(-1).view(torch.uint8).numpy()
+            hashed.result()
+            hashed = hasher.submit(digest.update, data)
+            out.write(data)
         out.flush()
         os.fsync(out.fileno())
+    return digest.hexdigest()
