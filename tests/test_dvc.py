@@ -1,0 +1,361 @@
+"""What DVC runs, keeps and restores, asked of DVC itself over the real dvc.yaml."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import stubs
+import yaml
+from dvc.repo import Repo
+from stubs import PIPELINE, commit, must, run
+
+ALL = list(PIPELINE)
+AFTER_TRAIN = ["train", "evaluate", "merge", "verify", "export"]
+# What was changed -> the stages that run for it, in order.
+STALE = {
+    "seed": AFTER_TRAIN,
+    "model": [name for name in ALL if name != "fetch_data"],
+    "dataset": ["fetch_data", "prepare", "plan", *AFTER_TRAIN],
+    "prepare": ["prepare", "plan", *AFTER_TRAIN],
+    # A better estimate, or a limit set later, never trains a model again.
+    "plan": ["plan", "export"],
+    "quantize": ["plan", "quantize", *AFTER_TRAIN],
+    "lora": ["plan", *AFTER_TRAIN],
+    "train": ["plan", *AFTER_TRAIN],
+    "evaluate": ["evaluate", "export"],
+    "merge": ["merge", "verify", "export"],
+    "verify": ["verify", "export"],
+    "stages/fetch_model.py": [name for name in ALL if name != "fetch_data"],
+    "stages/fetch_data.py": ["fetch_data", "prepare", "plan", *AFTER_TRAIN],
+    "stages/prepare.py": ["prepare", "plan", *AFTER_TRAIN],
+    "stages/plan.py": ["plan", "export"],
+    "stages/quantize.py": ["quantize", *AFTER_TRAIN],
+    "stages/train.py": AFTER_TRAIN,
+    "stages/evaluate.py": ["evaluate", "export"],
+    "stages/merge.py": ["merge", "verify", "export"],
+    "stages/verify.py": ["verify", "export"],
+    "stages/export.py": ["export"],
+    "stages/shared/params.py": [],
+    "README.md": [],
+    "tools/gate.py": [],
+}
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory):
+    """The file in which every stub that runs writes its name."""
+    path = tmp_path_factory.mktemp("stubs") / "log"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STUB_LOG", str(path))
+        patch.setenv("DVC_NO_ANALYTICS", "1")
+        yield path
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory, log):
+    """A finished run of the stubs, committed."""
+    folder = stubs.make(tmp_path_factory.mktemp("dvc") / "repository")
+    must(folder, "dvc", "repro", "-q", STUB_GUARDED="1")
+    commit(folder, "first run")
+    return folder
+
+
+@pytest.fixture
+def fresh(repository, log, tmp_path):
+    """A copy of the finished run, with a cache of its own."""
+    folder = tmp_path / "repository"
+    shutil.copytree(repository, folder, symlinks=True)
+    log.write_text("")
+    return folder
+
+
+def reproduce(folder: Path, log: Path) -> list[str]:
+    """`dvc repro`; the stages whose commands ran."""
+    log.write_text("")
+    with contextlib.chdir(folder), Repo() as repo:
+        repo.reproduce()
+    return log.read_text().split()
+
+
+def change(folder: Path, what: str, value: int) -> None:
+    """Change a section of params.yaml or the bytes of a file."""
+    if what in PARAMS:
+        params = yaml.safe_load((folder / "params.yaml").read_text())
+        if isinstance(params[what], dict):
+            params[what]["changed"] = value
+        else:
+            params[what] = value
+        (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    else:
+        (folder / what).open("a").write(f"# {value}\n")
+
+
+PARAMS = yaml.safe_load((stubs.ROOT / "params.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def changing(repository, log, tmp_path_factory):
+    """One copy of the finished run that the rows of the table change in turn."""
+    folder = tmp_path_factory.mktemp("changing") / "repository"
+    shutil.copytree(repository, folder, symlinks=True)
+    reproduce(folder, log)
+    return folder
+
+
+def test_table_has_every_section_and_script():
+    assert set(STALE) >= set(PARAMS) | {f"stages/{name}.py" for name in ALL}
+
+
+@pytest.mark.parametrize("what", STALE)
+def test_exactly_what_is_stale_runs(changing, log, what):
+    change(changing, what, len(what) + 1000)
+    assert reproduce(changing, log) == STALE[what]
+
+
+def test_going_back_runs_nothing(changing, log):
+    """The last test with this copy: all changes are taken back at once."""
+    changed = (changing / "models/adapter/data.bin").read_text()
+    before = (changing / "params.yaml").read_text()
+    change(changing, "lora", 1)
+    assert reproduce(changing, log) == STALE["lora"]
+    assert (changing / "models/adapter/data.bin").read_text() != changed
+    (changing / "params.yaml").write_text(before)
+    assert reproduce(changing, log) == []
+    assert (changing / "models/adapter/data.bin").read_text() == changed
+    must(changing, "git", "checkout", "-q", "params.yaml", "stages", "tools")
+    assert reproduce(changing, log) == []
+
+
+def test_experiment_changes_numbers_and_its_metrics_are_shown(fresh, log):
+    must(
+        fresh,
+        *("dvc", "exp", "run", "-q", "-n", "slow"),
+        *("-S", "train.learning_rate=1e-5", "-S", "lora.r=64"),
+        STUB_GUARDED="1",
+    )
+    assert log.read_text().split() == STALE["lora"]
+    assert "learning_rate: 1e-05\n" in (fresh / "params.yaml").read_text()
+    # The stub writes what load_params gave it: a number, where PyYAML reads text.
+    assert json.loads((fresh / "metrics/train.json").read_text())["rate"] == 1e-5
+    # Typed wrongly, nothing runs at all.
+    typo = run(fresh, "dvc", "exp", "run", "-S", "lora.rank=3")
+    assert typo.returncode == 255
+    assert "Could not override 'lora.rank'" in typo.stderr
+    log.write_text("")
+    bad = run(fresh, "dvc", "exp", "run", "-S", "lora.r=abc", STUB_GUARDED="1")
+    assert bad.returncode == 255
+    assert "params.yaml: lora.r: must be a whole number (got 'abc')" in bad.stderr
+    assert log.read_text() == ""
+
+
+def test_experiments_in_copies_and_in_the_queue(fresh, log):
+    temp = ("dvc", "exp", "run", "--temp", "-q", "-n", "copy")
+    must(fresh, *temp, "-S", "lora.r=8", STUB_GUARDED="1")
+    queue = ("dvc", "exp", "run", "--queue", "-q", "-n", "sweep")
+    must(fresh, *queue, "-S", "lora.r=32,64")
+    must(fresh, "dvc", "queue", "start", "-q", STUB_GUARDED="1")
+    deadline = time.monotonic() + 120
+    while run(fresh, "dvc", "queue", "status").stdout.count("Success") < 2:
+        assert time.monotonic() < deadline, run(fresh, "dvc", "queue", "status").stdout
+        time.sleep(0.5)
+    shown = json.loads(must(fresh, "dvc", "exp", "show", "--json", "--hide-workspace"))
+    ranks = {}
+    for entry in shown[0]["experiments"]:
+        revision = entry["revs"][0]["data"]
+        rank = revision["params"]["params.yaml"]["data"]["lora"]["r"]
+        ranks[rank] = revision["metrics"]["metrics/eval.json"]["data"]["value"]
+    assert sorted(ranks) == [8, 32, 64]
+    assert len(set(ranks.values())) == 3
+    assert must(fresh, "git", "status", "--porcelain") == ""
+
+
+def test_clone_without_a_remote_compares_its_metrics(fresh, log, tmp_path):
+    change(fresh, "evaluate", 1)
+    reproduce(fresh, log)
+    commit(fresh, "another evaluation")
+    must(tmp_path, "git", "clone", "-q", str(fresh), "clone")
+    shown = must(tmp_path / "clone", "dvc", "metrics", "diff", "HEAD~1", "--md")
+    assert "| metrics/eval.json | value |" in " ".join(shown.split())
+
+
+@contextlib.contextmanager
+def paused(folder: Path, log: Path, stage: str, *command: str, **env: str):
+    """`dvc repro` (or another command) halted in the middle of `stage`; then let it go on."""
+    gate = Path(f"{log}.{stage}")
+    gate.touch()
+    log.write_text("")
+    process = subprocess.Popen(
+        command or ("dvc", "repro"),
+        cwd=folder,
+        env=os.environ | {"STUB_GUARDED": "1"} | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    while stage not in log.read_text().split():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    try:
+        yield process
+    finally:
+        gate.unlink()
+        process.wait()
+
+
+def runs(folder: Path) -> list[str]:
+    """The entries of the run cache."""
+    cache = folder / ".dvc/cache/runs"
+    return sorted(path.relative_to(cache).as_posix() for path in cache.rglob("*"))
+
+
+EDITS = {
+    "params.yaml: lora": ("params.yaml", "  alpha: 32", "  alpha: 64"),
+    "stages/train.py": ("stages/train.py", "Stub of train", "Edited stub of train"),
+    "stages/shared/trainer.py": ("stages/shared/trainer.py", "\n", "\n# edited\n"),
+    "dvc.yaml: train": ("dvc.yaml", "    desc: Fit a LoRA", "    desc: Fit another LoRA"),
+}
+
+
+@pytest.mark.parametrize("edited", EDITS)
+def test_nothing_is_recorded_under_a_false_name(fresh, log, edited):
+    """DVC reads parameters and code after the command, and would take these for the cause."""
+    change(fresh, "stages/train.py", 1)
+    name, old, new = EDITS[edited]
+    lock, cached = (fresh / "dvc.lock").read_bytes(), runs(fresh)
+    with paused(fresh, log, "train") as process:
+        text = (fresh / name).read_text()
+        assert old in text
+        (fresh / name).write_text(text.replace(old, new, 1))
+    said = process.stdout.read()
+    assert process.returncode == 255
+    assert f"train: {edited} changed while the stage ran, so its result is not recorded" in said
+    assert (fresh / "dvc.lock").read_bytes() == lock
+    assert runs(fresh) == cached
+    assert not (fresh / "models/adapter").exists()
+    assert must(fresh, "git", "ls-files", "--others", "--exclude-standard") == ""
+    if edited == "params.yaml: lora":
+        # Run again, it is made from what is there now, and nothing is taken from a cache.
+        assert reproduce(fresh, log) == STALE["lora"]
+
+
+def test_outputs_of_before_come_back_with_the_commands_printed(fresh, log):
+    before = (fresh / "models/adapter/data.bin").read_text()
+    change(fresh, "stages/train.py", 1)
+    with paused(fresh, log, "train") as process:
+        (fresh / "params.yaml").open("a").write("# touched\n")
+        text = (fresh / "params.yaml").read_text()
+        (fresh / "params.yaml").write_text(text.replace("  alpha: 32", "  alpha: 64"))
+    said = process.stdout.read()
+    assert not (fresh / "models/adapter").exists()
+    commands = said.partition("have the earlier outputs back with: ")[2].splitlines()[0]
+    assert commands == "git checkout params.yaml dvc.lock metrics && dvc checkout"
+    must(fresh, "bash", "-c", commands)
+    assert (fresh / "models/adapter/data.bin").read_text() == before
+    assert must(fresh, "git", "status", "--porcelain", "--", "metrics", "params.yaml") == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "shell"),
+    [
+        (signal.SIGKILL, "/bin/bash"),
+        (signal.SIGKILL, "/bin/sh"),
+        (signal.SIGTERM, "/bin/bash"),
+        (signal.SIGHUP, "/bin/sh"),
+    ],
+)
+def test_stage_ends_with_dvc(fresh, log, number, shell):
+    change(fresh, "stages/train.py", 1)
+    with paused(fresh, log, "train", SHELL=shell) as process:
+        stage = child_of(process.pid)
+        process.send_signal(number)
+        process.wait()
+        deadline = time.monotonic() + 30
+        while Path(f"/proc/{stage}").exists() and not is_zombie(stage):
+            assert time.monotonic() < deadline, "the stage lives on"
+            time.sleep(0.01)
+    assert not (fresh / "models/adapter").exists()
+    # Nothing is in the way of the next run.
+    assert reproduce(fresh, log) == AFTER_TRAIN
+
+
+def child_of(pid: int) -> int:
+    [child] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert "stages.train" in Path(f"/proc/{child}/cmdline").read_text()
+    return int(child)
+
+
+def is_zombie(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_second_run_says_who_holds_the_lock(fresh, log):
+    change(fresh, "stages/train.py", 1)
+    with paused(fresh, log, "train") as process:
+        second = run(fresh, "dvc", "repro")
+    assert second.returncode == 255
+    assert f"(PID {process.pid})" in second.stderr
+    assert process.returncode == 0, process.stdout.read()
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["time changed", "time kept"])
+def test_repair_throws_the_damaged_file_out_of_the_cache(fresh, log, seen):
+    file = fresh / "models/quantized/data.bin"
+    must(fresh, "dvc", "checkout", "-q", "--relink")
+    assert file.stat().st_nlink > 1
+    whole, times = file.read_text(), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    file.chmod(0o644)
+    file.write_text(whole[:-1] + ("0" if whole[-1] != "0" else "1"))
+    if not seen:
+        os.utime(file, ns=times)
+    file.chmod(0o444)
+    change(fresh, "stages/train.py", 1)
+    # What a user would try first: DVC puts the damaged file back.
+    must(fresh, "dvc", "repro", "-q", "--force", "--single-item", "quantize", STUB_GUARDED="1")
+    assert file.read_text() != whole
+    must(fresh, "python", "-m", "tools.repair", "quantize", STUB_GUARDED="1")
+    assert file.read_text() == whole
+    must(fresh, "dvc", "repro", "-q", STUB_GUARDED="1")
+    assert file.read_text() == whole
+
+
+def test_repair_takes_from_the_cache_what_is_whole_there(fresh, log):
+    file = fresh / "models/base/data.bin"
+    whole = file.read_text()
+    file.unlink()
+    file.write_text("damaged")
+    said = must(fresh, "python", "-m", "tools.repair", "fetch_model", STUB_GUARDED="1")
+    assert "repair: models/base is made anew" in said
+    assert file.read_text() == whole
+    assert log.read_text() == ""
+
+
+def test_repair_of_no_stage(fresh):
+    done = run(fresh, "python", "-m", "tools.repair", "train2")
+    assert done.returncode == 1
+    assert done.stderr.startswith("repair: dvc.lock has no stage train2; it has fetch_model, ")
+
+
+def test_second_run_changes_nothing(fresh, log):
+    before = must(fresh, "git", "status", "--porcelain")
+    assert reproduce(fresh, log) == []
+    assert must(fresh, "git", "status", "--porcelain") == before == ""
+
+
+def test_pull_with_what_a_remote_lacks(fresh, log, tmp_path):
+    """Merged and released models are not pushed; a clone makes them, and nothing else, again."""
+    must(fresh, "dvc", "remote", "add", "-d", "store", str(tmp_path / "store"))
+    commit(fresh, "remote")
+    must(fresh, "dvc", "push", "-q")
+    must(tmp_path, "git", "clone", "-q", str(fresh), "clone")
+    clone = tmp_path / "clone"
+    change(clone, "verify", 1)
+    log.write_text("")
+    must(clone, "dvc", "repro", "-q", "--pull")
+    assert log.read_text().split() == STALE["merge"]
