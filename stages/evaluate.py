@@ -39,6 +39,7 @@ ADAPTER = Path("models/adapter")
 RESAMPLES = 2000
 ANSWER_TOKENS = 128
 SET_NAMES = {"": "held-out row", "group_": "held-out group"}
+SET_TITLES = {"": "held-out rows", "group_": "rows of held-out groups"}
 
 
 def interval(scores: Scores) -> tuple[float, float]:
@@ -93,11 +94,14 @@ def answers(model, tokenizer, rows: list[dict]) -> list[str]:
 
 
 def samples(model, tokenizer, sets: dict[str, list[dict]], count: int) -> list[dict]:
-    """The first held-out prompts of each set, `count` in all, answered by base and tuned."""
+    """The first held-out prompts of each set, `count` in all, answered by base and tuned.
+
+    Rows without a prompt (plain text, later parts of a split row) cannot be answered.
+    """
     chosen = [
         (SET_NAMES[prefix], row)
         for i, (prefix, rows) in enumerate(sets.items())
-        for row in rows[: (count + i) // len(sets)]
+        for row in [r for r in rows if r["prompt_tokens"]][: (count + i) // len(sets)]
     ]
     if not chosen:
         return []
@@ -129,7 +133,7 @@ def main() -> None:
     base = load_base(QUANTIZED, device)
     weights = torch.cuda.memory_allocated() / GB if device.type == "cuda" else None
     model = load_adapter(base, ADAPTER)
-    counts = ", ".join(f"{len(rows)} {SET_NAMES[prefix]}s" for prefix, rows in sets.items())
+    counts = ", ".join(f"{len(rows)} {SET_TITLES[prefix]}" for prefix, rows in sets.items())
     print(f"evaluate: {counts}, base and tuned, on {device_name(device)}", flush=True)
     reset_peaks()
     metrics, cost = evaluate(model, sets)
@@ -150,7 +154,7 @@ def evaluate(model, sets: dict[str, list[dict]]) -> tuple[dict, dict]:
         metrics |= set_metrics(prefix, rows, base, tuned)
         tokens += 2 * sum(len(row["input_ids"]) for row in rows)
         print(
-            f"evaluate: {SET_NAMES[prefix]}s: perplexity {base.perplexity:.2f} base, "
+            f"evaluate: {SET_TITLES[prefix]}: perplexity {base.perplexity:.2f} base, "
             f"{tuned.perplexity:.2f} tuned, on {sum(tuned.tokens)} tokens",
             flush=True,
         )

@@ -1,0 +1,81 @@
+"""The metrics of a held-out set, and answers to prompts of unlike length."""
+
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import make_model, make_tokenizer
+
+from stages.evaluate import answers, interval, samples, set_metrics
+from stages.quantize import quantize
+from stages.shared.model import load_base
+from stages.shared.rows import set_sha256
+from stages.shared.scoring import Scores
+
+CPU = torch.device("cpu")
+PROMPTS = ("List the boxes", "Show", "Where is item 3 of box 2?")
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    make_model(folder / "base")
+    tokenizer = make_tokenizer(folder / "base")
+    (folder / "nf4").mkdir()
+    quantize(folder / "base", folder / "nf4", double_quant=True)
+    config = LoraConfig(r=4, target_modules="all-linear")
+    model = get_peft_model(load_base(folder / "nf4", CPU), config).eval()
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter) * 0.1
+    return model, tokenizer
+
+
+def rows_of(tokenizer):
+    rows = []
+    for i, prompt in enumerate(PROMPTS):
+        asked = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = [*asked, *tokenizer("ok", add_special_tokens=False)["input_ids"], 2]
+        labels = [-100] * len(asked) + ids[len(asked) :]
+        rows.append({"row": f"rows.jsonl:{i + 1}", "input_ids": ids, "labels": labels})
+        rows[-1] |= {"prompt_tokens": len(asked), "scored_bytes": 2}
+    return rows
+
+
+def test_metrics_follow_their_definitions():
+    rows = [{"input_ids": [1, 2], "labels": [-100, 2], "scored_bytes": b} for b in (3, 5)]
+    base, better = Scores([4.0, 8.0], [2, 4]), Scores([1.0, 2.0], [2, 4])
+    metrics = set_metrics("group_", rows, base, better)
+    assert metrics["group_base_perplexity"] == pytest.approx(math.exp(2.0))
+    assert metrics["group_tuned_perplexity"] == pytest.approx(math.exp(0.5))
+    assert metrics["group_base_bits_per_byte"] == pytest.approx(12 / math.log(2) / 8)
+    assert metrics["group_eval_tokens"] == 6
+    assert metrics["group_eval_set_sha256"] == set_sha256(rows)
+
+
+def test_the_interval_holds_the_perplexity_and_repeats():
+    scores = Scores([float(i % 7) for i in range(60)], [3] * 60)
+    low, high = interval(scores)
+    assert low < scores.perplexity < high
+    assert interval(scores) == (low, high)
+
+
+def test_padding_on_the_left_does_not_change_an_answer(tuned):
+    model, tokenizer = tuned
+    rows = rows_of(tokenizer)
+    together = answers(model, tokenizer, rows)
+    assert together == [answers(model, tokenizer, [row])[0] for row in rows]
+
+
+def test_samples_answer_the_same_prompts_by_base_and_tuned(tuned):
+    model, tokenizer = tuned
+    rows = rows_of(tokenizer)
+    promptless = rows[0] | {"prompt_tokens": 0}
+    found = samples(model, tokenizer, {"": [promptless, *rows], "group_": rows[1:]}, 3)
+    assert [s["prompt"] for s in found] == [PROMPTS[0], PROMPTS[1], PROMPTS[2]]
+    assert [s["set"] for s in found] == ["held-out row", "held-out group", "held-out group"]
+    assert all(s["reference"] == "ok" for s in found)
+    assert any(s["base"] != s["tuned"] for s in found)
+    assert samples(model, tokenizer, {"": rows}, 0) == []
