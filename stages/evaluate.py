@@ -22,6 +22,7 @@ if __name__ == "__main__":
 import torch
 from transformers import AutoTokenizer
 
+from stages.shared.adapter import check_adapter_sums
 from stages.shared.model import (
     GB,
     device_name,
@@ -126,8 +127,9 @@ def samples(model, tokenizer, sets: dict[str, list[dict]], count: int) -> list[d
 
 def main() -> None:
     params = load_params()
-    for folder, stage in ((PREPARED, "prepare"), (QUANTIZED, "quantize"), (ADAPTER, "train")):
+    for folder, stage in ((PREPARED, "prepare"), (QUANTIZED, "quantize")):
         check_sums(folder, stage)
+    check_adapter_sums(ADAPTER)
     sets = {prefix: read_rows(file) for prefix, file in held_out_sets().items()}
     device = pick_device()
     base = load_base(QUANTIZED, device)
