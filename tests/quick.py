@@ -4,6 +4,7 @@ Only third-party modules are there beforehand. The stage itself, and all of stag
 by the new process from its own folder, as `python -m stages.NAME` does.
 """
 
+import contextlib
 import ctypes
 import multiprocessing
 import multiprocessing.forkserver
@@ -63,7 +64,8 @@ class Stage:
         return self.process.exitcode
 
     def kill(self, number: int) -> None:
-        if self.process.is_alive():
+        """Send a signal; a process that has ended meanwhile does not mind."""
+        with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
 
     def until(self, happened: Callable[[], bool]) -> bool:
@@ -95,9 +97,9 @@ def run(name: str, folder: Path, **options) -> Stage:
     return stage
 
 
-def changes(name: str, folder: Path) -> list[str]:
+def changes(name: str, folder: Path, **env: str) -> list[str]:
     """Run a stage to its end and list the changes of files that `kill_at` counts."""
-    run(name, folder, kill_at=-1)
+    run(name, folder, kill_at=-1, **env)
     return (folder / "changes.log").read_text().splitlines()
 
 
