@@ -9,7 +9,6 @@ Writes metrics/plan.json and models/plan.ok, the same bytes whenever training ma
 from pathlib import Path
 
 from stages.shared.params import Params, load_params
-from stages.shared.rows import PREPARED
 from stages.shared.stage import StageError, begin, check_sums, write_metrics, write_text
 
 if __name__ == "__main__":
@@ -19,6 +18,7 @@ import torch
 
 from stages.shared import vram
 from stages.shared.planning import Rows, cheapest_change, describe, read_rows
+from stages.shared.rows import PREPARED
 from stages.shared.shapes import read_model
 
 CONFIG = Path("models/tokenizer")

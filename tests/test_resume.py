@@ -278,14 +278,21 @@ def test_kill_between_the_adapter_and_its_metrics(simple, undamaged):
     assert_finishes_alike(simple, undamaged)
 
 
+def waits_for(first: quick.Stage, second: quick.Stage) -> bool:
+    line = f"train: waits for process {first.process.pid}, which runs the same"
+    return second.log.exists() and line in second.said
+
+
 def test_second_run_waits_and_says_for_whom(simple, undamaged):
     first = quick.Stage("train", simple)
     assert first.until(lambda: first.catches(signal.SIGTERM))
+    first.kill(signal.SIGSTOP)
     first.log = first.log.rename(simple / "first.log")
     second = quick.Stage("train", simple)
+    assert second.until(lambda: waits_for(first, second))
+    first.kill(signal.SIGCONT)
     assert first.wait() == 0
     assert second.wait() == 0
-    assert f"train: waits for process {first.process.pid}, which runs the same" in second.said
     assert results(simple) == results(undamaged)
 
 
@@ -294,10 +301,12 @@ def test_same_training_in_another_copy_waits_too(simple, tmp_path):
     copy = untrained(simple, tmp_path / "copy")
     first = quick.Stage("train", simple)
     assert first.until(lambda: first.catches(signal.SIGTERM))
+    first.kill(signal.SIGSTOP)
     second = quick.Stage("train", copy, DVC_ROOT=str(simple))
+    assert second.until(lambda: waits_for(first, second))
+    first.kill(signal.SIGCONT)
     assert first.wait() == 0
     assert second.wait() == 0
-    assert f"train: waits for process {first.process.pid}, which runs the same" in second.said
     assert results(simple) == results(copy)
 
 
