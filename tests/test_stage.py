@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -423,6 +424,6 @@ def test_stage_whose_dvc_is_gone_does_not_begin(workspace):
             stderr=subprocess.STDOUT,
         )
         done.wait()
-    while not (said := (workspace / "orphan.log").read_text()):
-        pass
-    assert said.startswith("fetch_data: dvc ended before the stage began\n")
+    while "\n" not in (said := (workspace / "orphan.log").read_text()):
+        time.sleep(0.01)
+    assert said == "fetch_data: dvc ended before the stage began\n"
