@@ -177,7 +177,7 @@ def test_ids_are_unique_and_links_lead_somewhere(html):
     ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     links = [a["href"][1:] for t, a in tags if t == "a"]
-    assert len(links) == 11
+    assert len(links) == 12
     assert set(links) <= set(ids)
 
 

@@ -104,13 +104,14 @@ def sections(results: Results) -> list[Section]:
         _result(results),
         _what(results),
         _quality(results),
-        _samples(results),
         _training(results),
         _memory(results),
         _data(results),
+        _samples(results),
         _merge(results),
         _cost(results),
         _parameters(results),
+        _hashes(results),
         _versions(results),
     ]
 
@@ -151,7 +152,6 @@ def _sources(model: dict, data: dict) -> Table:
 
 def _what(results: Results) -> Section:
     lora, train = results.params["lora"], results.params["train"]
-    sources = {"Base model": results.model_source, "Data": results.data_source}
     settings = [
         ["Method", _method(results)],
         ["Training rows", number(results.prepared["splits"]["train"]["rows"])],
@@ -159,23 +159,8 @@ def _what(results: Results) -> Section:
         ["Update scale (alpha / r)", number(lora["alpha"] / lora["r"])],
         ["Effective batch", number(train["batch_size"] * train["gradient_accumulation"])],
     ]
-    hashes = [
-        [f"{kind}: {name}", Mono(digest)]
-        for kind, source in sources.items()
-        for name, digest in sorted(source["files"].items())
-    ]
-    hashes += [
-        [f"Scored tokens: {name}", Mono(results.eval[f"{prefix}eval_set_sha256"])]
-        for prefix, name in held_out_sets(results).items()
-    ]
-    return Section(
-        "What was trained on what",
-        [
-            _sources(results.model_source, results.data_source),
-            Table([], settings),
-            Table(["File as fetched, or set as scored", "SHA-256"], hashes),
-        ],
-    )
+    sources = _sources(results.model_source, results.data_source)
+    return Section("What was trained on what", [sources, Table([], settings)])
 
 
 def _method(results: Results) -> str:
@@ -351,6 +336,20 @@ def _parameters(results: Results) -> Section:
             shown = yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n")[0]
             rows.append([Mono(f"{section}.{key}" if key else section), shown])
     return Section("Every parameter", [Table(["Parameter", "Value"], rows)])
+
+
+def _hashes(results: Results) -> Section:
+    sources = {"Base model": results.model_source, "Data": results.data_source}
+    rows = [
+        [f"{kind}: {name}", Mono(digest)]
+        for kind, source in sources.items()
+        for name, digest in sorted(source["files"].items())
+    ]
+    rows += [
+        [f"Scored tokens: {name}", Mono(results.eval[f"{prefix}eval_set_sha256"])]
+        for prefix, name in held_out_sets(results).items()
+    ]
+    return Section("Hashes", [Table(["File as fetched, or set as scored", "SHA-256"], rows)])
 
 
 def _versions(results: Results) -> Section:
