@@ -4,13 +4,17 @@ An NF4 model is built from random 4-bit codes, so that a 70B shape never exists 
 training computes with it is as fast and as large as with the real one, and means nothing.
 """
 
+import importlib
+import json
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from bitsandbytes.functional import create_dynamic_map, get_4bit_type
 from bitsandbytes.nn import Linear4bit, Params4bit
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,8 +24,13 @@ from transformers import (
 )
 
 from stages.shared.model import set_compute_dtype
+from stages.shared.stage import sha256, write_sums
 
 SPREAD = 0.02
+# The modelling modules of transformers as they were before Liger put its own classes into them.
+_UNTOUCHED: dict[str, dict] = {}
+# Files of a 16-bit model are written and hashed side by side.
+SHARDS = 8
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ SHAPES = {
     "tiny-tied": Family("qwen2", 64, 128, 2, 4, 2, 260, True),
     "qwen2-1.5b": Family("qwen2", 1536, 8960, 28, 12, 2, 151936, True),
     "mistral-7b": Family("mistral", 4096, 14336, 32, 32, 8, 32000, False),
+    "llama-2-7b": Family("llama", 4096, 11008, 32, 32, 32, 32000, False),
     "llama-2-13b": Family("llama", 5120, 13824, 40, 40, 40, 32000, False),
     "llama-2-70b": Family("llama", 8192, 28672, 80, 64, 8, 32000, False),
 }
@@ -101,12 +111,16 @@ def build(
     attention: str | None = None,
     double_quant: bool = True,
 ) -> PreTrainedModel:
-    """A frozen base as `load_base` gives it: norms 1, the rest random, bf16 or NF4."""
+    """A frozen base as `load_base` gives it: norms 1, the rest random, bf16 or NF4.
+
+    Like the first model of a process: what Liger did to the modules of its family is undone, or a
+    second one would be built of Liger's MLPs, which the fused path does not know.
+    """
     config = config_of(name)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation=attention
-        )
+    family = f"transformers.models.{config.model_type}.modeling_{config.model_type}"
+    modules = vars(importlib.import_module(family))
+    modules.update(_UNTOUCHED.setdefault(family, dict(modules)))
+    model = _on_meta(config, attention)
     head = model.get_output_embeddings()
     for path, module in list(model.named_modules()):
         if quantized and type(module) is torch.nn.Linear and module is not head:
@@ -137,6 +151,54 @@ def build(
     set_compute_dtype(model, torch.bfloat16)
     model.config.use_cache = False
     return model.eval()
+
+
+def write_base(name: str, folder: Path, device: torch.device) -> int:
+    """Write a shape's random bf16 weights as fetch_model would; returns the parameters.
+
+    `folder` may hold a tokenizer already; its SHA256SUMS is written last, over every file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config_of(name)
+    config.architectures = [type(_on_meta(config)).__name__]
+    config.dtype = "bfloat16"
+    config.save_pretrained(folder)
+    source = {"source": "local", "id": name, "revision": None, "commit": None, "files": {}}
+    (folder / "source.json").write_text(json.dumps(source), encoding="utf-8")
+    parameters = list(_on_meta(config).named_parameters())
+    total = sum(parameter.numel() for _, parameter in parameters)
+    shards, size = [[] for _ in range(SHARDS)], 0
+    for key, parameter in parameters:
+        shards[size * SHARDS // total].append((key, parameter.shape))
+        size += parameter.numel()
+    shards = [shard for shard in shards if shard]
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+
+    def write(file: str, shard: list) -> tuple[str, str]:
+        tensors = {}
+        for key, dims in shard:
+            value = torch.empty(dims, dtype=torch.bfloat16, device=device)
+            value = value.fill_(1) if len(dims) == 1 else value.normal_(0, SPREAD)
+            tensors[key] = value.cpu()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        return file, sha256(folder / file)
+
+    with ThreadPoolExecutor(SHARDS) as pool:
+        sums = dict(pool.map(write, names, shards))
+    index = {
+        "metadata": {"total_size": 2 * total},
+        "weight_map": {key: n for n, shard in zip(names, shards, strict=True) for key, _ in shard},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    write_sums(folder, sums)
+    return total
+
+
+def _on_meta(config: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation=attention
+        )
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -1,0 +1,494 @@
+"""The recipes inside cards of 24, 16 and 12 GB, and a 70B shape inside 48 GB, on a larger GPU.
+
+    python -m benchmarks.cards --work DIR               # every part, on one NVIDIA GPU of 140 GB
+    python -m benchmarks.cards --work DIR 70b oom       # some of them
+
+Each process is held to a card's size: torch.cuda.set_per_process_memory_fraction gives its
+allocator what the card has (24e9 bytes for 24 GB), less the CUDA context (vram.CONTEXT, as it was
+measured) and less the managed memory of a paged optimizer, which the allocator does not count.
+
+    mistral-7b-guanaco, mistral-7b-fast, llama-2-7b
+            the recipe's own parameters and real stages at its 7B shape: random 16-bit weights and
+            rows, 20 steps, 16 held-out rows. The chains run side by side, so their seconds say
+            nothing. mistral-7b-guanaco also at 16 and 12 GB, where plan lets it start.
+    70b     a Llama of 80 layers, built as NF4, 5 steps of 2,048 tokens at 48 GB
+    load    seconds and host memory: from models/quantized, and quantizing while loading
+    oom     training with too little memory: what it says, its exit status, its outputs
+
+`load` and `oom` use what the recipe parts left in DIR. DIR takes 28 GB of weights, 8 GB of NF4 and
+14 GB for each merge; at most as many merges are there at a time as DIR has room for.
+Writes benchmarks/results/cards.json after every part.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import runpy
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results/cards.json"
+GB = 1e9
+# Recipe: its shape, and the cards that it is tried on.
+RECIPES = {
+    "mistral-7b-guanaco": ("mistral-7b", (24, 16, 12)),
+    "mistral-7b-fast": ("mistral-7b", (24,)),
+    "llama-2-7b": ("llama-2-7b", (24,)),
+}
+PARTS = [*RECIPES, "70b", "load", "oom"]
+STAGES = ("plan", "train", "evaluate", "merge", "verify")
+# 20 steps of 4 rows, or of 2 packs of 2,048 tokens; so many long rows that a step has only those.
+ROWS, LONG_ROWS, HELD_OUT_ROWS, SEED = 80, 24, 16, 7
+STEPS_70B = 5
+# The recipe of `load` and `oom`, and a card that holds its weights and not its first step.
+SEED_RECIPE = "mistral-7b-guanaco"
+OOM_GB = 8
+MERGED_BYTES = 15e9
+
+
+def random_rows(vocabulary: int, max_length: int) -> tuple[list[list[int]], list[list[int]]]:
+    """(training, held-out) rows of token ids, log-normal in length (benchmarks/speed.py)."""
+    draw = random.Random(SEED)
+
+    def row(long: bool) -> list[int]:
+        length = max_length if long else int(draw.lognormvariate(math.log(380), 0.75))
+        inner = max(16, min(max_length, length)) - 2
+        return [1, *draw.choices(range(3, vocabulary), k=inner), 2]
+
+    train = [row(i < LONG_ROWS) for i in range(ROWS)]
+    draw.shuffle(train)
+    return train, [row(i < 2) for i in range(HELD_OUT_ROWS)]
+
+
+def make_base(shape: str) -> None:
+    """Write the shape's 16-bit weights into models/base, as fetch_model leaves them."""
+    from benchmarks.random_models import SHAPES, write_base
+    from benchmarks.speed import make_tokenizer
+    from stages.shared.model import pick_device
+
+    started, base = time.monotonic(), Path("models/base")
+    make_tokenizer(base, SHAPES[shape].vocabulary)
+    parameters = write_base(shape, base, pick_device())
+    seconds = time.monotonic() - started
+    print(f"cards: {shape}: {parameters} parameters written in {seconds:.0f} s", flush=True)
+
+
+def copy_project(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(ROOT / "stages", folder / "stages", dirs_exist_ok=True)
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(ROOT / name, folder / name)
+
+
+def make_workspace(recipe: str, source: Path, folder: Path, card: float) -> None:
+    """A workspace of `recipe` in which plan can start, on the base and NF4 of workspace `source`.
+
+    plan's limit is the card's size, so that it decides whether training starts at all.
+    """
+    import pyarrow as pa
+    import yaml
+
+    from stages.shared.rows import SCHEMA
+    from stages.shared.stage import write_sums
+
+    shutil.rmtree(folder, ignore_errors=True)
+    copy_project(folder)
+    params = yaml.safe_load((ROOT / f"recipes/{recipe}.yaml").read_text(encoding="utf-8"))
+    params["plan"]["vram_limit_gb"] = card
+    params["train"]["report_to"] = "none"
+    (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    models, prepared = folder / "models", folder / "data/prepared"
+    (models / "tokenizer").mkdir(parents=True)
+    (prepared / "tokenizer").mkdir(parents=True)
+    for name in ("base", "quantized"):
+        (models / name).symlink_to((source / "models" / name).resolve())
+    names = ("tokenizer.json", "tokenizer_config.json", "config.json")
+    for name in names:
+        shutil.copy(source / "models/base" / name, models / "tokenizer" / name)
+    for name in names[:2]:
+        shutil.copy(source / "models/base" / name, prepared / "tokenizer" / name)
+    longest = params["prepare"]["max_length"]
+    config = json.loads((models / "tokenizer/config.json").read_text(encoding="utf-8"))
+    parts = random_rows(config["vocab_size"], longest)
+    for name, rows in zip(("train", "eval"), parts, strict=True):
+        columns = {"prompt_tokens": 1, "scored_bytes": 1}
+        table = pa.Table.from_pylist(
+            [
+                {"row": str(i), "input_ids": ids, "labels": ids} | columns
+                for i, ids in enumerate(rows)
+            ],
+            schema=SCHEMA,
+        )
+        with (
+            pa.OSFile(str(prepared / f"{name}.arrow"), "wb") as file,
+            pa.ipc.new_stream(file, SCHEMA) as writer,
+        ):
+            writer.write_table(table)
+    (prepared / "prepared.json").write_text(json.dumps({"max_length": longest}))
+    write_sums(models / "tokenizer")
+    write_sums(prepared)
+
+
+class Watch:
+    """What this process takes until `report`: peaks of its GPU allocator and of its host memory.
+
+    Host memory twice: all of it, mapped files included, and what no file stands behind.
+    """
+
+    def __init__(self):
+        self.anonymous, self.done = 0, threading.Event()
+        threading.Thread(target=self._sample, daemon=True).start()
+
+    def _sample(self) -> None:
+        while not self.done.wait(0.02):
+            self.anonymous = max(self.anonymous, status("RssAnon"))
+
+    def report(self) -> dict[str, float]:
+        self.done.set()
+        return {
+            "peak_ram_gb": status("VmHWM") / GB,
+            "peak_anonymous_ram_gb": max(self.anonymous, status("RssAnon")) / GB,
+        }
+
+
+def status(key: str) -> int:
+    """Bytes of one field of /proc/self/status (proc(5))."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.partition(f"{key}:")[2].split()[0]) * 1024
+
+
+class Peaks:
+    """The GPU allocator's peaks over the whole process, though a stage resets them on its way."""
+
+    def __init__(self, limit: float | None):
+        import torch
+
+        self.torch, self.allocated, self.reserved = torch, 0, 0
+        if not torch.cuda.is_available():
+            return
+        if limit:
+            total = torch.cuda.mem_get_info()[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+        reset = torch.cuda.reset_peak_memory_stats
+
+        def note_and_reset(*args):
+            self.note()
+            reset(*args)
+
+        torch.cuda.reset_peak_memory_stats = note_and_reset
+
+    def note(self) -> None:
+        cuda = self.torch.cuda
+        self.allocated = max(self.allocated, cuda.max_memory_allocated())
+        self.reserved = max(self.reserved, cuda.max_memory_reserved())
+
+    def report(self) -> dict[str, float]:
+        cuda = self.torch.cuda
+        if not cuda.is_initialized():
+            return {}
+        self.note()
+        free, total = cuda.mem_get_info()
+        return {
+            "allocated_gb": self.allocated / GB,
+            "reserved_gb": self.reserved / GB,
+            # All that the device holds besides this allocator: the context of this process and,
+            # when others run beside it, all of theirs.
+            "besides_gb": (total - free - cuda.memory_reserved()) / GB,
+        }
+
+
+def capped(stage: str, limit: float | None, report: str) -> None:
+    """Run a stage as `python -m` does, in the working directory, held to `limit` bytes."""
+    watch, peaks = Watch(), Peaks(limit)
+    try:
+        runpy.run_module(f"stages.{stage}", run_name="__main__", alter_sys=True)
+    finally:
+        Path(report).write_text(json.dumps(peaks.report() | watch.report()))
+
+
+def in_process(call: str, folder: Path, log: Path) -> int:
+    """Run a function of this file in a process of its own, in `folder`; its exit status."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", f"from benchmarks import cards; cards.{call}"]
+    with log.open("w") as out:
+        return subprocess.run(
+            command, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT
+        ).returncode
+
+
+def run_stage(folder: Path, stage: str, limit: float | None) -> dict:
+    """One stage, held to `limit` bytes: its exit status, its peaks and, failing, what it said."""
+    started = time.monotonic()
+    report, log = folder / f"{stage}.json", folder / f"{stage}.log"
+    report.unlink(missing_ok=True)
+    code = in_process(f"capped({stage!r}, {limit!r}, {report.name!r})", folder, log)
+    found = {"stage": stage, "exit": code, "seconds": round(time.monotonic() - started, 1)}
+    if report.exists():
+        found |= json.loads(report.read_text())
+    if code:
+        found["said"] = log.read_text(encoding="utf-8").strip().splitlines()[-3:]
+    return found
+
+
+def allocator_bytes(card: float, managed: float = 0.0) -> float:
+    """What the allocator of a process may reserve on a card of `card` GB."""
+    from stages.shared import vram
+
+    return card * GB - vram.CONTEXT - managed
+
+
+def chain(recipe: str, shape: str, source: Path, work: Path, card: int, merging) -> dict:
+    """The stages from plan to verify on a card of `card` GB, up to the first that fails."""
+    folder = work / f"{recipe}-{card}"
+    make_workspace(recipe, source, folder, card)
+    part = {"part": recipe, "card_gb": card, "shape": shape, "stages": []}
+
+    def run(stage: str) -> bool:
+        # plan uses no GPU, and only training has an optimizer.
+        managed = part["managed_gb"] * GB if stage == "train" else 0.0
+        limit = None if stage == "plan" else allocator_bytes(card, managed)
+        found = run_stage(folder, stage, limit)
+        if "reserved_gb" in found:
+            found["device_gb"] = found["reserved_gb"] + card - allocator_bytes(card, managed) / GB
+        part["stages"].append(found)
+        print(f"cards: {recipe} {card} GB: {found}", flush=True)
+        return found["exit"] == 0
+
+    if not run("plan"):
+        return part
+    part |= planned(folder)
+    if run("train"):
+        part |= json.loads((folder / "metrics/train.json").read_text())
+        if run("evaluate"):
+            with merging:
+                _ = run("merge") and run("verify")
+                shutil.rmtree(folder / "models/merged", ignore_errors=True)
+    return part
+
+
+def planned(folder: Path) -> dict:
+    """plan's figures, and the managed bytes of a paged optimizer among them."""
+    import yaml
+
+    plan = json.loads((folder / "metrics/plan.json").read_text(encoding="utf-8"))
+    train = yaml.safe_load((folder / "params.yaml").read_text(encoding="utf-8"))["train"]
+    paged = train["optimizer"].startswith("paged")
+    return {
+        "predicted_gb": plan["predicted_peak_vram_gb"],
+        "predicted_device_gb": plan["predicted_device_gb"],
+        "managed_gb": plan["optimizer_gb"] if paged else 0.0,
+    }
+
+
+def recipes(work: Path, names: list[str]) -> None:
+    """Every chain of the named recipes, side by side, as soon as its base is quantized."""
+    shapes = sorted({RECIPES[name][0] for name in names})
+    # Weights in 16 bit and NF4 come first.
+    room = shutil.disk_usage(work).free - len(shapes) * (MERGED_BYTES + 5e9)
+    merging = threading.Semaphore(max(1, int(room / MERGED_BYTES)))
+    keep = threading.Lock()
+
+    def of_shape(shape: str) -> None:
+        source = work / shape
+        if not (source / "models/base/SHA256SUMS").exists():
+            copy_project(source)
+            code = in_process(f"make_base({shape!r})", source, source / "base.log")
+            print((source / "base.log").read_text(encoding="utf-8"), flush=True)
+            if code:
+                return
+        if not (source / "models/quantized").exists():
+            found = run_stage(source, "quantize", allocator_bytes(24))
+            with keep:
+                save({"part": "quantize", "card_gb": 24, "shape": shape, "stages": [found]})
+            print(f"cards: {shape}: {found}", flush=True)
+        cards = [(name, c) for name in names if RECIPES[name][0] == shape for c in RECIPES[name][1]]
+        with ThreadPoolExecutor(len(cards)) as pool:
+            jobs = [
+                pool.submit(chain, name, shape, source, work, card, merging) for name, card in cards
+            ]
+            for job in jobs:
+                with keep:
+                    save(job.result())
+
+    with ThreadPoolExecutor(len(shapes)) as pool:
+        list(pool.map(of_shape, shapes))
+
+
+def seventy() -> None:
+    """Train the 70B shape on what a card of 48 GB has, and print the part."""
+    import torch
+    from datasets import disable_caching
+
+    from benchmarks.vram import Meter, Point, predicted, prepare, random_rows
+
+    disable_caching()
+    started = time.monotonic()
+    limit = allocator_bytes(48)
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
+    point = Point("llama-2-70b", "qlora", 16, 2048)
+    meter = Meter()
+    meter.start()
+    trainer, fast = prepare(point, torch.device("cuda", 0), random_rows(point, STEPS_70B))
+    print(json.dumps(facts_of(trainer)), flush=True)
+    trainer.train()
+    found = vars(point) | {"fast": vars(fast)} | meter.stop(trainer)
+    guess = predicted(found)
+    seconds = time.monotonic() - started
+    part = {"part": "70b", "card_gb": 48, "seconds": round(seconds, 1), **facts_of(trainer)}
+    part |= {"steps": trainer.state.global_step, "cap_gb": limit / GB}
+    part |= {"predicted_gb": guess.peak / GB, "predicted_device_gb": guess.device / GB}
+    Path("70b.json").write_text(json.dumps(part | found))
+
+
+def facts_of(trainer) -> dict:
+    """That the model is as large as it says: parameters of the base, and that none are shared."""
+    from bitsandbytes.nn import Params4bit
+
+    count, places = 0, []
+    for name, parameter in trainer.model.named_parameters():
+        places.append(parameter.data_ptr())
+        if ".lora_" not in name:
+            packed = isinstance(parameter, Params4bit)
+            count += math.prod(parameter.quant_state.shape) if packed else parameter.numel()
+    return {"parameters": count, "shared_tensors": len(places) - len(set(places))}
+
+
+def load_quantized(report: str) -> None:
+    """Load models/quantized as train does."""
+    from stages.shared.model import load_base, pick_device
+
+    measure_loading(report, lambda: load_base(Path("models/quantized"), pick_device()))
+
+
+def load_and_quantize(report: str) -> None:
+    """Load models/base as people do without a quantize stage."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from stages.quantize import quantization_config
+    from stages.shared.model import pick_device
+
+    measure_loading(
+        report,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            "models/base",
+            quantization_config=quantization_config(True),
+            dtype=torch.bfloat16,
+            device_map={"": pick_device()},
+        ),
+    )
+
+
+def measure_loading(report: str, load) -> None:
+    """Seconds and peaks of `load`, imports and the CUDA context not counted in the seconds."""
+    import torch
+
+    watch, peaks = Watch(), Peaks(None)
+    if torch.cuda.is_available():
+        torch.zeros(1, device="cuda")
+    before = status("RssAnon") / GB
+    started = time.monotonic()
+    model = load()
+    seconds = time.monotonic() - started
+    held = sum(p.nbytes for p in model.parameters()) / GB
+    found = {"seconds": seconds, "ram_before_gb": before, "weights_gb": held}
+    Path(report).write_text(json.dumps(found | peaks.report() | watch.report()))
+
+
+def loads(work: Path) -> None:
+    """The two ways to a quantized base at 7B, each in a process of its own."""
+    folder = work / RECIPES[SEED_RECIPE][0]
+    for call in ("load_quantized", "load_and_quantize"):
+        report, log = folder / f"{call}.json", folder / f"{call}.log"
+        code = in_process(f"{call}({report.name!r})", folder, log)
+        part = {"part": "load", "how": call.replace("_", " "), "card_gb": None, "exit": code}
+        if code:
+            part["said"] = log.read_text(encoding="utf-8").strip().splitlines()[-3:]
+        else:
+            part |= json.loads(report.read_text())
+        save(part)
+
+
+def out_of_memory(work: Path) -> None:
+    """Train where it cannot fit: the outputs of the earlier run must stay as they are."""
+    folder = work / f"{SEED_RECIPE}-{RECIPES[SEED_RECIPE][1][0]}"
+
+    def outputs() -> dict[str, bytes]:
+        files = [*(folder / "models/adapter").rglob("*"), *(folder / "metrics").glob("*")]
+        return {str(file): file.read_bytes() for file in files if file.is_file()}
+
+    before = outputs()
+    managed = planned(folder)["managed_gb"] * GB
+    found = run_stage(folder, "train", allocator_bytes(OOM_GB, managed))
+    lines = (folder / "train.log").read_text(encoding="utf-8").splitlines()
+    part = {"part": "oom", "card_gb": OOM_GB, "stages": [found], "output": lines}
+    save(part | {"outputs": len(before), "outputs_untouched": outputs() == before})
+    print("\n".join(lines), flush=True)
+
+
+def save(part: dict) -> None:
+    """Put `part` into RESULTS in the place of an earlier one of its kind."""
+    from benchmarks.speed import versions
+
+    def kind(entry: dict) -> tuple:
+        return tuple(entry.get(key) for key in ("part", "card_gb", "shape", "how"))
+
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"parts": []}
+    parts = [other for other in results["parts"] if kind(other) != kind(part)]
+    results = {
+        "device": device(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": versions(),
+        "parts": [*parts, part],
+    }
+    partial = RESULTS.with_suffix(".partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    partial.replace(RESULTS)
+
+
+def device() -> str:
+    """The GPU's name, without a CUDA context in this process, which would take memory from it."""
+    if not shutil.which("nvidia-smi"):
+        return "CPU"
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.splitlines()[0]
+
+
+def run(work: Path, parts: list[str]) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    if names := [name for name in RECIPES if name in parts]:
+        recipes(work, names)
+    if "70b" in parts:
+        report = work / "70b.json"
+        code = in_process("seventy()", work, work / "70b.log")
+        said = (work / "70b.log").read_text(encoding="utf-8").strip().splitlines()
+        print("\n".join(said[-3:]), flush=True)
+        failed = {"part": "70b", "card_gb": 48, "exit": code, "said": said[-3:]}
+        save(failed if code else json.loads(report.read_text()) | {"exit": 0})
+    if "load" in parts:
+        loads(work)
+    if "oom" in parts:
+        out_of_memory(work)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"no part is called {min(unknown)}; there are {', '.join(PARTS)}")
+    run(options.work.resolve(), options.parts or PARTS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The benchmark of cards, on a tiny shape: its workspaces run through every stage."""
+
+import json
+import math
+
+import pytest
+from quick import run
+from safetensors.torch import load_file
+
+from benchmarks import cards, random_models
+from benchmarks.random_models import SHAPES, build, config_of, write_base
+from stages.shared.shapes import shape_of
+
+
+@pytest.mark.parametrize("recipe", ["mistral-7b-guanaco", "mistral-7b-fast"])
+def test_a_recipe_runs_its_stages_in_twenty_steps(tmp_path, monkeypatch, recipe):
+    source, folder = tmp_path / "tiny", tmp_path / recipe
+    cards.copy_project(source)
+    monkeypatch.chdir(source)
+    cards.make_base("tiny")
+    run("quantize", source)
+    cards.make_workspace(recipe, source, folder, 24)
+    for stage in cards.STAGES:
+        run(stage, folder)
+    assert json.loads((folder / "metrics/train.json").read_text())["steps"] == 20
+    managed = cards.planned(folder)["managed_gb"]
+    assert (managed > 0) == (recipe == "mistral-7b-guanaco")
+
+
+def test_the_written_weights_are_those_of_the_shape(tmp_path):
+    count = write_base("tiny", tmp_path, random_models.torch.device("cpu"))
+    assert count == shape_of(config_of("tiny")).parameters
+    names = {}
+    for file in tmp_path.glob("*.safetensors"):
+        names |= dict.fromkeys(load_file(file), file.name)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert names == index["weight_map"]
+    assert len(set(names.values())) > 1
+
+
+def test_a_second_model_is_built_as_the_first_was():
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    kinds = []
+    for _ in range(2):
+        model = build("tiny", True, random_models.torch.device("cpu"))
+        kinds.append(sorted({type(module).__name__ for module in model.modules()}))
+        _apply_liger_kernel_to_instance(model=model, swiglu=True, rms_norm=True, rope=True)
+    assert kinds[0] == kinds[1]
+
+
+def test_every_step_has_rows_of_full_length():
+    train, held_out = cards.random_rows(SHAPES["mistral-7b"].vocabulary, 2048)
+    assert (len(train), len(held_out)) == (cards.ROWS, cards.HELD_OUT_ROWS)
+    assert sum(len(row) == 2048 for row in train) >= cards.LONG_ROWS
+    assert math.ceil(len(train) / 4) == 20
