@@ -184,7 +184,7 @@ def test_ids_are_unique_and_links_lead_somewhere(html):
 def test_what_models_wrote_is_shown_as_it_is(html):
     texts = Page(html).texts
     assert texts.count(SHOWN_HOSTILE) == 4
-    assert texts[-1] == f"user: list VMs\n{SHOWN_HOSTILE}"
+    assert f"user: list VMs\n{SHOWN_HOSTILE}" in texts
     assert "\u202e" not in html
 
 
@@ -200,7 +200,7 @@ def test_what_models_wrote_is_shown_as_it_is(html):
 def test_answers_are_shown_at_a_bearable_length(exported, monkeypatch, answer, shown):
     sample = dict.fromkeys(("row", "set", "prompt", "reference", "base"), "x") | {"tuned": answer}
     html = page.to_html("t", report.sections(results(exported, monkeypatch, samples=[sample])))
-    assert Page(html).texts[3] == shown
+    assert Page(html).texts[-1] == shown
 
 
 def test_the_learned_part_is_marked(html):
