@@ -1,40 +1,77 @@
-"""Full fine-tuning, 16-bit LoRA and QLoRA on the same rows at 7B shape: the table that circulates.
+"""What each method and each strategy costs and saves, measured at 7B shape on the same rows.
 
-    python -m benchmarks.methods measure     # on one NVIDIA GPU of 140 GB
-    python -m benchmarks.methods report      # anywhere: the table and the picture
+    python -m benchmarks.methods measure [PART ...]   # on one NVIDIA GPU of 140 GB
+    python -m benchmarks.methods measure perplexity --default DIR
+    python -m benchmarks.methods report               # anywhere: the tables and the picture
 
-Mistral-7B's shape with random weights: memory and time are real, perplexity would mean nothing.
-1,000 rows, log-normal in length like guanaco's (benchmarks/speed.py), four a step, checkpointing
-on. Peaks are those of a run over the longest rows; the time of an epoch is that of its tokens at
-the rate of STEPS steps over rows drawn at random. Also what each form of the weights takes right
-after loading, in bits for each parameter that quantization changes.
-Writes benchmarks/results/methods.json, methods.md and methods.svg.
+    loading     what each form of the weights takes right after loading, in bits a parameter
+    methods     full fine-tuning, 16-bit LoRA and QLoRA: the table that circulates
+    strategies  recipes/mistral-7b-fast.yaml, and the same with one strategy switched off
+    perplexity  the same strategies on the default's real model and rows: DIR is a project in which
+                fetch_model and prepare have run
+
+Mistral-7B's shape with random weights: memory and time are real, perplexity would mean nothing
+there. 1,000 rows, log-normal in length like guanaco's (benchmarks/speed.py), four a step in
+`methods`, checkpointing on; its longest rows are a step of their own, so that the peak is that of
+the whole epoch; an epoch takes what its tokens take at the rate measured. The paged optimizer is
+never given more than the GPU has free: paging can hang a GPU, so it was not provoked.
+Writes benchmarks/results/methods.json after every part, methods.md and methods.svg.
 """
 
 import argparse
 import json
+import tempfile
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+import yaml
 
-from benchmarks.random_models import build, config_of
+from benchmarks.random_models import build, config_of, scratch, tokenizer
 from benchmarks.speed import random_rows, row_lengths
 from benchmarks.vram import LIBRARIES, ROWS_A_STEP, Meter, Point, prepare, version
 from stages.shared import vram
+from stages.shared.params import PARAMS, Params
 from stages.shared.shapes import shape_of
 
 FOLDER = Path("benchmarks/results")
 RESULTS = FOLDER / "methods.json"
+PARTS = ("loading", "methods", "strategies", "perplexity")
 SHAPE = "mistral-7b"
 RANK = 64
 ROWS = 1000
-STEPS, WARM_STEPS = 40, 5
+STEPS, WARM_STEPS = 20, 5
 METHODS = {"full": "full fine-tuning, bf16", "lora": "LoRA, 16 bit", "qlora": "QLoRA, NF4"}
 # What is quoted from page to page, without a source: GB for 7B.
 QUOTED_GB = {"full": 56, "lora": 28, "qlora": 11}
 LOADED = {"bf16": (False, True), "nf4": (True, False), "nf4, double quantization": (True, True)}
+
+RECIPE = Path("recipes/mistral-7b-fast.yaml")
+EVERYTHING = "everything on"
+# Rows a step when they are not packed: as many tokens as the recipe's two packs have.
+UNPACKED = {"train": {"batching": "shuffle", "batch_size": 10}}
+PADDED = {"train": UNPACKED["train"] | {"attention": "sdpa"}}
+PEFT_ONLY = ("fused_lora", "liger", "offload")
+# Strategy: changed parameters, and parts of the fast path that are off.
+STRATEGIES: dict[str, tuple[dict, tuple[str, ...]]] = {
+    EVERYTHING: ({}, ()),
+    "16-bit base": ({"quantize": {"type": "none"}}, ()),
+    "no double quantization": ({"quantize": {"double_quant": False}}, ()),
+    "no gradient checkpointing": ({"train": {"gradient_checkpointing": False}}, ("offload",)),
+    "no fused LoRA": ({}, ("fused_lora",)),
+    "no Liger kernels": ({}, ("liger",)),
+    "no offloading": ({}, ("offload",)),
+    "rows not packed": (UNPACKED, ()),
+    "rows padded, SDPA attention": (PADDED, ()),
+    "PEFT alone, rows padded": (PADDED, PEFT_ONLY),
+    # Last: managed memory is given back at the end of the process only.
+    "paged AdamW": ({"train": {"optimizer": "paged_adamw_32bit"}}, ()),
+}
+STRATEGY_STEPS, STRATEGY_WARM, STRATEGY_ROWS = 8, 3, 120
+# Packs a step on the default's rows: as many tokens as 8 of its rows.
+DEFAULT_PACKS, DEFAULT_ROWS = 3, 8
 
 
 def dataset(rows: list[list[int]]):
@@ -43,44 +80,57 @@ def dataset(rows: list[list[int]]):
     return Dataset.from_dict({"input_ids": rows, "labels": rows})
 
 
-def timed_steps(trainer) -> float:
-    """Tokens a second of the trainer's steps after the first WARM_STEPS."""
+def timed_steps(trainer, steps: int, warm: int) -> dict[str, float]:
+    """Train `steps` steps; tokens a second and seconds a step after the first `warm`."""
     from transformers import TrainerCallback
 
-    marks = []
+    marks, batches, collate = [], [], trainer.data_collator
+
+    # Batches are made ahead of the steps that take them, so each is counted on its own.
+    def noting(examples):
+        batches.append(sum(len(example["input_ids"]) for example in examples))
+        return collate(examples)
 
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             torch.cuda.synchronize()
-            marks.append((time.monotonic(), trainer.tokens))
+            marks.append(time.monotonic())
+            control.should_training_stop = state.global_step >= steps
 
+    trainer.data_collator = noting
     trainer.add_callback(Clock())
     trainer.train()
-    (begun, before), (ended, after) = marks[WARM_STEPS - 1], marks[-1]
-    return (after - before) / (ended - begun)
+    seconds = marks[-1] - marks[warm - 1]
+    return {
+        "tokens_per_second": sum(batches[warm : len(marks)]) / seconds,
+        "seconds_per_step": seconds / (len(marks) - warm),
+    }
 
 
 def measure_method(method: str, meter: Meter, device: torch.device) -> dict:
-    """Peak and time of one method on the same rows."""
+    """Peak and time of one method on the same rows, the longest of all 1,000 among them."""
+    from torch.utils.data import SequentialSampler
+
     rows = random_rows(ROWS)
-    longest = sorted(rows, key=len)[-2 * ROWS_A_STEP :]
-    tokens = sum(map(len, longest[ROWS_A_STEP:]))
+    longest = sorted(rows, key=len)[-ROWS_A_STEP:]
+    chosen = rows[: (STEPS - 1) * ROWS_A_STEP] + longest
+    tokens = sum(map(len, longest))
     point = Point(SHAPE, method, RANK if method != "full" else 0, tokens)
     meter.start()
-    trainer, _ = prepare(point, device, dataset(longest[ROWS_A_STEP:] * 2))
-    trainer.train()
+    trainer, fast = prepare(point, device, dataset(chosen))
+    # In the order given, so that the longest rows are one step.
+    trainer._get_train_sampler = lambda *args: SequentialSampler(trainer.train_dataset)
+    rate = timed_steps(trainer, STEPS, WARM_STEPS)
     found = meter.stop(trainer)
-    del trainer
-    meter.start()
-    trainer, fast = prepare(point, device, dataset(rows[: STEPS * ROWS_A_STEP]))
-    rate = timed_steps(trainer)
-    del trainer
-    seconds = sum(row_lengths(ROWS)) / rate
-    print(f"methods: {method}: {found['measured_gb']:.2f} GB, {seconds:.0f} s an epoch ({fast})")
+    seconds = sum(row_lengths(ROWS)) / rate["tokens_per_second"]
+    print(
+        f"methods: {method}: {found['measured_gb']:.2f} GB, {seconds:.0f} s an epoch ({fast})",
+        flush=True,
+    )
     return found | {
         "method": method,
         "longest_step_tokens": tokens,
-        "tokens_per_second": rate,
+        "tokens_per_second": rate["tokens_per_second"],
         "seconds_per_epoch": seconds,
         "fast_path": str(fast),
         "quoted_gb": QUOTED_GB[method],
@@ -98,36 +148,149 @@ def measure_loading(name: str, meter: Meter, device: torch.device) -> dict:
     shape = shape_of(config_of(SHAPE))
     linear = sum(x.parameters for x in shape.linears)
     del model
+    bits = (loaded - 2 * shape.other_parameters) * 8 / linear
     return {
         "weights": name,
         "loaded_gb": loaded / vram.GB,
-        "bits_per_quantized_parameter": (loaded - 2 * shape.other_parameters) * 8 / linear,
+        "bits_per_quantized_parameter": bits,
+        "constants_bits": bits - 4 if quantized else 0.0,
         "bits_per_parameter": loaded * 8 / shape.parameters,
     }
 
 
-def measure() -> None:
+def with_changes(params: dict, changes: dict) -> Params:
+    return Params.model_validate(
+        {k: v | changes.get(k, {}) if isinstance(v, dict) else v for k, v in params.items()}
+    )
+
+
+def strategy_trainer(params: Params, off: tuple[str, ...], model, rows, tokens: tuple, text=None):
+    """The train stage's trainer with parts of its fast path off. `tokens`: pack's, step's."""
+    from stages.shared.trainer import build_trainer, choose_fast_path
+
+    fast = choose_fast_path(model, params.lora, params.train, tokens[1])
+    fast = replace(fast, **dict.fromkeys(off, False))
+    trainer = build_trainer(model, text or tokenizer(), rows, params, tokens[0], scratch(), fast)
+    return trainer, fast
+
+
+def measure_strategy(name: str, meter: Meter, device: torch.device) -> dict:
+    """Peak and rate of the recipe with one strategy switched off."""
+    from stages.shared.trainer import choose_attention
+
+    changes, off = STRATEGIES[name]
+    params = with_changes(yaml.safe_load(RECIPE.read_text(encoding="utf-8")), changes)
+    params = with_changes(params.model_dump(), {"train": {"report_to": "none"}})
+    quantize, width = params.quantize, params.prepare.max_length
+    meter.start()
+    attention = choose_attention(params.train, config_of(SHAPE), device)
+    nf4 = quantize.type == "nf4"
+    model = build(SHAPE, nf4, device, attention, quantize.double_quant)
+    rows = dataset(random_rows(ROWS)[:STRATEGY_ROWS])
+    # What the recipe decides by: its own two packs.
+    trainer, fast = strategy_trainer(params, off, model, rows, (width, 2 * width))
+    # Padded rows are five times the work of the tokens in them.
+    steps, warm = (STRATEGY_STEPS, STRATEGY_WARM) if fast.padding_free else (4, 1)
+    found = {"strategy": name} | timed_steps(trainer, steps, warm) | meter.stop(trainer)
+    found |= {"steps": steps, "fast_path": str(fast)}
+    found["tokens_per_step"] = found["tokens_per_second"] * found["seconds_per_step"]
+    print(
+        f"methods: {name}: {found['measured_gb']:.2f} GB, card {found['measured_device_gb']:.2f} "
+        f"GB, {found['tokens_per_second']:.0f} tokens/s, {found['seconds_per_step']:.3f} s a step",
+        flush=True,
+    )
+    return found
+
+
+def measure_perplexity(name: str, project: Path, device: torch.device) -> dict:
+    """Held-out perplexity of the default, trained with one strategy switched off.
+
+    Scored as evaluate does: the saved adapter on its base, by plain PEFT layers.
+    """
+    from datasets import Dataset
+    from transformers import AutoConfig, AutoTokenizer
+
+    from stages.quantize import quantize
+    from stages.shared.model import load_adapter, load_base
+    from stages.shared.rows import read_rows
+    from stages.shared.scoring import score
+    from stages.shared.trainer import choose_attention
+
+    changes, off = STRATEGIES[name]
+    default = yaml.safe_load((project / PARAMS).read_text(encoding="utf-8"))
+    on = {"gradient_checkpointing": True, "batching": "packing", "batch_size": DEFAULT_PACKS}
+    changed = on | changes.get("train", {})
+    if changed["batching"] != "packing":
+        changed["batch_size"] = DEFAULT_ROWS
+    params = with_changes(default, changes | {"train": changed})
+    base, prepared = project / "models/base", project / "data/prepared"
+    width = json.loads((prepared / "prepared.json").read_text(encoding="utf-8"))["max_length"]
+    rows = Dataset.from_file(str(prepared / "train.arrow")).select_columns(["input_ids", "labels"])
+    with tempfile.TemporaryDirectory() as folder:
+        source, adapter = base, Path(folder) / "adapter"
+        if params.quantize.type == "nf4":
+            source = Path(folder) / "nf4"
+            source.mkdir()
+            quantize(base, source, params.quantize.double_quant)
+        attention = choose_attention(params.train, AutoConfig.from_pretrained(source), device)
+        text = AutoTokenizer.from_pretrained(prepared / "tokenizer")
+        torch.manual_seed(params.seed)
+        model = load_base(source, device, attention)
+        tokens = params.train.batch_size * width
+        trainer, fast = strategy_trainer(params, off, model, rows, (width, tokens), text)
+        trainer.train()
+        trainer.model.save_pretrained(adapter, save_embedding_layers=False)
+        steps = trainer.state.global_step
+        del trainer, model
+        tuned = load_adapter(load_base(source, device), adapter)
+        found = score(tuned, read_rows(prepared / "eval.arrow")).perplexity
+    print(f"methods: {name}: perplexity {found:.4f} after {steps} steps ({fast})", flush=True)
+    return {"strategy": name, "perplexity": found, "steps": steps, "fast_path": str(fast)}
+
+
+def measure(parts: list[str], project: Path) -> None:
+    """Measure the parts and keep each result as soon as it is there."""
     from datasets import disable_caching
 
     disable_caching()
     device, meter = torch.device("cuda", 0), Meter()
-    results = {
-        "device": torch.cuda.get_device_name(),
+    measures = {
+        "loading": (LOADED, lambda name: measure_loading(name, meter, device)),
+        "methods": (("qlora", "lora", "full"), lambda name: measure_method(name, meter, device)),
+        "strategies": (STRATEGIES, lambda name: measure_strategy(name, meter, device)),
+        # Twice with everything on: how far two runs differ that should not.
+        "perplexity": (
+            [EVERYTHING, *STRATEGIES],
+            lambda name: measure_perplexity(name, project, device),
+        ),
+    }
+    for part in parts:
+        names, one = measures[part]
+        found = []
+        for name in names:
+            found.append(one(name))
+            keep(part, found)
+
+
+def keep(part: str, found: list[dict]) -> None:
+    """Put the results of one part into RESULTS."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    results |= {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {name: version(name) for name in LIBRARIES},
         "shape": SHAPE,
         "rank": RANK,
         "rows": ROWS,
         "tokens": sum(row_lengths(ROWS)),
-        "loading": [measure_loading(name, meter, device) for name in LOADED],
-        "methods": [measure_method(method, meter, device) for method in ("qlora", "lora", "full")],
+        part: found,
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def markdown(results: dict) -> str:
-    """The two tables."""
+    """A table of each part that was measured."""
     lines = [
         f"7B shape, {results['rows']} rows of {results['tokens']} tokens, {ROWS_A_STEP} a step, "
         f"rank {results['rank']}, on {results['device']}, {results['date']}.",
@@ -135,21 +298,46 @@ def markdown(results: dict) -> str:
         "| method | quoted | allocated | the card must have | fits (GB) | 1,000 rows |",
         "|---|--:|--:|--:|---|--:|",
     ]
-    for found in results["methods"]:
+    for found in results.get("methods", []):
         cards = ", ".join(map(str, found["cards_gb"])) or "none of 80 or less"
         lines.append(
             f"| {METHODS[found['method']]} | ~{found['quoted_gb']} GB | {found['measured_gb']:.1f} "
             f"GB | {found['measured_device_gb']:.1f} GB | {cards} "
             f"| {found['seconds_per_epoch']:.0f} s |"
         )
-    lines += ["", "| weights | after loading | bits a quantized parameter | bits a parameter |"]
-    lines.append("|---|--:|--:|--:|")
-    for found in results["loading"]:
+    lines += ["", "| weights | after loading | bits a parameter | of a quantized one | constants |"]
+    lines.append("|---|--:|--:|--:|--:|")
+    for found in results.get("loading", []):
         lines.append(
             f"| {found['weights']} | {found['loaded_gb']:.2f} GB "
-            f"| {found['bits_per_quantized_parameter']:.3f} | {found['bits_per_parameter']:.3f} |"
+            f"| {found['bits_per_parameter']:.3f} | {found['bits_per_quantized_parameter']:.3f} "
+            f"| {found['constants_bits']:.3f} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + strategies_table(results)) + "\n"
+
+
+def strategies_table(results: dict) -> list[str]:
+    """Memory, rate and perplexity of each strategy."""
+    if "strategies" not in results:
+        return []
+    perplexities: dict[str, list[str]] = {}
+    for found in results.get("perplexity", []):
+        perplexities.setdefault(found["strategy"], []).append(f"{found['perplexity']:.2f}")
+    lines = [
+        "",
+        "| strategy | allocated | of it managed | the card must have | tokens/s | s a step "
+        "| perplexity of the default |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for found in results["strategies"]:
+        name = found["strategy"]
+        lines.append(
+            f"| {name} | {found['measured_gb']:.2f} GB | {found['managed_gb']:.2f} GB "
+            f"| {found['measured_device_gb']:.2f} GB | {found['tokens_per_second']:.0f} "
+            f"| {found['seconds_per_step']:.3f} "
+            f"| {' and '.join(perplexities.get(name, ['not measured']))} |"
+        )
+    return lines
 
 
 def picture(results: dict) -> str:
@@ -191,8 +379,18 @@ def report() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("measure", "report"))
-    {"measure": measure, "report": report}[parser.parse_args().command]()
+    commands = parser.add_subparsers(dest="command", required=True)
+    measuring = commands.add_parser("measure")
+    measuring.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    measuring.add_argument("--default", type=Path, default=Path("."), help="its project folder")
+    commands.add_parser("report")
+    options = parser.parse_args()
+    if options.command == "report":
+        report()
+        return
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"no part is called {min(unknown)}; there are {', '.join(PARTS)}")
+    measure(options.parts or list(PARTS[:3]), options.default)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""The benchmark of methods and strategies, on a tiny shape without a GPU."""
+
+import pytest
+import torch
+from prepared import make_prepared_workspace
+
+from benchmarks import methods
+from benchmarks.speed import random_rows
+
+CPU = torch.device("cpu")
+
+
+class Meter:
+    """What benchmarks.vram.Meter gives, without a GPU."""
+
+    def start(self):
+        pass
+
+    def stop(self, trainer):
+        return {"measured_gb": 1.0, "measured_device_gb": 2.0, "managed_gb": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    def tiny_rows(count):
+        return [[token % 260 for token in row] for row in random_rows(count)]
+
+    monkeypatch.setattr(methods, "SHAPE", "tiny")
+    monkeypatch.setattr(methods, "random_rows", tiny_rows)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+@pytest.mark.parametrize("name", [methods.EVERYTHING, "16-bit base", "rows not packed"])
+def test_a_strategy_trains_its_steps(monkeypatch, name):
+    monkeypatch.setattr(methods, "STRATEGY_ROWS", 60)
+    found = methods.measure_strategy(name, Meter(), CPU)
+    # Without a GPU nothing is padding-free.
+    assert found["steps"] == 4
+    assert found["tokens_per_step"] > 0
+    if name != "rows not packed":
+        assert found["tokens_per_step"] == pytest.approx(2 * 2048, rel=0.2)
+
+
+def test_a_method_ends_with_the_longest_rows(monkeypatch):
+    monkeypatch.setattr(methods, "STEPS", 3)
+    monkeypatch.setattr(methods, "WARM_STEPS", 2)
+    found = methods.measure_method("lora", Meter(), CPU)
+    lengths = sorted(methods.row_lengths(methods.ROWS))
+    assert found["longest_step_tokens"] == sum(lengths[-4:])
+    assert found["seconds_per_epoch"] > 0
+
+
+@pytest.mark.parametrize("name", [methods.EVERYTHING, "16-bit base"])
+def test_perplexity_is_that_of_the_trained_adapter(tmp_path, name):
+    project = make_prepared_workspace(tmp_path)
+    found = methods.measure_perplexity(name, project, CPU)
+    assert found["steps"] > 1
+    assert 1 < found["perplexity"] < 260
+
+
+def test_tables_name_every_strategy(tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "RESULTS", tmp_path / "methods.json")
+    row = Meter().stop(None) | {"tokens_per_second": 5.0, "seconds_per_step": 0.1}
+    methods.keep("strategies", [row | {"strategy": name} for name in methods.STRATEGIES])
+    methods.keep("perplexity", [{"strategy": methods.EVERYTHING, "perplexity": 9.5}] * 2)
+    text = methods.markdown(methods.json.loads(methods.RESULTS.read_text()))
+    assert all(f"| {name} |" in text for name in methods.STRATEGIES)
+    assert "9.50 and 9.50" in text
