@@ -326,7 +326,8 @@ def fit() -> None:
     points = [p for p in load()["points"] if not p["held_out"]]
     if not points:
         raise SystemExit("vram: no fit points in benchmarks/results/plan.json; measure them first")
-    offloaded = [p for p in points if p["fast"]["offload"]]
+    # By trl; how much the pipeline's own offloading holds is known (stages/shared/offload.py).
+    offloaded = [p for p in points if p["fast"]["offload"] and not p["fast"]["fused_lora"]]
     gaps = {}
     for returned in (1, 2, 3, 4):
         vram.OFFLOAD_RETURNED = returned
@@ -341,8 +342,8 @@ def fit() -> None:
     )
     shares = []
     for p in points:
-        comes_and_goes = (guess[id(p)].reserve - vram.CONTEXT) / vram.FRAGMENTATION
-        shares.append((p["reserved_gb"] - p["allocated_gb"]) * vram.GB / comes_and_goes)
+        layer = (guess[id(p)].reserve - vram.CONTEXT) / vram.FRAGMENTATION
+        shares.append((p["reserved_gb"] - p["allocated_gb"]) * vram.GB / layer)
     print(f"OFFLOAD_RETURNED = {vram.OFFLOAD_RETURNED}")
     print(f"WORKSPACES = {workspaces / vram.GB:.3f}e9")
     print(

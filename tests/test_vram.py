@@ -122,6 +122,7 @@ def bytes_of_layer(model, layer, hidden):
         {"targets": ["q_proj", "v_proj"], "fused_lora": True},
         {"targets": ["gate_proj", "up_proj", "down_proj"]},
         {"rank": 64},
+        {"rank": 64, "fused_lora": True},
     ],
     ids=str,
 )

@@ -20,7 +20,7 @@ Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198), whose layer is anoth
                 k and v 4K, log-sum-exp 4 per head
     MLP         RMSNorm 2H or 4H, input 2H, gate and up 4I (6I without Liger), and their product 2I
                 unless the MLP is one operation (stages/shared/fused_lora.py)
-    adapters    PEFT's own layers keep x A^T, 2r each, and with dropout 3 bytes for each input
+    adapters    x A^T, 2r each, and in PEFT's own layers with dropout 3 bytes for each input
 
 (transformers modeling_llama.py, peft/tuners/lora/bnb.py, liger_kernel/ops; counted by
 tests/test_vram.py.) Checkpointing keeps the input of a layer, or of each half of it, 2H, and
@@ -41,8 +41,9 @@ CARDS_GB = (8, 12, 16, 24, 40, 48, 80)
 
 # CUDA context, cuBLAS workspaces and loaded kernels: on the card, unseen by the allocator.
 CONTEXT = 0.871e9
-# What the caching allocator reserves and cannot use, as a share of what comes and goes each step.
-FRAGMENTATION = 0.301
+# What the caching allocator reserves and cannot use, as a share of what one layer's backward pass
+# takes: that comes and goes in other sizes than it finds, while what is saved stacks up in order.
+FRAGMENTATION = 1.104
 # From this many bytes of layer inputs on, training keeps them in host memory
 # (stages/shared/trainer.py; a test holds the two together).
 OFFLOADED_BYTES = 1e9
@@ -57,6 +58,9 @@ PLAIN_LAYERS = {
 OFFLOAD_STASH = 5
 # Layer inputs that it has brought back and not yet let go, in the backward pass.
 OFFLOAD_RETURNED = 4
+# The same of layers checkpointed in two parts (stages/shared/offload.py): none wait on the GPU,
+# and in the backward pass there are the one at work and the one on its way back.
+PARTS_STASH, PARTS_RETURNED = 0, 2
 # cuBLAS workspaces, taken from the allocator by the forward and the backward thread.
 WORKSPACES = 0.080e9
 # Tiles of trl's fused head: tokens x vocabulary.
@@ -206,7 +210,12 @@ def mlp_saved(shape: Shape, run: Training) -> float:
     inputs = {2 * h: MLP_INPUTS, 2 * i: MLP_OUTPUT}
     gates = 4 * i if run.liger else 6 * i
     if one_operation_mlp(shape, run):
-        inputs, gates = {2 * h: MLP_INPUTS}, 4 * i
+        # x A^T of down_proj is made again, from the product.
+        return (
+            norm_saved(h, run)
+            + 4 * i
+            + projections_saved(shape, run, MLP_INPUTS, {2 * h: MLP_INPUTS})
+        )
     return norm_saved(h, run) + gates + projections_saved(shape, run, MLP, inputs)
 
 
@@ -229,10 +238,10 @@ def projections_saved(
     if run.method == "full":
         return sum(inputs)
     shared = sum(size for size, group in inputs.items() if adapts(shape, run, group))
-    if run.fused_lora:
-        return shared
     mine = [x for x in adapted(shape, run.targets) if x.name.rsplit(".", 1)[-1] in names]
     inner = 2 * run.rank * len(mine) / shape.layers
+    if run.fused_lora:
+        return inner + shared
     if run.dropout > 0:
         # Each adapter keeps a dropped copy of its own in bf16 and a mask of a byte an element.
         return inner + sum(3 * x.inputs for x in mine) / shape.layers
@@ -341,7 +350,10 @@ def moments(shape: Shape, run: Training) -> dict[str, tuple[float, float, float]
     at_head, last = kept * layers, kept * layers
     first = kept
     if run.offloading:
-        at_head, last = OFFLOAD_STASH * stream, OFFLOAD_RETURNED * stream
+        stash, returned = OFFLOAD_STASH, OFFLOAD_RETURNED
+        if two_parts(shape, run):
+            stash, returned = PARTS_STASH, PARTS_RETURNED
+        at_head, last = stash * stream, returned * stream
         first = last
     layer = one_layer(shape, run)
     if not run.checkpointing:
@@ -400,7 +412,7 @@ def predict(shape: Shape, run: Training) -> Prediction:
         activations=activations,
         logits=logits,
         workspaces=WORKSPACES,
-        reserve=CONTEXT + FRAGMENTATION * (gradients + activations + logits),
+        reserve=CONTEXT + FRAGMENTATION * one_layer(shape, run),
     )
 
 
