@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from stages.shared.params import load_params
-from stages.shared.stage import begin, check_sums, write_metrics, write_text
+from stages.shared.stage import StageError, begin, check_sums, write_metrics, write_text
 
 if __name__ == "__main__":
     begin("evaluate")
@@ -138,12 +138,26 @@ def main() -> None:
     counts = ", ".join(f"{len(rows)} {SET_TITLES[prefix]}" for prefix, rows in sets.items())
     print(f"evaluate: {counts}, base and tuned, on {device_name(device)}", flush=True)
     reset_peaks()
-    metrics, cost = evaluate(model, sets)
-    texts = samples(model, AutoTokenizer.from_pretrained(ADAPTER), sets, params.evaluate.samples)
+    try:
+        metrics, cost = evaluate(model, sets)
+        tokenizer = AutoTokenizer.from_pretrained(ADAPTER)
+        texts = samples(model, tokenizer, sets, params.evaluate.samples)
+    except torch.cuda.OutOfMemoryError:
+        raise out_of_memory(weights or 0.0) from None
     write_text(Path("metrics/samples.jsonl"), "".join(json.dumps(text) + "\n" for text in texts))
     write_metrics(Path("metrics/eval.json"), metrics)
     cost |= memory_metrics() | ({"weights_vram_gb": weights} if weights is not None else {})
     write_metrics(Path("metrics/eval_cost.json"), cost)
+
+
+def out_of_memory(weights: float) -> StageError:
+    """What was allocated when the GPU ran out, and what to change. `weights` in GB."""
+    rest = torch.cuda.max_memory_allocated() / GB - weights
+    return StageError(
+        f"out of GPU memory with {weights + rest:.2f} GB allocated (base model {weights:.2f}, "
+        f"adapter and scoring {rest:.2f}); see with nvidia-smi who else uses the GPU, lower "
+        "evaluate.samples, or use the CPU: CUDA_VISIBLE_DEVICES= dvc repro evaluate"
+    )
 
 
 def evaluate(model, sets: dict[str, list[dict]]) -> tuple[dict, dict]:

@@ -49,6 +49,7 @@ from stages.shared.model import (
     pick_device,
     reset_peaks,
 )
+from stages.shared.probe import Probe, out_of_memory
 from stages.shared.rows import PREPARED, read_rows
 from stages.shared.scoring import score
 from stages.shared.trainer import (
@@ -194,6 +195,7 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     rows = named.select_columns(["input_ids", "labels"])
     config = AutoConfig.from_pretrained(QUANTIZED)
     model = load_base(QUANTIZED, device, choose_attention(params.train, config, device))
+    base_bytes = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     longest = max(map(len, rows["input_ids"]))
     width = max_length if params.train.batching == "packing" else longest
     fast = choose_fast_path(model, params.lora, params.train, params.train.batch_size * width)
@@ -201,6 +203,9 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     trainer = build_trainer(model, tokenizer, rows, params, max_length, folder, fast)
     checkpoints = Checkpoints(folder)
     progress = Progress(trainer, read_rows(PREPARED / "eval.arrow"))
+    # First, so that its batch is none of those that the others count.
+    if device.type == "cuda":
+        trainer.add_callback(Probe(trainer))
     for callback in (checkpoints, progress, Faults(named)):
         trainer.add_callback(callback)
     trainable, total = trainer.model.get_nb_trainable_parameters()
@@ -212,7 +217,10 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     if resumed:
         print(f"train: goes on from {resumed.name}", flush=True)
     reset_peaks()
-    result = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    try:
+        result = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    except torch.cuda.OutOfMemoryError:
+        raise out_of_memory(trainer, base_bytes, params) from None
     checkpoints.raise_if_stopped()
     with whole_folder(ADAPTER) as out:
         write_adapter(trainer, out)

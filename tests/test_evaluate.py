@@ -1,10 +1,12 @@
 """The metrics of a held-out set, and answers to prompts of unlike length."""
 
 import math
+import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from quick import Stage
 from tiny import make_model, make_tokenizer
 
 from stages.evaluate import answers, interval, samples, set_metrics
@@ -79,3 +81,19 @@ def test_samples_answer_the_same_prompts_by_base_and_tuned(tuned):
     assert all(s["reference"] == "ok" for s in found)
     assert any(s["base"] != s["tuned"] for s in found)
     assert samples(model, tokenizer, {"": rows}, 0) == []
+
+
+def test_running_out_of_memory_is_one_line(finished, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(finished, project, symlinks=True)
+    before = {str(file): file.read_bytes() for file in (project / "metrics").iterdir()}
+    code = project / "stages/shared/scoring.py"
+    raising = "def score(*args, **kwargs):\n    raise torch.cuda.OutOfMemoryError('CUDA')\n"
+    code.write_text(code.read_text() + "\n\n" + raising)
+    stage = Stage("evaluate", project)
+    assert stage.wait() == 1
+    last = stage.said.splitlines()[-1]
+    assert last.startswith("evaluate: out of GPU memory with 0.00 GB allocated (base model 0.00")
+    assert "Traceback" not in stage.said
+    after = {str(file): file.read_bytes() for file in (project / "metrics").iterdir()}
+    assert after == before

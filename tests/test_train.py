@@ -5,15 +5,20 @@ import json
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from peft import PeftModel
 from prepared import make_prepared_workspace
-from quick import run
+from quick import Stage, run
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from stages.shared.model import load_base
+from stages.shared.params import Params
+from stages.shared.probe import Probe
 from stages.shared.rows import read_rows
 from stages.shared.scoring import score
 from stages.shared.stage import sha256
+from stages.shared.trainer import build_trainer, choose_fast_path
 
 CPU = torch.device("cpu")
 
@@ -113,3 +118,90 @@ def test_lora_on_the_16_bit_base(project):
     adapter = train(project)
     assert len(adapter) == 2 * 7 * 2
     assert all(tensor.any() for tensor in adapter.values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batching": "shuffle", "gradient_accumulation": 2, "gradient_checkpointing": False},
+        {"batching": "packing", "gradient_accumulation": 1, "gradient_checkpointing": True},
+    ],
+    ids=lambda changes: changes["batching"],
+)
+def test_a_probe_of_the_longest_batch_changes_no_byte(project, tmp_path, changes):
+    raw = yaml.safe_load((project / "params.yaml").read_text())
+    # With dropout a random state that is not put back shows in every gradient.
+    raw["lora"]["dropout"] = 0.1
+    raw["train"] |= changes | {"batch_size": 8}
+    params = Params.model_validate(raw)
+    stored = read_rows(project / "data/prepared/train.arrow")
+    rows = Dataset.from_dict({key: [r[key] for r in stored] for key in ("input_ids", "labels")})
+    tokenizer = AutoTokenizer.from_pretrained(project / "data/prepared/tokenizer")
+    adapters, tokens, tried = [], [], []
+    for probed in (False, True):
+        model = load_base(project / "models/quantized", CPU)
+        fast = choose_fast_path(model, params.lora, params.train, 8 * 160)
+        torch.manual_seed(0)
+        trainer = build_trainer(model, tokenizer, rows, params, 160, tmp_path, fast)
+        if probed:
+            collate = trainer.data_collator
+
+            def watching(examples, collate=collate):
+                tried.append([len(example["input_ids"]) for example in examples])
+                return collate(examples)
+
+            trainer.data_collator = watching
+            trainer.add_callback(Probe(trainer))
+        trainer.train()
+        tokens.append(trainer.tokens)
+        state = trainer.model.state_dict()
+        adapters.append({name: value for name, value in state.items() if "lora_" in name})
+    lengths = sorted(map(len, trainer.train_dataset["input_ids"]), reverse=True)
+    # What a data loader asks for may come ahead of what the probe asks for.
+    assert lengths[:8] in tried
+    assert tokens[0] == tokens[1]
+    assert adapters[0].keys() == adapters[1].keys()
+    for name, tensor in adapters[0].items():
+        assert torch.equal(tensor, adapters[1][name]), name
+
+
+def outputs(folder):
+    files = [*(folder / "models/adapter").rglob("*"), *(folder / "metrics").glob("*")]
+    return {str(file): file.read_bytes() for file in files}
+
+
+RUNS_OUT = """
+
+def _run_out(self, *args, **kwargs):
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+Trainer.training_step = _run_out
+"""
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "remedy"),
+    [(4, "lower train.batch_size (now 4)"), (1, "set train.gradient_checkpointing: true")],
+)
+def test_running_out_of_memory_is_one_line(project, batch_size, remedy):
+    train(project, train={"batch_size": batch_size, "gradient_checkpointing": False})
+    plan = {"predicted_peak_vram_gb": 7.25, "predicted_device_gb": 8.5}
+    (project / "metrics/plan.json").write_text(json.dumps(plan))
+    before = outputs(project)
+    code = project / "stages/shared/trainer.py"
+    text = code.read_text()
+    code.write_text(text + RUNS_OUT)
+    try:
+        stage = Stage("train", project)
+        assert stage.wait() == 1
+    finally:
+        code.write_text(text)
+        (project / "metrics/plan.json").unlink()
+        before.pop(str(project / "metrics/plan.json"))
+    lines = [line for line in stage.said.splitlines() if "out of GPU memory" in line]
+    assert lines == stage.said.splitlines()[-1:]
+    assert lines[0].startswith("train: out of GPU memory with 0.00 GB allocated (")
+    assert "plan had predicted 7.25 GB, and 8.50 GB for the card" in lines[0]
+    assert remedy in lines[0]
+    assert outputs(project) == before
