@@ -107,7 +107,6 @@ def make_prepared(root: Path, rows: int = 12) -> None:
     with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, SCHEMA) as stream:
         stream.write_table(pa.Table.from_pylist(content, SCHEMA))
     write_sums(root / "data/prepared")
-    write_sums(root / "data/prepared")
 
 
 def run(stage, root: Path, monkeypatch, **sections) -> None:

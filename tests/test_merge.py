@@ -67,7 +67,7 @@ def llama(sources, tmp_path):
 def test_equals_pefts_merge_in_memory(name, kind, dtype, sources, monkeypatch):
     # Small enough that every Linear of the tiny models comes in several blocks.
     monkeypatch.setattr(weights, "BLOCK_VALUES", 2000)
-    monkeypatch.setattr(weights, "MIN_ROWS", 16)
+    monkeypatch.setattr(weights, "UNIT_ROWS", 16)
     models = sources(name) / "models"
     run(merge, sources(name), monkeypatch, merge={"base": kind, "dtype": dtype})
     expected, found = in_memory(models, kind, DTYPES[dtype]), tensors(models / "merged")
@@ -278,7 +278,7 @@ def experts(content):
 NORM = "model.norm.weight"
 SPOILED = [
     ("quantized", scaled(NORM, 1e5), f"{NORM}: 64 values overflow float16 (largest"),
-    ("quantized", scaled(NORM, 1e-9), f"{NORM}: 64 of 64 values become zero in float16"),
+    ("quantized", scaled(NORM, -1e-9), f"{NORM}: 64 of 64 values become zero in float16"),
     ("quantized", part_infinite, f"{NORM}: NaN or infinite values in the base"),
     ("quantized", lambda t: t.pop(NORM), f"models/quantized lacks {NORM} of the base"),
     ("quantized", lambda t: t.update(more=torch.zeros(2)), "more has shape (2,) and in the base"),
@@ -294,6 +294,21 @@ def test_refuses_a_base_by_name(where, spoil, message, llama, monkeypatch):
     with pytest.raises(StageError, match=message.replace("(", r"\(").replace(")", r"\)")):
         run(merge, llama, monkeypatch)
     assert not list((llama / "models").glob("*merged*"))
+
+
+def test_counts_what_becomes_zero(llama, monkeypatch):
+    def change(content):
+        content["model.embed_tokens.weight"][7, :5] = -1e-9
+        content["model.embed_tokens.weight"][8] = 0
+
+    edit_tensors(llama / "models/quantized/model.safetensors", change)
+    write_sums(llama / "models/quantized")
+    run(merge, llama, monkeypatch)
+    record = json.loads((llama / "models/merged/merge.json").read_text())
+    assert record["flushed_to_zero"] == 5
+    run(merge, llama, monkeypatch, merge={"dtype": "bfloat16"})
+    record = json.loads((llama / "models/merged/merge.json").read_text())
+    assert record["flushed_to_zero"] == 0
 
 
 def test_bfloat16_holds_what_float16_cannot(llama, monkeypatch):

@@ -27,8 +27,9 @@ TYPES = {"F64": torch.float64, "F32": torch.float32} | {v: k for k, v in LETTERS
 # Values of one block: 1 MB in float32, which stays in the processor's cache. Blocks four times as
 # large took 30 % longer, most of it in page faults.
 BLOCK_VALUES = 2**18
-# With fewer rows a matrix product may take another kernel than the whole and round differently.
-MIN_ROWS = 64
+# With fewer rows a matrix product may take another kernel than the whole and round differently; and
+# NF4 has one scale for 64 values, which begin where a block of so many rows does.
+UNIT_ROWS = 64
 
 
 class Weights:
@@ -79,30 +80,50 @@ class Weights:
     def reader(self, name: str, device: torch.device) -> Callable[[slice], torch.Tensor]:
         """A function that reads rows of one tensor, from any thread; NF4 in bfloat16.
 
-        An NF4 weight is dequantized here, whole. Raises StageError when the tensor is not of a
-        floating type.
+        The slice is one of `row_blocks`. Raises StageError when the tensor is not of a floating
+        type.
         """
         if name in self.nf4:
-            return self._dequantized(name, device).__getitem__
+            return self._nf4_reader(name, device)
         if self.dtypes[name] not in TYPES:
             raise StageError(f"{self.files[name]}: {name} is {self.dtypes[name]}, not a float type")
-        dtype, shape, offset = TYPES[self.dtypes[name]], self.shapes[name], self._offsets[name]
+        dtype, shape = TYPES[self.dtypes[name]], self.shapes[name]
         row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
 
         def read(block: slice) -> torch.Tensor:
             part = torch.empty((block.stop - block.start, *shape[1:]) if shape else (), dtype=dtype)
-            with self.files[name].open("rb") as file:
-                file.seek(offset + block.start * row_bytes)
-                file.readinto(part.reshape(-1).view(torch.uint8).numpy())
-            return part.to(device)
+            return self._fill(part, name, block.start * row_bytes).to(device)
 
         return read
 
-    def _dequantized(self, name: str, device: torch.device) -> torch.Tensor:
+    def _nf4_reader(self, name: str, device: torch.device) -> Callable[[slice], torch.Tensor]:
         parts = [part for part in NF4_PARTS if f"{name}.{part}" in self.files]
-        state = {part: self.read(f"{name}.{part}") for part in parts}
-        quant_state = bnb.QuantState.from_dict(state, device)
-        return bnb.dequantize_4bit(self.read(name).to(device), quant_state)
+        whole = bnb.QuantState.from_dict({p: self.read(f"{name}.{p}") for p in parts}, device)
+        scales = whole.absmax
+        if whole.nested:
+            scales = bnb.dequantize_blockwise(scales, whole.state2) + whole.offset
+        columns, size = whole.shape[1], whole.blocksize
+
+        def read(block: slice) -> torch.Tensor:
+            first, last = block.start * columns, block.stop * columns
+            state = bnb.QuantState(
+                scales[first // size : -(-last // size)],
+                shape=(block.stop - block.start, columns),
+                blocksize=size,
+                quant_type=whole.quant_type,
+                dtype=whole.dtype,
+            )
+            packed = torch.empty(-(-last // 2) - first // 2, 1, dtype=torch.uint8)
+            return bnb.dequantize_4bit(self._fill(packed, name, first // 2).to(device), state)
+
+        return read
+
+    def _fill(self, part: torch.Tensor, name: str, start: int) -> torch.Tensor:
+        """Fill `part` with a tensor's bytes from `start` on."""
+        with self.files[name].open("rb") as file:
+            file.seek(self._offsets[name] + start)
+            file.readinto(part.reshape(-1).view(torch.uint8).numpy())
+        return part
 
 
 def _header(file: Path) -> dict[str, dict]:
@@ -123,15 +144,16 @@ def _header(file: Path) -> dict[str, dict]:
 
 
 def row_blocks(shape: tuple[int, ...], device: torch.device) -> list[slice]:
-    """Row blocks of equal size for a tensor of `shape`; on a GPU one, the whole.
+    """Row blocks of like size for a tensor of `shape`; on a GPU one, the whole.
 
     cuBLAS picks its kernel by the shape, so a block could differ from the whole product.
     """
     rows, values = shape[0] if shape else 1, torch.Size(shape).numel()
-    count = 1
+    units, count = rows // UNIT_ROWS, 1
     if device.type == "cpu":
-        count = max(1, min(-(-values // BLOCK_VALUES), rows // MIN_ROWS))
-    return [slice(a, b) for a, b in pairwise(rows * i // count for i in range(count + 1))]
+        count = max(1, min(-(-values // BLOCK_VALUES), units))
+    bounds = [UNIT_ROWS * (units * i // count) for i in range(count)]
+    return [slice(a, b) for a, b in pairwise([*bounds, rows])]
 
 
 def write_shard(
@@ -143,7 +165,7 @@ def write_shard(
     """Write one safetensors file, synced to disk, from the row blocks of its tensors in order.
 
     The format: https://github.com/huggingface/safetensors#format. Returns the file's SHA-256,
-    computed beside the writing.
+    computed beside the writing, as the disk is kept busy from the first block on.
     """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
@@ -157,15 +179,25 @@ def write_shard(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = len(text).to_bytes(8, "little") + text
-    digest = hashlib.sha256(start)
-    with file.open("wb") as out, ThreadPoolExecutor(1) as hasher:
+    digest = hashlib.sha256()
+    with (
+        file.open("wb") as out,
+        ThreadPoolExecutor(1) as hasher,
+        ThreadPoolExecutor(1) as syncer,
+    ):
         out.write(start)
-        hashed = hasher.submit(digest.update, b"")
+        hashed = hasher.submit(digest.update, start)
+        synced = syncer.submit(os.fdatasync, out.fileno())
         for values in blocks:
             data = values.reshape(-1).view(torch.uint8).numpy()
             hashed.result()
             hashed = hasher.submit(digest.update, data)
             out.write(data)
+            if synced.done():
+                synced.result()
+                synced = syncer.submit(os.fdatasync, out.fileno())
+        hashed.result()
+        synced.result()
         out.flush()
         os.fsync(out.fileno())
     return digest.hexdigest()
