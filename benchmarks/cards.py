@@ -15,9 +15,9 @@ measured) and less the managed memory of a paged optimizer, which the allocator 
     load    seconds and host memory: from models/quantized, and quantizing while loading
     oom     training with too little memory: what it says, its exit status, its outputs
 
-`load` and `oom` use what the recipe parts left in DIR. DIR takes 28 GB of weights, 8 GB of NF4 and
-14 GB for each merge; at most as many merges are there at a time as DIR has room for.
-Writes benchmarks/results/cards.json after every part.
+`load` and `oom` use what the recipe parts left behind. --weights, by default DIR too, takes 28 GB
+in 16 bit and 8 GB in NF4, DIR 15 GB for each merge; at most as many merges are there at a time as
+it has room for. Writes benchmarks/results/cards.json after every stage.
 """
 
 import argparse
@@ -53,6 +53,7 @@ STEPS_70B = 5
 SEED_RECIPE = "mistral-7b-guanaco"
 OOM_GB = 8
 MERGED_BYTES = 15e9
+_saving = threading.Lock()
 
 
 def random_rows(vocabulary: int, max_length: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -246,7 +247,7 @@ def allocator_bytes(card: float, managed: float = 0.0) -> float:
     return card * GB - vram.CONTEXT - managed
 
 
-def chain(recipe: str, shape: str, source: Path, work: Path, card: int, merging) -> dict:
+def chain(recipe: str, shape: str, source: Path, work: Path, card: int, merging) -> None:
     """The stages from plan to verify on a card of `card` GB, up to the first that fails."""
     folder = work / f"{recipe}-{card}"
     make_workspace(recipe, source, folder, card)
@@ -260,19 +261,20 @@ def chain(recipe: str, shape: str, source: Path, work: Path, card: int, merging)
         if "reserved_gb" in found:
             found["device_gb"] = found["reserved_gb"] + card - allocator_bytes(card, managed) / GB
         part["stages"].append(found)
+        save(part)
         print(f"cards: {recipe} {card} GB: {found}", flush=True)
         return found["exit"] == 0
 
     if not run("plan"):
-        return part
+        return
     part |= planned(folder)
     if run("train"):
         part |= json.loads((folder / "metrics/train.json").read_text())
+        part["tokens_per_step"] = part["tokens"] / part["steps"]
         if run("evaluate"):
             with merging:
                 _ = run("merge") and run("verify")
                 shutil.rmtree(folder / "models/merged", ignore_errors=True)
-    return part
 
 
 def planned(folder: Path) -> dict:
@@ -289,16 +291,16 @@ def planned(folder: Path) -> dict:
     }
 
 
-def recipes(work: Path, names: list[str]) -> None:
+def recipes(work: Path, weights: Path, names: list[str]) -> None:
     """Every chain of the named recipes, side by side, as soon as its base is quantized."""
     shapes = sorted({RECIPES[name][0] for name in names})
-    # Weights in 16 bit and NF4 come first.
-    room = shutil.disk_usage(work).free - len(shapes) * (MERGED_BYTES + 5e9)
+    room = shutil.disk_usage(work).free
+    if weights == work:
+        room -= len(shapes) * (MERGED_BYTES + 5e9)
     merging = threading.Semaphore(max(1, int(room / MERGED_BYTES)))
-    keep = threading.Lock()
 
     def of_shape(shape: str) -> None:
-        source = work / shape
+        source = weights / shape
         if not (source / "models/base/SHA256SUMS").exists():
             copy_project(source)
             code = in_process(f"make_base({shape!r})", source, source / "base.log")
@@ -307,17 +309,15 @@ def recipes(work: Path, names: list[str]) -> None:
                 return
         if not (source / "models/quantized").exists():
             found = run_stage(source, "quantize", allocator_bytes(24))
-            with keep:
-                save({"part": "quantize", "card_gb": 24, "shape": shape, "stages": [found]})
+            save({"part": "quantize", "card_gb": 24, "shape": shape, "stages": [found]})
             print(f"cards: {shape}: {found}", flush=True)
         cards = [(name, c) for name in names if RECIPES[name][0] == shape for c in RECIPES[name][1]]
         with ThreadPoolExecutor(len(cards)) as pool:
             jobs = [
                 pool.submit(chain, name, shape, source, work, card, merging) for name, card in cards
             ]
-            for job in jobs:
-                with keep:
-                    save(job.result())
+        for job in jobs:
+            job.result()
 
     with ThreadPoolExecutor(len(shapes)) as pool:
         list(pool.map(of_shape, shapes))
@@ -354,7 +354,7 @@ def facts_of(trainer) -> dict:
     from bitsandbytes.nn import Params4bit
 
     count, places = 0, []
-    for name, parameter in trainer.model.named_parameters():
+    for name, parameter in trainer.model.named_parameters(remove_duplicate=False):
         places.append(parameter.data_ptr())
         if ".lora_" not in name:
             packed = isinstance(parameter, Params4bit)
@@ -404,9 +404,9 @@ def measure_loading(report: str, load) -> None:
     Path(report).write_text(json.dumps(found | peaks.report() | watch.report()))
 
 
-def loads(work: Path) -> None:
+def loads(weights: Path) -> None:
     """The two ways to a quantized base at 7B, each in a process of its own."""
-    folder = work / RECIPES[SEED_RECIPE][0]
+    folder = weights / RECIPES[SEED_RECIPE][0]
     for call in ("load_quantized", "load_and_quantize"):
         report, log = folder / f"{call}.json", folder / f"{call}.log"
         code = in_process(f"{call}({report.name!r})", folder, log)
@@ -442,17 +442,18 @@ def save(part: dict) -> None:
     def kind(entry: dict) -> tuple:
         return tuple(entry.get(key) for key in ("part", "card_gb", "shape", "how"))
 
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"parts": []}
-    parts = [other for other in results["parts"] if kind(other) != kind(part)]
-    results = {
-        "device": device(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "versions": versions(),
-        "parts": [*parts, part],
-    }
-    partial = RESULTS.with_suffix(".partial")
-    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    partial.replace(RESULTS)
+    with _saving:
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"parts": []}
+        parts = [other for other in results["parts"] if kind(other) != kind(part)]
+        results = {
+            "device": device(),
+            "date": datetime.now(UTC).date().isoformat(),
+            "versions": versions(),
+            "parts": [*parts, part],
+        }
+        partial = RESULTS.with_suffix(".partial")
+        partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        partial.replace(RESULTS)
 
 
 def device() -> str:
@@ -463,10 +464,10 @@ def device() -> str:
     return subprocess.run(query, capture_output=True, text=True).stdout.splitlines()[0]
 
 
-def run(work: Path, parts: list[str]) -> None:
+def run(work: Path, weights: Path, parts: list[str]) -> None:
     work.mkdir(parents=True, exist_ok=True)
     if names := [name for name in RECIPES if name in parts]:
-        recipes(work, names)
+        recipes(work, weights, names)
     if "70b" in parts:
         report = work / "70b.json"
         code = in_process("seventy()", work, work / "70b.log")
@@ -475,7 +476,7 @@ def run(work: Path, parts: list[str]) -> None:
         failed = {"part": "70b", "card_gb": 48, "exit": code, "said": said[-3:]}
         save(failed if code else json.loads(report.read_text()) | {"exit": 0})
     if "load" in parts:
-        loads(work)
+        loads(weights)
     if "oom" in parts:
         out_of_memory(work)
 
@@ -483,11 +484,13 @@ def run(work: Path, parts: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, metavar="DIR")
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no part is called {min(unknown)}; there are {', '.join(PARTS)}")
-    run(options.work.resolve(), options.parts or PARTS)
+    weights = options.weights or options.work
+    run(options.work.resolve(), weights.resolve(), options.parts or PARTS)
 
 
 if __name__ == "__main__":
