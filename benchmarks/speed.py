@@ -16,6 +16,7 @@ compilation included; the peak is the allocator's plus the bytes of managed memo
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -332,6 +333,9 @@ def profile(work: Path, side: str, steps: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained("data/prepared/tokenizer")
 
     class Window(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.marks = [time.monotonic()]
+
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == steps - 2:
                 torch.cuda.synchronize()
@@ -342,14 +346,17 @@ def profile(work: Path, side: str, steps: int) -> None:
                 self.started = time.monotonic()
 
         def on_step_end(self, args, state, control, **kwargs):
+            torch.cuda.synchronize()
+            self.marks.append(time.monotonic())
             if state.global_step == steps:
-                torch.cuda.synchronize()
                 wall = time.monotonic() - self.started
                 self.profiler.__exit__(None, None, None)
                 events = self.profiler.key_averages()
                 busy = sum(e.self_device_time_total for e in events) / 1e6
+                seconds = [f"{b - a:.3f}" for a, b in itertools.pairwise(self.marks)]
+                print(f"profile: seconds of each step: {', '.join(seconds)}")
                 print(f"profile: two steps in {wall:.3f} s, GPU busy {busy:.3f} s; {fast}")
-                for event in sorted(events, key=lambda e: -e.self_device_time_total)[:28]:
+                for event in sorted(events, key=lambda e: -e.self_device_time_total)[:36]:
                     ms = event.self_device_time_total / 1e3
                     print(f"  {ms:8.1f} ms {event.count:6d}  {event.key[:100]}")
                 control.should_training_stop = True

@@ -8,6 +8,7 @@ from stages.quantize import quantize
 from stages.shared import fused_lora
 from stages.shared.fused_lora import fuse_lora
 from stages.shared.model import load_base
+from stages.shared.trainer import remember_parameters
 from tests.tiny import make_model
 
 CPU = torch.device("cpu")
@@ -65,13 +66,28 @@ def test_fused_lora_has_the_loss_and_gradients_of_peft(quantized, arch, checkpoi
 def test_a_second_pass_skips_the_products_that_end_a_part(quantized, monkeypatch):
     model = adapted(quantized["llama"])
     fuse_lora(model, liger=False, checkpointing=True)
-    calls = []
-    forward = fused_lora._Product.forward
+    read = []
+    weight = fused_lora._Products.weight
     monkeypatch.setattr(
-        fused_lora._Product,
-        "forward",
-        lambda self, x: calls.append(self.base.out_features) or forward(self, x),
+        fused_lora._Products, "weight", lambda self, *args: read.append(1) or weight(self, *args)
     )
     loss_and_gradients(model)
-    # Seven products a layer in the forward pass; q, k, v, gate and up in the second one.
-    assert len(calls) == 2 * (7 + 5)
+    # Seven products a layer in the forward pass; q, k, v, gate and up in the second; seven back.
+    assert len(read) == 2 * (7 + 5 + 7)
+
+
+def test_a_model_that_remembers_its_parameters_behaves_as_before():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Dropout()))
+    expected = list(model.parameters())
+    # As the base under a new adapter: the outermost module alone says that it trains.
+    model[1].eval()
+    remember_parameters(model)
+    for _ in range(2):
+        assert all(module.training for module in model.modules())
+        assert not any(module.training for module in model.eval().modules())
+        model.train()
+    assert all(a is b for a, b in zip(model.parameters(), expected, strict=True))
+    model(torch.ones(1, 2)).sum().backward()
+    assert all(p.grad is not None for p in expected)
+    model.zero_grad()
+    assert all(p.grad is None for p in expected)

@@ -2,18 +2,20 @@
 
 For y = x W^T + s (x A^T) B^T, with a frozen W (4-bit or 16-bit) and trained A [r, in], B [out, r]:
 
-- the adapter's part is added by the matrix product itself (addmm), where PEFT writes it out,
-  scales it and adds it in three passes over [tokens, out];
-- x is all that is kept for the backward pass (s x A^T is cheap to make again);
+- the base's product is added to the adapter's by the matrix product itself (addmm), where PEFT
+  writes it out, scales it and adds it in three passes over [tokens, out];
+- layers that read the same x (q, k, v; gate, up) share one product with their stacked A;
+- x and the narrow x A^T are all that is kept for the backward pass;
 - a whole SwiGLU MLP is one operation;
-- gradient checkpointing keeps the inputs of attention and of the MLP, so that a layer's second
-  pass computes neither the output nor the down projection: nothing differentiates through them.
+- gradient checkpointing keeps the inputs of attention and of the MLP, on the GPU or on the host,
+  so that a layer's second pass computes neither the output nor the down projection: nothing
+  differentiates through them.
 
 The gradients are those of PEFT's own layers up to roundings (tests/test_fast_path.py).
 """
 
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections import deque
+from contextlib import contextmanager
 from types import MethodType
 
 import torch
@@ -21,8 +23,10 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Params4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch.utils.checkpoint import checkpoint
 
+from stages.shared.offload import HostStash
+
+ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 MLP_PARTS = ("gate", "up", "down")
 # Layers that are residual attention, then a residual MLP, each after its norm, and nothing more.
 PLAIN_LAYERS = {f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
@@ -31,6 +35,7 @@ _recomputing = False
 
 @contextmanager
 def _second_pass():
+    """The products within run again: a checkpointed part is computed for its backward pass."""
     global _recomputing
     _recomputing = True
     try:
@@ -39,97 +44,117 @@ def _second_pass():
         _recomputing = False
 
 
-def _contexts():
-    """The `context_fn` of torch.utils.checkpoint: tells the products that they run again."""
-    return nullcontext(), _second_pass()
+class _Products:
+    """LoRA linear layers that read the same input: their frozen weights, adapters and products."""
 
+    def __init__(self, layers: list[LoraLayer], ends_part: bool = False):
+        self.bases = [layer.get_base_layer() for layer in layers]
+        self.a = [layer.lora_A["default"].weight for layer in layers]
+        self.b = [layer.lora_B["default"].weight for layer in layers]
+        self.scales = [layer.scaling["default"] for layer in layers]
+        self.ranks = [len(a) for a in self.a]
+        # Whether the result is the last thing that a checkpointed part computes.
+        self.ends_part = ends_part
 
-# Without dropout there is no random state to keep.
-_checkpoint = partial(
-    checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts
-)
+    @property
+    def adapters(self) -> list[torch.Tensor]:
+        return [*self.a, *self.b]
 
-
-class _Product:
-    """One LoRA linear layer: its frozen weight and adapter, and the products with them."""
-
-    def __init__(self, layer: LoraLayer):
-        self.base = layer.get_base_layer()
-        self.a = layer.lora_A["default"].weight
-        self.b = layer.lora_B["default"].weight
-        self.scale = layer.scaling["default"]
-        # Whether its result is the last thing that a checkpointed part computes.
-        self.ends_part = False
-
-    def weight(self, dtype: torch.dtype) -> torch.Tensor:
-        weight = self.base.weight
+    def weight(self, i: int, dtype: torch.dtype) -> torch.Tensor:
+        weight = self.bases[i].weight
         if isinstance(weight, Params4bit):
             weight = dequantize_4bit(weight.data, weight.quant_state)
         return weight.to(dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """y [tokens, out] of x [tokens, in]."""
+    def stacked_a(self, dtype: torch.dtype) -> torch.Tensor:
+        """[sum of ranks, in]"""
+        return self.a[0].to(dtype) if len(self.a) == 1 else torch.cat(self.a).to(dtype)
+
+    def scaled_b(self, i: int, dtype: torch.dtype) -> torch.Tensor:
+        """s B [out, r], rounded once."""
+        b = self.b[i]
+        return torch.mul(b, self.scales[i], out=torch.empty_like(b, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Each y [tokens, out] of x [tokens, in], and x A^T [tokens, sum of ranks]."""
         dtype = x.dtype
-        weight = self.weight(dtype)
-        if self.base.bias is None:
-            y = x @ weight.t()
-        else:
-            y = torch.addmm(self.base.bias.to(dtype), x, weight.t())
-        return y.addmm_(x @ self.a.to(dtype).t(), self.b.to(dtype).t(), alpha=self.scale)
+        inner = x @ self.stacked_a(dtype).t()
+        outputs = []
+        for i, part in enumerate(inner.split(self.ranks, dim=1)):
+            base = self.bases[i]
+            if _recomputing and self.ends_part:
+                outputs.append(x.new_empty(len(x), base.out_features))
+                continue
+            b = self.scaled_b(i, dtype).t()
+            y = part @ b if base.bias is None else torch.addmm(base.bias.to(dtype), part, b)
+            outputs.append(y.addmm_(x, self.weight(i, dtype).t()))
+        return outputs, inner
 
-    def backward(self, dy: torch.Tensor, x: torch.Tensor, into: torch.Tensor | None = None):
-        """(dx [tokens, in], dA, dB); dx is added to `into` when given."""
-        dtype = dy.dtype
-        a, b = self.a.to(dtype), self.b.to(dtype)
-        down = dy @ b
-        weight = self.weight(dtype)
-        dx = dy @ weight if into is None else into.addmm_(dy, weight)
-        dx.addmm_(down, a, alpha=self.scale)
-        da = (down.t() @ x).to(self.a.dtype).mul_(self.scale)
-        db = (dy.t() @ (x @ a.t())).to(self.b.dtype).mul_(self.scale)
-        return dx, da, db
+    def backward(
+        self, dys: list[torch.Tensor], x: torch.Tensor, inner: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """dx [tokens, in], and the gradients of `adapters`, from each dy [tokens, out]."""
+        dtype = x.dtype
+        down = torch.empty_like(inner)
+        for i, (dy, part) in enumerate(zip(dys, down.split(self.ranks, dim=1), strict=True)):
+            torch.mm(dy, self.scaled_b(i, dtype), out=part)
+        dx = down @ self.stacked_a(dtype)
+        for i, dy in enumerate(dys):
+            dx.addmm_(dy, self.weight(i, dtype))
+        da = (down.t() @ x).to(self.a[0].dtype).split(self.ranks)
+        db = [
+            (dy.t() @ part).to(b.dtype).mul_(scale)
+            for dy, part, b, scale in zip(
+                dys, inner.split(self.ranks, dim=1), self.b, self.scales, strict=True
+            )
+        ]
+        return dx, [*da, *db]
 
 
-class _Linear(torch.autograd.Function):
-    # A and B are arguments so that autograd sees them; the product holds them too.
+class _Linears(torch.autograd.Function):
+    # The adapters are arguments so that autograd sees them; the products hold them too.
     @staticmethod
-    def forward(ctx, x, a, b, product):
-        ctx.product = product
+    def forward(ctx, x, products, *adapters):
         flat = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(flat)
-        if _recomputing and product.ends_part:
-            return x.new_empty(*x.shape[:-1], product.base.out_features)
-        return product.forward(flat).view(*x.shape[:-1], -1)
+        outputs, inner = products.forward(flat)
+        ctx.products = products
+        ctx.save_for_backward(flat, inner)
+        return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
 
     @staticmethod
-    def backward(ctx, dy):
-        (x,) = ctx.saved_tensors
-        dx, da, db = ctx.product.backward(dy.reshape(-1, dy.shape[-1]), x)
-        return dx.view(*dy.shape[:-1], -1), da, db, None
+    def backward(ctx, *dys):
+        x, inner = ctx.saved_tensors
+        flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        dx, adapters = ctx.products.backward(flat, x, inner)
+        return dx.view(*dys[0].shape[:-1], -1), None, *adapters
 
 
 class _Mlp(torch.autograd.Function):
     """down(silu(gate(x)) * up(x)), each with its adapter (arXiv 2002.05202, SwiGLU)."""
 
     @staticmethod
-    def forward(ctx, x, gate, up, down, swiglu, *adapters):
-        ctx.products, ctx.swiglu = (gate, up, down), swiglu
+    def forward(ctx, x, gate_up, down, swiglu, *adapters):
+        ctx.gate_up, ctx.down, ctx.swiglu = gate_up, down, swiglu
         flat = x.reshape(-1, x.shape[-1])
-        g, u = gate.forward(flat), up.forward(flat)
-        ctx.save_for_backward(flat, g, u)
+        (g, u), inner = gate_up.forward(flat)
+        ctx.save_for_backward(flat, inner, g, u)
         if _recomputing and down.ends_part:
             return torch.empty_like(x)
-        return down.forward(swiglu.forward(g, u)).view(x.shape)
+        (y,), _ = down.forward(swiglu.forward(g, u))
+        return y.view(x.shape)
 
     @staticmethod
     def backward(ctx, dy):
-        x, g, u = ctx.saved_tensors
-        gate, up, down = ctx.products
-        dh, *d_down = down.backward(dy.reshape(-1, dy.shape[-1]), ctx.swiglu.forward(g, u))
-        dg, du = ctx.swiglu.backward(g, u, dh)
-        dx, *d_gate = gate.backward(dg, x)
-        dx, *d_up = up.backward(du, x, into=dx)
-        return dx.view(dy.shape), None, None, None, None, *d_gate, *d_up, *d_down
+        x, inner, g, u = ctx.saved_tensors
+        down = ctx.down
+        h = ctx.swiglu.forward(g, u)
+        h_inner = h @ down.stacked_a(h.dtype).t()
+        dh, of_down = down.backward([dy.reshape(-1, dy.shape[-1])], h, h_inner)
+        del h
+        dg_du = ctx.swiglu.backward(g, u, dh)
+        del dh
+        dx, of_gate_up = ctx.gate_up.backward(list(dg_du), x, inner)
+        return dx.view(dy.shape), None, None, None, *of_gate_up, *of_down
 
 
 class TorchSwiglu:
@@ -162,47 +187,89 @@ class LigerSwiglu:
         return swiglu_backward(g, u, dh)
 
 
-def fuse_lora(model: PeftModel, liger: bool, checkpointing: bool) -> int:
+class _Residual(torch.autograd.Function):
+    """hidden + branch(hidden), of which `hidden` alone is kept: the branch is computed again."""
+
+    @staticmethod
+    def forward(ctx, hidden, branch, slot, stash):
+        ctx.branch, ctx.slot, ctx.stash = branch, slot, stash
+        ctx.device = hidden.device.type
+        ctx.autocast = torch.is_autocast_enabled(ctx.device), torch.get_autocast_dtype(ctx.device)
+        if stash is None:
+            ctx.save_for_backward(hidden)
+            return branch(hidden).add_(hidden)
+        copied = stash.put(slot, hidden)
+        result = branch(hidden).add_(hidden)
+        torch.cuda.current_stream().wait_event(copied)
+        return result
+
+    @staticmethod
+    def backward(ctx, dy):
+        kept = ctx.saved_tensors[0] if ctx.stash is None else ctx.stash.take(ctx.slot)
+        hidden = kept.detach().requires_grad_()
+        enabled, dtype = ctx.autocast
+        with torch.enable_grad(), torch.autocast(ctx.device, dtype, enabled), _second_pass():
+            branch = ctx.branch(hidden)
+        branch.backward(dy)
+        return hidden.grad.add_(dy), None, None, None
+
+
+def plain_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers of `model` that fuse_lora checkpoints in two parts, in order."""
+    return [module for module in model.modules() if type(module).__name__ in PLAIN_LAYERS]
+
+
+def fuse_lora(
+    model: PeftModel, liger: bool, checkpointing: bool, stash: HostStash | None = None
+) -> int:
     """Let every LoRA layer of `model` compute by the products above; returns how many do.
 
     For training only: the adapter cannot be switched off afterwards. With `checkpointing`, layers
-    of a known form checkpoint their two parts; others by their own method.
+    of a known form checkpoint their two parts, in `stash` if given; others by their own method.
     """
-    swiglu = LigerSwiglu if liger else TorchSwiglu
     modules = list(model.modules())
-    products = {m: _Product(m) for m in modules if isinstance(m, LoraLayer)}
-    for layer, product in products.items():
-        layer.forward = MethodType(_linear_forward(product), layer)
-    for module in modules:
-        if _is_swiglu_mlp(module):
-            parts = [products[module.get_submodule(f"{part}_proj")] for part in MLP_PARTS]
-            module.forward = MethodType(_mlp_forward(parts, swiglu), module)
+    layers = [m for m in modules if isinstance(m, LoraLayer)]
+    plain = plain_layers(model)
+    ends = {end for m in plain for end in (m.self_attn.o_proj, m.mlp.down_proj)}
+    if not checkpointing:
+        ends = set()
+    groups = [[getattr(m.self_attn, name) for name in ATTENTION_INPUTS] for m in plain]
+    groups = [[m for m in group if isinstance(m, LoraLayer)] for group in groups]
+    grouped = {m for group in groups for m in group}
+    groups += [[m] for m in layers if m not in grouped]
+    for group in filter(None, groups):
+        _read_together(group, _Products(group, group[0] in ends))
+    for mlp in filter(_is_swiglu_mlp, modules):
+        gate, up, down = (mlp.get_submodule(f"{part}_proj") for part in MLP_PARTS)
+        swiglu = LigerSwiglu if liger else TorchSwiglu
+        forward = _mlp_forward(_Products([gate, up]), _Products([down], down in ends), swiglu)
+        mlp.forward = MethodType(forward, mlp)
     if checkpointing:
-        plain = [m for m in modules if type(m).__name__ in PLAIN_LAYERS]
-        for layer in plain:
-            layer.forward = MethodType(_two_parts, layer)
-            ends = (layer.self_attn.o_proj, layer.mlp.down_proj)
-            for end in ends:
-                if end in products:
-                    products[end].ends_part = True
+        for i, layer in enumerate(plain):
+            layer.forward = MethodType(_two_parts(2 * i, stash), layer)
         if not plain:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    return len(products)
+    return len(layers)
 
 
-def _two_parts(layer, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+def _two_parts(slot: int, stash: HostStash | None):
     """The forward pass of a decoder layer, which keeps only the inputs of its two parts."""
 
-    def attend(hidden):
-        return hidden + layer.self_attn(layer.input_layernorm(hidden), **kwargs)[0]
+    def forward(layer, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        def attend(hidden):
+            return layer.self_attn(layer.input_layernorm(hidden), **kwargs)[0]
 
-    def transform(hidden):
-        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        def transform(hidden):
+            return layer.mlp(layer.post_attention_layernorm(hidden))
 
-    if not layer.training:
-        return transform(attend(hidden_states))
-    return _checkpoint(transform, _checkpoint(attend, hidden_states))
+        if not layer.training:
+            hidden_states = hidden_states + attend(hidden_states)
+            return hidden_states + transform(hidden_states)
+        hidden_states = _Residual.apply(hidden_states, attend, slot, stash)
+        return _Residual.apply(hidden_states, transform, slot + 1, stash)
+
+    return forward
 
 
 def _is_swiglu_mlp(module: torch.nn.Module) -> bool:
@@ -212,17 +279,25 @@ def _is_swiglu_mlp(module: torch.nn.Module) -> bool:
     return all(isinstance(part, LoraLayer) for part in parts) and activation.startswith("SiLU")
 
 
-def _linear_forward(product: _Product):
-    def forward(self, x, *args, **kwargs):
-        return _Linear.apply(x, product.a, product.b, product)
+def _read_together(layers: list[LoraLayer], products: _Products) -> None:
+    """Let the first of `layers` compute for all; the others, called next, hand theirs out."""
+    computed: deque[torch.Tensor] = deque()
 
-    return forward
+    def first(self, x, *args, **kwargs):
+        computed.extend(_Linears.apply(x, products, *products.adapters))
+        return computed.popleft()
+
+    def other(self, x, *args, **kwargs):
+        return computed.popleft()
+
+    for layer in layers:
+        layer.forward = MethodType(first if layer is layers[0] else other, layer)
 
 
-def _mlp_forward(products: list[_Product], swiglu):
-    adapters = [weight for product in products for weight in (product.a, product.b)]
+def _mlp_forward(gate_up: _Products, down: _Products, swiglu):
+    adapters = [*gate_up.adapters, *down.adapters]
 
     def forward(self, x):
-        return _Mlp.apply(x, *products, swiglu, *adapters)
+        return _Mlp.apply(x, gate_up, down, swiglu, *adapters)
 
     return forward

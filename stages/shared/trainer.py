@@ -1,5 +1,6 @@
 """The trainer of this pipeline, for the train stage and for the benchmarks alike."""
 
+import gc
 import importlib.util
 import math
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from stages.shared import attention
-from stages.shared.fused_lora import fuse_lora
+from stages.shared.fused_lora import fuse_lora, plain_layers
+from stages.shared.offload import HostStash
 from stages.shared.params import Lora, Params, Train
 from stages.shared.stage import StageError
 
@@ -80,6 +82,10 @@ class Trainer(SFTTrainer):
         output = model(**inputs, use_cache=False, fused_lm_head=True)
         return -output.log_probs.sum() / num_items_in_batch
 
+    def floating_point_ops(self, inputs) -> int:
+        """Not estimated: the estimate walks through all modules at every step."""
+        return 0
+
     def count_tokens(self) -> None:
         """Count the tokens of every batch while it is still on the host."""
         collate = self.data_collator
@@ -126,6 +132,7 @@ def build_trainer(
 
         _apply_liger_kernel_to_instance(model=model, **LIGER_PARTS, **LIGER_OFF)
     train = params.train
+    two_parts = fast.fused_lora and bool(plain_layers(model))
     gpu = model.device.type == "cuda"
     packing = train.batching == "packing"
     grouped = train.batching == "group_by_length"
@@ -144,7 +151,7 @@ def build_trainer(
         # bitsandbytes pages optimizer state on a GPU only.
         optim=train.optimizer if gpu else "adamw_torch",
         gradient_checkpointing=False,
-        activation_offloading=fast.offload,
+        activation_offloading=fast.offload and not two_parts,
         train_sampling_strategy="group_by_length" if grouped else "random",
         packing=packing,
         padding_free=fast.padding_free,
@@ -175,8 +182,35 @@ def build_trainer(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if fast.fused_lora:
-        fuse_lora(trainer.model, fast.liger, train.gradient_checkpointing)
+        stash = HostStash(model.device) if fast.offload and two_parts else None
+        fuse_lora(trainer.model, fast.liger, train.gradient_checkpointing, stash)
     elif train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         trainer.model.enable_input_require_grads()
+    remember_parameters(trainer.model)
+    # A collection would look through all that the libraries and the rows hold, again and again.
+    gc.freeze()
     return trainer
+
+
+def remember_parameters(model: torch.nn.Module) -> None:
+    """Let `model` answer from memory what transformers asks of it at every step.
+
+    With adapters it has thousands of modules. Walking through them takes longer than a small step
+    computes, and the GPU waits.
+    """
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    set_mode = model.train
+    # The base comes in evaluation mode, its adapters do not: from here on all are in one.
+    set_mode(True)
+
+    def train(mode: bool = True) -> torch.nn.Module:
+        return model if model.training == mode else set_mode(mode)
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        for parameter in trained:
+            parameter.grad = None
+
+    model.train, model.zero_grad = train, zero_grad
+    model.parameters = lambda recurse=True: iter(parameters)
