@@ -236,7 +236,9 @@ def run_stage(folder: Path, stage: str, limit: float | None) -> dict:
     if report.exists():
         found |= json.loads(report.read_text())
     if code:
-        found["said"] = log.read_text(encoding="utf-8").strip().splitlines()[-3:]
+        lines = log.read_text(encoding="utf-8").strip().splitlines()
+        # Libraries may grumble at the end of a process.
+        found["said"] = [line for line in lines if line.startswith(f"{stage}:")] or lines[-3:]
     return found
 
 
@@ -429,10 +431,9 @@ def out_of_memory(work: Path) -> None:
     before = outputs()
     managed = planned(folder)["managed_gb"] * GB
     found = run_stage(folder, "train", allocator_bytes(OOM_GB, managed))
-    lines = (folder / "train.log").read_text(encoding="utf-8").splitlines()
-    part = {"part": "oom", "card_gb": OOM_GB, "stages": [found], "output": lines}
+    part = {"part": "oom", "card_gb": OOM_GB, "stages": [found]}
     save(part | {"outputs": len(before), "outputs_untouched": outputs() == before})
-    print("\n".join(lines), flush=True)
+    print("\n".join(found.get("said", [])), flush=True)
 
 
 def save(part: dict) -> None:
