@@ -160,10 +160,7 @@ def test_experiments_in_copies_and_in_the_queue(fresh, log):
     queue = ("dvc", "exp", "run", "--queue", "-q", "-n", "sweep")
     must(fresh, *queue, "-S", "lora.r=32,64")
     must(fresh, "dvc", "queue", "start", "-q", STUB_GUARDED="1")
-    deadline = time.monotonic() + 120
-    while run(fresh, "dvc", "queue", "status").stdout.count("Success") < 2:
-        assert time.monotonic() < deadline, run(fresh, "dvc", "queue", "status").stdout
-        time.sleep(0.5)
+    wait_for(fresh, "Success", 2)
     shown = json.loads(must(fresh, "dvc", "exp", "show", "--json", "--hide-workspace"))
     ranks = {}
     for entry in shown[0]["experiments"]:
@@ -187,26 +184,33 @@ def test_clone_without_a_remote_compares_its_metrics(fresh, log, tmp_path):
 @contextlib.contextmanager
 def paused(folder: Path, log: Path, stage: str, *command: str, **env: str):
     """`dvc repro` (or another command) halted in the middle of `stage`; then let it go on."""
+    with halted(log, stage):
+        process = subprocess.Popen(
+            command or ("dvc", "repro"),
+            cwd=folder,
+            env=os.environ | {"STUB_GUARDED": "1"} | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        while stage not in log.read_text().split():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+        yield process
+    process.wait()
+
+
+@contextlib.contextmanager
+def halted(log: Path, stage: str):
+    """Within it, every run of `stage` halts in the middle."""
     gate = Path(f"{log}.{stage}")
     gate.touch()
     log.write_text("")
-    process = subprocess.Popen(
-        command or ("dvc", "repro"),
-        cwd=folder,
-        env=os.environ | {"STUB_GUARDED": "1"} | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    while stage not in log.read_text().split():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
     try:
-        yield process
+        yield
     finally:
         gate.unlink()
-        process.wait()
 
 
 def runs(folder: Path) -> list[str]:
@@ -276,10 +280,7 @@ def test_stage_ends_with_dvc(fresh, log, number, shell):
         stage = child_of(process.pid)
         process.send_signal(number)
         process.wait()
-        deadline = time.monotonic() + 30
-        while Path(f"/proc/{stage}").exists() and not is_zombie(stage):
-            assert time.monotonic() < deadline, "the stage lives on"
-            time.sleep(0.01)
+        ends(stage)
     assert not (fresh / "models/adapter").exists()
     # Nothing is in the way of the next run.
     assert reproduce(fresh, log) == AFTER_TRAIN
@@ -293,6 +294,91 @@ def child_of(pid: int) -> int:
 
 def is_zombie(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@pytest.fixture(scope="module")
+def experiment(repository, log, tmp_path_factory):
+    """dvc.lock, which has the MD5 of every output, of an experiment that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("experiment") / "repository"
+    shutil.copytree(repository, folder, symlinks=True)
+    command = ("dvc", "exp", "run", "--temp", "-q", "-n", "r8", "-S", "lora.r=8")
+    must(folder, *command, STUB_GUARDED="1")
+    return locked(folder, "r8")
+
+
+def locked(folder: Path, name: str) -> str:
+    refs = must(folder, "git", "for-each-ref", "--format=%(refname)", "refs/exps").split()
+    return must(folder, "git", "show", f"{next(r for r in refs if r.endswith(name))}:dvc.lock")
+
+
+def test_experiment_killed_in_a_copy_ends_like_an_undisturbed_one(fresh, log, experiment):
+    command = ("dvc", "exp", "run", "--temp", "-q", "-S", "lora.r=8", "-n")
+    with paused(fresh, log, "train", *command, "killed") as process:
+        stage = child_of(process.pid)
+        assert checkpoints_lie_in(fresh, stage)
+        process.kill()
+        ends(stage)
+    must(fresh, *command, "again", STUB_GUARDED="1")
+    assert log.read_text().split()[-len(AFTER_TRAIN) :] == AFTER_TRAIN
+    assert locked(fresh, "again") == experiment
+    assert must(fresh, "git", "status", "--porcelain") == ""
+
+
+def test_experiment_killed_in_the_queue_ends_like_an_undisturbed_one(fresh, log, experiment):
+    queue = ("dvc", "exp", "run", "--queue", "-q", "-S", "lora.r=8", "-n")
+    must(fresh, *queue, "killed")
+    with halted(log, "train"):
+        # The worker goes into the background and would keep a pipe open.
+        start = ("dvc", "queue", "start", "-q")
+        env = os.environ | {"STUB_GUARDED": "1"}
+        subprocess.run(start, cwd=fresh, env=env, check=True, stdout=subprocess.DEVNULL)
+        while "train" not in log.read_text().split():
+            time.sleep(0.01)
+        [stage] = stages_in(fresh)
+        assert checkpoints_lie_in(fresh, stage)
+        os.kill(parent_of(stage), signal.SIGKILL)
+        ends(stage)
+    wait_for(fresh, "Failed")
+    must(fresh, *queue, "again")
+    must(fresh, "dvc", "queue", "start", "-q", STUB_GUARDED="1")
+    wait_for(fresh, "Success")
+    assert locked(fresh, "again") == experiment
+
+
+def checkpoints_lie_in(folder: Path, pid: int) -> bool:
+    """Whether DVC tells a stage that runs in a copy where the project is; the copy is deleted."""
+    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return f"DVC_ROOT={folder}".encode() in environment
+
+
+def stages_in(folder: Path) -> list[int]:
+    """Processes of stages that run in copies of the project."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            inside = (process / "cwd").resolve().is_relative_to(folder / ".dvc/tmp/exps")
+            if inside and b"stages." in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+    return found
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def ends(pid: int) -> None:
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists() and not is_zombie(pid):
+        assert time.monotonic() < deadline, "the stage lives on"
+        time.sleep(0.01)
+
+
+def wait_for(folder: Path, status: str, count: int = 1) -> None:
+    """Wait until so many tasks of the queue have a status."""
+    deadline = time.monotonic() + 120
+    while (shown := must(folder, "dvc", "queue", "status")).count(status) < count:
+        assert time.monotonic() < deadline, shown
+        time.sleep(0.5)
 
 
 def test_second_run_says_who_holds_the_lock(fresh, log):
