@@ -49,7 +49,7 @@ from stages.shared.model import (
     pick_device,
     reset_peaks,
 )
-from stages.shared.probe import Probe, out_of_memory
+from stages.shared.probe import Probe, out_of_memory, too_large
 from stages.shared.rows import PREPARED, read_rows
 from stages.shared.scoring import score
 from stages.shared.trainer import (
@@ -194,7 +194,10 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     named = Dataset.from_file(str(PREPARED / "train.arrow"))
     rows = named.select_columns(["input_ids", "labels"])
     config = AutoConfig.from_pretrained(QUANTIZED)
-    model = load_base(QUANTIZED, device, choose_attention(params.train, config, device))
+    try:
+        model = load_base(QUANTIZED, device, choose_attention(params.train, config, device))
+    except torch.cuda.OutOfMemoryError:
+        raise too_large(params) from None
     base_bytes = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     longest = max(map(len, rows["input_ids"]))
     width = max_length if params.train.batching == "packing" else longest

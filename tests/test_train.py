@@ -172,26 +172,29 @@ def outputs(folder):
 
 RUNS_OUT = """
 
-def _run_out(self, *args, **kwargs):
+def _run_out(*args, **kwargs):
     raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-Trainer.training_step = _run_out
 """
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "remedy"),
-    [(4, "lower train.batch_size (now 4)"), (1, "set train.gradient_checkpointing: true")],
+    ("module", "fault", "batch_size", "remedy"),
+    [
+        ("trainer", "Trainer.training_step", 4, "lower train.batch_size (now 4)"),
+        ("trainer", "Trainer.training_step", 1, "set train.gradient_checkpointing: true"),
+        ("model", "load_base", 1, "take a smaller base"),
+    ],
 )
-def test_running_out_of_memory_is_one_line(project, batch_size, remedy):
+def test_running_out_of_memory_is_one_line(project, module, fault, batch_size, remedy):
     train(project, train={"batch_size": batch_size, "gradient_checkpointing": False})
     plan = {"predicted_peak_vram_gb": 7.25, "predicted_device_gb": 8.5}
     (project / "metrics/plan.json").write_text(json.dumps(plan))
     before = outputs(project)
-    code = project / "stages/shared/trainer.py"
+    code = project / f"stages/shared/{module}.py"
     text = code.read_text()
-    code.write_text(text + RUNS_OUT)
+    code.write_text(text + RUNS_OUT + f"{fault} = _run_out\n")
     try:
         stage = Stage("train", project)
         assert stage.wait() == 1
@@ -201,7 +204,10 @@ def test_running_out_of_memory_is_one_line(project, batch_size, remedy):
         before.pop(str(project / "metrics/plan.json"))
     lines = [line for line in stage.said.splitlines() if "out of GPU memory" in line]
     assert lines == stage.said.splitlines()[-1:]
-    assert lines[0].startswith("train: out of GPU memory with 0.00 GB allocated (")
+    at_step = " with 0.00 GB allocated (adapter 0.00"
+    at_loading = " while the base model was loaded"
+    begins = at_loading if module == "model" else at_step
+    assert lines[0].startswith(f"train: out of GPU memory{begins}")
     assert "plan had predicted 7.25 GB, and 8.50 GB for the card" in lines[0]
     assert remedy in lines[0]
     assert outputs(project) == before

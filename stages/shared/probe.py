@@ -87,6 +87,17 @@ def out_of_memory(trainer: Trainer, base_bytes: int, params: Params) -> StageErr
     )
 
 
+def too_large(params: Params) -> StageError:
+    """The GPU ran out before there was anything to train: the base does not fit."""
+    change = "take a smaller base"
+    if params.quantize.type == "none":
+        change = "set quantize.type: nf4"
+    return StageError(
+        f"out of GPU memory{of_the_card()} while the base model was loaded; {predicted()}; "
+        f"{change}, or see with nvidia-smi who else uses the GPU"
+    )
+
+
 def of_the_card() -> str:
     if not torch.cuda.is_available():
         return ""
