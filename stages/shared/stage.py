@@ -58,6 +58,8 @@ def begin(name: str) -> None:
         "DATASETS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
         "BITSANDBYTES_NOWELCOME": "1",
+        # Segments that grow: what the allocator reserves stays near what is used, as plan says.
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }.items():
         os.environ.setdefault(variable, value)
     if not sys.stderr.isatty():
