@@ -1,16 +1,16 @@
 """Memory and time of the streamed merge at sizes that do not fit in memory.
 
     python -m benchmarks.merge --work DIR llama-2-7b llama-3-70b-1 llama-3-70b-2
-    python -m benchmarks.merge --work DIR --devices cuda cpu llama-2-7b
+    python -m benchmarks.merge --work DIR --verify 100 --devices cuda cpu llama-2-7b
 
 For each shape: makes NF4 weights and an adapter (r = 16, all linear layers) of it in DIR, runs
 `python -m stages.merge` on them and reads the peak resident memory and the wall time of that
 process, sums, imports and syncs included. Beside it the time of a plain write of as many bytes
 with fsync to the same disk, the faster of one before and one after the merge. Then PEFT merges
-the same adapter in memory and every tensor is compared bit for bit, where that fits (`equal`).
+the same adapter in memory and every tensor is compared bit for bit, where that fits (`bit_equal`).
 With two devices the two results are compared, in units of the last place. With --verify, the
-checks of `stages.verify` run on the first device's result and 100 rows of 512 random tokens; their
-wall time and peak memory stand beside the rest.
+checks of `stages.verify` run on the first device's result and ROWS rows of 512 random tokens; their
+wall time and peak memory stand beside the rest. On a GPU both stages may reserve VRAM_LIMIT_GB.
 
 Weights are random and every layer has the same ones; models/base is a sparse file, of which a
 merge on the dequantized base reads the header alone. The 70B shape has one layer and two: what it
@@ -36,6 +36,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from stages.shared.model import device_name
 from stages.shared.stage import write_sums
 from stages.shared.weights import LETTERS, SINGLE, Weights
 
@@ -50,13 +51,12 @@ SEVENTY = {
     "num_key_value_heads": 8,
     "vocab_size": 128256,
 }
-# Shape, and whether the whole of it fits in memory for PEFT.
 SHAPES = {
-    "llama-2-7b-2": (SEVEN | {"num_hidden_layers": 2}, True),
-    "llama-2-7b-16": (SEVEN | {"num_hidden_layers": 16}, True),
-    "llama-2-7b": (SEVEN | {"num_hidden_layers": 32}, True),
-    "llama-3-70b-1": (SEVENTY | {"num_hidden_layers": 1}, False),
-    "llama-3-70b-2": (SEVENTY | {"num_hidden_layers": 2}, False),
+    "llama-2-7b-2": SEVEN | {"num_hidden_layers": 2},
+    "llama-2-7b-16": SEVEN | {"num_hidden_layers": 16},
+    "llama-2-7b": SEVEN | {"num_hidden_layers": 32},
+    "llama-3-70b-1": SEVENTY | {"num_hidden_layers": 1},
+    "llama-3-70b-2": SEVENTY | {"num_hidden_layers": 2},
 }
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
 
@@ -152,6 +152,7 @@ def write_adapter(folder: Path, shapes: dict, linear: set[str]) -> None:
 def plain_write(file: Path, size: int) -> float:
     """Seconds to write `size` bytes, of memory, with fsync."""
     block = torch.randint(0, 256, (2**26,), dtype=torch.uint8).numpy()
+    os.sync()
     start = time.perf_counter()
     with file.open("wb") as out:
         for offset in range(0, size, len(block)):
@@ -163,63 +164,50 @@ def plain_write(file: Path, size: int) -> float:
     return seconds
 
 
+# Beyond it the stage ends with an error: what a card of 24 GB leaves beside the CUDA context.
+VRAM_LIMIT_GB = 23
+CAP = f"""import json, random, runpy, sys
+import torch
+if torch.cuda.is_available():
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction({VRAM_LIMIT_GB}e9 / total)
+"""
+MERGE = """runpy.run_module("stages.merge", run_name="__main__", alter_sys=True)
+found = None
+"""
+VERIFY = """from stages import verify
+draw = random.Random(0)
+rows = [[draw.randrange(32000) for _ in range(512)] for _ in range(int(sys.argv[1]))]
+rows = [{"input_ids": row, "labels": row} for row in rows]
+found = verify.verify(verify.load_params(), rows, verify.pick_device())
+"""
+PEAK = """vram = torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else None
+print(json.dumps([vram, found]))"""
 # The peak that a process inherits from the one that forked it counts as its own, so a small one
 # starts the stage and prints its peak in KiB.
 STARTER = """import os, subprocess, sys
-process = subprocess.Popen([sys.executable, "-m", "stages.merge"])
+process = subprocess.Popen([sys.executable, "-c", *sys.argv[1:]])
 _, status, usage = os.wait4(process.pid, 0)
-print("peak", usage.ru_maxrss)
+print(usage.ru_maxrss)
 sys.exit(status != 0)"""
 
 
-def run_merge(work: Path, device: str) -> tuple[float, float]:
-    """Run the stage in its own process. Returns (seconds, peak resident memory in GB)."""
+def run(work: Path, device: str, code: str, *arguments: str) -> tuple[dict, dict | None]:
+    """Run `code` in its own process. Returns its wall time and peaks, and what it found."""
+    os.sync()
     start = time.perf_counter()
     output = subprocess.run(
-        [sys.executable, "-c", STARTER],
+        [sys.executable, "-c", STARTER, CAP + code + PEAK, *arguments],
         cwd=work,
-        env=environment(device),
+        env=os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-    ).stdout
+    ).stdout.splitlines()
     seconds = time.perf_counter() - start
-    return seconds, int(output.split()[-1]) * 1024 / 1e9
-
-
-VERIFIER = """import json, random, resource, time
-import torch
-from stages import verify
-draw = random.Random(0)
-rows = [[draw.randrange(32000) for _ in range(512)] for _ in range(100)]
-start = time.perf_counter()
-metrics = verify.verify(
-    verify.load_params(), [{"input_ids": r, "labels": r} for r in rows], verify.pick_device()
-)
-seconds = time.perf_counter() - start
-found = {"verify_seconds": round(seconds, 1), "verify_metrics": metrics}
-found["verify_peak_ram_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-if torch.cuda.is_available():
-    found["verify_peak_vram_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    found["verify_reserved_vram_gb"] = torch.cuda.max_memory_reserved() / 1e9
-print(json.dumps(found))"""
-
-
-def run_verify(work: Path, device: str) -> dict:
-    """Run the checks of the verify stage in their own process."""
-    output = subprocess.run(
-        [sys.executable, "-c", VERIFIER],
-        cwd=work,
-        env=environment(device),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    ).stdout
-    return json.loads(output.splitlines()[-1])
-
-
-def environment(device: str) -> dict:
-    return os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+    vram, found = json.loads(output[-2])
+    cost = {"peak_ram_gb": round(int(output[-1]) * 1024 / 1e9, 3), "seconds": round(seconds, 1)}
+    return cost | ({"peak_vram_reserved_gb": round(vram, 3)} if vram is not None else {}), found
 
 
 def peft_merge_differs(work: Path, device: str) -> int:
@@ -252,11 +240,11 @@ def last_places(a: Path, b: Path) -> tuple[int, float]:
 
 
 def measure(work: Path, name: str, device: str) -> dict:
-    shape, fits = SHAPES[name]
+    shape = SHAPES[name]
     parameters = make(work, shape)
     size = parameters * torch.float16.itemsize
     before = plain_write(work / "plain", size)
-    seconds, peak = run_merge(work, device)
+    cost, _ = run(work, device, MERGE)
     after = plain_write(work / "plain", size)
     result = {
         "shape": name,
@@ -264,14 +252,13 @@ def measure(work: Path, name: str, device: str) -> dict:
         "parameters": parameters,
         "written_gb": round(size / 1e9, 3),
         "type": LETTERS[torch.float16],
-        "device": torch.cuda.get_device_name(0) if device == "cuda" else "CPU",
-        "cpu_cores": len(os.sched_getaffinity(0)),
-        "peak_ram_gb": round(peak, 3),
-        "seconds": round(seconds, 1),
+        "device": device_name(torch.device(device)),
+        **cost,
         "copy_seconds": round(min(before, after), 1),
         "bit_equal": None,
     }
-    if fits:
+    # PEFT holds the model and, while it merges, much of a second one.
+    if 2 * size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         result["bit_equal"] = peft_merge_differs(work, device) == 0
     result["versions"] = {p: importlib.metadata.version(p) for p in PACKAGES}
     result["versions"]["python"] = platform.python_version()
@@ -293,7 +280,7 @@ def main() -> None:
     parser.add_argument("shapes", nargs="+", choices=SHAPES)
     parser.add_argument("--work", type=Path, required=True, help="an empty folder on a large disk")
     parser.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), default=["cpu"])
-    parser.add_argument("--verify", action="store_true", help="also time the verify stage")
+    parser.add_argument("--verify", type=int, metavar="ROWS", help="verify too, on 512 tokens each")
     arguments = parser.parse_args()
     for name in arguments.shapes:
         folders = []
@@ -301,7 +288,10 @@ def main() -> None:
             folders.append(arguments.work / f"{name}-{device}")
             result = measure(folders[-1], name, device)
             if device == arguments.devices[0]:
-                result |= run_verify(folders[-1], device) if arguments.verify else {}
+                if arguments.verify:
+                    cost, metrics = run(folders[-1], device, VERIFY, str(arguments.verify))
+                    result |= {f"verify_{key}": value for key, value in cost.items()}
+                    result |= {"verify_rows": arguments.verify, "verify_metrics": metrics}
             else:
                 ulps = last_places(*(folder / "models/merged" for folder in folders))
                 result["max_last_places_apart"], result["share_apart"] = ulps
