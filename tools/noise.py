@@ -46,9 +46,9 @@ def run_seed(seed: int) -> str:
     return name
 
 
-def experiment(name: str) -> Revision:
-    refs = git("for-each-ref", "--format=%(refname)", "refs/exps").stdout.decode().split()
-    return Revision(next(ref for ref in refs if ref.endswith(f"/{name}")))
+def experiment(head: Revision, name: str) -> Revision:
+    """DVC keeps an experiment under the commit that it began at; others may have the same name."""
+    return Revision(f"refs/exps/{head.commit[:2]}/{head.commit[2:]}/{name}")
 
 
 def spread(values: list[float]) -> dict:
@@ -86,7 +86,7 @@ def main() -> None:
     print(f"noise: {len(seeds)} runs beside the committed one, seeds {seeds}")
     names = [run_seed(seed) for seed in seeds]
     paths = head.declared("metrics")
-    revisions = [head, *map(experiment, names)]
+    revisions = [head, *(experiment(head, name) for name in names)]
     runs = [{path: revision.json(path) for path in paths} for revision in revisions]
     result = {
         "command": " ".join(["python -m tools.noise", *sys.argv[1:]]),
