@@ -177,15 +177,21 @@ def _json(value: dict) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def summary(metrics: dict) -> str:
+def summary(metrics: dict, params: Prepare) -> str:
     counts = {word: metrics[f"{name}_examples"] for name, word in SETS.items()}
     kept = [f"{count:,} {word}" for word, count in counts.items() if count]
-    return (
+    said = (
         f"prepare: {metrics['rows_in']:,} rows: {', '.join(kept)}; dropped "
         f"{metrics['dropped_examples']:,}, duplicates {metrics['duplicate_examples']:,}, "
         f"unused {metrics['unused_examples']:,}; {metrics['train_tokens']:,} tokens to train on, "
         f"{metrics['learned_token_share_percent']:.0f} % of them learned"
     )
+    if metrics["eval_examples"] < params.eval_rows and not params.eval_file:
+        said += (
+            f"\nprepare: too few rows to hold out {params.eval_rows} (prepare.eval_rows); half of "
+            "them stay in training, and some in no set, so that rows you add move no other"
+        )
+    return said
 
 
 def main() -> None:
@@ -209,7 +215,7 @@ def main() -> None:
     write_text(LENGTHS, lengths_table(sets["train"].lengths, params.prepare.max_length))
     write_metrics(METRICS, metrics)
     show(about["sample"])
-    print(summary(metrics))
+    print(summary(metrics, params.prepare))
 
 
 if __name__ == "__main__":

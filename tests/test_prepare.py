@@ -333,6 +333,16 @@ def test_stage_says_which_rows_it_drops_once_too_many(tmp_path, monkeypatch):
     )
 
 
+def test_stage_says_when_rows_are_too_few_to_hold_out_what_was_asked(tmp_path, monkeypatch, capsys):
+    files = {"a.jsonl": jsonl(pairs(60))}
+    sets = run(tmp_path / "few", monkeypatch, files, eval_rows=100)
+    assert [len(sets[name]) for name in ("train", "eval")] == [30, 20]
+    note = "too few rows to hold out 100 (prepare.eval_rows); half of them stay in training"
+    assert note in capsys.readouterr().out
+    run(tmp_path / "enough", monkeypatch, files, eval_rows=20)
+    assert "too few rows" not in capsys.readouterr().out
+
+
 def test_histogram_counts_every_row_to_train_on(tmp_path, monkeypatch):
     sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(pairs(30))})
     header, *lines = (tmp_path / "metrics/lengths.csv").read_text().splitlines()

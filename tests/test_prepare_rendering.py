@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jinja2 import Environment
 
 from stages.shared.formats import Unusable, recognize
 from stages.shared.rendering import Renderer, settle
@@ -185,6 +186,19 @@ def test_broken_template_file_is_named_with_its_line(tmp_path, monkeypatch):
     (tmp_path / "templates/mine.jinja").write_text("{% for m in messages %}\n{{ m['content' }}")
     with pytest.raises(StageError, match=r"^templates/mine.jinja:2: unexpected '}', expected '\]'"):
         renderer_of("llama-3", template="templates/mine.jinja")
+
+
+def test_template_cannot_reach_out_of_its_sandbox(tmp_path, monkeypatch):
+    """A template comes with a model from anywhere. Outside the sandbox this one makes a file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "templates").mkdir()
+    reach = "{{ cycler.__init__.__globals__.os.mkdir('reached') }}"
+    assert Environment().from_string(reach).render() == "None"
+    (tmp_path / "reached").rmdir()
+    (tmp_path / "templates/mine.jinja").write_text(reach + SHAPES["bare"].template)
+    (refused,) = renderer_of("llama-3", template="templates/mine.jinja").encode([CHAT])
+    assert "access to attribute '__init__' of 'type' object is unsafe" in refused.message
+    assert not (tmp_path / "reached").exists()
 
 
 def test_template_with_a_date_gives_the_same_row_on_any_day():
