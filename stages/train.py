@@ -206,10 +206,11 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     trainer = build_trainer(model, tokenizer, rows, params, max_length, folder, fast)
     checkpoints = Checkpoints(folder)
     progress = Progress(trainer, read_rows(PREPARED / "eval.arrow"))
-    # First, so that its batch is none of those that the others count.
+    callbacks = [checkpoints, progress, Faults(named)]
     if device.type == "cuda":
-        trainer.add_callback(Probe(trainer))
-    for callback in (checkpoints, progress, Faults(named)):
+        # Within the time that progress counts, and before faults notes batches.
+        callbacks.insert(2, Probe(trainer))
+    for callback in callbacks:
         trainer.add_callback(callback)
     trainable, total = trainer.model.get_nb_trainable_parameters()
     tokens = sum(map(len, rows["input_ids"]))

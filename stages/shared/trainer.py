@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import math
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,13 +73,14 @@ def choose_fast_path(
 class Trainer(SFTTrainer):
     """trl's trainer without its per-step statistics, each of which waits for the GPU.
 
-    `tokens` counts those that went in, padding not counted.
+    `tokens` counts those that were trained on, padding not counted.
     """
 
     tokens = 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean NLL of the learned tokens of a whole step, through trl's fused output head."""
+        self.tokens += self.ahead.popleft()
         output = model(**inputs, use_cache=False, fused_lm_head=True)
         return -output.log_probs.sum() / num_items_in_batch
 
@@ -87,11 +89,11 @@ class Trainer(SFTTrainer):
         return 0
 
     def count_tokens(self) -> None:
-        """Count the tokens of every batch while it is still on the host."""
-        collate = self.data_collator
+        """Count the tokens of every batch on the host, where it is made ahead of its step."""
+        collate, self.ahead = self.data_collator, deque()
 
         def counting(examples):
-            self.tokens += sum(len(example["input_ids"]) for example in examples)
+            self.ahead.append(sum(len(example["input_ids"]) for example in examples))
             return collate(examples)
 
         self.data_collator = counting
