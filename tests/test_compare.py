@@ -6,7 +6,7 @@ import pytest
 import stub_pipeline as stub
 from stub_pipeline import edit, must, tool
 
-from tools.compare import metric_rows, verdict
+from tools.compare import change, metric_rows, verdict
 from tools.noise import spread
 
 
@@ -102,6 +102,20 @@ def test_unknown_base_fails_in_one_line(repository):
 )
 def test_verdict(key, before, now, noise, expected):
     assert verdict(key, before, now, noise) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "before", "now", "expected"),
+    [
+        ("tuned_perplexity", 12.0, 15.0, "+25.00 %"),
+        ("mean_kl", 1e-4, 0.2, "x 2,000"),
+        ("perplexity_change_percent", -0.05, -1.75, "-1.7 points"),
+        ("other_base_mean_kl", 0.2, None, ""),
+        ("nonfinite_values", 0, 3, ""),
+    ],
+)
+def test_change_is_one_that_a_person_can_read(key, before, now, expected):
+    assert change(key, before, now) == expected
 
 
 def test_spread_of_three_runs():

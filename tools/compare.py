@@ -52,10 +52,13 @@ def shown(value) -> str:
     )
 
 
-def change(before, now) -> str:
+def change(key: str, before, now) -> str:
     if not is_number(before) or not is_number(now) or not before:
         return ""
-    return f"{100 * (now - before) / abs(before):+.2f} %"
+    if key.endswith("_percent"):
+        return f"{now - before:+.3g} points"
+    percent = 100 * (now - before) / abs(before)
+    return f"{percent:+.2f} %" if abs(percent) < 1000 else f"x {now / before:,.0f}"
 
 
 def metric_rows(before: dict, now: dict, noise: dict) -> list[list[str]]:
@@ -75,7 +78,7 @@ def metric_rows(before: dict, now: dict, noise: dict) -> list[list[str]]:
             if path == EVAL and unequal:
                 mark = "not comparable"
             name = Mono(f"{path.removeprefix('metrics/').removesuffix('.json')}: {key}")
-            rows.append([name, shown(a), shown(b), change(a, b), mark])
+            rows.append([name, shown(a), shown(b), change(key, a, b), mark])
     return rows
 
 
@@ -119,7 +122,7 @@ def comparison(base: Revision, now: Revision) -> str:
         Section("Metrics", blocks),
         Section("Parameters", [changed if params else Paragraph("No parameter changed.")]),
     ]
-    return to_markdown(f"Compared with {base.name} ({base.commit[:10]})", sections)
+    return to_markdown(f"Compared with {base.name}, {base.commit[:10]}", sections)
 
 
 def main() -> None:
