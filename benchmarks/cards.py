@@ -218,7 +218,8 @@ def capped(stage: str, limit: float | None, report: str) -> None:
 
 def in_process(call: str, folder: Path, log: Path) -> int:
     """Run a function of this file in a process of its own, in `folder`; its exit status."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    known = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, known))}
     command = [sys.executable, "-c", f"from benchmarks import cards; cards.{call}"]
     with log.open("w") as out:
         return subprocess.run(

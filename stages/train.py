@@ -8,6 +8,7 @@ the permission to start. A killed run continues from its last checkpoint.
 """
 
 import csv
+import gc
 import io
 import json
 import math
@@ -221,6 +222,8 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     if resumed:
         print(f"train: goes on from {resumed.name}", flush=True)
     reset_peaks()
+    # Or every collection looks through all that the libraries and the rows hold.
+    gc.freeze()
     try:
         result = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     except torch.cuda.OutOfMemoryError:

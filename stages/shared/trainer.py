@@ -1,6 +1,5 @@
 """The trainer of this pipeline, for the train stage and for the benchmarks alike."""
 
-import gc
 import importlib.util
 import math
 from collections import deque
@@ -190,8 +189,6 @@ def build_trainer(
         model.gradient_checkpointing_enable({"use_reentrant": False})
         trainer.model.enable_input_require_grads()
     remember_parameters(trainer.model)
-    # A collection would look through all that the libraries and the rows hold, again and again.
-    gc.freeze()
     return trainer
 
 
