@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import torch
 from transformers import AutoTokenizer
 
-from stages.shared.adapter import check_adapter_sums
+from stages.shared.adapter import check_adapter_sums, read_adapter
 from stages.shared.model import (
     GB,
     device_name,
@@ -34,6 +34,7 @@ from stages.shared.model import (
 )
 from stages.shared.rows import PREPARED, held_out_sets, read_rows, set_sha256
 from stages.shared.scoring import Scores, score
+from stages.shared.weights import Weights
 
 QUANTIZED = Path("models/quantized")
 ADAPTER = Path("models/adapter")
@@ -130,6 +131,8 @@ def main() -> None:
     for folder, stage in ((PREPARED, "prepare"), (QUANTIZED, "quantize")):
         check_sums(folder, stage)
     check_adapter_sums(ADAPTER)
+    # Named here what PEFT would load in part or fail on.
+    read_adapter(ADAPTER, Weights(QUANTIZED).shapes)
     sets = {prefix: read_rows(file) for prefix, file in held_out_sets().items()}
     device = pick_device()
     base = load_base(QUANTIZED, device)
@@ -140,7 +143,8 @@ def main() -> None:
     reset_peaks()
     try:
         metrics, cost = evaluate(model, sets)
-        tokenizer = AutoTokenizer.from_pretrained(ADAPTER)
+        # An adapter from elsewhere may bring no tokenizer; the rows were made with this one.
+        tokenizer = AutoTokenizer.from_pretrained(PREPARED / "tokenizer")
         texts = samples(model, tokenizer, sets, params.evaluate.samples)
     except torch.cuda.OutOfMemoryError:
         raise out_of_memory(weights or 0.0) from None

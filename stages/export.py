@@ -48,6 +48,10 @@ def read_results(params: dict, merged: Path) -> report.Results:
         name: _json(METRICS / f"{name}.json")
         for name in ("data", "plan", "train", "train_cost", "eval", "eval_cost", "verify")
     }
+    curve = _csv(METRICS / "curve.csv")
+    trained = metrics["train_cost"].pop("adapter_sha256")
+    if _json(merged / "merge.json")["adapter_sha256"] != trained:
+        metrics["train"], metrics["train_cost"], curve = {}, {}, []
     samples = (METRICS / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     return report.Results(
         **metrics,
@@ -55,7 +59,7 @@ def read_results(params: dict, merged: Path) -> report.Results:
         prepared=_json(PREPARED / "prepared.json"),
         data_source=_json(PREPARED / "source.json"),
         model_source=_json(TOKENIZER / "source.json"),
-        curve=_csv(METRICS / "curve.csv"),
+        curve=curve,
         lengths=_csv(METRICS / "lengths.csv"),
         samples=[json.loads(line) for line in samples],
         versions={"python": platform.python_version()}
@@ -105,7 +109,7 @@ def main() -> None:
         check_sums(folder, stage)
     results = read_results(params, MERGED)
     print(f"export: releasing {results.release_gb:.2f} GB from {MERGED}, linked, with its card")
-    title = f"{results.model_source['id']} tuned on {results.data_source['id']}"
+    title = report.title(results)
     sections = report.sections(results)
     with whole_folder(RELEASE) as out:
         files = link_files(MERGED, out)

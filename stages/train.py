@@ -22,6 +22,7 @@ from stages.shared.stage import (
     check_space,
     check_sums,
     code_files,
+    sha256,
     whole_folder,
     write_metrics,
     write_text,
@@ -198,7 +199,7 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     try:
         model = load_base(QUANTIZED, device, choose_attention(params.train, config, device))
     except torch.cuda.OutOfMemoryError:
-        raise too_large(params) from None
+        raise too_large() from None
     base_bytes = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     longest = max(map(len, rows["input_ids"]))
     width = max_length if params.train.batching == "packing" else longest
@@ -240,6 +241,8 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     }
     cost = {
         "device": device_name(device),
+        # By it export knows whether these figures are those of the adapter that was merged.
+        "adapter_sha256": sha256(ADAPTER / "adapter_model.safetensors"),
         "train_seconds": progress.seconds,
         "tokens_per_second": metrics["tokens"] / progress.seconds,
         "steady_tokens_per_second": progress.steady_tokens_per_second(),

@@ -71,6 +71,7 @@ METRICS = {
         "tokens_per_second": 87.4,
         "peak_ram_gb": 2.31,
         "device": "CPU, 2 threads",
+        "adapter_sha256": "e" * 64,
     },
     "eval": EVAL,
     "eval_cost": {"eval_seconds": 92.4, "tokens_per_second": 260.1, "peak_ram_gb": 1.8},
@@ -148,6 +149,7 @@ def write_export_inputs(folder: Path, text: str = "az vm list --resource-group g
     write_json(folder / "data/prepared/prepared.json", prepared)
     merged = folder / "models/merged"
     write_json(merged / "config.json", {"model_type": "llama"})
+    write_json(merged / "merge.json", {"adapter_sha256": "e" * 64})
     (merged / "model.safetensors").write_bytes(bytes(range(256)) * 40)
     (folder / "models/verify.ok").write_text("The merged model may be shipped.\n")
 

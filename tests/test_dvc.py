@@ -422,6 +422,17 @@ def test_repair_takes_from_the_cache_what_is_whole_there(fresh, log):
     assert log.read_text() == ""
 
 
+def test_an_adapter_from_elsewhere_takes_the_place_of_the_trained_one(fresh, log):
+    """As the README says."""
+    adapter = fresh / "models/adapter"
+    shutil.rmtree(adapter)
+    adapter.mkdir()
+    (adapter / "data.bin").write_text("from elsewhere")
+    must(fresh, "dvc", "commit", "-q", "--force", "train")
+    assert reproduce(fresh, log) == AFTER_TRAIN[1:]
+    assert (adapter / "data.bin").read_text() == "from elsewhere"
+
+
 def test_repair_of_no_stage(fresh):
     done = run(fresh, "python", "-m", "tools.repair", "train2")
     assert done.returncode == 1

@@ -112,7 +112,7 @@ def test_release_links_the_merged_files(exported):
     for name in ("config.json", "model.safetensors"):
         assert (release / name).stat().st_ino == (merged / name).stat().st_ino
     names = {path.name for path in release.iterdir()}
-    assert names == {"config.json", "model.safetensors", "README.md", "SHA256SUMS"}
+    assert names == {"config.json", "merge.json", "model.safetensors", "README.md", "SHA256SUMS"}
     check = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
     for folder in (merged, release):
         subprocess.run(check, cwd=folder, check=True)

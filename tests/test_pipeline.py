@@ -152,6 +152,8 @@ def test_path_constants_are_declared(name):
                 path = PurePosixPath(node.args[0].value)
                 # A folder that holds outs of several stages is followed by a name in the code.
                 known = path.as_posix() in ("metrics", "data", "models") or path in PINS
+                # What plan predicted is quoted where memory runs out; no output depends on it.
+                known |= (name, path.as_posix()) == ("train", "metrics/plan.json")
                 assert known or any(path == d or d in path.parents for d in declared), path
 
 

@@ -188,8 +188,7 @@ def _run_out(*args, **kwargs):
     ],
 )
 def test_running_out_of_memory_is_one_line(project, module, fault, batch_size, remedy):
-    changes = {"batch_size": batch_size, "gradient_checkpointing": False}
-    train(project, train=changes, quantize={"type": "nf4"})
+    train(project, train={"batch_size": batch_size, "gradient_checkpointing": False})
     plan = {"predicted_peak_vram_gb": 7.25, "predicted_device_gb": 8.5}
     (project / "metrics/plan.json").write_text(json.dumps(plan))
     before = outputs(project)

@@ -42,7 +42,7 @@ def model_card(title: str, results: Results, sections: list[Section]) -> str:
     card = ModelCardData(
         model_name=title,
         base_model=base["id"] if base["source"] == "hub" else None,
-        datasets=[data["id"]] if data["source"] == "hub" else None,
+        datasets=[data["id"]] if data["source"] == "hub" and results.train else None,
         license=base["license"].lower() if base["license"] else None,
         library_name="transformers",
         pipeline_tag="text-generation",

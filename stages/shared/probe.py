@@ -87,14 +87,11 @@ def out_of_memory(trainer: Trainer, base_bytes: int, params: Params) -> StageErr
     )
 
 
-def too_large(params: Params) -> StageError:
+def too_large() -> StageError:
     """The GPU ran out before there was anything to train: the base does not fit."""
-    change = "take a smaller base"
-    if params.quantize.type == "none":
-        change = "set quantize.type: nf4"
     return StageError(
-        f"out of GPU memory{of_the_card()} while the base model was loaded; {predicted()}; "
-        f"{change}, or see with nvidia-smi who else uses the GPU"
+        f"out of GPU memory{of_the_card()} while the base model was loaded; {predicted()}; set "
+        "quantize.type: nf4 or take a smaller base, or see with nvidia-smi who else uses the GPU"
     )
 
 

@@ -26,7 +26,10 @@ SHOWN_CHARACTERS = 2000
 
 @dataclass(frozen=True)
 class Results:
-    """Everything export read. Metrics are flat mappings as in metrics/*.json."""
+    """Everything export read. Metrics are flat mappings as in metrics/*.json.
+
+    `train`, `train_cost` and `curve` are empty where the adapter was trained elsewhere.
+    """
 
     params: dict
     data: dict
@@ -62,6 +65,12 @@ def held_out_sets(results: Results) -> dict[str, str]:
     return {prefix: name for prefix, name in scored if f"{prefix}tuned_perplexity" in results.eval}
 
 
+def title(results: Results) -> str:
+    if results.train:
+        return f"{results.model_source['id']} tuned on {results.data_source['id']}"
+    return f"{results.model_source['id']} with an adapter from elsewhere"
+
+
 def summary(results: Results) -> dict:
     """metrics/summary.json: the figures a reader wants first, under keys of their own.
 
@@ -72,6 +81,8 @@ def summary(results: Results) -> dict:
         figures[f"{prefix}perplexity_before"] = results.eval[f"{prefix}base_perplexity"]
         figures[f"{prefix}perplexity_after"] = results.eval[f"{prefix}tuned_perplexity"]
     figures["merge_change_percent"] = results.verify["perplexity_change_percent"]
+    if not results.train:
+        return figures
     figures["train_minutes"] = results.train_cost["train_seconds"] / 60
     cost = results.train_cost
     predicted = results.plan["predicted_peak_vram_gb"]
@@ -104,8 +115,7 @@ def sections(results: Results) -> list[Section]:
         _result(results),
         _what(results),
         _quality(results),
-        _training(results),
-        _memory(results),
+        *([_training(results), _memory(results)] if results.train else []),
         _data(results),
         _samples(results),
         _merge(results),
@@ -131,10 +141,9 @@ def _result(results: Results) -> Section:
     change = results.verify["perplexity_change_percent"]
     limit = results.params["verify"]["max_perplexity_change_percent"]
     items.append(("Merged model", f"{change:+.2g} %", f"change by merging; the limit is {limit} %"))
-    minutes = results.train_cost["train_seconds"] / 60
-    items.append(
-        ("Training", f"{number(round(minutes, 1))} min", f"on {results.train_cost['device']}")
-    )
+    if results.train:
+        minutes = f"{number(round(results.train_cost['train_seconds'] / 60, 1))} min"
+        items.append(("Training", minutes, f"on {results.train_cost['device']}"))
     return Section("Result", [Figures(items)])
 
 
@@ -151,6 +160,14 @@ def _sources(model: dict, data: dict) -> Table:
 
 
 def _what(results: Results) -> Section:
+    sources = _sources(results.model_source, results.data_source)
+    if not results.train:
+        text = (
+            "The adapter was not trained by this pipeline but put into models/adapter: on what, "
+            "and whether on the rows below, is not known here. plan, lora and train among the "
+            "parameters do not describe it."
+        )
+        return Section("What was evaluated on what", [Paragraph(text), sources])
     lora, train = results.params["lora"], results.params["train"]
     settings = [
         ["Method", _method(results)],
@@ -159,7 +176,6 @@ def _what(results: Results) -> Section:
         ["Update scale (alpha / r)", number(lora["alpha"] / lora["r"])],
         ["Effective batch", number(train["batch_size"] * train["gradient_accumulation"])],
     ]
-    sources = _sources(results.model_source, results.data_source)
     return Section("What was trained on what", [sources, Table([], settings)])
 
 
@@ -191,7 +207,7 @@ def _quality(results: Results) -> Section:
         "Perplexity is exp(mean negative log likelihood) of the learned tokens; the base and the "
         "tuned model score the same tokens. The interval is a bootstrap over rows."
     )
-    if "group_" in held_out_sets(results):
+    if "group_" in held_out_sets(results) and results.train:
         text += " Held-out groups are whole groups of rows that training never saw."
     chart = charts.perplexity(results.eval, held_out_sets(results))
     return Section("Perplexity before and after", [Paragraph(text), chart, table])

@@ -342,8 +342,8 @@ def _report(name, kind, error, trace) -> None:
         )
     elif kind.__name__ == "OutOfMemoryError":
         message = (
-            "out of GPU memory; see with nvidia-smi who else uses it, or train with a smaller "
-            "train.batch_size or train.gradient_checkpointing: true"
+            "out of GPU memory; see with nvidia-smi who else uses it, or run this stage on the "
+            f"CPU: CUDA_VISIBLE_DEVICES= dvc repro {name}"
         )
     elif issubclass(kind, MemoryError) or "can't allocate memory" in str(error):
         message = "out of memory (RAM); close other programs or take a smaller model or batch"

@@ -1,0 +1,73 @@
+"""An adapter trained by PEFT elsewhere and copied in, through every stage after train."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from merging import edit_tensors, make_adapter
+from quick import Stage, run
+from tiny import make_workspace
+
+BEFORE = ["fetch_model", "fetch_data", "prepare", "plan", "quantize", "train"]
+AFTER = ["evaluate", "merge", "verify", "export"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = make_workspace(tmp_path_factory.mktemp("foreign") / "project")
+    for name in [*BEFORE, *AFTER]:
+        run(name, folder)
+    (folder / "own").mkdir()
+    for file in ("metrics/report.md", "metrics/summary.json", "models/release/README.md"):
+        shutil.move(folder / file, folder / "own" / Path(file).name)
+    adapter = folder / "models/adapter"
+    shutil.rmtree(adapter)
+    make_adapter(folder / "models/base", adapter, target_modules=["q_proj", "v_proj"])
+    for file in adapter.iterdir():
+        if not file.name.startswith("adapter_"):
+            file.unlink()
+    for name in AFTER:
+        run(name, folder)
+    return folder
+
+
+def test_it_is_scored_merged_and_verified(folder):
+    evaluated = json.loads((folder / "metrics/eval.json").read_text())
+    verified = json.loads((folder / "metrics/verify.json").read_text())
+    assert verified["adapter_perplexity"] == pytest.approx(evaluated["tuned_perplexity"], rel=1e-3)
+    assert json.loads((folder / "models/merged/merge.json").read_text())["updated_tensors"] == 4
+    assert (folder / "models/release/tokenizer.json").exists()
+
+
+def test_the_report_does_not_say_that_it_was_trained_here(folder):
+    loss = f"{json.loads((folder / 'metrics/train.json').read_text())['train_loss']:.4g}"
+    for name in ("metrics/report.md", "models/release/README.md"):
+        own = (folder / "own" / Path(name).name).read_text()
+        found = (folder / name).read_text()
+        for claim in (loss, "tuned on", "What was trained on what", "Trainable parameters"):
+            assert claim in own, claim
+            assert claim not in found, claim
+        assert "was not trained by this pipeline" in found
+    own = json.loads((folder / "own/summary.json").read_text())
+    found = json.loads((folder / "metrics/summary.json").read_text())
+    assert own.keys() - found.keys() == {
+        "train_minutes",
+        "ram_gb",
+        "predicted_vram_gb",
+        "fits_gpus",
+    }
+
+
+def test_a_damaged_one_is_refused_in_one_line(folder):
+    """The last test with this folder."""
+    edit_tensors(
+        folder / "models/adapter/adapter_model.safetensors",
+        lambda t: t.pop("base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"),
+    )
+    stage = Stage("evaluate", folder)
+    assert stage.wait() == 1
+    assert stage.said.splitlines()[-1] == (
+        "evaluate: models/adapter: model.layers.1.self_attn.q_proj: lora_A is missing; the "
+        "adapter is incomplete"
+    )
