@@ -24,6 +24,7 @@ from stages.shared import attention
 from stages.shared.checkpoints import SIGNALS, Checkpoints
 from stages.shared.fused_lora import fuse_lora
 from stages.shared.model import load_base, set_compute_dtype
+from stages.shared.offload import HostStash
 from stages.shared.stage import StageError, write_sums
 from stages.shared.trainer import LIGER_OFF, LIGER_PARTS
 from tests.tiny import make_model
@@ -83,10 +84,11 @@ def plain(folder, dtype):
     return total, gradients(model)
 
 
-def fast(folder, bounds=None):
+def fast(folder, bounds=None, offload=False):
     """Loss and gradients of all rows in one flattened batch, as the fast path computes them."""
     model = adapted(folder, "varlen", liger=True)
-    fuse_lora(model, liger=True, checkpointing=True)
+    stash = HostStash(model.device) if offload else None
+    fuse_lora(model, liger=True, checkpointing=True, stash=stash)
     ids = torch.cat(rows())[None].cuda()
     ends = torch.tensor([0, *LENGTHS]).cumsum(0)
     bounds = (ends if bounds is None else bounds).to(torch.int32)
@@ -111,10 +113,11 @@ def errors(found, expected):
     return {n: ((found[n] - expected[n]).norm() / expected[n].norm()).item() for n in expected}
 
 
-def test_fast_path_is_as_close_to_float32_as_the_plain_path(folder):
+@pytest.mark.parametrize("offload", [False, True])
+def test_fast_path_is_as_close_to_float32_as_the_plain_path(folder, offload):
     loss, reference = plain(folder, torch.float32)
     _, plain_gradients = plain(folder, torch.bfloat16)
-    fast_loss, fast_gradients = fast(folder)
+    fast_loss, fast_gradients = fast(folder, offload=offload)
     assert all(gradient.any() for gradient in fast_gradients.values())
     assert fast_loss == pytest.approx(loss, rel=5e-3)
     ours, theirs = errors(fast_gradients, reference), errors(plain_gradients, reference)
@@ -128,6 +131,34 @@ def test_attention_across_rows_would_be_seen(folder):
     leaking = torch.tensor([0, sum(LENGTHS)])
     _, found = fast(folder, leaking)
     assert max(errors(found, reference).values()) > 0.2
+
+
+def test_offloading_gives_back_what_it_took():
+    """With memory that is freed and taken again at once, and the GPU behind all the time."""
+    stash = HostStash(torch.device("cuda", 0))
+    values = [torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
+    for step in range(1, 4):
+        for slot, value in enumerate(values):
+            tensor = value * step
+            copied = stash.put(slot, tensor)
+            keep_busy()
+            torch.cuda.current_stream().wait_event(copied)
+            del tensor
+            torch.full_like(value, torch.nan)
+        for slot in reversed(range(len(values))):
+            tensor = stash.take(slot)
+            keep_busy()
+            assert torch.equal(tensor, values[slot] * step), (step, slot)
+            del tensor
+            torch.full_like(values[slot], torch.nan)
+    assert not stash.waiting
+    assert not stash.returning
+
+
+def keep_busy():
+    matrix = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    for _ in range(20):
+        matrix = matrix @ matrix * 1e-2
 
 
 # Resume: 24 steps, stopped at the tenth, in a process of its own from there.

@@ -22,6 +22,7 @@ from tools.revision import PARAMS, Revision, fail, git
 RESULT = Path("benchmarks/results/noise.json")
 # Repeats the others.
 SUMMARY = "metrics/summary.json"
+DVC = (sys.executable, "-m", "dvc")
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "dvc")
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 STUDENT_T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -31,7 +32,7 @@ def run_seed(seed: int) -> str:
     """Run the committed pipeline with `seed`; the name of the experiment that holds the result."""
     name = f"noise-{seed}"
     command = [
-        "dvc",
+        *DVC,
         "exp",
         "run",
         "--temp",
@@ -99,7 +100,7 @@ def main() -> None:
     }
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    subprocess.run(["dvc", "exp", "remove", "--quiet", *names], check=True)
+    subprocess.run([*DVC, "exp", "remove", "--quiet", *names], check=True)
     print(f"noise: written to {RESULT}; commit it")
 
 
