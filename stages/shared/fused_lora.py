@@ -83,7 +83,7 @@ class _Products:
         for i, part in enumerate(inner.split(self.ranks, dim=1)):
             base = self.bases[i]
             if _recomputing and self.ends_part:
-                outputs.append(x.new_empty(len(x), base.out_features))
+                outputs.append(_unread(x, (len(x), base.out_features)))
                 continue
             b = self.scaled_b(i, dtype).t()
             y = part @ b if base.bias is None else torch.addmm(base.bias.to(dtype), part, b)
@@ -109,6 +109,11 @@ class _Products:
             )
         ]
         return dx, [*da, *db]
+
+
+def _unread(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """A result that nothing reads, without memory of its own."""
+    return like.new_empty(()).expand(shape)
 
 
 class _Linears(torch.autograd.Function):
@@ -139,7 +144,7 @@ class _Mlp(torch.autograd.Function):
         (g, u), inner = gate_up.forward(flat)
         ctx.save_for_backward(flat, inner, g, u)
         if _recomputing and down.ends_part:
-            return torch.empty_like(x)
+            return _unread(x, x.shape)
         (y,), _ = down.forward(swiglu.forward(g, u))
         return y.view(x.shape)
 
