@@ -36,7 +36,7 @@ CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.trun
 class Stage:
     """A running `python -m stages.NAME` in `folder`, with its output in `folder`/NAME.log.
 
-    kill_at: kill the process, as SIGKILL does, at that change of a file, counted from 1.
+    kill_at: signal the process, by default to kill it, at that change of a file, counted from 1.
     largest_file: bytes beyond which the system refuses to write, as a full disk does.
     privileged: without it, permissions hold for root too.
     """
@@ -46,6 +46,7 @@ class Stage:
         name: str,
         folder: Path,
         kill_at: int = 0,
+        number: int = signal.SIGKILL,
         largest_file: int = 0,
         privileged: bool = True,
         **env: str,
@@ -54,7 +55,7 @@ class Stage:
         _ensure_running()
         self.process = _processes.Process(
             target=_run,
-            args=(name, str(folder), env, kill_at, largest_file, privileged),
+            args=(name, str(folder), env, kill_at, number, largest_file, privileged),
         )
         self.process.start()
 
@@ -84,6 +85,10 @@ class Stage:
             return False
         mask = int(status.partition("SigCgt:")[2].split()[0], 16)
         return bool(mask >> (number - 1) & 1)
+
+    def stopped(self) -> bool:
+        """Whether SIGSTOP holds it (proc(5), State)."""
+        return "State:\tT" in Path(f"/proc/{self.process.pid}/status").read_text()
 
     @property
     def said(self) -> str:
@@ -117,6 +122,7 @@ def _run(
     folder: str,
     env: dict[str, str],
     kill_at: int,
+    number: int,
     largest_file: int,
     privileged: bool,
 ) -> None:
@@ -128,7 +134,7 @@ def _run(
     sys.path.insert(0, folder)
     sys.dont_write_bytecode = True
     if kill_at:
-        _watch(folder, kill_at)
+        _watch(folder, kill_at, number)
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     if not privileged:
@@ -149,8 +155,8 @@ def _run(
     os._exit(status)
 
 
-def _watch(folder: str, kill_at: int) -> None:
-    """Kill this process at a change of a file in `folder`, or list them all with -1."""
+def _watch(folder: str, kill_at: int, number: int) -> None:
+    """Signal this process at a change of a file in `folder`, or list them all with -1."""
     own = (f"{folder}/changes.log",)
     seen = 0
     listing = open(own[0], "w") if kill_at < 0 else None  # noqa: SIM115 (until the end)
@@ -175,7 +181,7 @@ def _watch(folder: str, kill_at: int) -> None:
             listing.write(f"{event} {path.removeprefix(folder + '/')}\n")
             listing.flush()
         elif seen == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
     sys.addaudithook(hook)
 

@@ -135,7 +135,8 @@ def test_killed_again_and_again_ends_like_an_undisturbed_one(fresh, undisturbed)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_saves_and_stops(quantized, tmp_path, number):
     folder = untrained(quantized, tmp_path / "ws")
-    set_params(folder, train={"batch_size": 1})
+    # So many steps that the signals come during training however busy the machine is.
+    set_params(folder, train={"batch_size": 1, "epochs": 100.0})
     stage = quick.Stage("train", folder)
     # The handler is there when training begins; until then there is nothing to save.
     assert stage.until(lambda: stage.catches(signal.SIGTERM)), stage.said
@@ -148,12 +149,11 @@ def test_signal_saves_and_stops(quantized, tmp_path, number):
     )
     assert not (folder / "models/adapter").exists()
     assert len(checkpoints(folder)) == 1
-    again = quick.run("train", folder)
-    assert f"train: goes on from {checkpoints_named(again)}" in again.said
-
-
-def checkpoints_named(stage: quick.Stage) -> str:
-    return stage.said.partition("goes on from ")[2].split()[0]
+    name = checkpoints(folder)[0].name
+    again = quick.Stage("train", folder)
+    assert again.until(lambda: f"train: goes on from {name}\n" in again.said), again.said
+    again.kill(signal.SIGKILL)
+    again.wait()
 
 
 def test_signal_before_training_ends_the_stage(simple):
@@ -278,15 +278,22 @@ def test_kill_between_the_adapter_and_its_metrics(simple, undamaged):
     assert_finishes_alike(simple, undamaged)
 
 
+def stopped_with_the_lock(folder: Path) -> quick.Stage:
+    """A training that holds its checkpoints' lock and stands still."""
+    listed = quick.changes("train", untrained(folder, folder.parent / "counted"))
+    taken = next(i for i, line in enumerate(listed, 1) if line.endswith("/lock"))
+    stage = quick.Stage("train", folder, kill_at=taken + 1, number=signal.SIGSTOP)
+    assert stage.until(stage.stopped), stage.said
+    return stage
+
+
 def waits_for(first: quick.Stage, second: quick.Stage) -> bool:
     line = f"train: waits for process {first.process.pid}, which runs the same"
     return second.log.exists() and line in second.said
 
 
 def test_second_run_waits_and_says_for_whom(simple, undamaged):
-    first = quick.Stage("train", simple)
-    assert first.until(lambda: first.catches(signal.SIGTERM))
-    first.kill(signal.SIGSTOP)
+    first = stopped_with_the_lock(simple)
     first.log = first.log.rename(simple / "first.log")
     second = quick.Stage("train", simple)
     assert second.until(lambda: waits_for(first, second))
@@ -299,9 +306,7 @@ def test_second_run_waits_and_says_for_whom(simple, undamaged):
 def test_same_training_in_another_copy_waits_too(simple, tmp_path):
     """Experiments run in temporary copies, with their checkpoints in the project."""
     copy = untrained(simple, tmp_path / "copy")
-    first = quick.Stage("train", simple)
-    assert first.until(lambda: first.catches(signal.SIGTERM))
-    first.kill(signal.SIGSTOP)
+    first = stopped_with_the_lock(simple)
     second = quick.Stage("train", copy, DVC_ROOT=str(simple))
     assert second.until(lambda: waits_for(first, second))
     first.kill(signal.SIGCONT)
