@@ -252,6 +252,8 @@ def _said(key: str, value: str, rule: str) -> str:
 
 _CUT = "'" + "x" * 27 + "..." + "x" * 28 + "'"
 _MISSING = [f"{name}: missing" for name in yaml.safe_load(SHIPPED)]
+_LORA = "; lora has r, alpha, dropout, target_modules"
+_FILE = f"; the file has {', '.join(yaml.safe_load(SHIPPED))}"
 _TAG = "could not determine a constructor for the tag"
 
 SHAPES = [
@@ -283,18 +285,24 @@ SHAPES = [
         SHIPPED + "dropout: 0.1\n",
         ["dropout: unknown key; did you mean lora.dropout?"],
     ),
-    ("unknown key", added("lora", "size: 1"), ["lora.size: unknown key"]),
-    ("number as key", "7: 1\n" + SHIPPED, ["7: unknown key"]),
-    ("list as key", added("lora", "[a]: 1"), ["lora.('a',): unknown key"]),
+    ("unknown key", added("lora", "rank: 1"), [f"lora.rank: unknown key{_LORA}"]),
+    (
+        "key of a section written as on the command line",
+        "lora.r: 8\n" + SHIPPED,
+        ["lora.r: unknown key; write r below lora"],
+    ),
+    ("dot in a key", added("lora", "a.b: 1"), [f"lora.a.b: unknown key{_LORA}"]),
+    ("number as key", "7: 1\n" + SHIPPED, [f"7: unknown key{_FILE}"]),
+    ("list as key", added("lora", "[a]: 1"), [f"lora.('a',): unknown key{_LORA}"]),
     (
         "line break in a key",
         added("lora", '"a\\nb": 1'),
-        ["lora.'a\\nb': unknown key"],
+        [f"lora.'a\\nb': unknown key{_LORA}"],
     ),
     (
         "escape in a key",
         added("lora", '"\\e[2J": 1'),
-        ["lora.'\\x1b[2J': unknown key"],
+        [f"lora.'\\x1b[2J': unknown key{_LORA}"],
     ),
     (
         "half a character as key",
@@ -304,7 +312,7 @@ SHAPES = [
     (
         "endless key",
         added("lora", "x" * 300 + ": 1"),
-        [f"lora.{_CUT}: unknown key"],
+        [f"lora.{_CUT}: unknown key{_LORA}"],
     ),
     (
         "endless value",
@@ -441,7 +449,7 @@ SHAPES = [
             "model: must be a section with keys "
             "(got [[[[[[[...], [...]], [[...], [...]]], [[[...], [...]], [[...)",
             *_MISSING[2:],
-            *(f"{key}: unknown key" for key in "bcdefghijk"),
+            *(f"{key}: unknown key{_FILE}" for key in "bcdefghijk"),
         ],
     ),
 ]

@@ -232,6 +232,13 @@ def _near_key(key: str) -> str:
     return _near(name, siblings, 0.6) or _near(name, elsewhere, 0.8)
 
 
+def _siblings(section: str) -> str:
+    """The keys of `section`, "" for the sections themselves."""
+    split = [key.rpartition(".") for key in known_keys()]
+    names = [name for parent, _, name in split if parent == section]
+    return f"; {section or 'the file'} has {', '.join(names)}"
+
+
 def _messages(error: dict) -> list[str]:
     """One pydantic error as lines `key: what is wrong (got value)`."""
     kind, got = error["type"], error["input"]
@@ -243,7 +250,11 @@ def _messages(error: dict) -> list[str]:
     parts = [str(part) for part in error["loc"] if part != "[key]"]
     key = ".".join(p if p.isprintable() and len(p) <= 60 else _shown(p) for p in parts)
     if kind in ("extra_forbidden", "invalid_key"):
-        return [f"{key}: unknown key{_near_key(key)}"]
+        *above, name = parts
+        if "." in name and name in known_keys():
+            section, _, name = name.partition(".")
+            return [f"{key}: unknown key; write {name} below {section}"]
+        return [f"{key}: unknown key{_near_key(key) or _siblings('.'.join(above))}"]
     if kind == "value_error" and key in Params.model_fields and key != "seed":
         return [f"{key}.{line}" for line in str(context["error"]).split("\n")]
     rule = _RULES[kind].format(**context)
