@@ -74,6 +74,23 @@ def test_every_stage_refuses_before_it_imports_or_writes(stage, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_python_without_the_packages_is_one_line(stage):
+    """As when the environment was not activated; without site there are no packages."""
+    run = subprocess.run(
+        [sys.executable, "-S", "-B", "-m", f"stages.{stage}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.stderr == (
+        f"{sys.executable} has no module pydantic; activate the project's environment first: "
+        ". .venv/bin/activate\n"
+    )
+    assert run.returncode == 1
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_shipped_file_is_valid(file):
     assert faults(file.read_text(encoding="utf-8")) == []

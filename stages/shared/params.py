@@ -13,9 +13,23 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+try:
+    from pydantic import (
+        BaseModel,
+        BeforeValidator,
+        ConfigDict,
+        Field,
+        ValidationError,
+        model_validator,
+    )
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+except ModuleNotFoundError as error:
+    # Every stage begins here, so this is where another Python than the project's is noticed.
+    sys.exit(
+        f"{sys.executable} has no module {error.name}; activate the project's environment first: "
+        ". .venv/bin/activate"
+    )
 
 PARAMS = Path("params.yaml")
 
