@@ -439,6 +439,18 @@ def test_repair_of_no_stage(fresh):
     assert done.stderr.startswith("repair: dvc.lock has no stage train2; it has fetch_model, ")
 
 
+def test_repair_of_what_was_never_made(fresh):
+    """A stage run by hand in a fresh clone advises it."""
+    for made in ("models/base", "models/quantized"):
+        shutil.rmtree(fresh / made)
+    done = run(fresh, "python", "-m", "tools.repair", "quantize")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "repair: models/base, which quantize reads, is missing too; make all of it with: dvc repro "
+        "quantize\n"
+    )
+
+
 def test_second_run_changes_nothing(fresh, log):
     before = must(fresh, "git", "status", "--porcelain")
     assert reproduce(fresh, log) == []

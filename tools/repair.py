@@ -52,12 +52,20 @@ def main() -> None:
     recorded = read(Path("dvc.lock"))
     if stage not in recorded:
         sys.exit(f"repair: dvc.lock has no stage {stage}; it has {', '.join(recorded)}")
+    declared = read(Path("dvc.yaml"))[stage]
     # Metrics and plots are in git and have no object.
-    entries = read(Path("dvc.yaml"))[stage].get("outs", [])
+    entries = declared.get("outs", [])
     cached = {entry if isinstance(entry, str) else next(iter(entry)) for entry in entries}
     outs = [out for out in recorded[stage]["outs"] if out["path"] in cached]
     with Repo() as repo:
         cache, remote = Path(repo.cache.local.path), repo.config["core"].get("remote")
+    missing = [dep for dep in declared["deps"] if not Path(dep).exists()]
+    # With a remote, DVC pulls what is missing.
+    if missing and not remote:
+        sys.exit(
+            f"repair: {', '.join(missing)}, which {stage} reads, is missing too; make all of it "
+            f"with: dvc repro {stage}"
+        )
     for file in objects(cache, outs):
         if file.exists() and is_damaged(file):
             print(f"repair: {file} is damaged, thrown away", flush=True)
