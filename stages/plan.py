@@ -64,12 +64,20 @@ def metrics(shape: vram.Shape, run: vram.Training) -> dict:
 
 
 def advice(config, shape: vram.Shape, params: Params, rows: Rows, needed: float) -> str:
-    """Which cards hold `needed` bytes, and what would make the next smaller one do."""
+    """Which cards hold `needed` bytes, what would make the next smaller one do, and whether a row
+    is longer than the model's positions: it would train without a complaint, and badly."""
     fits = vram.fitting_cards(needed)
     lines = [f"fits cards of {', '.join(map(str, fits)) or 'no usual size in'} GB"]
     if smaller := [size for size in vram.CARDS_GB if size not in fits]:
         change = cheapest_change(config, shape, params, rows, smaller[-1] * vram.GB)
         lines.append(f"to fit {smaller[-1]} GB: {change}")
+    longest = max(rows.tokens)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", longest)
+    if longest > positions:
+        lines.append(
+            f"the longest row has {longest:,} tokens and the model was made for {positions:,} "
+            "(max_position_embeddings); lower prepare.max_length"
+        )
     return "\n".join(f"plan: {line}" for line in lines)
 
 

@@ -158,6 +158,19 @@ def test_no_limit_and_a_high_limit_pass(mistral):
         plan.refuse_over_limit(*mistral, params_of(plan={"vram_limit_gb": limit}), ROWS, 5e9)
 
 
+def test_rows_beyond_the_positions_of_the_model_are_said(tiny):
+    config, shape = tiny
+    said = [
+        plan.advice(config, shape, params_of(), planning.Rows([20, size], [10, 10], 2048), 5e9)
+        for size in (config.max_position_embeddings, config.max_position_embeddings + 1)
+    ]
+    assert "longest row" not in said[0]
+    assert said[1].endswith(
+        "\nplan: the longest row has 513 tokens and the model was made for 512 "
+        "(max_position_embeddings); lower prepare.max_length"
+    )
+
+
 def test_the_stage_writes_the_promised_keys_and_a_constant_verdict(
     tokenizer, tmp_path, monkeypatch, capsys
 ):
