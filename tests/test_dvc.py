@@ -433,6 +433,19 @@ def test_an_adapter_from_elsewhere_takes_the_place_of_the_trained_one(fresh, log
     assert (adapter / "data.bin").read_text() == "from elsewhere"
 
 
+def test_added_data_is_content_of_the_project(fresh):
+    """What DVC does not see it neither pushes nor puts into the copy of an experiment."""
+    data = fresh / "data/source/mine.jsonl"
+    data.write_text("{}\n")
+    must(fresh, "dvc", "add", "-q", "data/source/mine.jsonl")
+    commit(fresh, "data")
+    tracked = must(fresh, "git", "ls-files", "data").split()
+    assert tracked == ["data/source/README.md", "data/source/mine.jsonl.dvc"]
+    data.unlink()
+    must(fresh, "dvc", "checkout", "-q")
+    assert data.read_text() == "{}\n"
+
+
 def test_repair_of_no_stage(fresh):
     done = run(fresh, "python", "-m", "tools.repair", "train2")
     assert done.returncode == 1
