@@ -137,7 +137,7 @@ def test_code_is_declared_exactly(name):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_params_are_declared_exactly_as_whole_sections(name):
     """With single leaves `-S lora.dropout=0.2` would run nothing."""
-    assert set(STAGES[name]["params"]) == sections(code(name))
+    assert set(STAGES[name].get("params", [])) == sections(code(name))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

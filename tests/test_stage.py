@@ -395,6 +395,14 @@ def test_edits_of_what_a_stage_does_not_read_are_nothing_to_it(workspace):
     assert stage.wait() == 0, stage.said
 
 
+def test_stage_may_have_no_parameters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text("seed: 42\n")
+    (tmp_path / "dvc.yaml").write_text("stages: {notify: {cmd: python -m notify, deps: []}}\n")
+    entry = {"cmd": "python -m notify", "deps": []}
+    assert shared._inputs("notify") == {"dvc.yaml: notify": entry}
+
+
 def test_code_edited_during_the_imports_is_noticed(workspace):
     """The process may have read the old file or the new one."""
     script = workspace / "stages/fetch_data.py"

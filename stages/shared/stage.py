@@ -263,7 +263,7 @@ def _inputs(name: str) -> dict:
     entry = _entry(name)
     params = read_yaml(PARAMS.read_text(encoding="utf-8"))
     inputs = {f"dvc.yaml: {name}": entry}
-    inputs |= {f"params.yaml: {key}": params.get(key) for key in entry["params"]}
+    inputs |= {f"params.yaml: {key}": params.get(key) for key in entry.get("params", [])}
     for dep in entry["deps"]:
         path = Path(dep)
         if path.suffix in (".py", ".json", ".ok"):
