@@ -94,7 +94,8 @@ def group_of(row: dict, params: Prepare, where: str) -> str:
 
 def describe(form: Format, row: dict, params: Prepare) -> str:
     """The format and the columns it takes, in words."""
-    used = [f"{own} as {name}" if own != name else own for name, own in form.columns.items()]
+    named = [(name, own) for name, own in form.columns.items() if own in row]
+    used = [f"{own} as {name}" if own != name else own for name, own in named]
     ignored = [c for c in row if c not in (*form.columns.values(), params.group_by)]
     shape = f" in the {form.shape.name} shape" if form.shape else ""
     rest = f"; not used: {names_of(ignored)}" if ignored else ""

@@ -279,6 +279,15 @@ def test_format_is_recognized_and_said(name, tmp_path, monkeypatch, capsys):
         ),
         (
             {
+                "prompt": [{"role": "user", "content": "p"}],
+                "completion": [{"role": "assistant", "content": "c"}],
+                "system": "s",
+            },
+            None,
+            [("system", "s"), ("user", "p"), ("assistant", "c")],
+        ),
+        (
+            {
                 "conversations": [
                     {"role": "user", "content": "p"},
                     {"role": "assistant", "content": "c"},
@@ -315,3 +324,17 @@ def test_format_is_recognized_and_said(name, tmp_path, monkeypatch, capsys):
 def test_row_becomes_messages(row, columns, expected):
     example = recognize("auto", columns, row, "a:1").example(row, "a:1")
     assert [(message["role"], message["content"]) for message in example] == expected
+
+
+@pytest.mark.parametrize("name", ["auto", "alpaca"])
+def test_optional_column_may_come_in_a_later_row_alone(name):
+    form = recognize(name, None, {"instruction": "i", "output": "o"}, "a:1")
+    later = {"instruction": "i", "input": "x", "output": "o", "system": "s"}
+    example = form.example(later, "a:2")
+    assert [message["content"] for message in example] == ["s", "i\n\nx", "o"]
+
+
+def test_zero_in_an_optional_column_is_no_empty_one():
+    row = {"instruction": "a", "input": 0, "output": "b"}
+    with pytest.raises(StageError, match=r"^a:1: 'input' holds a number \(0\) where text belongs"):
+        recognize("auto", None, row, "a:1").example(row, "a:1")

@@ -115,7 +115,8 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Format:
-    """A recognized format. `columns` maps each standard column in use to the data's own name."""
+    """A recognized format. `columns` maps each standard column, the optional ones too, to the
+    data's own name."""
 
     name: str
     columns: dict[str, str]
@@ -140,14 +141,15 @@ class Format:
                 return self._rendered(_text(row, self.columns["text"], where))
             case "prompt_completion" if isinstance(row.get(self.columns["prompt"]), list):
                 prompt = _list(row, self.columns["prompt"], where)
-                return _conversation(prompt + _list(row, self.columns["completion"], where), where)
+                answer = _list(row, self.columns["completion"], where)
+                return _conversation(self._system(row, where) + prompt + answer, where)
             case "prompt_completion":
                 prompt = _text(row, self.columns["prompt"], where)
                 answer = _text(row, self.columns["completion"], where)
             case "alpaca":
                 prompt = _text(row, self.columns["instruction"], where)
-                extra = self.columns.get("input")
-                if extra and row.get(extra):
+                extra = self.columns["input"]
+                if row.get(extra) not in (None, ""):
                     prompt += "\n\n" + _text(row, extra, where)
                 answer = _text(row, self.columns["output"], where)
         return [
@@ -157,8 +159,8 @@ class Format:
         ]
 
     def _system(self, row: dict, where: str) -> list[dict]:
-        name = self.columns.get("system")
-        if not name or not row.get(name):
+        name = self.columns["system"]
+        if row.get(name) in (None, ""):
             return []
         return [{"role": "system", "content": _text(row, name, where)}]
 
@@ -219,7 +221,8 @@ def recognize(name: str, columns: dict[str, str] | None, first: dict, where: str
                 f"{where}: no column {own.get(column, column)!r}, which format {name} needs; the "
                 f"columns are {names_of(first)}: name yours in prepare.columns: {{{column}: …}}"
             )
-    used = {c: present[c] for c in (*needed, *optional) if c in present}
+    # An optional column may come in a later row alone.
+    used = {column: own.get(column, column) for column in (*needed, *optional)}
     shape = _shape_of(first[used["text"]]) if name == "rendered" else None
     return Format(name, used, shape)
 
