@@ -169,6 +169,13 @@ def test_plain_template_is_rendered_once_and_kept_for_inference(shape):
     assert row.ids[: row.prompt_tokens].tolist() == prompt_ids(tokenizer, CHAT[:1])
 
 
+def test_any_character_may_stand_in_a_plain_template():
+    template = '🙂 "é" \\ {{ x }} {% y %}\n{prompt}\n'
+    renderer = renderer_of("llama-3", template=template)
+    text = renderer.tokenizer.decode(encoded(renderer, CHAT[:2]).ids)
+    assert text.startswith("<|begin_of_text|>" + template.replace("{prompt}", "hello az"))
+
+
 def test_template_file_gets_the_bos_of_the_tokenizer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "templates").mkdir()

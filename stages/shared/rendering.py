@@ -139,7 +139,7 @@ def _rendered_template(
     opening = text[: form.shape.turn.search(text).start()]
     if not opening and _adds_bos(tokenizer) and not text.startswith(tokenizer.bos_token):
         opening = tokenizer.bos_token
-    shaped = (f"{{{{ {json.dumps(opening)} }}}}" if opening else "") + form.shape.template
+    shaped = (f"{{{{ {_quoted(opening)} }}}}" if opening else "") + form.shape.template
     if template.endswith(".jinja"):
         candidates = [_from_file(tokenizer, template)]
     else:
@@ -180,9 +180,14 @@ def _plain_template(tokenizer, template: str) -> str:
         bos + "{% for m in messages %}{% if m['role'] == 'assistant' %}"
         "{{ m['content'] + eos_token }}{% elif m['role'] == 'system' %}"
         "{{ m['content'] + '\\n\\n' }}"
-        f"{{% else %}}{{{{ {json.dumps(before)} + m['content'] + {json.dumps(after)} }}}}"
+        f"{{% else %}}{{{{ {_quoted(before)} + m['content'] + {_quoted(after)} }}}}"
         "{% endif %}{% endfor %}"
     )
+
+
+def _quoted(text: str) -> str:
+    """`text` as a literal of Jinja, which takes JSON's escape of an emoji for two characters."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _adds_bos(tokenizer) -> bool:
