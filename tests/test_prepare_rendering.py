@@ -195,6 +195,14 @@ def test_broken_template_file_is_named_with_its_line(tmp_path, monkeypatch):
         renderer_of("llama-3", template="templates/mine.jinja")
 
 
+def test_template_file_in_another_encoding_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates/mine.jinja").write_bytes(b"{{ '\xe9' }}")
+    with pytest.raises(StageError, match=r"^templates/mine.jinja: not UTF-8 \(byte 4\)"):
+        renderer_of("llama-3", template="templates/mine.jinja")
+
+
 def test_template_cannot_reach_out_of_its_sandbox(tmp_path, monkeypatch):
     """A template comes with a model from anywhere. Outside the sandbox this one makes a file."""
     monkeypatch.chdir(tmp_path)
@@ -332,6 +340,17 @@ def broken(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}"
 
 
+def python_fault(tokenizer):
+    tokenizer.chat_template += "{{ messages[0]['content'].index('absent') }}"
+
+
+def short_refused(tokenizer):
+    tokenizer.chat_template = (
+        "{% if messages | length == 2 %}{{ raise_exception('too short') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+
+
 def bos_twice(tokenizer):
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
 
@@ -350,6 +369,7 @@ TWO_QUESTIONS = [CHAT[0], CHAT[0], CHAT[1]]
         ("smollm", no_answers, CHAT, "template", "differently once an answer follows"),
         ("smollm", other_prompt, CHAT, "template", "differently once an answer follows"),
         ("smollm", broken, CHAT, "template", "the template refuses it (Unexpected end"),
+        ("smollm", python_fault, CHAT, "template", "refuses it (substring not found): mend"),
         ("gemma", bos_twice, CHAT, "template", "begins with BOS twice"),
         ("gemma", marks_as_text, CHAT, "template", "tokens do not end with '<end_of_turn>'"),
         ("gemma", None, SYSTEM, "roles", "refuses it (System role not supported): mend"),
@@ -365,6 +385,11 @@ def test_row_that_would_be_wrong_is_dropped(shape, edit, chat, reason, message):
     assert message in unusable.message
     # One bad row does not take its neighbours with it.
     assert isinstance(good, list) == (chat is not CHAT)
+
+
+def test_template_that_refuses_a_part_of_a_conversation_is_named():
+    (unusable,) = renderer_of("smollm", edit=short_refused, loss_on="assistant").encode([CHAT])
+    assert "refuses the part up to message 2 (too short): set prepare.loss_on" in unusable.message
 
 
 def test_answer_rewritten_in_a_longer_conversation_is_not_learned_wrongly():

@@ -34,6 +34,8 @@ _PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endo
 # Of the rendered rows that are looked at, so many must be what the template would have written.
 _MOST_WRITTEN = 0.5
 _ASKED = [{"role": "user", "content": "a"}]
+# What a template raises about a row: raise_exception() and Python's own, as of "".index("a").
+_TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,15 @@ def _from_file(tokenizer, template: str) -> str:
     path = Path(template)
     if not path.is_file():
         raise StageError(f"prepare.template: no file {template}; put yours in templates/")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise StageError(f"{template}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     try:
         tokenizer.apply_chat_template(_ASKED, chat_template=text, tokenize=False)
     except jinja2.TemplateSyntaxError as error:
         raise StageError(f"{template}:{error.lineno}: {error.message}; mend the template") from None
-    except (jinja2.TemplateError, TypeError):
+    except _TEMPLATE_FAULTS:
         pass  # It asks for more than this one message, and will say so of the rows.
     return text
 
@@ -117,7 +122,7 @@ def _with_bos(tokenizer, template: str, samples: list[Example]) -> str:
     for chat in samples:
         try:
             made = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
-        except (jinja2.TemplateError, TypeError):
+        except _TEMPLATE_FAULTS:
             continue
         if _adds_bos(tokenizer) and not made.startswith(tokenizer.bos_token):
             return "{{ bos_token }}" + template
@@ -164,7 +169,7 @@ def _writes(tokenizer, template: str, form: Format, sample: dict) -> bool:
         made = tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=True, tokenize=False
         )
-    except jinja2.TemplateError:
+    except _TEMPLATE_FAULTS:
         return False
     bos = tokenizer.bos_token or ""
     prompt = sample["text"][: sample["answers"][-1][0]]
@@ -281,7 +286,7 @@ class Renderer:
         try:
             whole = self._apply(chats)
             prompts = self._apply([chat[:-1] for chat in chats], prompt=True)
-        except (jinja2.TemplateError, TypeError) as error:
+        except _TEMPLATE_FAULTS as error:
             if len(chats) == 1:
                 # raise_exception() in a template raises the base class.
                 reason = "roles" if type(error) is jinja2.TemplateError else "template"
@@ -322,7 +327,16 @@ class Renderer:
         for i, message in enumerate(chat[:-1]):
             if message["role"] != "assistant":
                 continue
-            before, after = self._apply([chat[:i]], prompt=True)[0], self._apply([chat[: i + 1]])[0]
+            try:
+                before = self._apply([chat[:i]], prompt=True)[0]
+                after = self._apply([chat[: i + 1]])[0]
+            except _TEMPLATE_FAULTS as error:
+                said = " ".join(str(error).split())
+                raise Unusable(
+                    "template",
+                    f"the template refuses the part up to message {i + 1} ({said}): set "
+                    "prepare.loss_on: completion, or another template",
+                ) from None
             start, end = len(before), len(after)
             if not prompt.startswith(after) and "tool_calls" not in message:
                 found = self.any_special.search(prompt, start)
