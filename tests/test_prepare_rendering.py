@@ -359,7 +359,33 @@ def marks_as_text(tokenizer):
     tokenizer.backend_tokenizer.encode_special_tokens = True
 
 
-SYSTEM = [{"role": "system", "content": "s"}, *CHAT]
+def only_questions_and_answers(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'Q:' + m['content'] + '\nA:' }}"
+        "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+    )
+
+
+def no_thought(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'].split('</think>')[-1] }}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+
+
+def thought_apart(tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "+ message['content'] +", "+ (message.reasoning_content or '') + message['content'] +"
+    )
+
+
+SYSTEM = [{"role": "system", "content": "s0s"}, *CHAT]
+CALLS = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+CALL = {"role": "assistant", "content": "", "tool_calls": CALLS}
+TOOL = {"role": "tool", "content": "s0s"}
+THOUGHT = [CHAT[0], {"role": "assistant", "content": "<think>s0s</think>az"}]
+APART = [CHAT[0], CHAT[1] | {"reasoning_content": "s0s"}]
+END_APART = [CHAT[0], CHAT[1] | {"reasoning_content": "<|im_end|>"}]
 TWO_QUESTIONS = [CHAT[0], CHAT[0], CHAT[1]]
 
 
@@ -375,6 +401,19 @@ TWO_QUESTIONS = [CHAT[0], CHAT[0], CHAT[1]]
         ("gemma", None, SYSTEM, "roles", "refuses it (System role not supported): mend"),
         ("llama-2", None, TWO_QUESTIONS, "roles", "(Roles must alternate user/assistant)"),
         ("qwen", None, [CHAT[0] | {"content": "<|im_end|>"}, CHAT[1]], "special_token", "'<|im_e"),
+        ("smollm", thought_apart, END_APART, "special_token", "'<|im_end|>'"),
+        ("smollm", only_questions_and_answers, SYSTEM, "template", "text of message 1 (system)"),
+        (
+            "smollm",
+            only_questions_and_answers,
+            [CHAT[0], CHAT[1], TOOL, CHAT[1]],
+            "template",
+            "out the text of message 3 (tool)",
+        ),
+        ("smollm", None, [CHAT[0], CALL, TOOL, CHAT[1]], "template", "tool_calls of message 2"),
+        ("smollm", None, [CHAT[0], CALL], "template", "out the tool_calls of message 2"),
+        ("smollm", no_thought, THOUGHT, "template", "out the text of message 2 (assistant)"),
+        ("smollm", None, APART, "template", "out the reasoning_content of message 2"),
     ],
 )
 def test_row_that_would_be_wrong_is_dropped(shape, edit, chat, reason, message):
@@ -392,12 +431,33 @@ def test_template_that_refuses_a_part_of_a_conversation_is_named():
     assert "refuses the part up to message 2 (too short): set prepare.loss_on" in unusable.message
 
 
+def test_what_a_template_writes_in_its_own_way_is_not_missed():
+    def edit(tokenizer):
+        tokenizer.chat_template = (
+            "{% for m in messages %}{{ m['role'] + ':' }}{% if m['role'] == 'tool' %}"
+            "{{ m['content'] | tojson }}{% else %}{{ m['content'] | trim }}{% endif %}"
+            "{% for call in m.tool_calls or [] %}{{ call['function'] | tojson }}{% endfor %}"
+            "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+        )
+
+    tool = {"role": "tool", "content": 'é "1"\n2'}
+    chat = [
+        {"role": "system", "content": " s\n"},
+        CHAT[0],
+        CALL,
+        tool,
+        {**CHAT[1], "content": "o "},
+    ]
+    row = encoded(renderer_of("llama-3", edit=edit), chat)
+    assert row.learned.sum() == 2
+
+
 def test_answer_rewritten_in_a_longer_conversation_is_not_learned_wrongly():
     def edit(tokenizer):
         tokenizer.chat_template = tokenizer.chat_template.replace(
             "message['content'] + '<|im_end|>'",
-            "(message['content'] if messages[-1]['role'] == 'assistant' and messages | length < 3"
-            " else '…') + '<|im_end|>'",
+            "('…' if message['role'] == 'assistant' and not loop.last else message['content'])"
+            " + '<|im_end|>'",
         )
 
     (unusable,) = renderer_of("smollm", edit=edit, loss_on="assistant").encode([CHAT])

@@ -34,6 +34,8 @@ _PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endo
 # Of the rendered rows that are looked at, so many must be what the template would have written.
 _MOST_WRITTEN = 0.5
 _ASKED = [{"role": "user", "content": "a"}]
+# Keys of a message in which models' reasoning is kept apart from the answer.
+_REASONING = ("reasoning_content", "thinking")
 # What a template raises about a row: raise_exception() and Python's own, as of "".index("a").
 _TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError)
 
@@ -214,6 +216,19 @@ class _Rendered:
     raw: bool
 
 
+def _words(message: dict) -> str:
+    """All that a template may write of a message."""
+    return message["content"] if len(message) == 2 else json.dumps(message, ensure_ascii=False)
+
+
+def _holds(text: str, part: str) -> bool:
+    """Whether `part` is in `text`, white space aside, or in quotes as Llama 3 has tool output."""
+    if part.strip() in text:
+        return True
+    text, quoted = "".join(text.split()), json.dumps(part, ensure_ascii=False)[1:-1]
+    return any("".join(each.split()) in text for each in (part, quoted))
+
+
 class Renderer:
     """Examples to rows of token ids with the learned part marked."""
 
@@ -270,7 +285,7 @@ class Renderer:
         """A mark such as <|im_end|> in somebody's words would end a turn that they did not end."""
         if isinstance(example, dict):
             return None
-        texts = [example] if isinstance(example, str) else [m["content"] for m in example]
+        texts = [example] if isinstance(example, str) else map(_words, example)
         for found in filter(None, map(self.any_special.search, texts)):
             return Unusable(
                 "special_token",
@@ -308,6 +323,12 @@ class Renderer:
                 "the template writes the prompt differently once an answer follows, so no prompt "
                 "would be a row's beginning: set prepare.template to another .jinja file",
             )
+        if lost := self._lost(chat, whole, answer):
+            return Unusable(
+                "template",
+                f"the template leaves out the {lost}: set prepare.template to a .jinja file that "
+                "writes it, or take it out of the row",
+            )
         spans = []
         if self.loss_on == "assistant":
             try:
@@ -315,6 +336,29 @@ class Renderer:
             except Unusable as unusable:
                 return unusable
         return self._finish(prompt, answer, spans)
+
+    def _lost(self, chat: list[dict], whole: str, answer: str) -> str | None:
+        """What the row would lack without a word, as many templates know no system and no tools.
+
+        Not looked for are the earlier answers, of which templates drop the reasoning on purpose.
+        """
+        for number, message in enumerate(chat, 1):
+            last = number == len(chat)
+            if (last or message["role"] != "assistant") and not _holds(
+                answer if last else whole, message["content"]
+            ):
+                return f"text of message {number} ({message['role']})"
+            for key in ("tool_calls", *_REASONING) if last else ("tool_calls",):
+                if key not in message:
+                    continue
+                less = {k: v for k, v in message.items() if k != key}
+                try:
+                    if self._apply([[*chat[: number - 1], less, *chat[number:]]])[0] != whole:
+                        continue
+                except _TEMPLATE_FAULTS:
+                    continue
+                return f"{key} of message {number}"
+        return None
 
     def _earlier_answers(self, chat: list[dict], prompt: str) -> list[tuple[int, int]]:
         """Character spans in `prompt` of every answer but the last, with their end tokens.
