@@ -338,3 +338,18 @@ def test_zero_in_an_optional_column_is_no_empty_one():
     row = {"instruction": "a", "input": 0, "output": "b"}
     with pytest.raises(StageError, match=r"^a:1: 'input' holds a number \(0\) where text belongs"):
         recognize("auto", None, row, "a:1").example(row, "a:1")
+
+
+@pytest.mark.parametrize("turns", [{"from": "human"}, [1], [None], 5, True, [["x"]]])
+def test_conversations_that_are_no_list_of_turns_are_refused(turns):
+    row = {"conversations": turns}
+    with pytest.raises(
+        StageError, match=r"^a:1: 'conversations' holds .* where a list of messages"
+    ):
+        recognize("auto", None, row, "a:1").example(row, "a:1")
+
+
+def test_conversations_of_messages_are_named_in_the_remedy():
+    row = {"conversations": [{"role": "user", "content": "p"}]}
+    with pytest.raises(StageError, match=r"set prepare.columns: {messages: conversations}$"):
+        recognize("auto", None, row, "a:1")

@@ -26,7 +26,7 @@ COLUMNS = {
 _OTHER_NAMES = {
     "prompt": ("question", "query", "problem", "instruction", "input", "request"),
     "completion": ("answer", "response", "output", "solution", "target", "reply"),
-    "messages": ("conversation", "dialog", "dialogue", "chat"),
+    "messages": ("conversations", "conversation", "dialog", "dialogue", "chat"),
     "text": ("content", "document", "body"),
 }
 _SHAREGPT_ROLES = {
@@ -232,9 +232,9 @@ def _recognized(present: dict[str, str], first: dict, where: str) -> str:
         if all(column in present for column in needed):
             if name == "text" and _shape_of(first[present["text"]]):
                 return "rendered"
-            first_turn = first.get(present.get("conversations"))
-            if name == "sharegpt" and first_turn and "role" in first_turn[0]:
-                continue
+            match first.get(present.get("conversations")):
+                case [{"role": _}, *_] if name == "sharegpt":
+                    continue
             return name
     guess = {
         standard: other
