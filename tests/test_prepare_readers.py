@@ -353,3 +353,15 @@ def test_conversations_of_messages_are_named_in_the_remedy():
     row = {"conversations": [{"role": "user", "content": "p"}]}
     with pytest.raises(StageError, match=r"set prepare.columns: {messages: conversations}$"):
         recognize("auto", None, row, "a:1")
+
+
+@pytest.mark.parametrize("name", ["auto", "prompt_completion"])
+def test_columns_that_were_named_are_taken_whatever_else_is_there(name):
+    row = {"messages": [{"role": "user", "content": "m"}], "q": "p", "a": "c"}
+    form = recognize(name, {"prompt": "q", "completion": "a"}, row, "a:1")
+    assert [message["content"] for message in form.example(row, "a:1")] == ["p", "c"]
+
+
+def test_named_column_that_the_format_has_not_is_refused():
+    with pytest.raises(StageError, match=r"format messages has no 'prompt', only messages$"):
+        recognize("messages", {"prompt": "q"}, {"messages": [], "q": "p"}, "a:1")

@@ -213,8 +213,14 @@ def recognize(name: str, columns: dict[str, str] | None, first: dict, where: str
             )
     present = {c: own.get(c, c) for c in known if own.get(c, c) in first}
     if name == "auto":
-        name = _recognized(present, first, where)
+        name = _recognized(present, own, first, where)
     needed, optional = COLUMNS[name]
+    for standard in own:
+        if standard not in (*needed, *optional):
+            raise StageError(
+                f"params.yaml: prepare.columns: format {name} has no {standard!r}, only "
+                f"{', '.join((*needed, *optional))}"
+            )
     for column in needed:
         if column not in present:
             raise StageError(
@@ -227,9 +233,9 @@ def recognize(name: str, columns: dict[str, str] | None, first: dict, where: str
     return Format(name, used, shape)
 
 
-def _recognized(present: dict[str, str], first: dict, where: str) -> str:
-    for name, (needed, _) in COLUMNS.items():
-        if all(column in present for column in needed):
+def _recognized(present: dict[str, str], own: dict[str, str], first: dict, where: str) -> str:
+    for name, (needed, optional) in COLUMNS.items():
+        if set(needed) <= present.keys() and own.keys() <= {*needed, *optional}:
             if name == "text" and _shape_of(first[present["text"]]):
                 return "rendered"
             match first.get(present.get("conversations")):
