@@ -20,6 +20,7 @@ from stages import prepare
 from stages.shared import contract, encoding
 from stages.shared.contract import packed_bins, show
 from stages.shared.rows import IGNORED, read_rows
+from stages.shared.splitting import prompt_and_rest
 from stages.shared.stage import SUMS, StageError, sha256
 
 SETS = ("train", "eval", "group")
@@ -220,6 +221,21 @@ def test_duplicates_are_removed_whatever_their_case_and_spaces(tmp_path, monkeyp
     assert metrics_in(tmp_path)["duplicate_examples"] == 7
     tokenizer = tokenizer_of(tmp_path)
     assert not prompts(sets["train"], tokenizer) & prompts(sets["eval"], tokenizer)
+
+
+def test_answers_are_duplicates_whatever_their_case_and_lines():
+    question = {"role": "user", "content": "q"}
+    answers = ["É à\n  b", "é À b\n", "É à b c"]
+    rests = [
+        prompt_and_rest([question, {"role": "assistant", "content": answer}]) for answer in answers
+    ]
+    assert rests[0] == rests[1] != rests[2]
+
+
+def test_first_question_may_have_a_name():
+    named = {"role": "user", "content": "q", "name": "n"}
+    answer = {"role": "assistant", "content": "a"}
+    assert prompt_and_rest([named, answer])[0] == "q"
 
 
 # Of 40 runs of three words all but three are the same.

@@ -36,15 +36,19 @@ _PERMUTATIONS = 128
 
 
 def prompt_and_rest(example: Example) -> tuple[str, str]:
-    """What a row is split by, the first thing asked, and the rest of it."""
+    """What a row is split by, the first thing asked, and the rest of it, both normalized."""
     if isinstance(example, str):
-        return example, ""
+        return normal(example), ""
     if isinstance(example, dict):
         start = example["answers"][0][0] if example["answers"] else len(example["text"])
-        return example["text"][:start], example["text"][start:]
+        return normal(example["text"][:start]), normal(example["text"][start:])
     first = next((i for i, m in enumerate(example) if m["role"] == "user"), 0)
-    rest = [m if m.keys() - {"role", "content"} else m["content"] for m in example]
-    return rest.pop(first), json.dumps(rest)
+    rest = [
+        m | {"content": normal(m["content"])} if len(m) > 2 else normal(m["content"])
+        for i, m in enumerate(example)
+        if i != first
+    ]
+    return normal(example[first]["content"]), json.dumps(rest)
 
 
 def _text_of(example: Example) -> str:
@@ -78,13 +82,13 @@ class Store:
 
     def add(self, path: str, line: int, example: Example, group: str) -> None:
         prompt, rest = prompt_and_rest(example)
-        key = hash64(normal(prompt))
+        key = hash64(prompt)
         if not self.paths or self.paths[-1] != path:
             self.paths.append(path)
         self._ends.append(self._ends[-1] + self._file.write(json.dumps(example).encode()))
         if group not in self._group_keys:
             self._group_keys[group] = hash64(group)
-        whole, groups = hash64(f"{key} {normal(rest)}"), self._group_keys[group]
+        whole, groups = hash64(f"{key} {rest}"), self._group_keys[group]
         values = (key, whole, groups, len(self.paths) - 1, line)
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
