@@ -139,7 +139,11 @@ def write_sets(
         drops.seen += sets[name].candidates
         drops.check()
         if not len(sets[name].rows):
-            raise StageError(f"no row is left for the {name} set; bring more rows")
+            asked = len(np.unique(store.prompts))
+            raise StageError(
+                f"no row is left for the {name} set; bring more rows: of {len(store)} the first "
+                f"questions are {asked} different ones, and rows that ask the same stay in one set"
+            )
 
     if params.group_by:
         write("group", pools.group, params.eval_rows)

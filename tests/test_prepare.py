@@ -232,6 +232,13 @@ def test_answers_are_duplicates_whatever_their_case_and_lines():
     assert rests[0] == rests[1] != rests[2]
 
 
+def test_rows_that_all_ask_the_same_are_said_to(tmp_path, monkeypatch):
+    rows = [{"prompt": "Sum it up", "completion": f"c{i}", "system": f"s{i}"} for i in range(20)]
+    message = "of 20 the first questions are 1 different ones, and rows that ask the same stay in"
+    with pytest.raises(StageError, match=message):
+        run(tmp_path, monkeypatch, {"a.jsonl": jsonl(rows)})
+
+
 def test_first_question_may_have_a_name():
     named = {"role": "user", "content": "q", "name": "n"}
     answer = {"role": "assistant", "content": "a"}
