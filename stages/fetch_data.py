@@ -102,6 +102,10 @@ def fetch(source: Repository | Folder, section: Dataset, out: Path) -> None:
         names = of_configuration(names, card(out) if "README.md" in about else {}, section)
     size = sum(source.files[name] for name in names)
     print(f"fetch_data: fetching {len(names)} files of {section.id}, {size / 1e6:.2f} MB")
+    others = [name for name in source.files if name not in {*about, *names}]
+    if others:
+        shown = ", ".join(others[:5]) + ", …" * (len(others) > 5)
+        print(f"fetch_data: left out: {shown}")
     source.get(names, out)
     keep_only(out, about + names)
     write_source(out, section, source.commit, source.license, source.sums)

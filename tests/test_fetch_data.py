@@ -64,6 +64,15 @@ def test_a_local_source_is_copied(tmp_path, monkeypatch, id):
     assert not (workspace / "data/source/rows.jsonl").stat().st_nlink > 1
 
 
+def test_files_that_are_left_out_are_named(tmp_path, monkeypatch, capsys):
+    workspace = make_workspace(tmp_path / "work", dataset={"id": "data/source"})
+    monkeypatch.chdir(workspace)
+    make(workspace / "data/source", "b/state.json", "notes.txt", *(f"z{i}.png" for i in range(9)))
+    fetch_data.main()
+    said = capsys.readouterr().out
+    assert "fetch_data: left out: b/state.json, notes.txt, z0.png, z1.png, z2.png, …\n" in said
+
+
 REFUSED = [
     (["a.zip"], "data/source: a.zip is an archive; unpack it into data/source and set"),
     (["rows.jsonl", "x/a.tar.gz"], "data/source: x/a.tar.gz is an archive"),
@@ -180,6 +189,7 @@ def test_the_stage_downloads_a_configuration_from_the_hub(tmp_path):
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout.splitlines() == [
         "fetch_data: fetching 1 files of owner/rows, 0.00 MB",
+        "fetch_data: left out: data/de-0.jsonl, load.py, .dvcignore",
         "fetch_data: 0.00 MB in data/raw",
     ]
     raw = workspace / "data/raw"
