@@ -365,3 +365,14 @@ def test_columns_that_were_named_are_taken_whatever_else_is_there(name):
 def test_named_column_that_the_format_has_not_is_refused():
     with pytest.raises(StageError, match=r"format messages has no 'prompt', only messages$"):
         recognize("messages", {"prompt": "q"}, {"messages": [], "q": "p"}, "a:1")
+
+
+def test_empty_answer_without_a_tool_call_is_dropped_whatever_keys_it_has():
+    question = {"role": "user", "content": "p", "tool_calls": [], "name": ""}
+    answer = {"role": "assistant", "content": "", "tool_calls": [], "reasoning_content": ""}
+    row = {"messages": [question, answer]}
+    form = recognize("auto", None, row, "a:1")
+    with pytest.raises(Unusable, match=r"'message 2 \(assistant\)' is empty"):
+        form.example(row, "a:1")
+    kept = form.example({"messages": [question, answer | {"content": "c"}]}, "a:1")
+    assert kept == [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}]

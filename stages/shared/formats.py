@@ -346,7 +346,8 @@ def _conversation(turns: list[dict], where: str) -> list[dict]:
             after = f"follows {before}" if before else "comes first"
             raise Unusable("roles", f"message {number}: {role} {after}: mend or delete the row")
         message = {"role": role}
-        message |= {key: turn[key] for key in _MESSAGE_KEYS if turn.get(key) is not None}
+        # Parquet gives every message every key: an empty list of calls is no call.
+        message |= {key: turn[key] for key in _MESSAGE_KEYS if turn.get(key)}
         content = turn.get("content")
         if isinstance(content, list):
             content = _joined(content, number, where)
