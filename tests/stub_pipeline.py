@@ -10,7 +10,7 @@ DVC_YAML = """\
 stages:
   evaluate:
     cmd: exec python evaluate.py
-    deps: [evaluate.py]
+    deps: [evaluate.py, templates]
     params: [seed, train, results]
     outs: [adapter]
     metrics:
@@ -76,10 +76,12 @@ def tool(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProces
 
 def make(folder: Path) -> Path:
     """The repository with one run committed on the branch main."""
+    (folder / "templates").mkdir()
     for name, text in {
         "dvc.yaml": DVC_YAML,
         "evaluate.py": STAGE,
         "merge.py": MERGE,
+        "templates/chat": "{prompt}",
         "params.yaml": PARAMS,
         "gate.yaml": (ROOT / "gate.yaml").read_text(),
         ".gitignore": "/adapter\n/merged\n/tools\n/stages\n",

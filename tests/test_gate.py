@@ -94,6 +94,36 @@ BRANCHES = {
         2,
         "not vouched for: stage evaluate ran with another evaluate.py",
     ),
+    "folder_without_a_run": (
+        {},
+        {"templates/chat": ("{prompt}", "{answer}")},
+        2,
+        "not vouched for: stage evaluate ran with another templates",
+    ),
+    "command_without_a_run": (
+        {},
+        {"dvc.yaml": ("python evaluate.py", "python -O evaluate.py")},
+        2,
+        "not vouched for: stage evaluate ran with other command than dvc.yaml has",
+    ),
+    "dependency_without_a_run": (
+        {},
+        {"dvc.yaml": ("[evaluate.py, ", "[evaluate.py, gate.yaml, ")},
+        2,
+        "not vouched for: stage evaluate ran with other deps than dvc.yaml has",
+    ),
+    "params_undeclared": (
+        {},
+        {"dvc.yaml": ("[seed, train, ", "[seed, ")},
+        2,
+        "not vouched for: stage evaluate ran with other params than dvc.yaml has",
+    ),
+    "metrics_undeclared": (
+        {},
+        {"dvc.yaml": ("    - metrics/train_cost.json: {cache: false}\n", "")},
+        2,
+        "not vouched for: stage evaluate ran with other outs than dvc.yaml has",
+    ),
     "stage_without_a_run": (
         {},
         {"dvc.yaml": ("stages:\n", "stages:\n  other: {cmd: 'true'}\n")},
@@ -126,6 +156,36 @@ def test_branch(repository, name):
     assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert ("passed" in done.stdout) == (status == 0)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("metrics/train_cost.json", "metrics/train_cost.json is missing"),
+        ("merge.py", "stage merge ran with another merge.py"),
+        ("templates/chat", "stage evaluate ran with another templates"),
+    ],
+)
+def test_a_deleted_file_is_not_vouched_for(repository, file, message):
+    must(repository, "git", "checkout", "-q", "-B", "deleted", "main")
+    must(repository, "git", "rm", "-q", file)
+    must(repository, "git", "commit", "-qm", "deleted")
+    done = tool(repository, "gate", "--base", "main")
+    must(repository, "git", "checkout", "-q", "main")
+    assert done.returncode == 2
+    assert f"not vouched for: {message};" in done.stdout
+
+
+def test_a_folder_that_git_sees_in_part_is_taken_at_its_word(repository):
+    """As data/source is, where people put data that Git ignores."""
+    must(repository, "git", "checkout", "-q", "-B", "in-part", "main")
+    (repository / "templates/.gitignore").write_text("/local\n")
+    (repository / "templates/local").write_text("data")
+    stub.reproduce(repository, "a run with an ignored file")
+    done = tool(repository, "gate", "--base", "main")
+    (repository / "templates/local").unlink()
+    must(repository, "git", "checkout", "-q", "main")
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("base", ["nowhere", "origin/main", "--all", ""])

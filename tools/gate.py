@@ -96,27 +96,67 @@ def unequal_sets(base: dict, head: dict) -> list[str]:
     ]
 
 
-def unvouched(revision: Revision) -> list[str]:
+def redefined(stage: dict, entry: dict) -> list[str]:
+    """Parts of a stage in dvc.yaml that differ from its last run, its entry in dvc.lock."""
+
+    def declared(*kinds: str) -> set[str]:
+        listed = (one for kind in kinds for one in stage.get(kind, []))
+        return {one if isinstance(one, str) else next(iter(one)) for one in listed}
+
+    def recorded(kind: str) -> set[str]:
+        return {one["path"] for one in entry.get(kind, [])}
+
+    parts = {
+        "command": (stage.get("cmd"), entry.get("cmd")),
+        "deps": (declared("deps"), recorded("deps")),
+        "params": (declared("params"), set(entry.get("params", {}).get(PARAMS, {}))),
+        "outs": (declared("outs", "metrics", "plots"), recorded("outs")),
+    }
+    return [part for part, (now, then) in parts.items() if now != then]
+
+
+def edited(path: str, base: Revision, head: Revision) -> bool:
+    """Whether the committed file `path`, or one below the folder `path`, differs."""
+    files = {file for file in base.files | head.files if f"{file}/".startswith(f"{path}/")}
+    return any(base.md5(file) != head.md5(file) for file in files)
+
+
+def unvouched(revision: Revision, base: Revision) -> list[str]:
     """What is committed but not what dvc.lock recorded: metrics, code, parameters, or the chain.
 
     Anyone can type a number into a metrics file; DVC wrote each file's MD5 after running a stage.
+    A folder may hold files that Git ignores, so that its hash cannot be had from a commit: one
+    whose committed files changed since `base` must have another hash than at `base`.
     """
     lock = revision.yaml(DVC_LOCK).get("stages", {})
     params = revision.yaml(PARAMS)
     made = {out["path"]: out["md5"] for entry in lock.values() for out in entry.get("outs", [])}
+    before = {
+        dep["path"]: dep["md5"]
+        for entry in base.yaml(DVC_LOCK).get("stages", {}).values()
+        for dep in entry.get("deps", [])
+    }
     found = []
     for path in revision.declared("metrics", "plots"):
         actual = revision.md5(path)
-        if actual is not None and actual != made.get(path):
-            found.append(f"{path} is not what dvc.lock recorded")
-    for name in revision.yaml(DVC_YAML).get("stages", {}):
+        if actual != made.get(path):
+            what = "missing" if actual is None else "not what dvc.lock recorded"
+            found.append(f"{path} is {what}")
+    for name, stage in revision.yaml(DVC_YAML).get("stages", {}).items():
         if name not in lock:
             found.append(f"stage {name} has never run: it is not in dvc.lock")
             continue
+        for part in redefined(stage, lock[name]):
+            found.append(f"stage {name} ran with other {part} than {DVC_YAML} has")
         for dep in lock[name].get("deps", []):
-            expected = made.get(dep["path"]) or revision.md5(dep["path"])
-            if expected is not None and expected != dep["md5"]:
-                found.append(f"stage {name} ran with another {dep['path']}")
+            path = dep["path"]
+            expected = made.get(path) or revision.md5(path)
+            if expected is None:
+                stale = before.get(path) == dep["md5"] and edited(path, base, revision)
+            else:
+                stale = expected != dep["md5"]
+            if stale:
+                found.append(f"stage {name} ran with another {path}")
         for key, value in lock[name].get("params", {}).get(PARAMS, {}).items():
             if params.get(key) != value:
                 found.append(f"stage {name} ran with another {key} in {PARAMS}")
@@ -142,7 +182,7 @@ def judge(base: Revision, head: Revision) -> tuple[int, list[str]]:
         notices.append(f"notice: {base.name} has no {EVAL} yet; there is nothing to compare with")
         if not now:
             return 0, [*notices, "gate: passed: neither revision has metrics"]
-    if unjudged := unvouched(head):
+    if unjudged := unvouched(head, base):
         lines = [f"not vouched for: {line}; run dvc repro and commit" for line in unjudged]
         return 2, [*notices, *lines, "gate: FAILED: dvc.lock does not vouch for these metrics"]
     if unequal := unequal_sets(before.get(EVAL, {}), now.get(EVAL, {})):
