@@ -188,6 +188,16 @@ def test_a_folder_that_git_sees_in_part_is_taken_at_its_word(repository):
     assert done.returncode == 0, done.stdout
 
 
+def test_no_limits_at_all_judges_nothing(repository):
+    must(repository, "git", "checkout", "-q", "-B", "no-limits", "main")
+    must(repository, "git", "rm", "-q", "gate.yaml")
+    must(repository, "git", "commit", "-qm", "no limits")
+    done = tool(repository, "gate", "--base", "no-limits")
+    must(repository, "git", "checkout", "-q", "main")
+    assert done.returncode == 2
+    assert "gate.yaml: no limits, neither at no-limits nor at HEAD" in done.stderr
+
+
 @pytest.mark.parametrize("base", ["nowhere", "origin/main", "--all", ""])
 def test_unknown_base_fails_in_one_line(repository, base):
     done = tool(repository, "gate", f"--base={base}")

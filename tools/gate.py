@@ -176,6 +176,8 @@ def judge(base: Revision, head: Revision) -> tuple[int, list[str]]:
     if not limits:
         notices.append(f"notice: no {LIMITS} at {base.name}; the limits are HEAD's own")
         limits = head.yaml(LIMITS)
+    if not limits:
+        raise ValueError(f"{LIMITS}: no limits, neither at {base.name} nor at HEAD; write some")
     check_limits(limits)
     before, now = metrics(base), metrics(head)
     if EVAL not in before:
