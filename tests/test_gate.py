@@ -1,8 +1,11 @@
 """The gate over real branches of a repository that the real DVC ran."""
 
+import re
+
 import pytest
 import stub_pipeline as stub
 from stub_pipeline import edit, must, tool
+from tiny import ROOT
 
 # branch: edits of files before a run, edits after it, exit status and what must be said
 BRANCHES = {
@@ -196,6 +199,19 @@ def test_no_limits_at_all_judges_nothing(repository):
     must(repository, "git", "checkout", "-q", "main")
     assert done.returncode == 2
     assert "gate.yaml: no limits, neither at no-limits nor at HEAD" in done.stderr
+
+
+def test_the_advice_for_a_clone_of_one_branch_works(repository, tmp_path):
+    clone = tmp_path / "clone"
+    must(repository, "git", "branch", "-f", "other", "main")
+    url = repository.as_uri()
+    must(tmp_path, "git", "clone", "-q", "--depth=1", "--branch=other", url, str(clone))
+    for name in ("tools", "stages"):
+        (clone / name).symlink_to(ROOT / name)
+    done = tool(clone, "gate", "--base", "origin/main")
+    assert done.returncode == 2
+    must(clone, *re.search("`(.*)`", done.stderr)[1].split())
+    assert tool(clone, "gate", "--base", "origin/main").returncode == 0
 
 
 @pytest.mark.parametrize("base", ["nowhere", "origin/main", "--all", ""])

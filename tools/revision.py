@@ -36,7 +36,9 @@ class Revision:
         found = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
         if found.returncode:
             remote, _, branch = name.partition("/")
-            fetch = f"git fetch {remote} {branch}" if branch else "git fetch"
+            # With both sides of the colon, since a clone of one branch would else keep no name.
+            target = f"{remote} {branch}:refs/remotes/{name}"
+            fetch = f"git fetch {target}" if branch else "git fetch"
             raise LookupError(
                 f"{name} is no revision of this clone; get it with `{fetch}`"
                 " (a shallow clone lacks history: git fetch --unshallow)"
