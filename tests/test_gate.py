@@ -248,7 +248,10 @@ def test_absolute_limits_hold_without_a_base(repository):
         ("metrics/eval.json: [tuned_perplexity]", "gate.yaml: metrics/eval.json: not a mapping"),
         ("metrics/eval.json: {tuned_perplexity: 5}", "tuned_perplexity: not a mapping"),
         ("- 5", "gate.yaml: not a mapping"),
-        ("a: [", "gate.yaml: "),
+        ("a: [", "gate.yaml:2: not YAML: "),
+        ("a: 1\n<<<<<<< HEAD", "gate.yaml:3: not YAML: could not find expected ':'"),
+        ("a: 1\na: 2", "gate.yaml:2: not YAML: "),
+        ("\x00", "gate.yaml: not YAML: "),
     ],
 )
 def test_faulty_limits_are_refused(repository, limits, message):

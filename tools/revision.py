@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 
 PARAMS, DVC_YAML, DVC_LOCK = "params.yaml", "dvc.yaml", "dvc.lock"
 
@@ -65,8 +66,11 @@ class Revision:
         """
         try:
             value = YAML(typ="safe", pure=True).load(self.bytes(path) or b"{}")
+        except MarkedYAMLError as error:
+            line = error.problem_mark.line + 1
+            raise ValueError(f"{path}:{line}: not YAML: {error.problem}") from None
         except YAMLError as error:
-            raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
         if not isinstance(value, dict):
             raise ValueError(f"{path}: not a mapping")
         return value
