@@ -98,6 +98,7 @@ def test_unknown_base_fails_in_one_line(repository):
         ("tuned_perplexity", None, 11.0, None, "changed"),
         ("tuned_perplexity", 11.0, None, None, "changed"),
         ("tuned_perplexity", 12.0, float("nan"), 0.01, "worse"),
+        ("tuned_perplexity", float("nan"), 12.0, 0.01, "changed"),
     ],
 )
 def test_verdict(key, before, now, noise, expected):
@@ -112,6 +113,7 @@ def test_verdict(key, before, now, noise, expected):
         ("perplexity_change_percent", -0.05, -1.75, "-1.7 points"),
         ("other_base_mean_kl", 0.2, None, ""),
         ("nonfinite_values", 0, 3, ""),
+        ("tuned_perplexity", 12.0, float("nan"), ""),
     ],
 )
 def test_change_is_one_that_a_person_can_read(key, before, now, expected):

@@ -7,6 +7,7 @@ noise is what `python -m tools.noise` measured. Exit status 2 when the base is n
 """
 
 import argparse
+import math
 
 from stages.shared.page import Mono, Paragraph, Section, Table, to_markdown
 from tools.gate import EVAL, is_number, metrics, unequal_sets
@@ -33,7 +34,7 @@ HIGHER_IS_BETTER = ("tokens_per_second", "token_agreement")
 
 def verdict(key: str, before, now, noise: float | None) -> str:
     """better, worse, within noise, or changed. `noise`: relative, between two runs by luck."""
-    if not is_number(before) or not is_number(now):
+    if not is_number(before) or not is_number(now) or math.isnan(before):
         return "changed"
     if noise is not None and abs(now - before) <= noise * abs(before):
         return "within noise"
@@ -58,6 +59,8 @@ def change(key: str, before, now) -> str:
     if key.endswith("_percent"):
         return f"{now - before:+.3g} points"
     percent = 100 * (now - before) / abs(before)
+    if not math.isfinite(percent):
+        return ""
     return f"{percent:+.2f} %" if abs(percent) < 1000 else f"x {now / before:,.0f}"
 
 
