@@ -54,3 +54,33 @@ def tables(tokens):
     kinds = [token.type for token in tokens]
     starts = [i for i, kind in enumerate(kinds) if kind == "table_open"]
     return [tokens[start : kinds.index("table_close", start)] for start in starts]
+
+
+@pytest.mark.parametrize(
+    ("remotes", "called", "kept"),
+    [
+        ("", ["dvc remote list", "make repro", "python -m tools.check_repro"], False),
+        (
+            "store\ts3://bucket",
+            [
+                "dvc remote list",
+                "dvc repro --pull --allow-missing",
+                "python -m tools.check_repro",
+            ],
+            True,
+        ),
+    ],
+)
+def test_run_uses_a_remote_where_one_is_set(tmp_path, remotes, called, kept):
+    programs = tmp_path / ".venv/bin"
+    programs.mkdir(parents=True)
+    for name in ("dvc", "make", "python"):
+        told = f"[ $1 != remote ] || printf '{remotes}'" if name == "dvc" else ""
+        (programs / name).write_text(f'#!/bin/sh\necho {name} "$@" >> calls\n{told}\n')
+        (programs / name).chmod(0o755)
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics/eval.json").write_text("{}")
+    done = run_step("Run the pipeline and hold it to what is committed", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "calls").read_text().splitlines() == called
+    assert (tmp_path / "metrics/eval.json").exists() == kept

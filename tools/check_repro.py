@@ -62,6 +62,9 @@ def main() -> None:
     found = lock_differences(old, yaml.safe_load(Path("dvc.lock").read_text()))
     for path in EXACT_METRICS + CLOSE_METRICS:
         tolerance = TOLERANCE if path in CLOSE_METRICS else 0.0
+        if not Path(path).exists():
+            found.append(f"{path}: missing")
+            continue
         now = json.loads(Path(path).read_text())
         found += [
             f"{path}: {line}"
