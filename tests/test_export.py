@@ -299,14 +299,15 @@ def test_every_chart_has_words_and_numbers(html):
     assert all(rows for _, rows in figures(html).values())
 
 
-def test_long_curves_keep_every_point_and_a_short_table(exported, monkeypatch):
+def test_long_curves_keep_every_point_also_in_the_table(exported, monkeypatch):
+    """train writes a few lines beyond 200, so that none of the held-out losses is lost."""
     line = {"eval_loss": "", "learning_rate": "0.001"}
-    curve = [line | {"step": str(i), "loss": f"{3 - i / 5000:.5f}"} for i in range(1, 5001)]
+    curve = [line | {"step": str(i), "loss": f"{3 - i / 500:.5f}"} for i in range(1, 206)]
     html = page.to_html("t", report.sections(results(exported, monkeypatch, curve=curve)))
     svg, rows = figures(html)["Loss"]
-    assert len(line_points(svg, marks(svg, "line")[0])) == 5000
-    assert len(rows) == 200
-    assert rows[1][0] == "26"
+    assert len(line_points(svg, marks(svg, "line")[0])) == 205
+    assert [row[0] for row in rows] == [point["step"] for point in curve]
+    assert len(figures(html)["Learning rate"][1]) == 205
 
 
 def test_every_parameter_is_listed(exported, html):

@@ -10,7 +10,6 @@ from stages.shared.page import Chart, Table
 
 VEGA_LITE = "6.4"
 WIDTH, HEIGHT = 330, 190
-TABLE_ROWS = 200
 COLOURS = ["var(--a)", "var(--b)", "var(--c)", "var(--d)", "var(--e)", "var(--f)"]
 COLOURS += ["var(--ink)", "var(--soft)"]
 DOT = {"filled": True, "opacity": 1}
@@ -64,11 +63,6 @@ def _quantitative(name: str, title: str, **scale) -> dict:
     }
 
 
-def _thinned(rows: list[list[str]], what: str) -> Table:
-    every = -(-len(rows) // TABLE_ROWS)
-    return Table([name.replace("_", " ") for name in what.split()], rows[::every] if rows else [])
-
-
 def loss(curve: list[dict]) -> Chart:
     """Training and evaluation loss by step. `curve`: the lines of metrics/curve.csv as text."""
     names = {"loss": "training", "eval_loss": "evaluation"}
@@ -102,7 +96,8 @@ def loss(curve: list[dict]) -> Chart:
         ],
     }
     rows = [[line["step"], line["loss"], line["eval_loss"]] for line in curve]
-    return Chart("Loss", alt + ".", svg(spec, values), _thinned(rows, "step training evaluation"))
+    table = Table(["step", "training", "evaluation"], rows)
+    return Chart("Loss", alt + ".", svg(spec, values), table)
 
 
 def learning_rate(curve: list[dict]) -> Chart:
@@ -125,7 +120,7 @@ def learning_rate(curve: list[dict]) -> Chart:
         },
     }
     rows = [[str(v["step"]), f"{v['rate']:.4g}"] for v in values]
-    return Chart("Learning rate", alt, svg(spec, values), _thinned(rows, "step learning_rate"))
+    return Chart("Learning rate", alt, svg(spec, values), Table(["step", "learning rate"], rows))
 
 
 def perplexity(metrics: dict, sets: dict[str, str]) -> Chart:
