@@ -133,7 +133,12 @@ BRANCHES = {
         2,
         "not vouched for: stage other has never run",
     ),
-    "not_json": ({"evaluate.py": ("json.dumps(values)", "'{,'")}, {}, 2, "eval.json: not JSON"),
+    "not_json": (
+        {"evaluate.py": ("json.dumps(values)", "'{,'")},
+        {},
+        2,
+        "HEAD:metrics/eval.json: not JSON",
+    ),
 }
 
 
@@ -247,11 +252,11 @@ def test_absolute_limits_hold_without_a_base(repository):
         ("metrics/eval.json: {tuned_perplexity: {at_most: x}}", "at_most: x: a rule is one of"),
         ("metrics/eval.json: [tuned_perplexity]", "gate.yaml: metrics/eval.json: not a mapping"),
         ("metrics/eval.json: {tuned_perplexity: 5}", "tuned_perplexity: not a mapping"),
-        ("- 5", "gate.yaml: not a mapping"),
-        ("a: [", "gate.yaml:2: not YAML: "),
-        ("a: 1\n<<<<<<< HEAD", "gate.yaml:3: not YAML: could not find expected ':'"),
-        ("a: 1\na: 2", "gate.yaml:2: not YAML: "),
-        ("\x00", "gate.yaml: not YAML: "),
+        ("- 5", "faulty:gate.yaml: not a mapping"),
+        ("a: [", "faulty:gate.yaml:2: not YAML: "),
+        ("a: 1\n<<<<<<< HEAD", "faulty:gate.yaml:3: not YAML: could not find expected ':'"),
+        ("a: 1\na: 2", "faulty:gate.yaml:2: not YAML: "),
+        ("\x00", "faulty:gate.yaml: not YAML: "),
     ],
 )
 def test_faulty_limits_are_refused(repository, limits, message):

@@ -23,7 +23,7 @@ def run_step(name, folder, **variables):
     [
         ("12.1", "main", 0, "gate: passed"),
         ("13.4", "main", 1, "broken: metrics/eval.json: tuned_perplexity rose by 11.67 %"),
-        ("12.1", "conflict", 2, "gate: FAILED: gate.yaml:3: not YAML"),
+        ("12.1", "conflict", 2, "gate: FAILED: conflict:gate.yaml:3: not YAML"),
     ],
 )
 def test_summary_has_each_table_and_the_verdict(tmp_path, tuned, base, status, said):

@@ -59,6 +59,10 @@ class Revision:
         content = self.bytes(path)
         return None if content is None else hashlib.md5(content).hexdigest()
 
+    def where(self, path: str) -> str:
+        """`path` as Git names it in this revision, for messages."""
+        return path if self.files is None else f"{self.name}:{path}"
+
     def yaml(self, path: str) -> dict:
         """A YAML 1.2 mapping, read as DVC reads it; empty where there is no such file.
 
@@ -68,11 +72,12 @@ class Revision:
             value = YAML(typ="safe", pure=True).load(self.bytes(path) or b"{}")
         except MarkedYAMLError as error:
             line = error.problem_mark.line + 1
-            raise ValueError(f"{path}:{line}: not YAML: {error.problem}") from None
+            raise ValueError(f"{self.where(path)}:{line}: not YAML: {error.problem}") from None
         except YAMLError as error:
-            raise ValueError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
+            message = str(error).splitlines()[0]
+            raise ValueError(f"{self.where(path)}: not YAML: {message}") from None
         if not isinstance(value, dict):
-            raise ValueError(f"{path}: not a mapping")
+            raise ValueError(f"{self.where(path)}: not a mapping")
         return value
 
     def json(self, path: str) -> dict | None:
@@ -86,9 +91,9 @@ class Revision:
         try:
             value = json.loads(content)
         except ValueError as error:
-            raise ValueError(f"{path}: not JSON: {error}") from None
+            raise ValueError(f"{self.where(path)}: not JSON: {error}") from None
         if not isinstance(value, dict):
-            raise ValueError(f"{path}: not a JSON object")
+            raise ValueError(f"{self.where(path)}: not a JSON object")
         return value
 
     def declared(self, *kinds: str) -> list[str]:
