@@ -51,6 +51,12 @@ def test_the_table_shows_few_columns(repository):
     assert len([line for line in text if ",1e-05" in line]) == 1
 
 
+def test_two_experiments_are_held_against_each_other(repository):
+    text = must(repository, "dvc", "exp", "diff", "rate-1e-3", "rate-1e-4", "--md")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert ["params.yaml", "train.learning_rate", "0.001", "0.0001", "-0.0009"] in rows
+
+
 def test_freeing_merged_models_loses_no_adapter(repository):
     assert len(merged_weights(repository)) == 4
     said = tool(repository, "free").stdout
