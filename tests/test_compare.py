@@ -62,9 +62,11 @@ def test_other_evaluation_set_is_not_comparable(repository):
     must(repository, "git", "checkout", "-q", "-f", "main")
     stub.branch(repository, "other-set", params_yaml=("aaaa", "bbbb"))
     edit(repository / "params.yaml", "tuned: 12.0", "tuned: 11.0")
+    edit(repository / "evaluate.py", '"token_agreement": 0.999', '"token_agreement": 0.99')
     must(repository, "dvc", "repro", "-q")
     text = tool(repository, "compare", "--base", "main").stdout
     assert "| `eval: tuned_perplexity` | 12 | 11 | -8.33 % | not comparable |" in text
+    assert "| `verify: token_agreement` | 0.999 | 0.99 | -0.90 % | not comparable |" in text
     assert "The evaluation sets differ" in text
 
 

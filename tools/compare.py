@@ -16,7 +16,8 @@ from tools.noise import SUMMARY
 from tools.revision import PARAMS, Revision, fail
 
 # Quality first; what a run cost last.
-FIRST = (EVAL, "metrics/verify.json", "metrics/train.json")
+VERIFY = "metrics/verify.json"
+FIRST = (EVAL, VERIFY, "metrics/train.json")
 LAST = ("metrics/train_cost.json", "metrics/eval_cost.json")
 NEARER_ZERO_IS_BETTER = ("_change_percent", "_error_percent")
 LOWER_IS_BETTER = (
@@ -78,7 +79,8 @@ def metric_rows(before: dict, now: dict, noise: dict) -> list[list[str]]:
                 continue
             spread = noise.get(path, {}).get(key, {}).get("noise_percent")
             mark = verdict(key, a, b, None if spread is None else spread / 100)
-            if path == EVAL and unequal:
+            # verify scores the merged model on the evaluation set too.
+            if path in (EVAL, VERIFY) and unequal:
                 mark = "not comparable"
             name = Mono(f"{path.removeprefix('metrics/').removesuffix('.json')}: {key}")
             rows.append([name, shown(a), shown(b), change(key, a, b), mark])
