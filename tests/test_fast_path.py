@@ -1,8 +1,11 @@
 """The fast path computes what plain PEFT computes: the loss and every adapter gradient."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.quantize import quantize
 from stages.shared import fused_lora
@@ -15,6 +18,15 @@ CPU = torch.device("cpu")
 
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "gemma"]
+SMALL = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +44,10 @@ def quantized(tmp_path_factory):
 def adapted(folder):
     """The model with an adapter whose B is not zero: at zero most errors are invisible."""
     config = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear")
-    model = get_peft_model(load_base(folder, CPU), config).train()
+    return with_random_adapter(get_peft_model(load_base(folder, CPU), config).train())
+
+
+def with_random_adapter(model):
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -91,3 +106,20 @@ def test_a_model_that_remembers_its_parameters_behaves_as_before():
     assert all(p.grad is not None for p in expected)
     model.zero_grad()
     assert all(p.grad is None for p in expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_mlp_of_another_formula_keeps_it(checkpointing):
+    """Falcon-H1 multiplies within an MLP whose parts have the names of Llama's."""
+    shape = SMALL | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 1}
+    config = AutoConfig.for_model("falcon_h1", mlp_multipliers=[0.5, 0.25], **shape)
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    lora = LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj"])
+    plain = with_random_adapter(get_peft_model(base, lora).train())
+    fused = copy.deepcopy(plain)
+    assert fuse_lora(fused, liger=False, checkpointing=checkpointing) == 2 * 3
+    (loss, expected), (fused_loss, gradients) = loss_and_gradients(plain), loss_and_gradients(fused)
+    assert fused_loss == pytest.approx(loss, rel=1e-5)
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() < 1e-4 * expected[name].norm(), name

@@ -23,6 +23,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Params4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from stages.shared.offload import HostStash
 
@@ -281,7 +282,14 @@ def _is_swiglu_mlp(module: torch.nn.Module) -> bool:
     children = dict(module.named_children())
     parts = [children.get(f"{name}_proj") for name in MLP_PARTS]
     activation = type(children.get("act_fn")).__name__
-    return all(isinstance(part, LoraLayer) for part in parts) and activation.startswith("SiLU")
+    swiglu = all(isinstance(part, LoraLayer) for part in parts) and activation.startswith("SiLU")
+    return swiglu and _computes_like_llama(module)
+
+
+def _computes_like_llama(mlp: torch.nn.Module) -> bool:
+    """Some families multiply, clamp, normalize or drop in between, under the same names."""
+    code, known = (kind.forward.__code__ for kind in (type(mlp), LlamaMLP))
+    return (code.co_code, code.co_names) == (known.co_code, known.co_names)
 
 
 def _read_together(layers: list[LoraLayer], products: _Products) -> None:
