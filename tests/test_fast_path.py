@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from stages.quantize import quantize
 from stages.shared import fused_lora
@@ -123,3 +124,26 @@ def test_an_mlp_of_another_formula_keeps_it(checkpointing):
     assert fused_loss == pytest.approx(loss, rel=1e-5)
     for name, gradient in gradients.items():
         assert (gradient - expected[name]).norm() < 1e-4 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("targets", [["gate_proj"], ["gate_proj", "up_proj", "down_proj"]])
+def test_float32_inputs_under_autocast(targets):
+    """What LayerNorm, or a power, leaves under autocast on a GPU."""
+    torch.manual_seed(0)
+    mlp = LlamaMLP(AutoConfig.for_model("llama", **SMALL)).bfloat16()
+    lora = LoraConfig(r=4, target_modules=targets)
+    plain = with_random_adapter(get_peft_model(torch.nn.Sequential(mlp), lora).train())
+    fused = copy.deepcopy(plain)
+    fuse_lora(fused, liger=False, checkpointing=False)
+    results = []
+    for model in (plain, fused):
+        x = torch.linspace(-1, 1, 2 * 3 * 64).view(2, 3, 64).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        y.float().square().mean().backward()
+        assert x.grad.dtype == torch.float32
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        results.append([y.float(), x.grad, *gradients])
+    for expected, found in zip(*results, strict=True):
+        assert expected.any()
+        assert (found - expected).norm() < 0.02 * expected.norm()

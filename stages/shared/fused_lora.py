@@ -112,6 +112,12 @@ class _Products:
         return dx, [*da, *db]
 
 
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x [tokens, in], in the type that autocast multiplies in: it lets LayerNorm give float32."""
+    rows, device = x.reshape(-1, x.shape[-1]), x.device.type
+    return rows.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else rows
+
+
 def _unread(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """A result that nothing reads, without memory of its own."""
     return like.new_empty(()).expand(shape)
@@ -121,7 +127,7 @@ class _Linears(torch.autograd.Function):
     # The adapters are arguments so that autograd sees them; the products hold them too.
     @staticmethod
     def forward(ctx, x, products, *adapters):
-        flat = x.reshape(-1, x.shape[-1])
+        flat = _rows(x)
         outputs, inner = products.forward(flat)
         ctx.products = products
         ctx.save_for_backward(flat, inner)
@@ -141,11 +147,11 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate_up, down, swiglu, *adapters):
         ctx.gate_up, ctx.down, ctx.swiglu = gate_up, down, swiglu
-        flat = x.reshape(-1, x.shape[-1])
+        flat = _rows(x)
         (g, u), inner = gate_up.forward(flat)
         ctx.save_for_backward(flat, inner, g, u)
         if _recomputing and down.ends_part:
-            return _unread(x, x.shape)
+            return _unread(flat, x.shape)
         (y,), _ = down.forward(swiglu.forward(g, u))
         return y.view(x.shape)
 
