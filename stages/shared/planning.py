@@ -40,7 +40,11 @@ def read_rows(prepared: Path) -> Rows:
 
 
 def attention_of(train: Train, config: PretrainedConfig) -> str:
-    """The attention that training takes on an NVIDIA GPU, by its demands on memory."""
+    """The attention that training takes on an NVIDIA GPU, by its demands on memory.
+
+    Raises StageError when the model cannot be trained as `train` says.
+    """
+    attention.check(train, config)
     auto = "varlen" if attention.supports(config) else "sdpa"
     return {"auto": auto, "flash_attention_2": "varlen"}.get(train.attention, train.attention)
 

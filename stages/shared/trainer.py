@@ -43,6 +43,7 @@ class FastPath:
 def choose_attention(train: Train, config: PretrainedConfig, device: torch.device) -> str | None:
     """`auto` takes varlen on a GPU, else what transformers takes; what cannot run is refused."""
     attention.register()
+    attention.check(train, config)
     if train.attention == "auto":
         return attention.NAME if device.type == "cuda" and attention.supports(config) else None
     if train.attention in ("varlen", "flash_attention_2") and device.type != "cuda":

@@ -1,0 +1,134 @@
+"""Rows flattened into one batch are to each other as if they were alone."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from stages.shared import attention
+from stages.shared.params import Train
+from stages.shared.stage import StageError
+from stages.shared.trainer import choose_attention
+
+LENGTHS = (20, 13, 30)
+SHAPE = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "sliding_window": 8,
+    "pad_token_id": 2,
+}
+TRAIN = {
+    "epochs": 1.0,
+    "batch_size": 2,
+    "gradient_accumulation": 1,
+    "learning_rate": 1e-3,
+    "schedule": "linear",
+    "warmup_ratio": 0.0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "optimizer": "adamw_torch_fused",
+    "gradient_checkpointing": False,
+    "batching": "shuffle",
+    "attention": "auto",
+    "report_to": "none",
+}
+
+
+@pytest.fixture(autouse=True)
+def kernel(monkeypatch):
+    """What the kernel computes, on a CPU."""
+    attention.register()
+    monkeypatch.setattr(attention, "varlen_attn", reference)
+
+
+def reference(q, k, v, bounds, _, longest, __, scale, window_size, enable_gqa=False):
+    assert longest == bounds.diff().max()
+    out = torch.empty_like(q)
+    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        row = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
+        back = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        seen = (back >= 0) & (back <= (window_size[0] if window_size[0] >= 0 else end))
+        result = torch.nn.functional.scaled_dot_product_attention(
+            *row, attn_mask=seen, scale=scale, enable_gqa=True
+        )
+        out[start:end] = result[0].transpose(0, 1)
+    return out
+
+
+def make(family, kind):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SHAPE)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kind)
+    return model.eval()
+
+
+def rows():
+    torch.manual_seed(3)
+    return [torch.randint(3, 260, (length,)) for length in LENGTHS]
+
+
+def flattened(model):
+    """Logits of each row, given as trl's collator gives them."""
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    logits = model(
+        input_ids=torch.cat(rows())[None],
+        position_ids=positions,
+        cu_seq_lens_q=bounds,
+        cu_seq_lens_k=bounds,
+        max_length_q=max(LENGTHS),
+        max_length_k=max(LENGTHS),
+        use_cache=False,
+    ).logits
+    return logits[0].split(LENGTHS)
+
+
+@torch.no_grad()
+def mixing(family, kind):
+    """Largest change of a logit when rows are flattened, by the largest logit."""
+    plain = make(family, None)
+    alone = [plain(input_ids=row[None], use_cache=False).logits[0] for row in rows()]
+    together = flattened(plain if kind is None else make(family, kind))
+    pairs = zip(alone, together, strict=True)
+    return max((a - b).abs().max().item() for a, b in pairs) / alone[0].abs().max().item()
+
+
+@pytest.mark.parametrize("family", sorted(attention.FLATTENED))
+def test_flattened_rows_keep_apart(family):
+    assert mixing(family, None) < 1e-4
+    if attention.supports(AutoConfig.for_model(family, **SHAPE)):
+        assert mixing(family, attention.NAME) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["stablelm", "nemotron", "xglm"])
+def test_a_family_that_mixes_rows_is_noticed_and_not_flattened(family):
+    assert mixing(family, attention.NAME) > 1e-2
+    config, gpu = AutoConfig.for_model(family), torch.device("cuda")
+    assert choose_attention(Train(**TRAIN), config, gpu) is None
+    for changed, said in (
+        ({"attention": "varlen"}, f"train.attention: varlen does not do what {family} needs"),
+        ({"attention": "flash_attention_2"}, f"train.attention: {family} is not known to keep"),
+        ({"batching": "packing"}, f"train.batching: {family} is not known to keep rows apart"),
+    ):
+        with pytest.raises(StageError, match=said):
+            choose_attention(Train(**TRAIN | changed), config, gpu)
+
+
+def test_float32_is_cast_as_autocast_would(monkeypatch):
+    """LayerNorm under autocast gives float32, which the kernel does not take."""
+    taken = []
+
+    def kernel(q, k, v, *rest, **options):
+        taken.extend((q.dtype, k.dtype, v.dtype))
+        return q
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    x = torch.zeros(1, 2, 3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        attention.varlen_attention(None, x, x, x.bfloat16(), None)
+    assert taken == [torch.bfloat16] * 3
