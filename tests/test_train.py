@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import trl.trainer.utils
 import yaml
 from datasets import Dataset
 from peft import PeftModel
@@ -19,6 +20,7 @@ from stages.shared.rows import read_rows
 from stages.shared.scoring import score
 from stages.shared.stage import sha256
 from stages.shared.trainer import build_trainer, choose_fast_path
+from tests.tiny import make_model
 
 CPU = torch.device("cpu")
 
@@ -211,3 +213,23 @@ def test_running_out_of_memory_is_one_line(project, module, fault, batch_size, r
     assert "plan had predicted 7.25 GB, and 8.50 GB for the card" in lines[0]
     assert remedy in lines[0]
     assert outputs(project) == before
+
+
+def test_only_learned_positions_are_scored(tmp_path, monkeypatch):
+    """stages/shared/trainer.py asks trl for it; on a CPU trl would score them all."""
+    model = make_model(tmp_path).float()
+    trl.trainer.utils.add_fused_lm_head(model)
+    head = trl.trainer.utils._ChunkedLogProbFunction
+    scored, apply = [], head.apply
+
+    def counting(hidden, *rest):
+        scored.append(len(hidden))
+        return apply(hidden, *rest)
+
+    monkeypatch.setattr(head, "apply", counting)
+    ids = torch.arange(3, 3 + 24).view(2, 12)
+    labels = ids.where(ids % 12 > 7, torch.tensor(-100))
+    output = model(input_ids=ids, labels=labels, fused_lm_head=True)
+    assert scored == [int((labels[:, 1:] >= 0).sum())]
+    expected = model(input_ids=ids, labels=labels).loss.item()
+    assert -output.log_probs.sum().item() / scored[0] == pytest.approx(expected, rel=1e-5)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import trl.trainer.utils
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +24,9 @@ from stages.shared.stage import StageError
 OFFLOADED_BYTES = 1e9
 LIGER_PARTS = {"rope": True, "rms_norm": True, "swiglu": True}
 LIGER_OFF = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+# trl's output head leaves out what is not learned where it can have Triton; elsewhere it scores
+# every position, which on a CPU took half of a step. (Its kernels ask another function.)
+trl.trainer.utils._use_triton = lambda device: True
 
 
 @dataclass(frozen=True)
