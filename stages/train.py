@@ -53,7 +53,7 @@ from stages.shared.model import (
 )
 from stages.shared.probe import Probe, out_of_memory, too_large
 from stages.shared.rows import PREPARED, read_rows
-from stages.shared.scoring import score
+from stages.shared.scoring import TOKENS_PER_BATCH, score
 from stages.shared.trainer import (
     Trainer,
     build_trainer,
@@ -76,11 +76,15 @@ class Progress(TrainerCallback):
 
     `seconds` is the wall time of training with its data loading and warm-up, without the scoring
     of held-out rows. It travels in the checkpoints: a resumed run reports its whole cost.
+
+    step_tokens  of the largest step: scoring takes no more at once, so that the memory that was
+                 predicted, and tried before the first step, is enough for it
     """
 
-    def __init__(self, trainer: Trainer, held_out: list[dict]):
+    def __init__(self, trainer: Trainer, held_out: list[dict], step_tokens: int):
         self.trainer = trainer
         self.held_out = held_out[:CURVE_ROWS]
+        self.tokens_per_batch = min(step_tokens, TOKENS_PER_BATCH)
         self.seconds = 0.0
         self.warm: tuple[float, float] | None = None
 
@@ -99,7 +103,7 @@ class Progress(TrainerCallback):
         self.seconds += time.monotonic() - self.mark
         self.bar.update()
         if scoring:
-            scores = score(model, self.held_out)
+            scores = score(model, self.held_out, self.tokens_per_batch)
             loss = math.fsum(scores.nll) / sum(scores.tokens)
             state.log_history.append({"step": state.global_step, "eval_loss": loss})
         if control.should_save:
@@ -203,11 +207,12 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     base_bytes = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     longest = max(map(len, rows["input_ids"]))
     width = max_length if params.train.batching == "packing" else longest
-    fast = choose_fast_path(model, params.lora, params.train, params.train.batch_size * width)
+    step_tokens = params.train.batch_size * width
+    fast = choose_fast_path(model, params.lora, params.train, step_tokens)
     tokenizer = AutoTokenizer.from_pretrained(PREPARED / "tokenizer")
     trainer = build_trainer(model, tokenizer, rows, params, max_length, folder, fast)
     checkpoints = Checkpoints(folder)
-    progress = Progress(trainer, read_rows(PREPARED / "eval.arrow"))
+    progress = Progress(trainer, read_rows(PREPARED / "eval.arrow"), step_tokens)
     callbacks = [checkpoints, progress, Faults(named)]
     if device.type == "cuda":
         # Within the time that progress counts, and before faults notes batches.

@@ -1,6 +1,7 @@
 """What training must leave as it was, what it must change, and what it writes."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ from peft import PeftModel
 from prepared import make_prepared_workspace
 from quick import Stage, run
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerControl, TrainerState
 
+from stages import train as train_stage
 from stages.shared.model import load_base
 from stages.shared.params import Params
 from stages.shared.probe import Probe
 from stages.shared.rows import read_rows
-from stages.shared.scoring import score
+from stages.shared.scoring import TOKENS_PER_BATCH, Scores, score
 from stages.shared.stage import sha256
 from stages.shared.trainer import build_trainer, choose_fast_path
 from tests.tiny import make_model
@@ -233,3 +235,21 @@ def test_only_learned_positions_are_scored(tmp_path, monkeypatch):
     assert scored == [int((labels[:, 1:] >= 0).sum())]
     expected = model(input_ids=ids, labels=labels).loss.item()
     assert -output.log_probs.sum().item() / scored[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_held_out_rows_are_scored_in_the_memory_of_a_step(monkeypatch):
+    asked = []
+
+    def scored(model, rows, tokens_per_batch):
+        asked.append(tokens_per_batch)
+        return Scores([1.0], [1])
+
+    monkeypatch.setattr(train_stage, "score", scored)
+    for step_tokens in (100, 2 * TOKENS_PER_BATCH):
+        progress = train_stage.Progress(None, [], step_tokens)
+        state = TrainerState(global_step=4, max_steps=4)
+        progress.on_train_begin(None, state, None)
+        model = SimpleNamespace(device=CPU)
+        progress.on_step_end(None, state, TrainerControl(), model=model)
+        progress.on_train_end(None, state, None)
+    assert asked == [100, TOKENS_PER_BATCH]
