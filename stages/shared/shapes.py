@@ -24,6 +24,9 @@ def shape_of(config: PretrainedConfig) -> vram.Shape:
     """The shape of the model, read off its modules, which are built on the meta device."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if any(".experts." in name for name, _ in model.named_parameters()):
+        # peft would also adapt the fused experts, which merge refuses when all is trained.
+        raise ValueError("mixtures of experts cannot be merged; choose a dense base model")
     text = config.get_text_config()
     heads, head = text.num_attention_heads, model.get_output_embeddings()
     linears = tuple(
