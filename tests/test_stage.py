@@ -387,6 +387,31 @@ def test_result_of_other_inputs_is_not_kept(workspace, changed):
     assert not list((workspace / "models").glob("*merged*"))
 
 
+def test_value_that_stands_there_during_the_imports_alone_is_not_computed_with(workspace):
+    """Edited and taken back, it leaves no trace that the end could see."""
+    shutil.rmtree(workspace / "models/merged")
+    # The stage itself makes the edit where its slow imports begin, and takes it back.
+    script, params = workspace / "stages/merge.py", workspace / "params.yaml"
+    edit(
+        script,
+        "import torch\n",
+        "kept = Path('params.yaml').read_text()\n"
+        "Path('params.yaml').write_text(kept.replace('dtype: float16', 'dtype: bfloat16'))\n"
+        "import torch\n",
+    )
+    edit(
+        script,
+        "    source, shards, updates = read",
+        "    Path('params.yaml').write_text(kept)\n    source, shards, updates = read",
+    )
+    os.utime(script, (1e9, 1e9))
+    before = params.read_text()
+    assert "dtype: float16" in before
+    stage = quick.run("merge", workspace)
+    assert params.read_text() == before
+    assert "models/quantized, float16" in stage.said
+
+
 def test_edits_of_what_a_stage_does_not_read_are_nothing_to_it(workspace):
     stage = quick.Stage("merge", workspace)
     assert stage.until(lambda: (workspace / "models/.merged.partial").exists()), stage.said

@@ -307,8 +307,22 @@ def faults(text: str) -> list[str]:
     return []
 
 
+_kept: dict[Path, Params] = {}
+
+
+def keep_params() -> None:
+    """Let `load_params` give this process what the file says now, whatever it says later.
+
+    A stage asks for its parameters after its imports, seconds later. A value that stood there
+    for a moment would be computed with, and be recorded as the one before and after it.
+    """
+    _kept[PARAMS] = load_params()
+
+
 def load_params(path: Path = PARAMS) -> Params:
     """Read and check the whole file; print every fault in a line of its own and exit with 1."""
+    if path in _kept:
+        return _kept[path]
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -24,7 +24,7 @@ from typing import IO
 
 from ruamel.yaml.error import YAMLError
 
-from stages.shared.params import PARAMS, load_params, read_yaml
+from stages.shared.params import PARAMS, keep_params, load_params, read_yaml
 
 SUMS = "SHA256SUMS"
 # What the disk refuses, and what its owner can do about it.
@@ -73,6 +73,7 @@ def begin(name: str) -> None:
     _check_writable(entry)
     _begun["lock"] = lock(Path(".dvc/tmp") / f"{name}.lock", name)
     _begun.update(name=name, inputs=_inputs(name))
+    keep_params()
     # The process's start is known to a tick of 10 ms, and Python reads no module that soon.
     started = _process_start() + 0.02
     for path in _begun["inputs"]:
