@@ -72,6 +72,8 @@ def make(work: Path, shape: dict) -> int:
         (work / "models" / name).mkdir(parents=True)
     write_sparse(work / "models/base" / SINGLE, shapes)
     config.save_pretrained(work / "models/base")
+    # A merge on the dequantized base asks for the small files' sums only.
+    write_sums(work / "models/base", {SINGLE: 64 * "0"})
     config.quantization_config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     )

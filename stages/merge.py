@@ -159,8 +159,8 @@ def read_sources(kind: str) -> tuple[Weights, dict[str, list[str]], dict[str, Up
     """The checked weights to merge onto, the tensors by output file, and the updates by weight."""
     if kind == "dequantized":
         check_sums(QUANTIZED, "quantize")
-    else:
-        check_sums(BASE, "fetch_model")
+    # Its configuration, tokenizer and licence go into the merged model in any case.
+    check_sums(BASE, "fetch_model", weights=kind == "original")
     check_adapter_sums(ADAPTER)
     base, quantized = Weights(BASE), Weights(QUANTIZED)
     check_layout(base, quantized)

@@ -116,6 +116,7 @@ def test_shard_is_what_safetensors_writes(tmp_path):
 
 def test_folder_serves_alone(llama, monkeypatch, capsys):
     edit_json(llama / "models/base/generation_config.json", eos_token_id=0, top_p=0.9)
+    write_sums(llama / "models/base")
     run(merge, llama, monkeypatch)
     merged = llama / "models/merged"
     config = json.loads((merged / "config.json").read_text())
@@ -322,6 +323,22 @@ def test_refuses_damaged_sources(llama, monkeypatch):
     edit_tensors(llama / "models/quantized/model.safetensors", scaled(NORM, 2))
     with pytest.raises(StageError, match=r"model\.safetensors is damaged .* quantize"):
         run(merge, llama, monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["dequantized", "original"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer.json", "LICENSE"]
+)
+def test_refuses_damaged_companions(name, kind, llama, monkeypatch):
+    """They would go into the merged model as they are."""
+    make_tokenizer_of(llama / "models/base")
+    file = llama / "models/base" / name
+    file.write_text(file.read_text().replace("e", "c", 1))
+    with pytest.raises(StageError, match=rf"models/base/{name} is damaged .* fetch_model"):
+        run(merge, llama, monkeypatch, merge={"base": kind})
+    file.unlink()
+    with pytest.raises(StageError, match=rf"models/base/{name} is missing; .* fetch_model"):
+        run(merge, llama, monkeypatch, merge={"base": kind})
 
 
 def test_refuses_a_full_disk(llama, monkeypatch):

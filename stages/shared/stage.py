@@ -205,9 +205,10 @@ def write_sums(folder: Path, known: dict[str, str] | None = None) -> None:
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
-def check_sums(folder: Path, stage: str) -> None:
+def check_sums(folder: Path, stage: str, weights: bool = True) -> None:
     """Compare the files of `folder`, the output of `stage`, with its SHA256SUMS.
 
+    Without `weights` safetensors files must only be there: hashing them takes a second a GB.
     Raises StageError naming the first file that is missing, differs or does not belong there. A
     damaged file may come out of DVC's cache, which never looks at it again and would put it back:
     tools/repair.py throws it out of there first.
@@ -231,7 +232,7 @@ def check_sums(folder: Path, stage: str) -> None:
             raise StageError(f"{file} is missing; {repair}")
         if name not in listed:
             raise StageError(f"{file} is not in {folder / SUMS}; {repair}")
-        if sha256(file) != listed[name]:
+        if (weights or file.suffix != ".safetensors") and sha256(file) != listed[name]:
             raise StageError(f"{file} is damaged (its SHA-256 differs); {repair}")
 
 
