@@ -132,6 +132,8 @@ def check_scores(metrics: dict, limit: float, dtype: str) -> None:
 def verify(params, rows: list[dict], device: torch.device) -> dict:
     """All checks, cheapest first. Returns the metrics; raises StageError when one fails."""
     dtype = getattr(torch, params.merge.dtype)
+    # What is damaged on disk is told apart from what was merged wrong: the remedies differ.
+    check_sums(MERGED, "merge")
     check_record(MERGED, params.merge.base, params.merge.dtype)
     merged, quantized, base = Weights(MERGED), Weights(QUANTIZED), Weights(BASE)
     check_layout(merged, quantized, base, dtype)
@@ -140,7 +142,6 @@ def verify(params, rows: list[dict], device: torch.device) -> dict:
     with tempfile.TemporaryFile(dir=MERGED.parent) as cache:
         model = load_adapter(load_base(QUANTIZED, device), ADAPTER)
         check_tensors(merged, model, source, dtype, device)
-        check_sums(MERGED, "merge")
         ref = reference(model, rows, cache)
         # Only one of the two models is in memory at a time.
         del model

@@ -7,7 +7,7 @@ import torch
 from stages import merge, verify
 from stages.shared import adapter, agreement
 from stages.shared.stage import SUMS, StageError, write_sums
-from stages.shared.weights import SINGLE
+from stages.shared.weights import INDEX, SINGLE
 from tests.merging import (
     edit_json,
     edit_tensors,
@@ -140,7 +140,9 @@ FAULTS = [
 def test_names_the_tensor_that_is_wrong(plant, message, project, monkeypatch):
     in_shards(project, lambda content: plant(content, project))
     write_sums(project / "models/merged")
-    assert message in refusal(project, monkeypatch)
+    found = refusal(project, monkeypatch)
+    assert message in found
+    assert found.endswith("; merge it again with: dvc repro --force --single-item merge")
 
 
 def refusal(project, monkeypatch, **sections):
@@ -199,14 +201,28 @@ FOLDERS = [
     (lambda m: (m / shard(1)).unlink(), f"{shard(1)}: cannot be read"),
     (lambda m: edit_json(m / "merge.json", base="original"), "merged with base original, not deq"),
     (lambda m: edit_json(m / "merge.json", adapter_sha256="0"), "merged with adapter_sha256 0"),
-    (lambda m: (m / "tokenizer.json").write_text("{}"), "tokenizer.json is damaged"),
 ]
 
 
 @pytest.mark.parametrize(("plant", "message"), FOLDERS, ids=[row[1][:30] for row in FOLDERS])
 def test_names_what_is_wrong_with_the_folder(plant, message, project, monkeypatch):
     plant(project / "models/merged")
+    write_sums(project / "models/merged")
     assert message in refusal(project, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["merge.json", SUMS, shard(4), "tokenizer.json", INDEX])
+def test_names_what_the_disk_lost(name, project, monkeypatch):
+    """And not what was merged wrong: DVC's cache may have it whole."""
+    file = project / "models/merged" / name
+    repaired = "repair it with: python -m tools.repair merge"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    found = refusal(project, monkeypatch)
+    assert found.endswith(repaired)
+    assert name == SUMS or f"{name} is damaged" in found
+    file.unlink()
+    assert refusal(project, monkeypatch) == f"models/merged/{name} is missing; {repaired}"
 
 
 def test_catches_a_merge_that_computes_wrong(project, monkeypatch):

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from stages.shared.stage import StageError
 from stages.shared.weights import LETTERS, Weights
 
-AGAIN = "merge it again with: python -m tools.repair merge"
+# By force: DVC has the wrong files in its cache, whole, and would take them from there.
+AGAIN = "merge it again with: dvc repro --force --single-item merge"
 
 
 def check_layout(merged: Weights, quantized: Weights, base: Weights, dtype: torch.dtype) -> None:
