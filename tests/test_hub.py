@@ -219,6 +219,21 @@ def test_a_damaged_file_is_not_kept(tmp_path):
         assert (tmp_path / "0/a.json").read_bytes() == b"[1, 2]"
 
 
+@pytest.mark.parametrize("damaged", [b"", b"\1", b"\1\0", b"\0\0\0"])
+def test_a_file_that_a_switched_off_machine_lost_is_fetched_again(tmp_path, damaged):
+    """Its name came to the disk and its bytes did not."""
+    files = {"a.json": b"[1, 2]", "x.safetensors": b"\1\2"}
+    partial = tmp_path / f".0.partial-{A}"
+    partial.mkdir()
+    for name in files:
+        (partial / name).write_bytes(damaged)
+    with Hub() as hub:
+        hub.models["owner/x"] = Repo(files, A)
+        text, _ = start(hub.url, tmp_path, f"model owner/x {A}").communicate(timeout=60)
+    assert text.strip() == f"ok {A} apache-2.0"
+    assert {name: (tmp_path / "0" / name).read_bytes() for name in files} == files
+
+
 def test_no_connection_is_one_line(tmp_path):
     with Hub() as hub:
         closed = hub.url

@@ -82,10 +82,15 @@ class Repository:
     def get(self, names: list[str], target: Path) -> None:
         """Download into `target`. What is there already is not fetched again, half files included.
 
-        A file gets its name when it is whole and has the hash that the Hub gives. Not
-        `snapshot_download`, which begins an interrupted file anew.
+        A file gets its name when it is whole and has the hash that the Hub gives, and is asked
+        for that again: a machine that was switched off may have kept the name and not the bytes.
+        Not `snapshot_download`, which begins an interrupted file anew.
         """
-        missing = [name for name in names if not (target / name).exists()]
+        missing = [
+            name
+            for name in names
+            if not ((target / name).exists() and self._is_whole(name, target / name))
+        ]
         parts = [target / f"{name}.part" for name in missing]
         there = sum(part.stat().st_size for part in parts if part.exists())
         size = sum(self.files[name] for name in missing) - there
@@ -115,14 +120,20 @@ class Repository:
                 expected_size=self.files[name],
                 displayed_filename=name,
             )
-        entry = self._entries[name]
-        found = sha256(part) if entry.lfs else _git_sha1(part)
-        if found != (entry.lfs.sha256 if entry.lfs else entry.blob_id):
+        if not self._is_whole(name, part):
             part.unlink()
             raise StageError(f"{self.id}: {name} came damaged (its hash differs); run again")
+        os.replace(part, target / name)
+
+    def _is_whole(self, name: str, path: Path) -> bool:
+        """Whether `path` has the hash that the Hub gives for `name`; notes a SHA-256 in `sums`."""
+        entry = self._entries[name]
+        found = sha256(path) if entry.lfs else _git_sha1(path)
+        if found != (entry.lfs.sha256 if entry.lfs else entry.blob_id):
+            return False
         if entry.lfs:
             self.sums[name] = found
-        os.replace(part, target / name)
+        return True
 
 
 def open_source(kind: str, section: Model | Dataset) -> Repository | Folder:
