@@ -147,7 +147,8 @@ def write_adapter(folder: Path, shapes: dict, linear: set[str]) -> None:
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     # No text passes through: the tokenizer's files are only copied.
-    (folder / "tokenizer_config.json").write_text("{}")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text("{}")
     write_sums(folder)
 
 

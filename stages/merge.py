@@ -46,6 +46,8 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "vocab.json",
 )
+# A tokenizer without them needs slower code than this pipeline's.
+NEEDED = ("tokenizer.json", "tokenizer_config.json")
 LICENCES = ("licen[cs]e*", "notice*", "copying*", "use_policy*")
 
 
@@ -116,8 +118,14 @@ def write_weights(
 
 def write_companions(out: Path, base: Path, adapter: Path, dtype: torch.dtype) -> None:
     """Write what serving needs beside weights: configs, tokenizer, chat template, licence."""
-    own = (adapter / "tokenizer_config.json").exists()
+    own = all((adapter / name).exists() for name in NEEDED)
     tokenizer = adapter if own else base
+    for name in NEEDED:
+        if not (tokenizer / name).exists():
+            raise StageError(
+                f"{base} has no {name} and {adapter} brings no tokenizer; copy the files of "
+                "data/prepared/tokenizer into it"
+            )
     if not own:
         print(f"merge: {adapter} brings no tokenizer, so the base's is used")
     files = [tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).exists()]

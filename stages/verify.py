@@ -6,7 +6,8 @@ Reads models/merged, models/quantized, models/base, models/adapter and data/prep
 models/verify.ok and metrics/verify.json, and only when every check has passed:
 - tensor names, shapes and types are the base's and `merge.dtype`;
 - every tensor is what PEFT itself computes for it, within one rounding;
-- transformers loads the folder with no key missing or left over;
+- transformers loads the folder with no key missing or left over, and its tokenizer gives the ids
+  that were trained on and evaluated;
 - on the held-out rows perplexity is within `verify.max_perplexity_change_percent` of the base
   with the adapter, and no value overflows.
 """
@@ -30,7 +31,7 @@ if __name__ == "__main__":
     begin("verify")
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stages.shared.adapter import WEIGHTS, check_adapter_sums, read_adapter
 from stages.shared.agreement import (
@@ -75,6 +76,24 @@ def load_merged(folder: Path, device: torch.device):
             raise StageError(f"{folder}: {kind} when loading: {sorted(map(str, keys))[0]}; {AGAIN}")
     model.config.use_cache = False
     return model.eval()
+
+
+def check_tokenizer(folder: Path, prepared: Path) -> None:
+    """The merged model's tokenizer must give the held-out rows' ids. Raises StageError.
+
+    It may know further tokens, as long as each has a row in the embeddings.
+    """
+    rows = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+    found, expected = (AutoTokenizer.from_pretrained(f).get_vocab() for f in (folder, prepared))
+    wrong = [token for token, id in expected.items() if found.get(token) != id]
+    wrong += [token for token in found.keys() - expected.keys() if found[token] >= rows]
+    if wrong:
+        token = min(wrong)
+        raise StageError(
+            f"{folder}: its tokenizer has {token!r} as {found.get(token)} and that of the held-out "
+            f"rows as {expected.get(token)} ({len(wrong)} tokens differ; the embeddings have "
+            f"{rows} rows); delete the tokenizer's files from {ADAPTER} and merge again"
+        )
 
 
 def compare(model, rows: list[dict], ref: Reference) -> tuple[Agreement, float]:
@@ -132,8 +151,6 @@ def check_scores(metrics: dict, limit: float, dtype: str) -> None:
 def verify(params, rows: list[dict], device: torch.device) -> dict:
     """All checks, cheapest first. Returns the metrics; raises StageError when one fails."""
     dtype = getattr(torch, params.merge.dtype)
-    # What is damaged on disk is told apart from what was merged wrong: the remedies differ.
-    check_sums(MERGED, "merge")
     check_record(MERGED, params.merge.base, params.merge.dtype)
     merged, quantized, base = Weights(MERGED), Weights(QUANTIZED), Weights(BASE)
     check_layout(merged, quantized, base, dtype)
@@ -174,9 +191,16 @@ def verify(params, rows: list[dict], device: torch.device) -> dict:
 def main() -> None:
     params = load_params()
     device = pick_device()
-    for folder, stage in ((BASE, "fetch_model"), (QUANTIZED, "quantize"), (PREPARED, "prepare")):
+    # What is damaged on disk is told apart from what was merged wrong: the remedies differ.
+    for folder, stage in (
+        (BASE, "fetch_model"),
+        (QUANTIZED, "quantize"),
+        (PREPARED, "prepare"),
+        (MERGED, "merge"),
+    ):
         check_sums(folder, stage)
     check_adapter_sums(ADAPTER)
+    check_tokenizer(MERGED, PREPARED / "tokenizer")
     rows = read_rows(held_out_sets()[""])
     print(f"verify: {MERGED} against {QUANTIZED} + {ADAPTER}, {len(rows)} rows, on {device}")
     metrics = verify(params, rows, device)

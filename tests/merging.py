@@ -102,7 +102,7 @@ def make_prepared(root: Path, rows: int = 12) -> None:
         labels = [-100] * 4 + ids[4:]
         content.append({"row": f"rows.jsonl:{i}", "input_ids": ids, "labels": labels})
         content[-1] |= {"prompt_tokens": 4, "scored_bytes": len(ids) - 4}
-    (root / "data/prepared").mkdir(parents=True)
+    make_tokenizer(root / "data/prepared/tokenizer")
     path = str(root / "data/prepared/eval.arrow")
     with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, SCHEMA) as stream:
         stream.write_table(pa.Table.from_pylist(content, SCHEMA))

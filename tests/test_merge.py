@@ -167,6 +167,24 @@ def test_adapter_from_elsewhere(llama, monkeypatch, capsys):
     assert "models/adapter brings no tokenizer, so the base's is used" in said
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_half_a_tokenizer_is_none(name, llama, monkeypatch):
+    """Older tools saved a slow one, some bases lack a part."""
+    adapter, base = llama / "models/adapter", llama / "models/base"
+    (adapter / SUMS).unlink()
+    (adapter / name).unlink()
+    make_tokenizer_of(base)
+    run(merge, llama, monkeypatch)
+    merged = (llama / "models/merged" / name).read_bytes()
+    assert merged == (base / name).read_bytes()
+    (base / name).unlink()
+    write_sums(base)
+    with pytest.raises(
+        StageError, match=rf"models/base has no {name} and models/adapter brings no"
+    ):
+        run(merge, llama, monkeypatch)
+
+
 def make_tokenizer_of(folder: Path) -> None:
     from tests.tiny import make_tokenizer
 

@@ -264,6 +264,37 @@ def test_fails_on_an_activation_that_float16_cannot_hold(tmp_path, monkeypatch):
     assert results(tmp_path)["max_activation"] > 65504
 
 
+def permute(tokenizer):
+    """As another model's: the same tokens under other ids."""
+    vocabulary = tokenizer["model"]["vocab"]
+    a, b = sorted(vocabulary)[40:42]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+
+
+def add_token(tokenizer):
+    """As training scripts do to have a token to pad with."""
+    token = {"id": 260, "content": "<new>", "special": True, "normalized": False}
+    token |= {"lstrip": False, "rstrip": False, "single_word": False}
+    tokenizer["added_tokens"].append(token)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(permute, "(2 tokens differ; "), (add_token, "has '<new>' as 260 and that of the held-out")],
+)
+def test_refuses_a_tokenizer_that_gives_other_ids(change, message, project, monkeypatch):
+    """An adapter from elsewhere brings its own."""
+    file = project / "models/adapter/tokenizer.json"
+    (project / "models/adapter" / SUMS).unlink()
+    tokenizer = json.loads(file.read_text())
+    change(tokenizer)
+    file.write_text(json.dumps(tokenizer))
+    run(merge, project, monkeypatch)
+    found = refusal(project, monkeypatch)
+    assert message in found
+    assert "delete the tokenizer's files from models/adapter and merge again" in found
+
+
 SCORES = {
     "merged_perplexity": 5.0,
     "adapter_perplexity": 5.0,
