@@ -263,7 +263,16 @@ REFUSED = [
     (config(peft_type="VERA"), "peft_type VERA is not supported"),
     (lambda a: (a / "adapter_config.json").write_text("{"), "adapter_config.json: not valid JSON"),
     (lambda a: (a / "adapter_config.json").unlink(), "is missing; models/adapter is no PEFT"),
+    (lambda a: (a / "adapter_config.json").write_text("[]"), "adapter_config.json: must hold an"),
+    (config(r="16"), "r, lora_alpha and their patterns give no scaling for model.layers.0.mlp"),
+    (config(r=0), "r, lora_alpha and their patterns give no scaling for model.layers.0.mlp"),
+    (config(lora_alpha=None), "r, lora_alpha and their patterns give no scaling for model.layers"),
+    (config(alpha_pattern={"(": 3}), "their patterns give no scaling for model.layers.0.mlp"),
     (lambda a: (a / ADAPTER).unlink(), "adapter_model.safetensors: cannot be read"),
+    (
+        lambda a: (a / ADAPTER).rename(a / "adapter_model.bin"),
+        "models/adapter has pickled weights only (adapter_model.bin), which can run code when",
+    ),
     (truncate, "adapter_model.safetensors: cannot be read"),
 ]
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from stages.shared.stage import SUMS, StageError, check_sums
 
 WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
 CONFIG = "adapter_config.json"
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
 # Settings that change only how an adapter is trained or where it was made, never what it adds.
@@ -120,7 +121,12 @@ def read_adapter(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, 
         missing = [half for half in "AB" if (module, half) not in halves]
         if missing:
             raise StageError(f"{where}: lora_{missing[0]} is missing; the adapter is incomplete")
-        rank, scaling = _rank_and_scaling(config, module)
+        try:
+            rank, scaling = _rank_and_scaling(config, module)
+        except (KeyError, TypeError, ZeroDivisionError, re.error):
+            raise StageError(
+                f"{folder / CONFIG}: r, lora_alpha and their patterns give no scaling for {module}"
+            ) from None
         (rows, columns), expected = shapes[weight], {}
         expected["A"], expected["B"] = (rank, columns), (rows, rank)
         for half in "AB":
@@ -145,6 +151,8 @@ def _read_config(folder: Path) -> dict:
         raise StageError(f"{folder / CONFIG} is missing; {folder} is no PEFT adapter") from None
     except ValueError as error:
         raise StageError(f"{folder / CONFIG}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise StageError(f"{folder / CONFIG}: must hold an object")
     if config.get("peft_type") != "LORA":
         raise StageError(f"{folder / CONFIG}: peft_type {config.get('peft_type')} is not supported")
     for key, value in sorted(config.items()):
@@ -177,6 +185,11 @@ def _read_shapes(folder: Path) -> dict[tuple[str, str], tuple[int, ...]]:
                     )
                 shapes[match["module"], match["half"]] = tuple(tensors.get_slice(key).get_shape())
     except (FileNotFoundError, SafetensorError) as error:
+        if (folder / PICKLED).exists() and not (folder / WEIGHTS).exists():
+            raise StageError(
+                f"{folder} has pickled weights only ({PICKLED}), which can run code when loaded; "
+                "convert it on a machine you can spare with PEFT's save_pretrained"
+            ) from None
         raise StageError(f"{folder / WEIGHTS}: cannot be read ({error})") from None
     if not shapes:
         raise StageError(f"{folder / WEIGHTS} holds no LoRA tensor")
