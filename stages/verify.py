@@ -4,7 +4,7 @@
 
 Reads models/merged, models/quantized, models/base, models/adapter and data/prepared. Writes
 models/verify.ok and metrics/verify.json, and only when every check has passed:
-- tensor names, shapes and types are the base's and `merge.dtype`;
+- tensor names, shapes and types are the base's and `merge.dtype`, and so is config.json;
 - every tensor is what PEFT itself computes for it, within one rounding;
 - transformers loads the folder with no key missing or left over, and its tokenizer gives the ids
   that were trained on and evaluated;
@@ -76,6 +76,28 @@ def load_merged(folder: Path, device: torch.device):
             raise StageError(f"{folder}: {kind} when loading: {sorted(map(str, keys))[0]}; {AGAIN}")
     model.config.use_cache = False
     return model.eval()
+
+
+def check_companions(folder: Path, base: Path, dtype: str) -> None:
+    """What serving reads beside the weights is there, and config.json is the base's in `dtype`.
+
+    Raises StageError.
+    """
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        if not (folder / name).exists():
+            raise StageError(f"{folder} lacks {name}; {AGAIN}")
+    found, expected = (
+        json.loads((f / "config.json").read_text(encoding="utf-8")) for f in (folder, base)
+    )
+    for key in ("quantization_config", "torch_dtype"):
+        expected.pop(key, None)
+    expected["dtype"] = dtype
+    for key in sorted(found.keys() | expected.keys()):
+        if found.get(key) != expected.get(key):
+            raise StageError(
+                f"{folder / 'config.json'}: {key} is {found.get(key)} and must be "
+                f"{expected.get(key)}; {AGAIN}"
+            )
 
 
 def check_tokenizer(folder: Path, prepared: Path) -> None:
@@ -200,6 +222,7 @@ def main() -> None:
     ):
         check_sums(folder, stage)
     check_adapter_sums(ADAPTER)
+    check_companions(MERGED, BASE, params.merge.dtype)
     check_tokenizer(MERGED, PREPARED / "tokenizer")
     rows = read_rows(held_out_sets()[""])
     print(f"verify: {MERGED} against {QUANTIZED} + {ADAPTER}, {len(rows)} rows, on {device}")

@@ -186,6 +186,10 @@ def other_shape(merged):
     edit_tensors(merged / shard(2), lambda t: t.update({min(t): t[min(t)][:-1].clone()}))
 
 
+def lacks(name):
+    return lambda merged: (merged / name).unlink()
+
+
 def truncate(merged):
     (merged / shard(4)).write_bytes((merged / shard(4)).read_bytes()[:-64])
 
@@ -197,6 +201,13 @@ FOLDERS = [
     (drop_tensor_and_entry, "models/merged lacks model.layers.0"),
     (other_type, "is BF16 and must be F16"),
     (other_shape, "and in the base ("),
+    (lacks("generation_config.json"), "models/merged lacks generation_config.json; merge it again"),
+    (lacks("tokenizer.json"), "models/merged lacks tokenizer.json; merge it again"),
+    (lambda m: edit_json(m / "config.json", dtype="bfloat16"), "dtype is bfloat16 and must be flo"),
+    (
+        lambda m: edit_json(m / "config.json", rms_norm_eps=1e-3),
+        "config.json: rms_norm_eps is 0.00",
+    ),
     (truncate, f"{shard(4)}: cannot be read"),
     (lambda m: (m / shard(1)).unlink(), f"{shard(1)}: cannot be read"),
     (lambda m: edit_json(m / "merge.json", base="original"), "merged with base original, not deq"),
