@@ -126,6 +126,8 @@ def _run(
     largest_file: int,
     privileged: bool,
 ) -> None:
+    # As in a terminal: what a shell starts with `&` ignores it, and so does all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     os.environ.update(ENVIRONMENT | env)
     for target, mode in ((sys.stdout, "wb"), (sys.stderr, "ab")):
