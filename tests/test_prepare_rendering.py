@@ -297,6 +297,14 @@ def test_rendered_text_is_not_rendered_again(shape, own, loss_on):
     assert row.ids[: row.prompt_tokens].tolist() == prompt_ids(renderer.tokenizer, messages)
 
 
+def test_rendered_text_of_another_family_is_refused():
+    """Its end mark would be learned letter by letter, with the model's own behind it."""
+    form = recognize("auto", None, {"text": RENDERED["llama-2"]}, "a:1")
+    sample = form.example({"text": RENDERED["llama-2"]}, "a:1")
+    with pytest.raises(StageError, match=r"ends turns with </s> \(llama-2\), which is"):
+        renderer_of("qwen", form, sample)
+
+
 @pytest.mark.parametrize("length", [60, 61, 62, 63])
 def test_truncated_answer_has_no_false_end(length):
     renderer = renderer_of("gemma", max_length=length, too_long="truncate")

@@ -70,6 +70,8 @@ class Shape:
 
     name: str
     marker: str
+    # The token that ends a turn.
+    end: str
     # Groups role and content (or user and assistant); the end marker lies outside content.
     turn: re.Pattern
     template: str
@@ -83,6 +85,7 @@ def _tagged(name: str, before: str, after: str, end: str, newline: str, assistan
     return Shape(
         name,
         before + assistant + after,
+        end,
         re.compile(turn, re.DOTALL),
         f"{{% for m in messages %}}{{{{ {before!r} + {renamed} + {after!r} + m['content'] + "
         f"{end + newline!r} }}}}{{% endfor %}}"
@@ -94,6 +97,7 @@ SHAPES = (
     Shape(
         "llama-2",
         "[/INST]",
+        "</s>",
         re.compile(
             r"(?:<s>)?\s*\[INST\] ?(?:<<SYS>>\n(?P<system>.*?)\n<</SYS>>\n\n)?(?P<user>.*?) ?"
             r"\[/INST\](?P<assistant>.*?)(?:\s?</s>|(?=<s>|\[INST\])|\Z)",
