@@ -2,6 +2,7 @@
 
 import errno
 import os
+import queue
 import shutil
 import signal
 import stat
@@ -218,18 +219,19 @@ def test_space_is_looked_at_before(tmp_path):
         check_space(tmp_path, 10**18, "the adapter")
 
 
-def test_lock_is_taken_over_from_a_run_that_removed_it(tmp_path, capsys):
+def test_lock_is_taken_over_from_a_run_that_removed_it(tmp_path, monkeypatch):
     """The waiting run holds a file without a name then, and a third could hold the next."""
-    path = tmp_path / "run/lock"
+    path, said = tmp_path / "run/lock", queue.Queue()
+    monkeypatch.setattr(shared, "print", lambda line, flush: said.put(line), raising=False)
     first = lock(path, "train")
     with ThreadPoolExecutor() as other:
         second = other.submit(lock, path, "train")
-        while "waits" not in (said := capsys.readouterr().out):
-            assert not second.done()
+        line = said.get(timeout=60)
+        assert line == f"train: waits for process {os.getpid()}, which runs the same"
         shutil.rmtree(path.parent)
         first.close()
         assert os.path.samestat(os.fstat(second.result().fileno()), path.stat())
-    assert said == f"train: waits for process {os.getpid()}, which runs the same\n"
+    assert said.empty()
 
 
 # plan and verify write no more than text, as others do too.
@@ -342,13 +344,23 @@ def test_fault_of_the_code_keeps_its_traceback(capsys):
 def test_outputs_of_before_can_be_had_back(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_STAGE", "train")
-    (tmp_path / "dvc.lock").write_text("stages:\n  train: {}\n")
-    for name, lines in (("train", 2), ("merge", 1)):
+    entry = "{outs: [{path: models/adapter, md5: 0011.dir}]}"
+    (tmp_path / "dvc.lock").write_text(f"stages: {{train: {entry}}}\n")
+    (tmp_path / "dvc.yaml").write_text(
+        "stages: {train: {outs: [models/adapter]}, merge: {outs: [models/merged]}}\n"
+    )
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], check=True)
+
+    def told(name):
         shared._report(name, StageError, StageError("no"), None)
-        told = capsys.readouterr().err.splitlines()
-        assert len(told) == lines
-    shared._report("train", StageError, StageError("no"), None)
-    assert capsys.readouterr().err.splitlines()[1] == (
+        return capsys.readouterr().err.splitlines()
+
+    # As in a fresh clone.
+    assert told("train") == ["train: no"]
+    (tmp_path / ".dvc/cache/files/md5/00").mkdir(parents=True)
+    (tmp_path / ".dvc/cache/files/md5/00/11.dir").write_text("[]")
+    assert told("merge") == ["merge: no"]
+    assert told("train")[1] == (
         "train: have the earlier outputs back with: "
         "git checkout params.yaml dvc.lock metrics && dvc checkout"
     )

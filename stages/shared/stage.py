@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -354,7 +355,7 @@ def _report(name, kind, error, trace) -> None:
         return
     print(f"{name}: {message}", file=sys.stderr)
     # DVC removed the outputs before it started the stage.
-    if "DVC_STAGE" in os.environ and "DVC_EXP_NAME" not in os.environ and _recorded(name):
+    if "DVC_STAGE" in os.environ and "DVC_EXP_NAME" not in os.environ and _in_cache(name):
         print(
             f"{name}: have the earlier outputs back with: git checkout params.yaml dvc.lock "
             "metrics && dvc checkout",
@@ -362,6 +363,17 @@ def _report(name, kind, error, trace) -> None:
         )
 
 
-def _recorded(name: str) -> bool:
-    path = Path("dvc.lock")
-    return path.exists() and name in read_yaml(path.read_text(encoding="utf-8"))["stages"]
+def _in_cache(name: str) -> bool:
+    """Whether DVC's cache has the outputs that dvc.lock records: a fresh clone's has none."""
+    lock = Path("dvc.lock")
+    stages = read_yaml(lock.read_text(encoding="utf-8"))["stages"] if lock.exists() else {}
+    md5s = {out["path"]: out["md5"] for out in stages.get(name, {}).get("outs", [])}
+    found = subprocess.run(
+        [sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True, check=False
+    )
+    if found.returncode:
+        return False
+    cache = Path(found.stdout.strip()) / "files/md5"
+    # Metrics and plots are in git and have no object.
+    kept = [md5s[path] for path in _entry(name).get("outs", []) if path in md5s]
+    return bool(kept) and all((cache / md5[:2] / md5[2:]).exists() for md5 in kept)
