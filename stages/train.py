@@ -52,7 +52,7 @@ from stages.shared.model import (
     reset_peaks,
 )
 from stages.shared.probe import Probe, out_of_memory, too_large
-from stages.shared.rows import PREPARED, read_rows
+from stages.shared.rows import PREPARED, lengths, read_rows
 from stages.shared.scoring import TOKENS_PER_BATCH, score
 from stages.shared.trainer import (
     Trainer,
@@ -205,8 +205,8 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     except torch.cuda.OutOfMemoryError:
         raise too_large() from None
     base_bytes = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-    longest = max(map(len, rows["input_ids"]))
-    width = max_length if params.train.batching == "packing" else longest
+    row_tokens, _ = lengths(named.data.table)
+    width = max_length if params.train.batching == "packing" else max(row_tokens)
     step_tokens = params.train.batch_size * width
     fast = choose_fast_path(model, params.lora, params.train, step_tokens)
     tokenizer = AutoTokenizer.from_pretrained(PREPARED / "tokenizer")
@@ -220,7 +220,7 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     for callback in callbacks:
         trainer.add_callback(callback)
     trainable, total = trainer.model.get_nb_trainable_parameters()
-    tokens = sum(map(len, rows["input_ids"]))
+    tokens = sum(row_tokens)
     announce(params, len(rows), tokens, trainer, f"{device_name(device)}; {fast}")
     # Float32 values, with two moments each in a checkpoint.
     check_space(folder, trainable * (4 + 12 * (KEPT + 1)), "the adapter with its checkpoints")

@@ -27,6 +27,8 @@ class HostStash:
         """Begin to copy `tensor`, which must not be freed before a wait for the event."""
         buffer = self.buffers.get(slot)
         if buffer is None or buffer.numel() < tensor.numel() or buffer.dtype != tensor.dtype:
+            # An earlier copy out of the buffer that goes may still be under way.
+            self.stream.synchronize()
             self.buffers[slot] = buffer = pinned(tensor.numel(), tensor.dtype)
         host = self.waiting[slot] = buffer[: tensor.numel()].view(tensor.shape)
         self.stream.wait_stream(torch.cuda.current_stream())

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.ipc
 from transformers import PretrainedConfig
 
 from stages.shared import attention, vram
 from stages.shared.params import Params, Train
-from stages.shared.rows import IGNORED
+from stages.shared.rows import lengths
 from stages.shared.shapes import match_targets
 
 
@@ -30,13 +29,9 @@ def read_rows(prepared: Path) -> Rows:
     """Lengths of every training row, and what packing fills rows up to."""
     with pa.memory_map(str(prepared / "train.arrow")) as source:
         table = pyarrow.ipc.open_stream(source).read_all()
-        tokens = pc.list_value_length(table["input_ids"]).to_pylist()
-        row = pc.list_parent_indices(table["labels"])
-        learned = pc.filter(row, pc.not_equal(pc.list_flatten(table["labels"]), IGNORED))
-        counts = {c["values"]: c["counts"] for c in pc.value_counts(learned).to_pylist()}
+        tokens, learned = lengths(table)
     prepared_json = json.loads((prepared / "prepared.json").read_text(encoding="utf-8"))
-    learned_tokens = [counts.get(i, 0) for i in range(len(tokens))]
-    return Rows(tokens, learned_tokens, prepared_json["max_length"])
+    return Rows(tokens, learned, prepared_json["max_length"])
 
 
 def attention_of(train: Train, config: PretrainedConfig) -> str:

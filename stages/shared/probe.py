@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from stages.shared.model import GB, reset_peaks
 from stages.shared.params import Params
+from stages.shared.rows import lengths
 from stages.shared.stage import StageError
 from stages.shared.trainer import Trainer
 
@@ -33,8 +34,9 @@ class Probe(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         trainer, device = self.trainer, self.trainer.model.device
         rows = trainer.train_dataset
-        lengths = [len(ids) for ids in rows["input_ids"]]
-        longest = sorted(range(len(rows)), key=lambda i: -lengths[i])
+        # The output head's memory grows with what is learned.
+        sizes = list(zip(*lengths(rows.with_format("arrow")[:]), strict=True))
+        longest = sorted(range(len(rows)), key=sizes.__getitem__, reverse=True)
         trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         taken = GRADIENT_BYTES * (args.gradient_accumulation_steps > 1)
         if state.global_step == 0 and not args.optim.startswith("paged"):

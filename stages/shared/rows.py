@@ -16,6 +16,7 @@ import hashlib
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc
 
 PREPARED = Path("data/prepared")
@@ -35,6 +36,15 @@ def read_rows(path: Path) -> list[dict]:
     """All rows of one set as plain Python values. For held-out sets, which are small."""
     with pa.memory_map(str(path)) as source:
         return pyarrow.ipc.open_stream(source).read_all().to_pylist()
+
+
+def lengths(table: pa.Table) -> tuple[list[int], list[int]]:
+    """(tokens, learned tokens) of every row, without a Python object for each token."""
+    tokens = pc.list_value_length(table["input_ids"]).to_pylist()
+    row = pc.list_parent_indices(table["labels"])
+    learned = pc.filter(row, pc.not_equal(pc.list_flatten(table["labels"]), IGNORED))
+    counts = {c["values"]: c["counts"] for c in pc.value_counts(learned).to_pylist()}
+    return tokens, [counts.get(i, 0) for i in range(len(tokens))]
 
 
 def held_out_sets(prepared: Path = PREPARED) -> dict[str, Path]:
