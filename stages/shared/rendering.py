@@ -76,7 +76,13 @@ def settle(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> 
     end = next(Renderer(tokenizer, params).ends(samples), tokenizer.eos_token)
     if end != tokenizer.eos_token:
         tokenizer.eos_token = end
-    return f"{said}, answers end with {end}, {pad}"
+    said = f"{said}, answers end with {end}, {pad}"
+    if form.shape and form.shape.end not in tokenizer.get_vocab():
+        said += (
+            f"; {form.shape.end} is no token of this model and would be learned letter by letter: "
+            "better bring messages or prompt and completion, which are rendered for it"
+        )
+    return said
 
 
 def _template(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> tuple[str, str]:
@@ -142,12 +148,6 @@ def _rendered_template(
     own = tokenizer.chat_template and tokenizer.get_chat_template()
     if form.shape is None:
         return own or "", "text as it stands, all of it learned"
-    if form.shape.end not in tokenizer.get_vocab():
-        raise StageError(
-            f"the rendered text ends turns with {form.shape.end} ({form.shape.name}), which is no "
-            "token of this model's tokenizer: bring messages or prompt and completion, which are "
-            "rendered for it, or set prepare.format: text to learn it letter by letter"
-        )
     text = samples[0]["text"]
     opening = text[: form.shape.turn.search(text).start()]
     if not opening and _adds_bos(tokenizer) and not text.startswith(tokenizer.bos_token):
