@@ -14,6 +14,7 @@ import sys
 import pytest
 import torch
 import yaml
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import LoraConfig, get_peft_model
 from prepared import make_prepared_workspace
 
@@ -137,22 +138,55 @@ def test_offloading_gives_back_what_it_took():
     """With memory that is freed and taken again at once, and the GPU behind all the time."""
     stash = HostStash(torch.device("cuda", 0))
     values = [torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
+    slots = [stash.slot() for _ in values]
     for step in range(1, 4):
-        for slot, value in enumerate(values):
+        for slot, value in zip(slots, values, strict=True):
             tensor = value * step
-            copied = stash.put(slot, tensor)
+            slot.put(tensor)
             keep_busy()
-            torch.cuda.current_stream().wait_event(copied)
             del tensor
             torch.full_like(value, torch.nan)
-        for slot in reversed(range(len(values))):
-            tensor = stash.take(slot)
+        for slot, value in reversed(list(zip(slots, values, strict=True))):
+            tensor = slot.take()
             keep_busy()
-            assert torch.equal(tensor, values[slot] * step), (step, slot)
+            assert torch.equal(tensor, value * step), (step, slot.number)
             del tensor
-            torch.full_like(values[slot], torch.nan)
-    assert not stash.waiting
-    assert not stash.returning
+            torch.full_like(value, torch.nan)
+    assert not stash.leaving
+    assert not any(slot.waiting is not None or slot.returning for slot in slots)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("shape", [(64, 64), (1000, 192), (4096, 1408)])
+def test_weights_are_those_that_bitsandbytes_dequantizes(shape, nested, dtype):
+    torch.manual_seed(3)
+    weight = torch.randn(shape, device="cuda", dtype=dtype) * torch.rand(shape[1], device="cuda")
+    packed, state = quantize_4bit(
+        weight.to(dtype), blocksize=64, quant_type="nf4", compress_statistics=nested
+    )
+    assert torch.equal(kernels().dequantize(packed, state), dequantize_4bit(packed, state))
+
+
+def test_swiglu_and_its_gradients_are_those_of_liger():
+    from liger_kernel.ops.swiglu import swiglu_backward, swiglu_forward
+
+    torch.manual_seed(4)
+    g, u, dh = (torch.randn(333, 1408, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    found = [x.clone() for x in (g, u, dh)]
+    kernels().swiglu_gradients(*found)
+    product = swiglu_forward(g, u)[2]
+    expected = *swiglu_backward(g, u, dh), product
+    for x, y in zip(found, expected, strict=True):
+        assert x.isfinite().all()
+        assert torch.equal(x, y)
+
+
+def kernels():
+    """Imported late: without a GPU there may be no Triton."""
+    from stages.shared import kernels
+
+    return kernels
 
 
 def keep_busy():

@@ -25,31 +25,37 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from stages.shared.offload import HostStash
+from stages.shared.offload import HostStash, Slot
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 MLP_PARTS = ("gate", "up", "down")
 # Layers that are residual attention, then a residual MLP, each after its norm, and nothing more.
 PLAIN_LAYERS = {f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
-_recomputing = False
+FIRST, SECOND = "first", "second"
+_pass = None
 
 
 @contextmanager
-def _second_pass():
-    """The products within run again: a checkpointed part is computed for its backward pass."""
-    global _recomputing
-    _recomputing = True
+def _within(which: str):
+    """A checkpointed part runs: the first time, or again for its backward pass."""
+    global _pass
+    _pass = which
     try:
         yield
     finally:
-        _recomputing = False
+        _pass = None
 
 
 class _Products:
     """LoRA linear layers that read the same input: their frozen weights, adapters and products."""
 
-    def __init__(self, layers: list[LoraLayer], ends_part: bool = False):
+    def __init__(self, layers: list[LoraLayer], kernels: bool, ends_part: bool = False):
         self.bases = [layer.get_base_layer() for layer in layers]
+        self.dequantize = dequantize_4bit
+        if kernels:
+            from stages.shared.kernels import dequantize
+
+            self.dequantize = dequantize
         self.a = [layer.lora_A["default"].weight for layer in layers]
         self.b = [layer.lora_B["default"].weight for layer in layers]
         self.scales = [layer.scaling["default"] for layer in layers]
@@ -64,7 +70,7 @@ class _Products:
     def weight(self, i: int, dtype: torch.dtype) -> torch.Tensor:
         weight = self.bases[i].weight
         if isinstance(weight, Params4bit):
-            weight = dequantize_4bit(weight.data, weight.quant_state)
+            weight = self.dequantize(weight.data, weight.quant_state)
         return weight.to(dtype)
 
     def stacked_a(self, dtype: torch.dtype) -> torch.Tensor:
@@ -83,7 +89,7 @@ class _Products:
         outputs = []
         for i, part in enumerate(inner.split(self.ranks, dim=1)):
             base = self.bases[i]
-            if _recomputing and self.ends_part:
+            if _pass == SECOND and self.ends_part:
                 outputs.append(_unread(x, (len(x), base.out_features)))
                 continue
             b = self.scaled_b(i, dtype).t()
@@ -91,25 +97,33 @@ class _Products:
             outputs.append(y.addmm_(x, self.weight(i, dtype).t()))
         return outputs, inner
 
-    def backward(
-        self, dys: list[torch.Tensor], x: torch.Tensor, inner: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """dx [tokens, in], and the gradients of `adapters`, from each dy [tokens, out]."""
-        dtype = x.dtype
-        down = torch.empty_like(inner)
-        for i, (dy, part) in enumerate(zip(dys, down.split(self.ranks, dim=1), strict=True)):
+    def backward(self, dys: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """dx [tokens, in], and s dy B [tokens, sum of ranks], from each dy [tokens, out]."""
+        dtype = dys[0].dtype
+        between = dys[0].new_empty(len(dys[0]), sum(self.ranks))
+        for i, (dy, part) in enumerate(zip(dys, between.split(self.ranks, dim=1), strict=True)):
             torch.mm(dy, self.scaled_b(i, dtype), out=part)
-        dx = down @ self.stacked_a(dtype)
+        dx = between @ self.stacked_a(dtype)
         for i, dy in enumerate(dys):
             dx.addmm_(dy, self.weight(i, dtype))
-        da = (down.t() @ x).to(self.a[0].dtype).split(self.ranks)
+        return dx, between
+
+    def gradients(
+        self,
+        dys: list[torch.Tensor],
+        between: torch.Tensor,
+        x: torch.Tensor,
+        inner: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        """Those of `adapters`, from what `forward` and `backward` had and gave."""
+        da = (between.t() @ x).to(self.a[0].dtype).split(self.ranks)
         db = [
             (dy.t() @ part).to(b.dtype).mul_(scale)
             for dy, part, b, scale in zip(
                 dys, inner.split(self.ranks, dim=1), self.b, self.scales, strict=True
             )
         ]
-        return dx, [*da, *db]
+        return [*da, *db]
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -137,7 +151,8 @@ class _Linears(torch.autograd.Function):
     def backward(ctx, *dys):
         x, inner = ctx.saved_tensors
         flat = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        dx, adapters = ctx.products.backward(flat, x, inner)
+        dx, between = ctx.products.backward(flat)
+        adapters = ctx.products.gradients(flat, between, x, inner)
         return dx.view(*dys[0].shape[:-1], -1), None, *adapters
 
 
@@ -149,28 +164,33 @@ class _Mlp(torch.autograd.Function):
         ctx.gate_up, ctx.down, ctx.swiglu = gate_up, down, swiglu
         flat = _rows(x)
         (g, u), inner = gate_up.forward(flat)
-        ctx.save_for_backward(flat, inner, g, u)
-        if _recomputing and down.ends_part:
+        if _pass != FIRST:
+            ctx.save_for_backward(flat, inner, g, u)
+        if _pass == SECOND and down.ends_part:
             return _unread(flat, x.shape)
-        (y,), _ = down.forward(swiglu.forward(g, u))
+        h = swiglu.forward(g, u)
+        del g, u
+        (y,), _ = down.forward(h)
         return y.view(x.shape)
 
     @staticmethod
     def backward(ctx, dy):
         x, inner, g, u = ctx.saved_tensors
-        down = ctx.down
-        h = ctx.swiglu.forward(g, u)
+        gate_up, down = ctx.gate_up, ctx.down
+        dys = [dy.reshape(-1, dy.shape[-1])]
+        dh, between = down.backward(dys)
+        h, *dg_du = ctx.swiglu.backward(g, u, dh)
+        del g, u, dh
         h_inner = h @ down.stacked_a(h.dtype).t()
-        dh, of_down = down.backward([dy.reshape(-1, dy.shape[-1])], h, h_inner)
+        of_down = down.gradients(dys, between, h, h_inner)
         del h
-        dg_du = ctx.swiglu.backward(g, u, dh)
-        del dh
-        dx, of_gate_up = ctx.gate_up.backward(list(dg_du), x, inner)
+        dx, between = gate_up.backward(dg_du)
+        of_gate_up = gate_up.gradients(dg_du, between, x, inner)
         return dx.view(dy.shape), None, None, None, *of_gate_up, *of_down
 
 
 class TorchSwiglu:
-    """silu(g) * u and its gradients in torch."""
+    """silu(g) * u; with dh, this again and the gradients of g and u."""
 
     @staticmethod
     def forward(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -180,11 +200,12 @@ class TorchSwiglu:
     def backward(g, u, dh):
         sigmoid = torch.sigmoid(g)
         silu = g * sigmoid
-        return dh * u * (sigmoid + silu * (1 - sigmoid)), dh * silu
+        dg = dh * u * (sigmoid + silu * (1 - sigmoid))
+        return silu * u, dg, dh * silu
 
 
 class LigerSwiglu:
-    """The same by Liger's kernels, one pass each; the gradients overwrite g and u."""
+    """The same in one pass each; the results of `backward` overwrite dh, g and u."""
 
     @staticmethod
     def forward(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -194,36 +215,36 @@ class LigerSwiglu:
 
     @staticmethod
     def backward(g, u, dh):
-        from liger_kernel.ops.swiglu import swiglu_backward
+        from stages.shared.kernels import swiglu_gradients
 
-        return swiglu_backward(g, u, dh)
+        swiglu_gradients(g, u, dh)
+        return dh, g, u
 
 
 class _Residual(torch.autograd.Function):
     """hidden + branch(hidden), of which `hidden` alone is kept: the branch is computed again."""
 
     @staticmethod
-    def forward(ctx, hidden, branch, slot, stash):
-        ctx.branch, ctx.slot, ctx.stash = branch, slot, stash
+    def forward(ctx, hidden, branch, slot):
+        ctx.branch, ctx.slot = branch, slot
         ctx.device = hidden.device.type
         ctx.autocast = torch.is_autocast_enabled(ctx.device), torch.get_autocast_dtype(ctx.device)
-        if stash is None:
+        if slot is None:
             ctx.save_for_backward(hidden)
+        else:
+            slot.put(hidden)
+        with _within(FIRST):
             return branch(hidden).add_(hidden)
-        copied = stash.put(slot, hidden)
-        result = branch(hidden).add_(hidden)
-        torch.cuda.current_stream().wait_event(copied)
-        return result
 
     @staticmethod
     def backward(ctx, dy):
-        kept = ctx.saved_tensors[0] if ctx.stash is None else ctx.stash.take(ctx.slot)
+        kept = ctx.saved_tensors[0] if ctx.slot is None else ctx.slot.take()
         hidden = kept.detach().requires_grad_()
         enabled, dtype = ctx.autocast
-        with torch.enable_grad(), torch.autocast(ctx.device, dtype, enabled), _second_pass():
+        with torch.enable_grad(), torch.autocast(ctx.device, dtype, enabled), _within(SECOND):
             branch = ctx.branch(hidden)
         branch.backward(dy)
-        return hidden.grad.add_(dy), None, None, None
+        return hidden.grad.add_(dy), None, None
 
 
 def plain_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -232,7 +253,10 @@ def plain_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def fuse_lora(
-    model: PeftModel, liger: bool, checkpointing: bool, stash: HostStash | None = None
+    model: PeftModel,
+    liger: bool,
+    checkpointing: bool,
+    stash: HostStash | None = None,
 ) -> int:
     """Let every LoRA layer of `model` compute by the products above; returns how many do.
 
@@ -250,22 +274,24 @@ def fuse_lora(
     grouped = {m for group in groups for m in group}
     groups += [[m] for m in layers if m not in grouped]
     for group in filter(None, groups):
-        _read_together(group, _Products(group, group[0] in ends))
+        _read_together(group, _Products(group, liger, group[0] in ends))
     for mlp in filter(_is_swiglu_mlp, modules):
         gate, up, down = (mlp.get_submodule(f"{part}_proj") for part in MLP_PARTS)
+        gate_up = _Products([gate, up], liger)
         swiglu = LigerSwiglu if liger else TorchSwiglu
-        forward = _mlp_forward(_Products([gate, up]), _Products([down], down in ends), swiglu)
-        mlp.forward = MethodType(forward, mlp)
+        ending = _Products([down], liger, down in ends)
+        mlp.forward = MethodType(_mlp_forward(gate_up, ending, swiglu), mlp)
     if checkpointing:
-        for i, layer in enumerate(plain):
-            layer.forward = MethodType(_two_parts(2 * i, stash), layer)
+        for layer in plain:
+            slots = [stash.slot() if stash else None for _ in range(2)]
+            layer.forward = MethodType(_two_parts(*slots), layer)
         if not plain:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return len(layers)
 
 
-def _two_parts(slot: int, stash: HostStash | None):
+def _two_parts(before_attention: Slot | None, before_mlp: Slot | None):
     """The forward pass of a decoder layer, which keeps only the inputs of its two parts."""
 
     def forward(layer, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -278,8 +304,8 @@ def _two_parts(slot: int, stash: HostStash | None):
         if not layer.training:
             hidden_states = hidden_states + attend(hidden_states)
             return hidden_states + transform(hidden_states)
-        hidden_states = _Residual.apply(hidden_states, attend, slot, stash)
-        return _Residual.apply(hidden_states, transform, slot + 1, stash)
+        hidden_states = _Residual.apply(hidden_states, attend, before_attention)
+        return _Residual.apply(hidden_states, transform, before_mlp)
 
     return forward
 

@@ -1,11 +1,12 @@
 """Layer inputs wait in host memory between the forward and the backward pass.
 
-Both directions are copied on a stream of their own while the GPU computes. In the backward pass,
-which takes the slots in reverse order, the GPU holds the tensor at work and the one on its way
-back; in the forward pass none but the tensor at work.
+Both directions are copied on a stream of their own while the GPU computes. Beside the tensor at
+work the GPU holds the one that left last in the forward pass, and the next one in the backward
+pass.
 """
 
 import weakref
+from collections import deque
 
 import torch
 
@@ -13,46 +14,73 @@ from stages.shared.stage import StageError
 
 
 class HostStash:
-    """Tensors of one device by slot 0, 1, …, put in ascending and taken in descending order."""
+    """Tensors of one device, each in a slot. Slots are emptied in the reverse of their order."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        # Kept from step to step: pinning memory takes longer than many copies.
-        self.buffers: dict[int, torch.Tensor] = {}
-        self.waiting: dict[int, torch.Tensor] = {}
-        self.returning: dict[int, tuple[torch.Tensor, torch.cuda.Event]] = {}
+        self.slots: list[Slot] = []
+        # On its way to the host, and the event of its arrival.
+        self.leaving: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
 
-    def put(self, slot: int, tensor: torch.Tensor) -> torch.cuda.Event:
-        """Begin to copy `tensor`, which must not be freed before a wait for the event."""
-        buffer = self.buffers.get(slot)
+    def slot(self) -> "Slot":
+        self.slots.append(Slot(self, len(self.slots)))
+        return self.slots[-1]
+
+    def let_go(self, still: int) -> None:
+        """Free all but the last `still` of what left, as soon as it has arrived."""
+        while len(self.leaving) > still:
+            _, arrived = self.leaving.popleft()
+            torch.cuda.current_stream().wait_event(arrived)
+
+
+class Slot:
+    def __init__(self, stash: HostStash, number: int):
+        self.stash = stash
+        self.number = number
+        # Kept from step to step: pinning memory takes longer than many copies.
+        self.buffer: torch.Tensor | None = None
+        self.waiting: torch.Tensor | None = None
+        self.returning: tuple[torch.Tensor, torch.cuda.Event] | None = None
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Begin to copy `tensor`, which the stash holds until it has left."""
+        stash, buffer = self.stash, self.buffer
+        # While one layer's copies leave the next one computes.
+        stash.let_go(1)
         if buffer is None or buffer.numel() < tensor.numel() or buffer.dtype != tensor.dtype:
             # An earlier copy out of the buffer that goes may still be under way.
-            self.stream.synchronize()
-            self.buffers[slot] = buffer = pinned(tensor.numel(), tensor.dtype)
-        host = self.waiting[slot] = buffer[: tensor.numel()].view(tensor.shape)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            host.copy_(tensor, non_blocking=True)
-            return self.stream.record_event()
+            stash.stream.synchronize()
+            self.buffer = buffer = pinned(tensor.numel(), tensor.dtype)
+        self.waiting = buffer[: tensor.numel()].view(tensor.shape)
+        stash.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stash.stream):
+            self.waiting.copy_(tensor, non_blocking=True)
+            stash.leaving.append((tensor, stash.stream.record_event()))
 
-    def take(self, slot: int) -> torch.Tensor:
-        """The tensor of `slot` on the device again; the one below it sets out."""
-        for wanted in (slot, slot - 1):
-            if wanted in self.waiting:
-                self._bring_back(wanted)
-        tensor, arrived = self.returning.pop(slot)
+    def take(self) -> torch.Tensor:
+        """The tensor on the device again; that of the slot before sets out."""
+        stash = self.stash
+        stash.let_go(0)
+        self.set_out()
+        if self.number:
+            stash.slots[self.number - 1].set_out()
+        tensor, arrived = self.returning
+        self.returning = None
         torch.cuda.current_stream().wait_event(arrived)
         return tensor
 
-    def _bring_back(self, slot: int) -> None:
-        host = self.waiting.pop(slot)
+    def set_out(self) -> None:
+        if self.waiting is None:
+            return
         # Memory of the computing stream, which may still be busy with what was there before.
-        tensor = torch.empty_like(host, device=self.device)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            tensor.copy_(host, non_blocking=True)
-            self.returning[slot] = (tensor, self.stream.record_event())
+        tensor = torch.empty_like(self.waiting, device=self.stash.device)
+        stream = self.stash.stream
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            tensor.copy_(self.waiting, non_blocking=True)
+            self.returning = (tensor, stream.record_event())
+        self.waiting = None
 
 
 def pinned(count: int, dtype: torch.dtype) -> torch.Tensor:

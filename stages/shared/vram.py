@@ -58,9 +58,10 @@ PLAIN_LAYERS = {
 OFFLOAD_STASH = 5
 # Layer inputs that it has brought back and not yet let go, in the backward pass.
 OFFLOAD_RETURNED = 4
-# The same of layers checkpointed in two parts (stages/shared/offload.py): none wait on the GPU,
-# and in the backward pass there are the one at work and the one on its way back.
-PARTS_STASH, PARTS_RETURNED = 0, 2
+# The same of layers checkpointed in two parts (stages/shared/offload.py): the last one and the one
+# before it are still leaving at the head, and in the backward pass there are the one at work and
+# the one on its way back.
+PARTS_STASH, PARTS_RETURNED = 2, 2
 # cuBLAS workspaces, taken from the allocator by the forward and the backward thread.
 WORKSPACES = 0.080e9
 # Tiles of trl's fused head: tokens x vocabulary.
@@ -256,12 +257,21 @@ def mlp_working(shape: Shape, run: Training) -> float:
     h, i, t = shape.hidden, shape.intermediate, run.tokens
     trained = run.method != "full" and adapts(shape, run, MLP_OUTPUT)
     dropped = run.dropout > 0 and run.method != "full"
-    # A 16-bit copy of one weight, and its constants in fp32.
+    # A 16-bit copy of one weight, and bitsandbytes' constants in fp32.
     dequantized = 0.0
     if run.method == "qlora":
-        dequantized = (2 + 4 / 64) * max(x.parameters for x in shape.linears)
-    # The product of gate and up is there in any case when down_proj runs; is it saved?
+        constants = 0 if run.fused_lora and run.liger else 4 / 64
+        dequantized = (2 + constants) * max(x.parameters for x in shape.linears)
     one = one_operation_mlp(shape, run)
+    if one and run.liger:
+        # Backward through down_proj: the product's gradient beside the weight. The product itself
+        # is made again where its gradient was.
+        backward = t * (2 * h + 2 * i) + dequantized
+        # Forward: the product, the stream and the output. In the first of two passes nothing is
+        # saved, and gate and up are gone.
+        forward = t * (2 * i + 6 * h - (4 * i if two_parts(shape, run) else 0)) + dequantized
+        return max(backward, forward)
+    # The product of gate and up is there in any case when down_proj runs; is it saved?
     product = 0 if run.method == "full" or (trained and not dropped and not one) else 2 * i
     candidates = [
         # down_proj, forward: the product, the stream and the output; the weight or the rest.

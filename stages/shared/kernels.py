@@ -1,0 +1,100 @@
+"""Two products of the training step in one pass over memory each (Triton, on a GPU).
+
+- NF4 weights to 16 bit, with their doubly quantized constants: bitsandbytes launches three
+  kernels through torch's dispatcher, which in small steps takes longer than they run.
+- The backward pass of SwiGLU together with its product, which down_proj's adapter needs again:
+  all three results go where the inputs were, and the product need not wait beside them.
+
+Both are bit-equal to what they replace (tests/test_gpu.py).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from bitsandbytes.functional import QuantState
+
+BLOCKS_PER_PROGRAM = 64
+VALUES_PER_PROGRAM = 4096
+
+
+@triton.jit
+def _dequantize(
+    packed,
+    table,
+    absmax,
+    absmax_table,
+    absmax_scale,
+    offset,
+    out,
+    blocks,
+    NESTED: tl.constexpr,
+    OUTER: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    there = block < blocks
+    if NESTED:
+        index = tl.load(absmax + block, there, 0).to(tl.int32)
+        scale = tl.load(absmax_table + index) * tl.load(absmax_scale + block // OUTER, there, 0)
+        scale += tl.load(offset)
+    else:
+        scale = tl.load(absmax + block, there, 0)
+    pairs = block[:, None] * PAIRS + tl.arange(0, PAIRS)[None, :]
+    pair = tl.load(packed + pairs, there[:, None], 0).to(tl.int32)
+    high = tl.load(table + (pair >> 4)) * scale[:, None]
+    low = tl.load(table + (pair & 15)) * scale[:, None]
+    values = tl.join(high, low).reshape(BLOCKS, 2 * PAIRS).to(out.dtype.element_ty)
+    places = block[:, None] * 2 * PAIRS + tl.arange(0, 2 * PAIRS)[None, :]
+    tl.store(out + places, values, there[:, None])
+
+
+def dequantize(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
+    """The weight `state.shape` in `state.dtype`, of uint8 `packed`, two values in each.
+
+    For whole blocks of `state.blocksize` values, as every Linear with a multiple of 64 inputs has.
+    """
+    out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
+    blocks = state.absmax.numel()
+    nested = state.state2 if state.nested else state
+    _dequantize[(triton.cdiv(blocks, BLOCKS_PER_PROGRAM),)](
+        packed,
+        state.code,
+        state.absmax,
+        nested.code,
+        nested.absmax,
+        state.offset if state.nested else state.absmax,
+        out,
+        blocks,
+        NESTED=state.nested,
+        OUTER=nested.blocksize,
+        PAIRS=state.blocksize // 2,
+        BLOCKS=BLOCKS_PER_PROGRAM,
+        # A multiplication and an addition in one would round once and not twice.
+        enable_fp_fusion=False,
+    )
+    return out
+
+
+@triton.jit
+def _swiglu_gradients(gate, up, gradient, count, VALUES: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)
+    there = at < count
+    g = tl.load(gate + at, there, 0).to(tl.float32)
+    u = tl.load(up + at, there, 0)
+    dh = tl.load(gradient + at, there, 0)
+    sigmoid = tl.sigmoid(g)
+    silu = g * sigmoid
+    tl.store(gradient + at, silu.to(u.dtype) * u, there)
+    tl.store(gate + at, dh * (silu * (1 - sigmoid) + sigmoid) * u, there)
+    tl.store(up + at, dh * silu, there)
+
+
+def swiglu_gradients(gate: torch.Tensor, up: torch.Tensor, gradient: torch.Tensor) -> None:
+    """silu(gate) * up goes where its `gradient` was, those of `gate` and `up` where they were.
+
+    All three are contiguous and of one 16-bit type and shape.
+    """
+    count = gate.numel()
+    grid = (triton.cdiv(count, VALUES_PER_PROGRAM),)
+    _swiglu_gradients[grid](gate, up, gradient, count, VALUES=VALUES_PER_PROGRAM)
