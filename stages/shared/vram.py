@@ -40,10 +40,10 @@ GB = 1e9
 CARDS_GB = (8, 12, 16, 24, 40, 48, 80)
 
 # CUDA context, cuBLAS workspaces and loaded kernels: on the card, unseen by the allocator.
-CONTEXT = 0.871e9
+CONTEXT = 0.867e9
 # What the caching allocator reserves and cannot use, as a share of what one layer's backward pass
 # takes: that comes and goes in other sizes than it finds, while what is saved stacks up in order.
-FRAGMENTATION = 1.104
+FRAGMENTATION = 0.30
 # From this many bytes of layer inputs on, training keeps them in host memory
 # (stages/shared/trainer.py; a test holds the two together).
 OFFLOADED_BYTES = 1e9
@@ -63,7 +63,7 @@ OFFLOAD_RETURNED = 4
 # the one on its way back.
 PARTS_STASH, PARTS_RETURNED = 2, 2
 # cuBLAS workspaces, taken from the allocator by the forward and the backward thread.
-WORKSPACES = 0.080e9
+WORKSPACES = 0.078e9
 # Tiles of trl's fused head: tokens x vocabulary.
 HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
 
