@@ -471,6 +471,8 @@ def run(work: Path, weights: Path, parts: list[str]) -> None:
     if names := [name for name in RECIPES if name in parts]:
         recipes(work, weights, names)
     if "70b" in parts:
+        # plan's parameters are read where it runs.
+        copy_project(work)
         report = work / "70b.json"
         code = in_process("seventy()", work, work / "70b.log")
         said = (work / "70b.log").read_text(encoding="utf-8").strip().splitlines()

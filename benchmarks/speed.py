@@ -4,6 +4,7 @@
     python -m benchmarks.speed run  --work DIR ours-packed unsloth-packed ours-packed …
     python -m benchmarks.speed one  --work DIR unsloth-packed   # one side in this process
     python -m benchmarks.speed profile --work DIR ours-packed   # where the time of a step goes
+    python -m benchmarks.speed report --out speed.jsonl      # benchmarks/results/speed.json
 
 The shape is Mistral-7B's (7.24e9 parameters), r = 64 on all seven projections; the lengths of the
 rows are log-normal (median 380, 16 to 2,048 tokens), like those of guanaco-llama2-1k. Weights are
@@ -22,9 +23,11 @@ import math
 import os
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -400,17 +403,51 @@ def run(work: Path, sides: list[str], out: Path) -> None:
         )
 
 
+def report(file: Path) -> None:
+    """Write RESULTS from the lines of `run`: the median of each side, its runs and their spread."""
+    runs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    sides = {}
+    for side in dict.fromkeys(found["side"] for found in runs):
+        of_side = [found for found in runs if found["side"] == side]
+        sides[side] = {"runs": len(of_side)}
+        for key in ("tokens_per_second", "steady_tokens_per_second", "peak_vram_gb"):
+            values = sorted(found[key] for found in of_side)
+            sides[side][key] = statistics.median(values)
+            sides[side][f"{key}_range"] = [values[0], values[-1]]
+    results = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": runs[0]["device"],
+        "shape": "mistral-7b, random weights, r = 64 on seven projections, 1,000 rows",
+        "order": [found["side"] for found in runs],
+    }
+    names = {"": "ours-packed", "unsloth_": "unsloth-packed", "reference_": "reference-4"}
+    for prefix, side in names.items():
+        if side in sides:
+            results[f"{prefix}tokens_per_second"] = sides[side]["tokens_per_second"]
+            results[f"{prefix}peak_vram_gb"] = sides[side]["peak_vram_gb"]
+    steady = sides["ours-packed"]["steady_tokens_per_second"]
+    results["share_of_floor"] = steady / FLOOR_TOKENS_PER_SECOND
+    results |= {"sides": sides, "runs": runs}
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps({k: v for k, v in results.items() if k != "runs"}, indent=2))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=["make", "run", "one", "profile"])
+    parser.add_argument("action", choices=["make", "run", "one", "profile", "report"])
     parser.add_argument("sides", nargs="*", metavar="side", help=", ".join(SIDES))
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--work", type=Path, help="needed for all but report")
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--hidden", type=int, default=SHAPE["hidden_size"])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("speed.jsonl"))
     args = parser.parse_intermixed_args()
+    if args.action == "report":
+        report(args.out)
+        return
+    if args.work is None:
+        parser.error("--work DIR is missing")
     work = args.work.resolve()
     if args.action == "make":
         shape = SHAPE | {"num_hidden_layers": args.layers, "hidden_size": args.hidden}

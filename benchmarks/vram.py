@@ -324,21 +324,29 @@ def predicted(point: dict) -> vram.Prediction:
     return vram.predict(*training_of(Point(**fields), point["fast"]))
 
 
+def in_two_parts(point: dict) -> bool:
+    """Whether its layers were checkpointed in two parts, which then stash their inputs."""
+    fields = {name: point[name] for name in Point.__dataclass_fields__}
+    return vram.two_parts(*training_of(Point(**fields), point["fast"]))
+
+
 def fit() -> None:
     """Print the constants that the fit points ask for; they are frozen by hand in vram.py."""
     points = [p for p in load()["points"] if not p["held_out"]]
     if not points:
         raise SystemExit("vram: no fit points in benchmarks/results/plan.json; measure them first")
-    # By trl; how much the pipeline's own offloading holds is known (stages/shared/offload.py).
-    offloaded = [p for p in points if p["fast"]["offload"] and not p["fast"]["fused_lora"]]
-    gaps = {}
-    for returned in (1, 2, 3, 4):
-        vram.OFFLOAD_RETURNED = returned
-        gaps[returned] = [
-            p["measured_gb"] * vram.GB - predicted(p).peak + vram.WORKSPACES for p in offloaded
-        ]
-    spread = {n: max(map(abs, g)) if g else 0.0 for n, g in gaps.items()}
-    vram.OFFLOAD_RETURNED = min(spread, key=spread.get) if offloaded else 2
+    # How many layer inputs the GPU holds in the backward pass, by trl's offloading and by ours.
+    for name, ours in (("OFFLOAD_RETURNED", False), ("PARTS_RETURNED", True)):
+        offloaded = [p for p in points if p["fast"]["offload"] and in_two_parts(p) == ours]
+        gaps = {}
+        for returned in (1, 2, 3, 4):
+            setattr(vram, name, returned)
+            gaps[returned] = max(
+                abs(p["measured_gb"] * vram.GB - predicted(p).peak) for p in offloaded
+            )
+        best = min(gaps, key=gaps.get)
+        setattr(vram, name, best)
+        print(f"{name} = {best}  (of {len(offloaded)} points)")
     workspaces = statistics.median(
         p["measured_gb"] * vram.GB - predicted(p).peak + vram.WORKSPACES for p in points
     )
@@ -352,11 +360,10 @@ def fit() -> None:
         ]
     # The share whose worst point is best, by what is wanted: 5 % above, 2 % below.
     share = min(errors, key=lambda x: max(max(e / 5, -e / 2) for e in errors[x]))
-    print(f"OFFLOAD_RETURNED = {vram.OFFLOAD_RETURNED}")
     print(f"WORKSPACES = {workspaces / vram.GB:.3f}e9")
     print(f"FRAGMENTATION = {share:.2f}  (the card's errors in per cent: {errors[share]})")
     print(f"CONTEXT = {vram.CONTEXT / vram.GB:.3f}e9")
-    print(f"{len(points)} points, {len(offloaded)} of them offloaded")
+    print(f"{len(points)} points")
 
 
 def report() -> None:

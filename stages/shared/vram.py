@@ -57,13 +57,13 @@ PLAIN_LAYERS = {
 # Layer inputs that trl's offloading still holds on the GPU (max_fwd_stash_size).
 OFFLOAD_STASH = 5
 # Layer inputs that it has brought back and not yet let go, in the backward pass.
-OFFLOAD_RETURNED = 4
+OFFLOAD_RETURNED = 3
 # The same of layers checkpointed in two parts (stages/shared/offload.py): the last one and the one
 # before it are still leaving at the head, and in the backward pass there are the one at work and
 # the one on its way back.
-PARTS_STASH, PARTS_RETURNED = 2, 2
+PARTS_STASH, PARTS_RETURNED = 2, 3
 # cuBLAS workspaces, taken from the allocator by the forward and the backward thread.
-WORKSPACES = 0.078e9
+WORKSPACES = 0.070e9
 # Tiles of trl's fused head: tokens x vocabulary.
 HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
 
