@@ -14,6 +14,7 @@ models/verify.ok and metrics/verify.json, and only when every check has passed:
 
 import gc
 import json
+import math
 import tempfile
 from pathlib import Path
 
@@ -38,12 +39,12 @@ from stages.shared.agreement import (
     Agreement,
     Reference,
     agreement,
-    float32_layers,
     reference,
+    streamed_layers,
     watched_activations,
 )
 from stages.shared.merging import merged_rows
-from stages.shared.model import load_adapter, load_base, pick_device
+from stages.shared.model import GB, load_adapter, load_base, pick_device
 from stages.shared.rows import PREPARED, held_out_sets, read_rows
 from stages.shared.tensor_check import AGAIN, check_layout, check_tensors
 from stages.shared.weights import Weights
@@ -55,6 +56,8 @@ MERGED = Path("models/merged")
 VERDICT = Path("models/verify.ok")
 METRICS = Path("metrics/verify.json")
 FLOAT16_MAX = 65504
+# Beside the merged weights on a GPU: a batch's activations and logits (7B: 1.1e9 measured).
+WORKING_BYTES = 1.5e9
 
 
 def check_record(folder: Path, kind: str, dtype: str) -> None:
@@ -64,6 +67,25 @@ def check_record(folder: Path, kind: str, dtype: str) -> None:
     for key, value in now.items():
         if record[key] != value:
             raise StageError(f"{folder} was merged with {key} {record[key]}, not {value}; {AGAIN}")
+
+
+def place_for(weights: Weights, device: torch.device) -> torch.device:
+    """Where a merged model waits: on the GPU if it has room for it, else in host memory."""
+    if device.type == "cpu":
+        return device
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    mine = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_reserved()
+    room = min(free, mine)
+    needed = sum(2 * math.prod(shape) for shape in weights.shapes.values()) + WORKING_BYTES
+    if needed <= room:
+        return device
+    print(
+        f"verify: the merged model takes {needed / GB:.1f} GB of the {room / GB:.1f} GB that are "
+        "free on the GPU; its weights stay in host memory, and layer after layer visits",
+        flush=True,
+    )
+    return torch.device("cpu")
 
 
 def load_merged(folder: Path, device: torch.device):
@@ -118,21 +140,28 @@ def check_tokenizer(folder: Path, prepared: Path) -> None:
         )
 
 
-def compare(model, rows: list[dict], ref: Reference) -> tuple[Agreement, float]:
+def compare(
+    model, rows: list[dict], ref: Reference, device: torch.device
+) -> tuple[Agreement, float]:
     """Agreement of the merged model as it is, and its largest activation."""
-    with watched_activations(model) as largest:
+    with watched_activations(model, device) as largest:
         if model.device.type == "cuda":
-            return agreement(model, rows, ref), float(largest)
-        with float32_layers(model, lambda _name, stored: stored):
-            return agreement(model, rows, ref), float(largest)
+            return agreement(model, rows, ref, device), float(largest)
+        with streamed_layers(model, device, lambda _name, stored: stored):
+            return agreement(model, rows, ref, device), float(largest)
 
 
 def compare_other(
-    model, rows: list[dict], ref: Reference, source: Weights, shapes: dict
+    model,
+    rows: list[dict],
+    ref: Reference,
+    source: Weights,
+    shapes: dict,
+    device: torch.device,
 ) -> Agreement:
     """Agreement of the merge on `source`, made in memory in the place of the merged `model`."""
     updates = read_adapter(ADAPTER, shapes)
-    device, dtype = model.device, model.dtype
+    dtype = model.dtype
 
     def merged(name: str, stored: torch.Tensor) -> torch.Tensor:
         if name not in source.shapes:  # an output head tied to the embeddings
@@ -140,12 +169,12 @@ def compare_other(
         rows = merged_rows(source, name, updates.get(name), dtype, device)
         return torch.cat([part.values for part in rows])
 
-    if device.type == "cpu":
-        with float32_layers(model, merged):
-            return agreement(model, rows, ref)
+    if model.device.type == "cpu":
+        with streamed_layers(model, device, merged):
+            return agreement(model, rows, ref, device)
     for name, parameter in model.named_parameters():
         parameter.data.copy_(merged(name, parameter.data))
-    return agreement(model, rows, ref)
+    return agreement(model, rows, ref, device)
 
 
 def check_scores(metrics: dict, limit: float, dtype: str) -> None:
@@ -185,8 +214,8 @@ def verify(params, rows: list[dict], device: torch.device) -> dict:
         # Only one of the two models is in memory at a time.
         del model
         gc.collect()
-        model = load_merged(MERGED, device)
-        result, largest = compare(model, rows, ref)
+        model = load_merged(MERGED, place_for(merged, device))
+        result, largest = compare(model, rows, ref, device)
         metrics = {
             "merged_perplexity": result.perplexity,
             "adapter_perplexity": ref.perplexity,
@@ -200,7 +229,7 @@ def verify(params, rows: list[dict], device: torch.device) -> dict:
         }
         if params.verify.compare_bases and quantized.nf4:
             (other,) = sources.values()
-            result = compare_other(model, rows, ref, other, quantized.shapes)
+            result = compare_other(model, rows, ref, other, quantized.shapes, device)
             if result.nonfinite:
                 print(f"verify: the merge on the other base overflows {params.merge.dtype}")
             else:

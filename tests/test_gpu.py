@@ -22,12 +22,15 @@ from stages import quantize as quantize_stage
 from stages import train as train_stage
 from stages.quantize import quantize
 from stages.shared import attention
+from stages.shared.agreement import streamed_layers
 from stages.shared.checkpoints import SIGNALS, Checkpoints
 from stages.shared.fused_lora import fuse_lora
 from stages.shared.model import load_base, set_compute_dtype
 from stages.shared.offload import HostStash
+from stages.shared.scoring import scored_logits
 from stages.shared.stage import StageError, write_sums
 from stages.shared.trainer import LIGER_OFF, LIGER_PARTS
+from stages.verify import load_merged
 from tests.tiny import make_model
 
 pytestmark = pytest.mark.gpu
@@ -289,3 +292,16 @@ def test_resumed_training_is_within_the_spread_of_undisturbed_ones(trainings, op
 def farthest(a, b):
     """Largest distance of two losses of the same step."""
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_merged_model_in_host_memory_computes_what_one_on_the_gpu_does(tmp_path):
+    make_model(tmp_path, "llama", hidden_size=256, head_dim=64)
+    scored = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in rows()]
+    gpu, host = torch.device("cuda", 0), torch.device("cpu")
+    expected = [x for *_, x in scored_logits(load_merged(tmp_path, gpu), scored)]
+    model = load_merged(tmp_path, host)
+    with streamed_layers(model, gpu, lambda _name, stored: stored):
+        found = [x for *_, x in scored_logits(model, scored, device=gpu)]
+    assert model.device == host
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)

@@ -1,5 +1,6 @@
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -387,3 +388,16 @@ def test_a_16_bit_base_and_an_adapter_without_sums(tmp_path, monkeypatch, capsys
     assert "other_base_mean_kl" not in results(tmp_path)
     assert results(tmp_path)["mean_kl"] < 1e-6
     assert capsys.readouterr().out.count("an adapter from elsewhere") == 2
+
+
+@pytest.mark.parametrize(
+    ("free", "share", "place"), [(20e9, 1.0, "cuda"), (15e9, 1.0, "cpu"), (80e9, 0.2, "cpu")]
+)
+def test_a_merged_model_waits_where_there_is_room(monkeypatch, capsys, free, share, place):
+    """Of 7e9 parameters: 14 GB, and what a batch takes."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80e9))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: share)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1e9)
+    weights = SimpleNamespace(shapes={"a": (70_000, 50_000), "b": (3_500_000_000,)})
+    assert verify.place_for(weights, torch.device("cuda", 0)).type == place
+    assert ("stay in host memory" in capsys.readouterr().out) == (place == "cpu")

@@ -63,11 +63,11 @@ def reference(model: PeftModel, rows: list[dict], cache: BinaryIO) -> Reference:
     return Reference(math.fsum(losses) / tokens, tokens, torch.cat(top), every, cache)
 
 
-def agreement(model, rows: list[dict], ref: Reference) -> Agreement:
-    """Score `model` on the rows that `ref` was made with."""
+def agreement(model, rows: list[dict], ref: Reference, device: torch.device) -> Agreement:
+    """Score `model` on the rows that `ref` was made with, computing on `device`."""
     losses, divergences, agreed, nonfinite, done = [], [], 0, 0, 0
     ref.cache.seek(0)
-    for index, targets, logits in scored_logits(model, rows):
+    for index, targets, logits in scored_logits(model, rows, device=device):
         nonfinite += int((~logits.isfinite()).sum())
         losses.append(_nll(logits, targets))
         agreed += int((logits.argmax(-1).cpu() == ref.top[done : done + len(logits)]).sum())
@@ -99,9 +99,9 @@ def _perplexity(nll: float) -> float:
 
 
 @contextmanager
-def watched_activations(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+def watched_activations(model: torch.nn.Module, device: torch.device) -> Iterator[torch.Tensor]:
     """Yield a scalar that holds the largest |value| into or out of any layer with weights."""
-    largest = torch.zeros((), device=model.device)
+    largest = torch.zeros((), device=device)
 
     def watch(_module, inputs, output):
         for value in (*inputs, output):
@@ -118,22 +118,27 @@ def watched_activations(model: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def float32_layers(
-    model: torch.nn.Module, weight_of: Callable[[str, torch.Tensor], torch.Tensor]
+def streamed_layers(
+    model: torch.nn.Module,
+    device: torch.device,
+    weight_of: Callable[[str, torch.Tensor], torch.Tensor],
 ) -> Iterator[None]:
-    """Compute in float32 with a 16-bit model, one layer's weights at a time.
+    """Compute on `device` with a 16-bit model in host memory, one layer's weights at a time.
 
-    On the CPU 16-bit products are slow, and a whole model in float32 takes twice its size. Before
-    a layer runs, each of its weights becomes weight_of(name, stored) in float32; afterwards it is
-    the stored one again, which the system keeps mapped from its file.
+    Before a layer runs, each of its weights becomes weight_of(name, stored) on the device;
+    afterwards it is the stored one again, which the system keeps mapped from its file. On the CPU
+    it computes in float32: 16-bit products are slow there.
     """
     handles, stored = [], {}
+    dtype = torch.float32 if device.type == "cpu" else model.dtype
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
     for prefix, module in _layers(model):
 
         def enter(module, _inputs, prefix=prefix):
             for key, parameter in module.named_parameters(recurse=False):
                 stored[module, key] = parameter.data
-                parameter.data = weight_of(f"{prefix}.{key}", parameter.data).float()
+                parameter.data = weight_of(f"{prefix}.{key}", parameter.data).to(device, dtype)
 
         def leave(module, _inputs, _output):
             for key, parameter in module.named_parameters(recurse=False):

@@ -47,15 +47,19 @@ def score(model, rows: list[dict], tokens_per_batch: int = TOKENS_PER_BATCH) -> 
 
 @torch.no_grad()
 def scored_logits(
-    model, rows: list[dict], tokens_per_batch: int = TOKENS_PER_BATCH
+    model,
+    rows: list[dict],
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    device: torch.device | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yield (row index [n], target ids [n], logits [n, vocabulary] in float32) in chunks.
 
     Every scored token comes once; batches hold rows of like length and are padded on the right.
     The order depends on the rows alone, so two models' chunks can be compared one by one.
+    `device` computes, by default the one that the model is on.
     """
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
-    device = causal.device
+    device = device or causal.device
     chunk = max(1, LOGITS // causal.get_output_embeddings().weight.shape[0])
     numbered = [row | {"index": i} for i, row in enumerate(rows)]
     was_training = model.training
@@ -73,7 +77,7 @@ def scored_logits(
         where = (labels[:, 1:] != IGNORED).nonzero()
         targets = labels[:, 1:][where[:, 0], where[:, 1]].to(device)
         index = torch.tensor([row["index"] for row in batch])[where[:, 0]]
-        with _autocast(causal):
+        with _autocast(causal, device):
             hidden = causal.base_model(
                 input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
             ).last_hidden_state
@@ -101,9 +105,9 @@ def head(causal: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _autocast(causal: PreTrainedModel):
+def _autocast(causal: PreTrainedModel, device: torch.device):
     # Training runs under bfloat16 autocast on a GPU; the adapter is stored in float32.
     dtype = causal.get_output_embeddings().weight.dtype
-    if causal.device.type == "cuda" and dtype == torch.bfloat16:
+    if device.type == "cuda" and dtype == torch.bfloat16:
         return torch.autocast("cuda", dtype)
     return nullcontext()
