@@ -58,9 +58,9 @@ PLAIN_LAYERS = {
 OFFLOAD_STASH = 5
 # Layer inputs that it has brought back and not yet let go, in the backward pass.
 OFFLOAD_RETURNED = 3
-# The same of layers checkpointed in two parts (stages/shared/offload.py): the last one and the one
-# before it are still leaving at the head, and in the backward pass there are the one at work and
-# the one on its way back.
+# The same of layers checkpointed in two parts (stages/shared/offload.py): the last two are still
+# leaving at the head; in the backward pass there are the one at work, the one on its way back and,
+# as measured, a third.
 PARTS_STASH, PARTS_RETURNED = 2, 3
 # cuBLAS workspaces, taken from the allocator by the forward and the backward thread.
 WORKSPACES = 0.070e9
