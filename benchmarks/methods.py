@@ -28,6 +28,8 @@ from pathlib import Path
 
 import torch
 import yaml
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
 
 from benchmarks.random_models import build, config_of, scratch, tokenizer
 from benchmarks.speed import random_rows, row_lengths
@@ -264,10 +266,14 @@ def measure(parts: list[str], project: Path) -> None:
             lambda name: measure_perplexity(name, project, device),
         ),
     }
+    # Liger replaces it in the whole module, for all models that come after.
+    rotary = {module: module.apply_rotary_pos_emb for module in (modeling_llama, modeling_mistral)}
     for part in parts:
         names, one = measures[part]
         found = []
         for name in names:
+            for module, function in rotary.items():
+                module.apply_rotary_pos_emb = function
             found.append(one(name))
             keep(part, found)
 
@@ -283,6 +289,7 @@ def keep(part: str, found: list[dict]) -> None:
         "rank": RANK,
         "rows": ROWS,
         "tokens": sum(row_lengths(ROWS)),
+        "dates": results.get("dates", {}) | {part: datetime.now(UTC).date().isoformat()},
         part: found,
     }
     FOLDER.mkdir(parents=True, exist_ok=True)

@@ -425,8 +425,9 @@ def report(file: Path) -> None:
         if side in sides:
             results[f"{prefix}tokens_per_second"] = sides[side]["tokens_per_second"]
             results[f"{prefix}peak_vram_gb"] = sides[side]["peak_vram_gb"]
-    steady = sides["ours-packed"]["steady_tokens_per_second"]
-    results["share_of_floor"] = steady / FLOOR_TOKENS_PER_SECOND
+    if "ours-packed" in sides:
+        steady = sides["ours-packed"]["steady_tokens_per_second"]
+        results["share_of_floor"] = steady / FLOOR_TOKENS_PER_SECOND
     results |= {"sides": sides, "runs": runs}
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({k: v for k, v in results.items() if k != "runs"}, indent=2))

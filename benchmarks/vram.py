@@ -338,6 +338,8 @@ def fit() -> None:
     # How many layer inputs the GPU holds in the backward pass, by trl's offloading and by ours.
     for name, ours in (("OFFLOAD_RETURNED", False), ("PARTS_RETURNED", True)):
         offloaded = [p for p in points if p["fast"]["offload"] and in_two_parts(p) == ours]
+        if not offloaded:
+            raise SystemExit(f"vram: no fit point tells {name}; measure all six first")
         gaps = {}
         for returned in (1, 2, 3, 4):
             setattr(vram, name, returned)

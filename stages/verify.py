@@ -46,6 +46,7 @@ from stages.shared.agreement import (
 from stages.shared.merging import merged_rows
 from stages.shared.model import GB, load_adapter, load_base, pick_device
 from stages.shared.rows import PREPARED, held_out_sets, read_rows
+from stages.shared.scoring import TOKENS_PER_BATCH
 from stages.shared.tensor_check import AGAIN, check_layout, check_tensors
 from stages.shared.weights import Weights
 
@@ -69,15 +70,19 @@ def check_record(folder: Path, kind: str, dtype: str) -> None:
             raise StageError(f"{folder} was merged with {key} {record[key]}, not {value}; {AGAIN}")
 
 
-def place_for(weights: Weights, device: torch.device) -> torch.device:
-    """Where a merged model waits: on the GPU if it has room for it, else in host memory."""
+def place_for(weights: Weights, longest: int, device: torch.device) -> torch.device:
+    """Where a merged model waits: on the GPU if it has room for it, else in host memory.
+
+    longest  tokens of the longest row, which are computed at once
+    """
     if device.type == "cpu":
         return device
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     mine = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_reserved()
     room = min(free, mine)
-    needed = sum(2 * math.prod(shape) for shape in weights.shapes.values()) + WORKING_BYTES
+    needed = sum(2 * math.prod(shape) for shape in weights.shapes.values())
+    needed += WORKING_BYTES * max(1, longest / TOKENS_PER_BATCH)
     if needed <= room:
         return device
     print(
@@ -214,7 +219,8 @@ def verify(params, rows: list[dict], device: torch.device) -> dict:
         # Only one of the two models is in memory at a time.
         del model
         gc.collect()
-        model = load_merged(MERGED, place_for(merged, device))
+        longest = max(len(row["input_ids"]) for row in rows)
+        model = load_merged(MERGED, place_for(merged, longest, device))
         result, largest = compare(model, rows, ref, device)
         metrics = {
             "merged_perplexity": result.perplexity,

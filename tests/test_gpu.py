@@ -161,7 +161,7 @@ def test_offloading_gives_back_what_it_took():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("shape", [(64, 64), (1000, 192), (4096, 1408)])
+@pytest.mark.parametrize("shape", [(64, 64), (7, 100), (1000, 192), (4096, 1408)])
 def test_weights_are_those_that_bitsandbytes_dequantizes(shape, nested, dtype):
     torch.manual_seed(3)
     weight = torch.randn(shape, device="cuda", dtype=dtype) * torch.rand(shape[1], device="cuda")

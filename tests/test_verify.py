@@ -391,13 +391,19 @@ def test_a_16_bit_base_and_an_adapter_without_sums(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    ("free", "share", "place"), [(20e9, 1.0, "cuda"), (15e9, 1.0, "cpu"), (80e9, 0.2, "cpu")]
+    ("free", "share", "longest", "place"),
+    [
+        (20e9, 1.0, 2048, "cuda"),
+        (20e9, 1.0, 32768, "cpu"),
+        (15e9, 1.0, 2048, "cpu"),
+        (80e9, 0.2, 2048, "cpu"),
+    ],
 )
-def test_a_merged_model_waits_where_there_is_room(monkeypatch, capsys, free, share, place):
+def test_a_merged_model_waits_where_there_is_room(monkeypatch, capsys, free, share, longest, place):
     """Of 7e9 parameters: 14 GB, and what a batch takes."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80e9))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: share)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1e9)
     weights = SimpleNamespace(shapes={"a": (70_000, 50_000), "b": (3_500_000_000,)})
-    assert verify.place_for(weights, torch.device("cuda", 0)).type == place
+    assert verify.place_for(weights, longest, torch.device("cuda", 0)).type == place
     assert ("stay in host memory" in capsys.readouterr().out) == (place == "cpu")

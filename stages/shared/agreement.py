@@ -133,6 +133,12 @@ def streamed_layers(
     dtype = torch.float32 if device.type == "cpu" else model.dtype
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
+    head = model.get_output_embeddings()
+
+    def leave(module, *_):
+        for key, parameter in module.named_parameters(recurse=False):
+            parameter.data = stored.pop((module, key))
+
     for prefix, module in _layers(model):
 
         def enter(module, _inputs, prefix=prefix):
@@ -140,15 +146,16 @@ def streamed_layers(
                 stored[module, key] = parameter.data
                 parameter.data = weight_of(f"{prefix}.{key}", parameter.data).to(device, dtype)
 
-        def leave(module, _inputs, _output):
-            for key, parameter in module.named_parameters(recurse=False):
-                parameter.data = stored.pop((module, key))
-
+        if module is head:
+            # It runs for every chunk of logits: it enters once.
+            enter(module, None)
+            continue
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(leave))
     try:
         yield
     finally:
+        leave(head)
         for handle in handles:
             handle.remove()
 

@@ -329,6 +329,8 @@ def _read_together(layers: list[LoraLayer], products: _Products) -> None:
     computed: deque[torch.Tensor] = deque()
 
     def first(self, x, *args, **kwargs):
+        # A pass that failed in between may have left some.
+        computed.clear()
         computed.extend(_Linears.apply(x, products, *products.adapters))
         return computed.popleft()
 

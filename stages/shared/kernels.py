@@ -27,6 +27,7 @@ def _dequantize(
     offset,
     out,
     blocks,
+    count,
     NESTED: tl.constexpr,
     OUTER: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -41,19 +42,16 @@ def _dequantize(
     else:
         scale = tl.load(absmax + block, there, 0)
     pairs = block[:, None] * PAIRS + tl.arange(0, PAIRS)[None, :]
-    pair = tl.load(packed + pairs, there[:, None], 0).to(tl.int32)
+    pair = tl.load(packed + pairs, 2 * pairs < count, 0).to(tl.int32)
     high = tl.load(table + (pair >> 4)) * scale[:, None]
     low = tl.load(table + (pair & 15)) * scale[:, None]
     values = tl.join(high, low).reshape(BLOCKS, 2 * PAIRS).to(out.dtype.element_ty)
     places = block[:, None] * 2 * PAIRS + tl.arange(0, 2 * PAIRS)[None, :]
-    tl.store(out + places, values, there[:, None])
+    tl.store(out + places, values, places < count)
 
 
 def dequantize(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
-    """The weight `state.shape` in `state.dtype`, of uint8 `packed`, two values in each.
-
-    For whole blocks of `state.blocksize` values, as every Linear with a multiple of 64 inputs has.
-    """
+    """The weight `state.shape` in `state.dtype`, of uint8 `packed`, two values in each."""
     out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
     blocks = state.absmax.numel()
     nested = state.state2 if state.nested else state
@@ -66,6 +64,7 @@ def dequantize(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
         state.offset if state.nested else state.absmax,
         out,
         blocks,
+        out.numel(),
         NESTED=state.nested,
         OUTER=nested.blocksize,
         PAIRS=state.blocksize // 2,

@@ -14,7 +14,10 @@ from stages.shared.stage import StageError
 
 
 class HostStash:
-    """Tensors of one device, each in a slot. Slots are emptied in the reverse of their order."""
+    """Tensors of one device, each in a slot. Slots are emptied in the reverse of their order.
+
+    A forward pass is followed by its backward pass before the next one begins.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
