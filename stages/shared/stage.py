@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -210,9 +211,9 @@ def check_sums(folder: Path, stage: str, weights: bool = True) -> None:
     """Compare the files of `folder`, the output of `stage`, with its SHA256SUMS.
 
     Without `weights` safetensors files must only be there: hashing them takes a second a GB.
-    Raises StageError naming the first file that is missing, differs or does not belong there. A
-    damaged file may come out of DVC's cache, which never looks at it again and would put it back:
-    tools/repair.py throws it out of there first.
+    Raises StageError naming the first file that is missing or does not belong there, else the
+    first that differs. A damaged file may come out of DVC's cache, which never looks at it again
+    and would put it back: tools/repair.py throws it out of there first.
     """
     repair = f"repair it with: python -m tools.repair {stage}"
     listed = {}
@@ -227,14 +228,17 @@ def check_sums(folder: Path, stage: str, weights: bool = True) -> None:
             raise StageError(f"{folder / SUMS} is damaged; {repair}")
         listed[match[2]] = match[1]
     found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {SUMS}
-    for name in sorted(listed.keys() | found):
-        file = folder / name
+    for name in sorted(listed.keys() ^ found):
         if name not in found:
-            raise StageError(f"{file} is missing; {repair}")
-        if name not in listed:
-            raise StageError(f"{file} is not in {folder / SUMS}; {repair}")
-        if (weights or file.suffix != ".safetensors") and sha256(file) != listed[name]:
-            raise StageError(f"{file} is damaged (its SHA-256 differs); {repair}")
+            raise StageError(f"{folder / name} is missing; {repair}")
+        raise StageError(f"{folder / name} is not in {folder / SUMS}; {repair}")
+    files = [folder / name for name in sorted(found)]
+    if not weights:
+        files = [file for file in files if file.suffix != ".safetensors"]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for file, digest in zip(files, pool.map(sha256, files), strict=True):
+            if digest != listed[file.relative_to(folder).as_posix()]:
+                raise StageError(f"{file} is damaged (its SHA-256 differs); {repair}")
 
 
 def check_space(folder: Path, size: int, what: str) -> None:
