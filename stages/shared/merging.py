@@ -62,12 +62,13 @@ def merged_rows(
 
 def _rounded(exact: torch.Tensor, dtype: torch.dtype) -> Rows:
     values = exact.to(dtype)
-    # Without their signs floats order as their bits do, and integers are scanned much faster.
-    low, high = (values.view(torch.int16) & 0x7FFF).aminmax()
+    # Without their signs floats order and are zero as their bits, which are scanned much faster.
+    bits = values.view(torch.int16) & 0x7FFF
+    low, high = bits.aminmax()
     overflowed = broken = flushed = 0
     largest = 0.0
     if low == 0:
-        flushed = int(exact.count_nonzero() - values.count_nonzero())
+        flushed = int(exact.count_nonzero() - bits.count_nonzero())
     if high >= INFINITY[dtype]:
         broken = int((~exact.isfinite()).sum())
         overflowed = int((~values.isfinite()).sum()) - broken
