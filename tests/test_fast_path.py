@@ -92,6 +92,15 @@ def test_a_second_pass_skips_the_products_that_end_a_part(quantized, monkeypatch
     assert len(read) == 2 * (7 + 5 + 7)
 
 
+def test_a_pass_that_failed_leaves_nothing_for_the_next(quantized):
+    expected = loss_and_gradients(adapted(quantized["qwen2"]))[0]
+    model = adapted(quantized["qwen2"])
+    fuse_lora(model, liger=False, checkpointing=False)
+    # As when it ends between the products that are computed together.
+    model.get_base_model().model.layers[0].self_attn.q_proj(torch.ones(1, 3, 64))
+    assert loss_and_gradients(model)[0] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_model_that_remembers_its_parameters_behaves_as_before():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Dropout()))
     expected = list(model.parameters())

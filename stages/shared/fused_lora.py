@@ -49,13 +49,9 @@ def _within(which: str):
 class _Products:
     """LoRA linear layers that read the same input: their frozen weights, adapters and products."""
 
-    def __init__(self, layers: list[LoraLayer], kernels: bool, ends_part: bool = False):
+    def __init__(self, layers: list[LoraLayer], dequantize, ends_part: bool = False):
         self.bases = [layer.get_base_layer() for layer in layers]
-        self.dequantize = dequantize_4bit
-        if kernels:
-            from stages.shared.kernels import dequantize
-
-            self.dequantize = dequantize
+        self.dequantize = dequantize
         self.a = [layer.lora_A["default"].weight for layer in layers]
         self.b = [layer.lora_B["default"].weight for layer in layers]
         self.scales = [layer.scaling["default"] for layer in layers]
@@ -190,7 +186,7 @@ class _Mlp(torch.autograd.Function):
 
 
 class TorchSwiglu:
-    """silu(g) * u; with dh, this again and the gradients of g and u."""
+    """silu(g) * u; and with dh, this again and the gradients of g and u."""
 
     @staticmethod
     def forward(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -202,23 +198,6 @@ class TorchSwiglu:
         silu = g * sigmoid
         dg = dh * u * (sigmoid + silu * (1 - sigmoid))
         return silu * u, dg, dh * silu
-
-
-class LigerSwiglu:
-    """The same in one pass each; the results of `backward` overwrite dh, g and u."""
-
-    @staticmethod
-    def forward(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        from liger_kernel.ops.swiglu import swiglu_forward
-
-        return swiglu_forward(g, u)[2]
-
-    @staticmethod
-    def backward(g, u, dh):
-        from stages.shared.kernels import swiglu_gradients
-
-        swiglu_gradients(g, u, dh)
-        return dh, g, u
 
 
 class _Residual(torch.autograd.Function):
@@ -263,6 +242,11 @@ def fuse_lora(
     For training only: the adapter cannot be switched off afterwards. With `checkpointing`, layers
     of a known form checkpoint their two parts, in `stash` if given; others by their own method.
     """
+    dequantize, swiglu = dequantize_4bit, TorchSwiglu
+    if liger:
+        from stages.shared.kernels import LigerSwiglu, dequantize
+
+        swiglu = LigerSwiglu
     modules = list(model.modules())
     layers = [m for m in modules if isinstance(m, LoraLayer)]
     plain = plain_layers(model)
@@ -274,12 +258,11 @@ def fuse_lora(
     grouped = {m for group in groups for m in group}
     groups += [[m] for m in layers if m not in grouped]
     for group in filter(None, groups):
-        _read_together(group, _Products(group, liger, group[0] in ends))
+        _read_together(group, _Products(group, dequantize, group[0] in ends))
     for mlp in filter(_is_swiglu_mlp, modules):
         gate, up, down = (mlp.get_submodule(f"{part}_proj") for part in MLP_PARTS)
-        gate_up = _Products([gate, up], liger)
-        swiglu = LigerSwiglu if liger else TorchSwiglu
-        ending = _Products([down], liger, down in ends)
+        gate_up = _Products([gate, up], dequantize)
+        ending = _Products([down], dequantize, down in ends)
         mlp.forward = MethodType(_mlp_forward(gate_up, ending, swiglu), mlp)
     if checkpointing:
         for layer in plain:

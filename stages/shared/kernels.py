@@ -1,4 +1,4 @@
-"""Two products of the training step in one pass over memory each (Triton, on a GPU).
+"""Two products of the training step in one pass over memory each (Triton, on a GPU with Liger).
 
 - NF4 weights to 16 bit, with their doubly quantized constants: bitsandbytes launches three
   kernels through torch's dispatcher, which in small steps takes longer than they run.
@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from bitsandbytes.functional import QuantState
+from liger_kernel.ops.swiglu import swiglu_forward
 
 BLOCKS_PER_PROGRAM = 64
 VALUES_PER_PROGRAM = 4096
@@ -89,11 +90,17 @@ def _swiglu_gradients(gate, up, gradient, count, VALUES: tl.constexpr):
     tl.store(up + at, dh * silu, there)
 
 
-def swiglu_gradients(gate: torch.Tensor, up: torch.Tensor, gradient: torch.Tensor) -> None:
-    """silu(gate) * up goes where its `gradient` was, those of `gate` and `up` where they were.
+class LigerSwiglu:
+    """fused_lora.TorchSwiglu in one pass each, on contiguous 16-bit tensors of one shape."""
 
-    All three are contiguous and of one 16-bit type and shape.
-    """
-    count = gate.numel()
-    grid = (triton.cdiv(count, VALUES_PER_PROGRAM),)
-    _swiglu_gradients[grid](gate, up, gradient, count, VALUES=VALUES_PER_PROGRAM)
+    @staticmethod
+    def forward(g, u):
+        return swiglu_forward(g, u)[2]
+
+    @staticmethod
+    def backward(g, u, dh):
+        """The results overwrite dh, g and u."""
+        count = g.numel()
+        grid = (triton.cdiv(count, VALUES_PER_PROGRAM),)
+        _swiglu_gradients[grid](g, u, dh, count, VALUES=VALUES_PER_PROGRAM)
+        return dh, g, u
