@@ -228,10 +228,9 @@ def check_sums(folder: Path, stage: str, weights: bool = True) -> None:
             raise StageError(f"{folder / SUMS} is damaged; {repair}")
         listed[match[2]] = match[1]
     found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {SUMS}
-    for name in sorted(listed.keys() ^ found):
-        if name not in found:
-            raise StageError(f"{folder / name} is missing; {repair}")
-        raise StageError(f"{folder / name} is not in {folder / SUMS}; {repair}")
+    if odd := sorted(listed.keys() ^ found):
+        what = f"is not in {folder / SUMS}" if odd[0] in found else "is missing"
+        raise StageError(f"{folder / odd[0]} {what}; {repair}")
     files = [folder / name for name in sorted(found)]
     if not weights:
         files = [file for file in files if file.suffix != ".safetensors"]

@@ -30,7 +30,7 @@ BLOCK_VALUES = 2**18
 # With fewer rows a matrix product may take another kernel than the whole and round differently; and
 # NF4 has one scale for 64 values, which begin where a block of so many rows does.
 UNIT_ROWS = 64
-# Synced at once: few waits for the disk and yet few pages. Syncing every block took 30 % longer.
+# Synced at once: few waits for the disk and yet few pages.
 SYNC_BYTES = 2**25
 
 
