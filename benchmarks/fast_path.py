@@ -17,15 +17,14 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 import yaml
 
-from benchmarks.methods import PEFT_ONLY, SHAPE, with_changes
-from benchmarks.random_models import build, scratch
+from benchmarks.methods import PEFT_ONLY, SHAPE, strategy_trainer, with_changes
+from benchmarks.random_models import build
 from benchmarks.speed import random_rows
 from benchmarks.vram import LIBRARIES, version
 from stages.shared import vram
@@ -45,7 +44,7 @@ def losses(side: str, project: Path, device: torch.device) -> tuple[list[float],
 
     from stages.quantize import quantize
     from stages.shared.model import load_base
-    from stages.shared.trainer import build_trainer, choose_attention, choose_fast_path
+    from stages.shared.trainer import choose_attention
 
     prepared = project / "data/prepared"
     rows = Dataset.from_file(str(prepared / "train.arrow")).select_columns(["input_ids", "labels"])
@@ -65,11 +64,9 @@ def losses(side: str, project: Path, device: torch.device) -> tuple[list[float],
         attention = choose_attention(params.train, AutoConfig.from_pretrained(folder), device)
         torch.manual_seed(params.seed)
         model = load_base(Path(folder), device, attention)
-    fast = choose_fast_path(model, params.lora, params.train, ROWS_A_STEP * width)
-    if side == "plain":
-        fast = replace(fast, **dict.fromkeys(PEFT_ONLY, False))
-    tokenizer = AutoTokenizer.from_pretrained(prepared / "tokenizer")
-    trainer = build_trainer(model, tokenizer, rows, params, width, scratch(), fast)
+    off = PEFT_ONLY if side == "plain" else ()
+    text = AutoTokenizer.from_pretrained(prepared / "tokenizer")
+    trainer, fast = strategy_trainer(params, off, model, rows, (width, ROWS_A_STEP * width), text)
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], str(fast)
 

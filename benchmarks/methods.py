@@ -283,7 +283,6 @@ def keep(part: str, found: list[dict]) -> None:
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     results |= {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "date": datetime.now(UTC).date().isoformat(),
         "versions": {name: version(name) for name in LIBRARIES},
         "shape": SHAPE,
         "rank": RANK,
@@ -300,7 +299,7 @@ def markdown(results: dict) -> str:
     """A table of each part that was measured."""
     lines = [
         f"7B shape, {results['rows']} rows of {results['tokens']} tokens, {ROWS_A_STEP} a step, "
-        f"rank {results['rank']}, on {results['device']}, {results['date']}.",
+        f"rank {results['rank']}, on {results['device']}, {max(results['dates'].values())}.",
         "",
         "| method | quoted | allocated | the card must have | fits (GB) | 1,000 rows |",
         "|---|--:|--:|--:|---|--:|",
@@ -330,10 +329,11 @@ def strategies_table(results: dict) -> list[str]:
     perplexities: dict[str, list[str]] = {}
     for found in results.get("perplexity", []):
         perplexities.setdefault(found["strategy"], []).append(f"{found['perplexity']:.2f}")
+    scored = results["dates"].get("perplexity", "not measured")
     lines = [
         "",
         "| strategy | allocated | of it managed | the card must have | tokens/s | s a step "
-        "| perplexity of the default |",
+        f"| perplexity of the default, {scored} |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for found in results["strategies"]:

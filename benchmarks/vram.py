@@ -318,16 +318,15 @@ def save(results: dict) -> None:
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
+def measured_training(point: dict) -> tuple[vram.Shape, vram.Training]:
+    """The facts of a point as RESULTS has it."""
+    fields = {name: point[name] for name in Point.__dataclass_fields__}
+    return training_of(Point(**fields), point["fast"])
+
+
 def predicted(point: dict) -> vram.Prediction:
     """What `plan` says of a measured point."""
-    fields = {name: point[name] for name in Point.__dataclass_fields__}
-    return vram.predict(*training_of(Point(**fields), point["fast"]))
-
-
-def in_two_parts(point: dict) -> bool:
-    """Whether its layers were checkpointed in two parts, which then stash their inputs."""
-    fields = {name: point[name] for name in Point.__dataclass_fields__}
-    return vram.two_parts(*training_of(Point(**fields), point["fast"]))
+    return vram.predict(*measured_training(point))
 
 
 def fit() -> None:
@@ -337,7 +336,11 @@ def fit() -> None:
         raise SystemExit("vram: no fit points in benchmarks/results/plan.json; measure them first")
     # How many layer inputs the GPU holds in the backward pass, by trl's offloading and by ours.
     for name, ours in (("OFFLOAD_RETURNED", False), ("PARTS_RETURNED", True)):
-        offloaded = [p for p in points if p["fast"]["offload"] and in_two_parts(p) == ours]
+        offloaded = [
+            p
+            for p in points
+            if p["fast"]["offload"] and vram.two_parts(*measured_training(p)) == ours
+        ]
         if not offloaded:
             raise SystemExit(f"vram: no fit point tells {name}; measure all six first")
         gaps = {}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from prepared import make_prepared_workspace
 
-from benchmarks import methods
+from benchmarks import fast_path, methods
 from benchmarks.speed import random_rows
 
 CPU = torch.device("cpu")
@@ -66,3 +66,16 @@ def test_tables_name_every_strategy(tmp_path, monkeypatch):
     text = methods.markdown(methods.json.loads(methods.RESULTS.read_text()))
     assert all(f"| {name} |" in text for name in methods.STRATEGIES)
     assert "9.50 and 9.50" in text
+
+
+def test_the_curve_and_the_evaluation_have_their_sides(tmp_path, monkeypatch):
+    monkeypatch.setattr(fast_path, "STEPS", 4)
+    found = fast_path.curve(make_prepared_workspace(tmp_path), CPU)
+    assert found["steps"] == 4
+    # Without a GPU all sides are the plain one.
+    assert found["from_plain"]["largest_nats"] == found["from_itself"]["largest_nats"] == 0
+    monkeypatch.setattr(fast_path, "EVALUATED_ROWS", 6)
+    monkeypatch.setattr(fast_path, "SHAPE", "tiny")
+    monkeypatch.setattr(fast_path, "random_rows", methods.random_rows)
+    found = fast_path.evaluation(CPU)
+    assert found["stage"]["nll"] == pytest.approx(found["plain loop"]["nll"], rel=1e-4)
