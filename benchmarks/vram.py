@@ -17,10 +17,12 @@ import contextlib
 import gc
 import importlib.metadata
 import json
+import multiprocessing
 import random
 import shutil
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -87,7 +89,6 @@ POINTS = [
     Point("llama-2-13b", "lora", 256, 8 * K),
     Point("llama-2-70b", "qlora", 8, 2 * K),
     Point("llama-2-70b", "qlora", 64, 8 * K),
-    # Last: what a paged optimizer takes is given back at the end of the process only.
     Point("mistral-7b", "qlora", 64, 2 * K, optimizer="paged_adamw_32bit"),
     Point("mistral-7b", "qlora", 256, 2 * K, optimizer="paged_adamw_32bit"),
     Point("mistral-7b", "qlora", 256, 8 * K, optimizer="paged_adamw_8bit"),
@@ -251,8 +252,12 @@ class Meter:
         }
 
 
-def measure_point(point: Point, meter: Meter, device: torch.device) -> dict:
-    """Train a few steps and return the point with what was measured."""
+def measure_point(point: Point) -> tuple[dict, dict]:
+    """Train a few steps. Returns the point with what was measured, and on what it was."""
+    from datasets import disable_caching
+
+    disable_caching()
+    device, meter = torch.device("cuda", 0), Meter()
     meter.start()
     started = time.monotonic()
     trainer, fast = prepare(point, device, random_rows(point, STEPS))
@@ -266,36 +271,35 @@ def measure_point(point: Point, meter: Meter, device: torch.device) -> dict:
         f"(built in {built:.0f} s, trained in {time.monotonic() - started - built:.0f} s; {fast})",
         flush=True,
     )
-    return asdict(point) | {"fast": asdict(fast)} | found
+    allocator = torch.cuda.memory._snapshot()["allocator_settings"]
+    return asdict(point) | {"fast": asdict(fast)} | found, {
+        "device": torch.cuda.get_device_name(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "expandable_segments": allocator["expandable_segments"],
+    }
 
 
 def measure(only: str, shapes: list[str]) -> None:
-    """Measure the chosen points and put them into RESULTS, in place of older ones."""
-    from datasets import disable_caching
+    """Measure the chosen points and put them into RESULTS, in place of older ones.
 
-    disable_caching()
-    device, meter = torch.device("cuda", 0), Meter()
+    Each in a process of its own: the context grows with every kernel that a process has loaded.
+    """
     wanted = {"fit": (False,), "held-out": (True,), "all": (False, True)}[only]
     saved = load()
-    for point in POINTS:
-        if point.held_out not in wanted or (shapes and point.shape not in shapes):
-            continue
-        try:
-            found = measure_point(point, meter, device)
-        except torch.cuda.OutOfMemoryError as error:
-            print(f"vram: {point}: does not fit this card: {str(error).splitlines()[0]}")
-            continue
-        same = [p for p in saved["points"] if key(p) == key(found)]
-        saved["points"] = [p for p in saved["points"] if p not in same] + [found]
-        saved |= {
-            "device": torch.cuda.get_device_name(),
-            "date": datetime.now(UTC).date().isoformat(),
-            "versions": {name: version(name) for name in LIBRARIES},
-            "expandable_segments": torch.cuda.memory._snapshot()["allocator_settings"][
-                "expandable_segments"
-            ],
-        }
-        save(saved)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as alone:
+        for point in POINTS:
+            if point.held_out not in wanted or (shapes and point.shape not in shapes):
+                continue
+            try:
+                found, where = alone.submit(measure_point, point).result()
+            except torch.cuda.OutOfMemoryError as error:
+                print(f"vram: {point}: does not fit this card: {str(error).splitlines()[0]}")
+                continue
+            same = [p for p in saved["points"] if key(p) == key(found)]
+            saved["points"] = [p for p in saved["points"] if p not in same] + [found]
+            save(saved | where)
 
 
 def version(name: str) -> str:
