@@ -4,8 +4,9 @@
     python -m benchmarks.cards --work DIR 70b oom       # some of them
 
 Each process is held to a card's size: torch.cuda.set_per_process_memory_fraction gives its
-allocator what the card has (24e9 bytes for 24 GB), less the CUDA context (vram.CONTEXT, as it was
-measured) and less the managed memory of a paged optimizer, which the allocator does not count.
+allocator what the card has (24e9 bytes for 24 GB), less the CUDA context (as measured for vram.py,
+offloading among it) and less the managed memory of a paged optimizer, which the allocator does not
+count.
 
     mistral-7b-guanaco, mistral-7b-fast, llama-2-7b
             the recipe's own parameters and real stages at its 7B shape: random 16-bit weights and
@@ -247,7 +248,7 @@ def allocator_bytes(card: float, managed: float = 0.0) -> float:
     """What the allocator of a process may reserve on a card of `card` GB."""
     from stages.shared import vram
 
-    return card * GB - vram.CONTEXT - managed
+    return card * GB - vram.CONTEXT - vram.OFFLOADING_CONTEXT - managed
 
 
 def chain(recipe: str, shape: str, source: Path, work: Path, card: int, merging) -> None:

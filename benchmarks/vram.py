@@ -360,7 +360,11 @@ def fit() -> None:
         p["measured_gb"] * vram.GB - predicted(p).peak + vram.WORKSPACES for p in points
     )
     vram.WORKSPACES = workspaces
-    vram.CONTEXT = statistics.median(p["context_gb"] for p in points) * vram.GB
+    alone, offloading = (
+        statistics.median(p["context_gb"] for p in points if p["fast"]["offload"] == on) * vram.GB
+        for on in (False, True)
+    )
+    vram.CONTEXT, vram.OFFLOADING_CONTEXT = alone, offloading - alone
     errors = {}
     for hundredth in range(0, 201, 5):
         vram.FRAGMENTATION = hundredth / 100
@@ -372,6 +376,7 @@ def fit() -> None:
     print(f"WORKSPACES = {workspaces / vram.GB:.3f}e9")
     print(f"FRAGMENTATION = {share:.2f}  (the card's errors in per cent: {errors[share]})")
     print(f"CONTEXT = {vram.CONTEXT / vram.GB:.3f}e9")
+    print(f"OFFLOADING_CONTEXT = {vram.OFFLOADING_CONTEXT / vram.GB:.3f}e9")
     print(f"{len(points)} points")
 
 

@@ -39,11 +39,13 @@ from dataclasses import dataclass, replace
 GB = 1e9
 CARDS_GB = (8, 12, 16, 24, 40, 48, 80)
 
-# CUDA context, cuBLAS workspaces and loaded kernels: on the card, unseen by the allocator.
-CONTEXT = 0.867e9
+# CUDA context and loaded kernels: on the card, unseen by the allocator. More of it when tensors wait
+# in host memory.
+CONTEXT = 0.787e9
+OFFLOADING_CONTEXT = 0.082e9
 # What the caching allocator reserves and cannot use, as a share of what one layer's backward pass
 # takes: that comes and goes in other sizes than it finds, while what is saved stacks up in order.
-FRAGMENTATION = 0.30
+FRAGMENTATION = 0.40
 # From this many bytes of layer inputs on, training keeps them in host memory
 # (stages/shared/trainer.py; a test holds the two together).
 OFFLOADED_BYTES = 1e9
@@ -414,6 +416,7 @@ def predict(shape: Shape, run: Training) -> Prediction:
     name, (gradients, activations, logits) = max(
         moments(shape, run).items(), key=lambda item: sum(item[1])
     )
+    context = CONTEXT + OFFLOADING_CONTEXT * run.offloading
     return Prediction(
         moment=name,
         weights=weights_bytes(shape, run.method, run.double_quant),
@@ -422,7 +425,7 @@ def predict(shape: Shape, run: Training) -> Prediction:
         activations=activations,
         logits=logits,
         workspaces=WORKSPACES,
-        reserve=CONTEXT + FRAGMENTATION * one_layer(shape, run),
+        reserve=context + FRAGMENTATION * one_layer(shape, run),
     )
 
 
