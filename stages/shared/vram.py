@@ -39,8 +39,8 @@ from dataclasses import dataclass, replace
 GB = 1e9
 CARDS_GB = (8, 12, 16, 24, 40, 48, 80)
 
-# CUDA context and loaded kernels: on the card, unseen by the allocator. More of it when tensors wait
-# in host memory.
+# CUDA context and loaded kernels: on the card, unseen by the allocator, and more of it when tensors
+# wait in host memory.
 CONTEXT = 0.787e9
 OFFLOADING_CONTEXT = 0.082e9
 # What the caching allocator reserves and cannot use, as a share of what one layer's backward pass
