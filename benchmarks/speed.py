@@ -50,12 +50,15 @@ OPTIMIZER = "adamw_torch_fused"
 # Side: rows a step, packed, LoRA dropout.
 SIDES = {
     "ours-packed": (8, True, 0.0),
-    "ours-packed-2": (2, True, 0.0),
     "ours-4": (4, False, 0.0),
     "reference-4": (4, False, 0.1),
     "unsloth-packed": (8, True, 0.0),
     "unsloth-packed-2": (2, True, 0.0),
     "unsloth-4": (4, False, 0.0),
+}
+COMPARED = {
+    "ours-packed": ("unsloth-packed", "unsloth-packed-2", "unsloth-4", "reference-4"),
+    "ours-4": ("unsloth-4", "reference-4"),
 }
 # 6 floating-point operations a parameter and token with full checkpointing, at 760 TFLOP/s.
 FLOOR_TOKENS_PER_SECOND = 17_500
@@ -369,6 +372,13 @@ def profile(work: Path, side: str, steps: int) -> None:
     trainer.train()
 
 
+def gpu_id() -> str:
+    """Tells machines apart."""
+    import torch
+
+    return str(torch.cuda.get_device_properties(0).uuid)
+
+
 def versions() -> dict[str, str]:
     found = {}
     for name in ("torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel", "unsloth"):
@@ -403,6 +413,24 @@ def run(work: Path, sides: list[str], out: Path) -> None:
         )
 
 
+def ratios(runs: list[dict]) -> list[dict]:
+    """How many times the others' rate ours is, by the medians of what ran on one machine."""
+    rates: dict[str, list[float]] = {}
+    for found in runs:
+        rates.setdefault(found["side"], []).append(found["tokens_per_second"])
+    return [
+        {
+            "gpu": runs[0]["gpu"],
+            "sides": [ours, other],
+            "runs": [len(rates[ours]), len(rates[other])],
+            "ratio": statistics.median(rates[ours]) / statistics.median(rates[other]),
+        }
+        for ours, others in COMPARED.items()
+        for other in others
+        if ours in rates and other in rates
+    ]
+
+
 def report(file: Path) -> None:
     """Write RESULTS from the lines of `run`: the median of each side, its runs and their spread."""
     runs = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -420,6 +448,11 @@ def report(file: Path) -> None:
         "shape": "mistral-7b, random weights, r = 64 on seven projections, 1,000 rows",
         "order": [found["side"] for found in runs],
     }
+    results["ratios"] = [
+        found
+        for gpu in dict.fromkeys(r["gpu"] for r in runs)
+        for found in ratios([r for r in runs if r["gpu"] == gpu])
+    ]
     names = {"": "ours-packed", "unsloth_": "unsloth-packed", "reference_": "reference-4"}
     for prefix, side in names.items():
         if side in sides:
@@ -459,7 +492,8 @@ def main() -> None:
     elif args.action == "profile":
         profile(work, args.sides[0], args.steps)
     else:
-        print(json.dumps({"side": args.sides[0]} | one(work, args.sides[0]) | versions()))
+        found = {"side": args.sides[0]} | one(work, args.sides[0])
+        print(json.dumps(found | {"gpu": gpu_id()} | versions()))
 
 
 if __name__ == "__main__":
