@@ -83,8 +83,13 @@ def dataset(rows: list[list[int]]):
 
 
 def timed_steps(trainer, steps: int, warm: int) -> dict[str, float]:
-    """Train `steps` steps; tokens a second and seconds a step after the first `warm`."""
+    """Train `steps` steps; tokens a second and seconds a step after the first `warm`.
+
+    The longest rows go first, as in the train stage: later steps find their host memory locked.
+    """
     from transformers import TrainerCallback
+
+    from stages.shared.probe import Probe
 
     marks, batches, collate = [], [], trainer.data_collator
 
@@ -94,12 +99,16 @@ def timed_steps(trainer, steps: int, warm: int) -> dict[str, float]:
         return collate(examples)
 
     class Clock(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            batches.clear()
+
         def on_step_end(self, args, state, control, **kwargs):
             torch.cuda.synchronize()
             marks.append(time.monotonic())
             control.should_training_stop = state.global_step >= steps
 
     trainer.data_collator = noting
+    trainer.add_callback(Probe(trainer))
     trainer.add_callback(Clock())
     trainer.train()
     seconds = marks[-1] - marks[warm - 1]

@@ -141,6 +141,7 @@ def _run(
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     if not privileged:
         _drop_capabilities()
+    sys.argv = [name]
     status = 0
     try:
         runpy.run_module(f"stages.{name}", run_name="__main__", alter_sys=True)

@@ -451,6 +451,21 @@ def test_code_edited_during_the_imports_is_noticed(workspace):
     )
 
 
+def test_arguments_are_refused(workspace):
+    """They would be ignored, and the run taken for what it is not."""
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.fetch_data", "--revision=2"],
+        cwd=workspace,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "fetch_data: takes no arguments, but was given --revision=2; change params.yaml\n"
+    )
+
+
 def test_stage_whose_dvc_is_gone_does_not_begin(workspace):
     """Killed between starting the stage and its first line, dvc can not tell it any more."""
     orphan = (

@@ -54,6 +54,8 @@ def begin(name: str) -> None:
     """
     load_params()
     sys.excepthook = lambda kind, error, trace: _report(name, kind, error, trace)
+    if sys.argv[1:]:
+        raise StageError(f"takes no arguments, but was given {sys.argv[1]}; change params.yaml")
     for variable, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRANSFORMERS_VERBOSITY": "error",
