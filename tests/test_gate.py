@@ -7,6 +7,8 @@ import stub_pipeline as stub
 from stub_pipeline import edit, must, tool
 from tiny import ROOT
 
+from tools import gate
+
 # branch: edits of files before a run, edits after it, exit status and what must be said
 BRANCHES = {
     "same": ({}, {}, 0, "passed: 5 metrics within the limits"),
@@ -276,3 +278,16 @@ def test_uncommitted_changes_are_not_judged_but_said(repository):
     must(repository, "git", "checkout", "-q", "metrics")
     assert done.returncode == 0
     assert "notice: uncommitted changes are not judged" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("rules", "before", "lines"),
+    [
+        ({"may_rise_percent": 10}, {}, []),
+        ({"may_rise_percent": 10}, {"groups": 12.0}, ["eval: groups is missing"]),
+        ({"may_rise_percent": 10, "at_most": 20}, {}, ["eval: groups is missing"]),
+    ],
+)
+def test_what_neither_side_has_cannot_have_been_lost(rules, before, lines):
+    """As the perplexity of groups, for data without any."""
+    assert gate.broken_limits({"eval": {"groups": rules}}, {"eval": before}, {"eval": {}}) == lines

@@ -50,7 +50,9 @@ def broken_limits(limits: dict, base: dict[str, dict], head: dict[str, dict]) ->
         for key, rules in keys.items():
             now, before = head.get(path, {}).get(key), base.get(path, {}).get(key)
             if now is None:
-                found.append(f"{path}: {key} is missing")
+                absolute = any(not rule.startswith("may_") for rule in rules)
+                if before is not None or absolute:
+                    found.append(f"{path}: {key} is missing")
             elif not is_number(now):
                 found.append(f"{path}: {key} is not a number ({now!r})")
             elif math.isfinite(now):
