@@ -126,8 +126,9 @@ def _run(
     largest_file: int,
     privileged: bool,
 ) -> None:
-    # As in a terminal: what a shell starts with `&` ignores it, and so does all that it starts.
+    # As in a terminal: what nohup or a shell's `&` starts ignores them, and all that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.chdir(folder)
     os.environ.update(ENVIRONMENT | env)
     for target, mode in ((sys.stdout, "wb"), (sys.stderr, "ab")):

@@ -186,7 +186,8 @@ def paused(folder: Path, log: Path, stage: str, *command: str, **env: str):
     """`dvc repro` (or another command) halted in the middle of `stage`; then let it go on."""
     with halted(log, stage):
         process = subprocess.Popen(
-            command or ("dvc", "repro"),
+            # nohup, and a shell's `&`, leave signals ignored in all that they start.
+            ("env", "--default-signal", *(command or ("dvc", "repro"))),
             cwd=folder,
             env=os.environ | {"STUB_GUARDED": "1"} | env,
             stdout=subprocess.PIPE,
