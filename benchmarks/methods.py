@@ -12,7 +12,7 @@
 
 Mistral-7B's shape with random weights: memory and time are real, perplexity would mean nothing
 there. 1,000 rows, log-normal in length like guanaco's (benchmarks/speed.py), four a step in
-`methods`, checkpointing on; its longest rows are a step of their own, so that the peak is that of
+`methods`, checkpointing on; the longest rows are the first step, so that the peak is that of
 the whole epoch; an epoch takes what its tokens take at the rate measured. The paged optimizer is
 never given more than the GPU has free: paging can hang a GPU, so it was not provoked.
 Writes benchmarks/results/methods.json after every part, methods.md and methods.svg.
@@ -83,13 +83,9 @@ def dataset(rows: list[list[int]]):
 
 
 def timed_steps(trainer, steps: int, warm: int) -> dict[str, float]:
-    """Train `steps` steps; tokens a second and seconds a step after the first `warm`.
-
-    The longest rows go first, as in the train stage: later steps find their host memory locked.
-    """
+    """Train `steps` steps in the order of the rows; tokens and seconds after the first `warm`."""
+    from torch.utils.data import SequentialSampler
     from transformers import TrainerCallback
-
-    from stages.shared.probe import Probe
 
     marks, batches, collate = [], [], trainer.data_collator
 
@@ -99,16 +95,13 @@ def timed_steps(trainer, steps: int, warm: int) -> dict[str, float]:
         return collate(examples)
 
     class Clock(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            batches.clear()
-
         def on_step_end(self, args, state, control, **kwargs):
             torch.cuda.synchronize()
             marks.append(time.monotonic())
             control.should_training_stop = state.global_step >= steps
 
     trainer.data_collator = noting
-    trainer.add_callback(Probe(trainer))
+    trainer._get_train_sampler = lambda *args: SequentialSampler(trainer.train_dataset)
     trainer.add_callback(Clock())
     trainer.train()
     seconds = marks[-1] - marks[warm - 1]
@@ -120,17 +113,11 @@ def timed_steps(trainer, steps: int, warm: int) -> dict[str, float]:
 
 def measure_method(method: str, meter: Meter, device: torch.device) -> dict:
     """Peak and time of one method on the same rows, the longest of all 1,000 among them."""
-    from torch.utils.data import SequentialSampler
-
-    rows = random_rows(ROWS)
-    longest = sorted(rows, key=len)[-ROWS_A_STEP:]
-    chosen = rows[: (STEPS - 1) * ROWS_A_STEP] + longest
-    tokens = sum(map(len, longest))
+    chosen = longest_first(random_rows(ROWS), ROWS_A_STEP, (STEPS - 1) * ROWS_A_STEP)
+    tokens = sum(map(len, chosen[:ROWS_A_STEP]))
     point = Point(SHAPE, method, RANK if method != "full" else 0, tokens)
     meter.start()
     trainer, fast = prepare(point, device, dataset(chosen))
-    # In the order given, so that the longest rows are one step.
-    trainer._get_train_sampler = lambda *args: SequentialSampler(trainer.train_dataset)
     rate = timed_steps(trainer, STEPS, WARM_STEPS)
     found = meter.stop(trainer)
     seconds = sum(row_lengths(ROWS)) / rate["tokens_per_second"]
@@ -169,6 +156,17 @@ def measure_loading(name: str, meter: Meter, device: torch.device) -> dict:
     }
 
 
+def longest_first(rows: list[list[int]], count: int, others: int) -> list[list[int]]:
+    """The `count` longest of `rows`, then the first `others` of the rest.
+
+    The first step is the largest, as the train stage's trial is: its peak is that of an epoch, and
+    later steps find their host memory locked.
+    """
+    longest = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)[:count]
+    rest = [row for i, row in enumerate(rows) if i not in longest]
+    return [*(rows[i] for i in longest), *rest[:others]]
+
+
 def with_changes(params: dict, changes: dict) -> Params:
     return Params.model_validate(
         {k: v | changes.get(k, {}) if isinstance(v, dict) else v for k, v in params.items()}
@@ -197,7 +195,8 @@ def measure_strategy(name: str, meter: Meter, device: torch.device) -> dict:
     attention = choose_attention(params.train, config_of(SHAPE), device)
     nf4 = quantize.type == "nf4"
     model = build(SHAPE, nf4, device, attention, quantize.double_quant)
-    rows = dataset(random_rows(ROWS)[:STRATEGY_ROWS])
+    rows = random_rows(ROWS)[:STRATEGY_ROWS]
+    rows = dataset(longest_first(rows, params.train.batch_size, len(rows)))
     # What the recipe decides by: its own two packs.
     trainer, fast = strategy_trainer(params, off, model, rows, (width, 2 * width))
     # Padded rows are five times the work of the tokens in them.

@@ -32,7 +32,7 @@ if __name__ == "__main__":
     begin("verify")
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stages.shared.adapter import WEIGHTS, check_adapter_sums, read_adapter
 from stages.shared.agreement import (
@@ -128,13 +128,12 @@ def check_companions(folder: Path, base: Path, dtype: str) -> None:
 
 
 def check_tokenizer(folder: Path, prepared: Path) -> None:
-    """The merged model's tokenizer must give the held-out rows' ids, form and end.
+    """The merged model's tokenizer must give the held-out rows' ids. Raises StageError.
 
-    It may know further tokens, as long as each has a row in the embeddings. Raises StageError.
+    It may know further tokens, as long as each has a row in the embeddings.
     """
     rows = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
-    served, used = (AutoTokenizer.from_pretrained(f) for f in (folder, prepared))
-    found, expected = served.get_vocab(), used.get_vocab()
+    found, expected = (AutoTokenizer.from_pretrained(f).get_vocab() for f in (folder, prepared))
     wrong = [token for token, id in expected.items() if found.get(token) != id]
     wrong += [token for token in found.keys() - expected.keys() if found[token] >= rows]
     if wrong:
@@ -143,18 +142,6 @@ def check_tokenizer(folder: Path, prepared: Path) -> None:
             f"{folder}: its tokenizer has {token!r} as {found.get(token)} and that of the held-out "
             f"rows as {expected.get(token)} ({len(wrong)} tokens differ; the embeddings have "
             f"{rows} rows); delete the tokenizer's files from {ADAPTER} and merge again"
-        )
-    for what in ("chat_template", "eos_token"):
-        if getattr(served, what) != getattr(used, what):
-            raise StageError(
-                f"{folder}: its tokenizer's {what} is not that of the held-out rows; copy the "
-                f"files of {prepared} into {ADAPTER} and merge again"
-            )
-    ends = GenerationConfig.from_pretrained(folder).eos_token_id
-    if served.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
-        raise StageError(
-            f"{folder / 'generation_config.json'}: eos_token_id is {ends} and must hold the "
-            f"tokenizer's, {served.eos_token_id}; {AGAIN}"
         )
 
 

@@ -41,13 +41,18 @@ def test_a_strategy_trains_its_steps(monkeypatch, name):
         assert found["tokens_per_step"] == pytest.approx(2 * 2048, rel=0.2)
 
 
-def test_a_method_ends_with_the_longest_rows(monkeypatch):
+def test_a_method_begins_with_the_longest_rows(monkeypatch):
     monkeypatch.setattr(methods, "STEPS", 3)
     monkeypatch.setattr(methods, "WARM_STEPS", 2)
     found = methods.measure_method("lora", Meter(), CPU)
     lengths = sorted(methods.row_lengths(methods.ROWS))
     assert found["longest_step_tokens"] == sum(lengths[-4:])
     assert found["seconds_per_epoch"] > 0
+
+
+def test_longest_rows_come_first_and_none_twice():
+    rows = [[1], [2] * 5, [3] * 2, [4] * 5, [5] * 3]
+    assert methods.longest_first(rows, 2, 2) == [rows[1], rows[3], rows[0], rows[2]]
 
 
 @pytest.mark.parametrize("name", [methods.EVERYTHING, "16-bit base"])
