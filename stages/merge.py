@@ -124,7 +124,7 @@ def write_companions(out: Path, base: Path, adapter: Path, dtype: torch.dtype) -
         if not (tokenizer / name).exists():
             raise StageError(
                 f"{base} has no {name} and {adapter} brings no tokenizer; copy the files of "
-                "data/prepared/tokenizer into it"
+                "data/prepared/tokenizer into it, then: dvc commit --force train && dvc repro"
             )
     if not own:
         print(f"merge: {adapter} brings no tokenizer, so the base's is used")

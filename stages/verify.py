@@ -57,6 +57,8 @@ MERGED = Path("models/merged")
 VERDICT = Path("models/verify.ok")
 METRICS = Path("metrics/verify.json")
 FLOAT16_MAX = 65504
+# The adapter is an output of train, which would otherwise run again.
+TAKEN = "dvc commit --force train && dvc repro"
 # Beside the merged weights on a GPU: a batch's activations and logits (7B: 1.1e9 measured).
 WORKING_BYTES = 1.5e9
 
@@ -141,7 +143,7 @@ def check_tokenizer(folder: Path, prepared: Path) -> None:
         raise StageError(
             f"{folder}: its tokenizer has {token!r} as {found.get(token)} and that of the held-out "
             f"rows as {expected.get(token)} ({len(wrong)} tokens differ; the embeddings have "
-            f"{rows} rows); delete the tokenizer's files from {ADAPTER} and merge again"
+            f"{rows} rows); delete the tokenizer's files from {ADAPTER}, then: {TAKEN}"
         )
 
 

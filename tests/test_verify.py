@@ -304,7 +304,7 @@ def test_refuses_a_tokenizer_that_gives_other_ids(change, message, project, monk
     run(merge, project, monkeypatch)
     found = refusal(project, monkeypatch)
     assert message in found
-    assert "delete the tokenizer's files from models/adapter and merge again" in found
+    assert "delete the tokenizer's files from models/adapter, then: dvc commit --force" in found
 
 
 SCORES = {
