@@ -7,8 +7,6 @@ import stub_pipeline as stub
 from stub_pipeline import edit, must, tool
 from tiny import ROOT
 
-from tools import gate
-
 # branch: edits of files before a run, edits after it, exit status and what must be said
 BRANCHES = {
     "same": ({}, {}, 0, "passed: 5 metrics within the limits"),
@@ -278,28 +276,3 @@ def test_uncommitted_changes_are_not_judged_but_said(repository):
     must(repository, "git", "checkout", "-q", "metrics")
     assert done.returncode == 0
     assert "notice: uncommitted changes are not judged" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("rules", "before", "lines"),
-    [
-        ({"may_rise_percent": 10}, {}, []),
-        ({"may_rise_percent": 10}, {"groups": 12.0}, ["eval: groups is missing"]),
-        ({"may_rise_percent": 10, "at_most": 20}, {}, ["eval: groups is missing"]),
-    ],
-)
-def test_what_neither_side_has_cannot_have_been_lost(rules, before, lines):
-    """As the perplexity of groups, for data without any."""
-    assert gate.broken_limits({"eval": {"groups": rules}}, {"eval": before}, {"eval": {}}) == lines
-
-
-def test_data_without_groups_passes_and_says_so(repository):
-    must(repository, "git", "checkout", "-q", "-B", "groupless", "main")
-    edit(repository / "params.yaml", "group: 14.0", "group: null")
-    stub.reproduce(repository, "groupless")
-    edit(repository / "params.yaml", "12.0", "11.0")
-    stub.reproduce(repository, "better")
-    done = tool(repository, "gate", "--base", "HEAD~1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "notice: metrics/eval.json: group_tuned_perplexity is on neither side" in done.stdout
-    assert "passed: 4 metrics within the limits" in done.stdout
