@@ -332,19 +332,17 @@ def seventy() -> None:
     import torch
     from datasets import disable_caching
 
-    from benchmarks.vram import Meter, Point, predicted, prepare, random_rows
+    from benchmarks.vram import Point, peaks, predicted, prepare, random_rows
 
     disable_caching()
     started = time.monotonic()
     limit = allocator_bytes(48)
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
     point = Point("llama-2-70b", "qlora", 16, 2048)
-    meter = Meter()
-    meter.start()
     trainer, fast = prepare(point, torch.device("cuda", 0), random_rows(point, STEPS_70B))
     print(json.dumps(facts_of(trainer)), flush=True)
     trainer.train()
-    found = vars(point) | {"fast": vars(fast)} | meter.stop(trainer)
+    found = vars(point) | {"fast": vars(fast)} | peaks(trainer)
     guess = predicted(found)
     seconds = time.monotonic() - started
     part = {"part": "70b", "card_gb": 48, "seconds": round(seconds, 1), **facts_of(trainer)}

@@ -28,19 +28,16 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers.models.llama import modeling_llama
-from transformers.models.mistral import modeling_mistral
 
 from benchmarks.random_models import build, config_of, scratch, tokenizer
 from benchmarks.speed import random_rows, row_lengths
-from benchmarks.vram import LIBRARIES, ROWS_A_STEP, Meter, Point, prepare, version
+from benchmarks.vram import LIBRARIES, ROWS_A_STEP, Point, alone, peaks, prepare, version
 from stages.shared import vram
 from stages.shared.params import PARAMS, Params
 from stages.shared.shapes import shape_of
 
 FOLDER = Path("benchmarks/results")
 RESULTS = FOLDER / "methods.json"
-PARTS = ("loading", "methods", "strategies", "perplexity")
 SHAPE = "mistral-7b"
 RANK = 64
 ROWS = 1000
@@ -68,8 +65,14 @@ STRATEGIES: dict[str, tuple[dict, tuple[str, ...]]] = {
     "rows not packed": (UNPACKED, ()),
     "rows padded, SDPA attention": (PADDED, ()),
     "PEFT alone, rows padded": (PADDED, PEFT_ONLY),
-    # Last: managed memory is given back at the end of the process only.
     "paged AdamW": ({"train": {"optimizer": "paged_adamw_32bit"}}, ()),
+}
+PARTS = {
+    "loading": [*LOADED],
+    "methods": ["qlora", "lora", "full"],
+    "strategies": [*STRATEGIES],
+    # Twice with everything on: how far two runs differ that should not.
+    "perplexity": [EVERYTHING, *STRATEGIES],
 }
 STRATEGY_STEPS, STRATEGY_WARM, STRATEGY_ROWS = 8, 3, 120
 # Packs a step on the default's rows: as many tokens as 8 of its rows.
@@ -111,15 +114,14 @@ def timed_steps(trainer, steps: int, warm: int) -> dict[str, float]:
     }
 
 
-def measure_method(method: str, meter: Meter, device: torch.device) -> dict:
+def measure_method(method: str, device: torch.device) -> dict:
     """Peak and time of one method on the same rows, the longest of all 1,000 among them."""
     chosen = longest_first(random_rows(ROWS), ROWS_A_STEP, (STEPS - 1) * ROWS_A_STEP)
     tokens = sum(map(len, chosen[:ROWS_A_STEP]))
     point = Point(SHAPE, method, RANK if method != "full" else 0, tokens)
-    meter.start()
     trainer, fast = prepare(point, device, dataset(chosen))
     rate = timed_steps(trainer, STEPS, WARM_STEPS)
-    found = meter.stop(trainer)
+    found = peaks(trainer)
     seconds = sum(row_lengths(ROWS)) / rate["tokens_per_second"]
     print(
         f"methods: {method}: {found['measured_gb']:.2f} GB, {seconds:.0f} s an epoch ({fast})",
@@ -136,10 +138,9 @@ def measure_method(method: str, meter: Meter, device: torch.device) -> dict:
     }
 
 
-def measure_loading(name: str, meter: Meter, device: torch.device) -> dict:
+def measure_loading(name: str, device: torch.device) -> dict:
     """Bytes on the device right after a model is there, before anything is computed."""
     quantized, double_quant = LOADED[name]
-    meter.start()
     before = torch.cuda.memory_allocated()
     model = build(SHAPE, quantized, device, double_quant=double_quant)
     loaded = torch.cuda.memory_allocated() - before
@@ -183,7 +184,7 @@ def strategy_trainer(params: Params, off: tuple[str, ...], model, rows, tokens: 
     return trainer, fast
 
 
-def measure_strategy(name: str, meter: Meter, device: torch.device) -> dict:
+def measure_strategy(name: str, device: torch.device) -> dict:
     """Peak and rate of the recipe with one strategy switched off."""
     from stages.shared.trainer import choose_attention
 
@@ -191,7 +192,6 @@ def measure_strategy(name: str, meter: Meter, device: torch.device) -> dict:
     params = with_changes(yaml.safe_load(RECIPE.read_text(encoding="utf-8")), changes)
     params = with_changes(params.model_dump(), {"train": {"report_to": "none"}})
     quantize, width = params.quantize, params.prepare.max_length
-    meter.start()
     attention = choose_attention(params.train, config_of(SHAPE), device)
     nf4 = quantize.type == "nf4"
     model = build(SHAPE, nf4, device, attention, quantize.double_quant)
@@ -201,7 +201,7 @@ def measure_strategy(name: str, meter: Meter, device: torch.device) -> dict:
     trainer, fast = strategy_trainer(params, off, model, rows, (width, 2 * width))
     # Padded rows are five times the work of the tokens in them.
     steps, warm = (STRATEGY_STEPS, STRATEGY_WARM) if fast.padding_free else (4, 1)
-    found = {"strategy": name} | timed_steps(trainer, steps, warm) | meter.stop(trainer)
+    found = {"strategy": name} | timed_steps(trainer, steps, warm) | peaks(trainer)
     found |= {"steps": steps, "fast_path": str(fast)}
     found["tokens_per_step"] = found["tokens_per_second"] * found["seconds_per_step"]
     print(
@@ -258,39 +258,39 @@ def measure_perplexity(name: str, project: Path, device: torch.device) -> dict:
     return {"strategy": name, "perplexity": found, "steps": steps, "fast_path": str(fast)}
 
 
-def measure(parts: list[str], project: Path) -> None:
-    """Measure the parts and keep each result as soon as it is there."""
+def measure_one(part: str, name: str, project: Path) -> tuple[dict, str]:
+    """One row of a part, and the GPU that it was measured on."""
     from datasets import disable_caching
 
     disable_caching()
-    device, meter = torch.device("cuda", 0), Meter()
-    measures = {
-        "loading": (LOADED, lambda name: measure_loading(name, meter, device)),
-        "methods": (("qlora", "lora", "full"), lambda name: measure_method(name, meter, device)),
-        "strategies": (STRATEGIES, lambda name: measure_strategy(name, meter, device)),
-        # Twice with everything on: how far two runs differ that should not.
-        "perplexity": (
-            [EVERYTHING, *STRATEGIES],
-            lambda name: measure_perplexity(name, project, device),
-        ),
-    }
-    # Liger replaces it in the whole module, for all models that come after.
-    rotary = {module: module.apply_rotary_pos_emb for module in (modeling_llama, modeling_mistral)}
+    device = torch.device("cuda", 0)
+    if part == "perplexity":
+        found = measure_perplexity(name, project, device)
+    else:
+        measures = {
+            "loading": measure_loading,
+            "methods": measure_method,
+            "strategies": measure_strategy,
+        }
+        found = measures[part](name, device)
+    return found, torch.cuda.get_device_name()
+
+
+def measure(parts: list[str], project: Path) -> None:
+    """Measure the parts and keep each result as soon as it is there."""
     for part in parts:
-        names, one = measures[part]
         found = []
-        for name in names:
-            for module, function in rotary.items():
-                module.apply_rotary_pos_emb = function
-            found.append(one(name))
-            keep(part, found)
+        for name in PARTS[part]:
+            row, device = alone(measure_one, part, name, project)
+            found.append(row)
+            keep(part, found, device)
 
 
-def keep(part: str, found: list[dict]) -> None:
+def keep(part: str, found: list[dict], device: str) -> None:
     """Put the results of one part into RESULTS."""
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     results |= {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "device": device,
         "versions": {name: version(name) for name in LIBRARIES},
         "shape": SHAPE,
         "rank": RANK,
@@ -405,7 +405,7 @@ def main() -> None:
         return
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no part is called {min(unknown)}; there are {', '.join(PARTS)}")
-    measure(options.parts or list(PARTS[:3]), options.default)
+    measure(options.parts or list(PARTS)[:3], options.default)
 
 
 if __name__ == "__main__":

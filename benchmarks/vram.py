@@ -14,7 +14,6 @@ Writes benchmarks/results/plan.json.
 
 import argparse
 import contextlib
-import gc
 import importlib.metadata
 import json
 import multiprocessing
@@ -218,38 +217,33 @@ def training_of(point: Point, fast: dict) -> tuple[vram.Shape, vram.Training]:
     )
 
 
-class Meter:
-    """Peaks of one process on its GPU, point after point."""
+def alone(function, *args):
+    """What `function` returns in a process of its own.
 
-    def __init__(self):
-        torch.cuda.init()
-        self.managed_before = 0
+    A process's context grows with every kernel that it has loaded, bitsandbytes gives managed
+    memory back at its end only, and what Liger replaces stays replaced.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
-    def start(self) -> None:
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
 
-    def stop(self, trainer) -> dict[str, float]:
-        """Peaks in GB. What the driver counts besides includes managed memory of earlier points,
-        which bitsandbytes never gives back."""
-        from stages.train import paged_bytes
+def peaks(trainer) -> dict[str, float]:
+    """Peaks of this process in GB, when nothing else runs on its GPU."""
+    from stages.train import paged_bytes
 
-        torch.cuda.synchronize()
-        managed = paged_bytes(trainer)
-        free, total = torch.cuda.mem_get_info()
-        reserved = torch.cuda.memory_reserved()
-        context = total - free - reserved - managed - self.managed_before
-        self.managed_before += managed
-        allocated, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        return {
-            "allocated_gb": allocated / vram.GB,
-            "managed_gb": managed / vram.GB,
-            "reserved_gb": held / vram.GB,
-            "context_gb": context / vram.GB,
-            "measured_gb": (allocated + managed) / vram.GB,
-            "measured_device_gb": (held + managed + context) / vram.GB,
-        }
+    torch.cuda.synchronize()
+    managed = paged_bytes(trainer)
+    free, total = torch.cuda.mem_get_info()
+    context = total - free - torch.cuda.memory_reserved() - managed
+    allocated, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return {
+        "allocated_gb": allocated / vram.GB,
+        "managed_gb": managed / vram.GB,
+        "reserved_gb": held / vram.GB,
+        "context_gb": context / vram.GB,
+        "measured_gb": (allocated + managed) / vram.GB,
+        "measured_device_gb": (held + managed + context) / vram.GB,
+    }
 
 
 def measure_point(point: Point) -> tuple[dict, dict]:
@@ -257,13 +251,11 @@ def measure_point(point: Point) -> tuple[dict, dict]:
     from datasets import disable_caching
 
     disable_caching()
-    device, meter = torch.device("cuda", 0), Meter()
-    meter.start()
     started = time.monotonic()
-    trainer, fast = prepare(point, device, random_rows(point, STEPS))
+    trainer, fast = prepare(point, torch.device("cuda", 0), random_rows(point, STEPS))
     built = time.monotonic() - started
     trainer.train()
-    found = meter.stop(trainer)
+    found = peaks(trainer)
     shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
     print(
         f"vram: {point.shape} {point.method} r={point.rank} {point.tokens_per_step} tokens: "
@@ -281,25 +273,20 @@ def measure_point(point: Point) -> tuple[dict, dict]:
 
 
 def measure(only: str, shapes: list[str]) -> None:
-    """Measure the chosen points and put them into RESULTS, in place of older ones.
-
-    Each in a process of its own: the context grows with every kernel that a process has loaded.
-    """
+    """Measure the chosen points and put them into RESULTS, in place of older ones."""
     wanted = {"fit": (False,), "held-out": (True,), "all": (False, True)}[only]
     saved = load()
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as alone:
-        for point in POINTS:
-            if point.held_out not in wanted or (shapes and point.shape not in shapes):
-                continue
-            try:
-                found, where = alone.submit(measure_point, point).result()
-            except torch.cuda.OutOfMemoryError as error:
-                print(f"vram: {point}: does not fit this card: {str(error).splitlines()[0]}")
-                continue
-            same = [p for p in saved["points"] if key(p) == key(found)]
-            saved["points"] = [p for p in saved["points"] if p not in same] + [found]
-            save(saved | where)
+    for point in POINTS:
+        if point.held_out not in wanted or (shapes and point.shape not in shapes):
+            continue
+        try:
+            found, where = alone(measure_point, point)
+        except torch.cuda.OutOfMemoryError as error:
+            print(f"vram: {point}: does not fit this card: {str(error).splitlines()[0]}")
+            continue
+        same = [p for p in saved["points"] if key(p) == key(found)]
+        saved["points"] = [p for p in saved["points"] if p not in same] + [found]
+        save(saved | where)
 
 
 def version(name: str) -> str:
@@ -360,11 +347,11 @@ def fit() -> None:
         p["measured_gb"] * vram.GB - predicted(p).peak + vram.WORKSPACES for p in points
     )
     vram.WORKSPACES = workspaces
-    alone, offloading = (
+    without, offloading = (
         statistics.median(p["context_gb"] for p in points if p["fast"]["offload"] == on) * vram.GB
         for on in (False, True)
     )
-    vram.CONTEXT, vram.OFFLOADING_CONTEXT = alone, offloading - alone
+    vram.CONTEXT, vram.OFFLOADING_CONTEXT = without, offloading - without
     errors = {}
     for hundredth in range(0, 201, 5):
         vram.FRAGMENTATION = hundredth / 100

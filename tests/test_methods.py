@@ -1,23 +1,19 @@
 """The benchmark of methods and strategies, on a tiny shape without a GPU."""
 
+import os
+
 import pytest
 import torch
 from prepared import make_prepared_workspace
 
-from benchmarks import fast_path, methods
+from benchmarks import fast_path, methods, vram
 from benchmarks.speed import random_rows
 
 CPU = torch.device("cpu")
 
 
-class Meter:
-    """What benchmarks.vram.Meter gives, without a GPU."""
-
-    def start(self):
-        pass
-
-    def stop(self, trainer):
-        return {"measured_gb": 1.0, "measured_device_gb": 2.0, "managed_gb": 0.0}
+# What benchmarks.vram.peaks gives, without a GPU.
+PEAKS = {"measured_gb": 1.0, "measured_device_gb": 2.0, "managed_gb": 0.0}
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +22,7 @@ def tiny(monkeypatch):
         return [[token % 260 for token in row] for row in random_rows(count)]
 
     monkeypatch.setattr(methods, "SHAPE", "tiny")
+    monkeypatch.setattr(methods, "peaks", lambda trainer: PEAKS)
     monkeypatch.setattr(methods, "random_rows", tiny_rows)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
@@ -33,7 +30,7 @@ def tiny(monkeypatch):
 @pytest.mark.parametrize("name", [methods.EVERYTHING, "16-bit base", "rows not packed"])
 def test_a_strategy_trains_its_steps(monkeypatch, name):
     monkeypatch.setattr(methods, "STRATEGY_ROWS", 60)
-    found = methods.measure_strategy(name, Meter(), CPU)
+    found = methods.measure_strategy(name, CPU)
     # Without a GPU nothing is padding-free.
     assert found["steps"] == 4
     assert found["tokens_per_step"] > 0
@@ -44,7 +41,7 @@ def test_a_strategy_trains_its_steps(monkeypatch, name):
 def test_a_method_begins_with_the_longest_rows(monkeypatch):
     monkeypatch.setattr(methods, "STEPS", 3)
     monkeypatch.setattr(methods, "WARM_STEPS", 2)
-    found = methods.measure_method("lora", Meter(), CPU)
+    found = methods.measure_method("lora", CPU)
     lengths = sorted(methods.row_lengths(methods.ROWS))
     assert found["longest_step_tokens"] == sum(lengths[-4:])
     assert found["seconds_per_epoch"] > 0
@@ -53,6 +50,12 @@ def test_a_method_begins_with_the_longest_rows(monkeypatch):
 def test_longest_rows_come_first_and_none_twice():
     rows = [[1], [2] * 5, [3] * 2, [4] * 5, [5] * 3]
     assert methods.longest_first(rows, 2, 2) == [rows[1], rows[3], rows[0], rows[2]]
+
+
+def test_what_runs_alone_leaves_nothing_behind():
+    assert vram.alone(os.getpid) != vram.alone(os.getpid) != os.getpid()
+    with pytest.raises(ValueError, match="neither"):
+        vram.alone(int, "neither")
 
 
 @pytest.mark.parametrize("name", [methods.EVERYTHING, "16-bit base"])
@@ -65,9 +68,9 @@ def test_perplexity_is_that_of_the_trained_adapter(tmp_path, name):
 
 def test_tables_name_every_strategy(tmp_path, monkeypatch):
     monkeypatch.setattr(methods, "RESULTS", tmp_path / "methods.json")
-    row = Meter().stop(None) | {"tokens_per_second": 5.0, "seconds_per_step": 0.1}
-    methods.keep("strategies", [row | {"strategy": name} for name in methods.STRATEGIES])
-    methods.keep("perplexity", [{"strategy": methods.EVERYTHING, "perplexity": 9.5}] * 2)
+    row = PEAKS | {"tokens_per_second": 5.0, "seconds_per_step": 0.1}
+    methods.keep("strategies", [row | {"strategy": name} for name in methods.STRATEGIES], "CPU")
+    methods.keep("perplexity", [{"strategy": methods.EVERYTHING, "perplexity": 9.5}] * 2, "CPU")
     text = methods.markdown(methods.json.loads(methods.RESULTS.read_text()))
     assert all(f"| {name} |" in text for name in methods.STRATEGIES)
     assert "9.50 and 9.50" in text
