@@ -51,7 +51,7 @@ from stages.shared.model import (
     pick_device,
     reset_peaks,
 )
-from stages.shared.probe import Probe, out_of_memory, too_large
+from stages.shared.probe import Probe, needs_probe, out_of_memory, too_large
 from stages.shared.rows import PREPARED, lengths, read_rows
 from stages.shared.scoring import TOKENS_PER_BATCH, score
 from stages.shared.trainer import (
@@ -214,7 +214,7 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     checkpoints = Checkpoints(folder)
     progress = Progress(trainer, read_rows(PREPARED / "eval.arrow"), step_tokens)
     callbacks = [checkpoints, progress, Faults(named)]
-    if device.type == "cuda":
+    if device.type == "cuda" and needs_probe(params.train):
         # Within the time that progress counts, and before faults notes batches.
         callbacks.insert(2, Probe(trainer))
     for callback in callbacks:

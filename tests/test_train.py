@@ -128,7 +128,7 @@ def test_lora_on_the_16_bit_base(project):
     "changes",
     [
         {"batching": "shuffle", "gradient_accumulation": 2, "gradient_checkpointing": False},
-        {"batching": "packing", "gradient_accumulation": 1, "gradient_checkpointing": True},
+        {"batching": "group_by_length", "gradient_accumulation": 1, "gradient_checkpointing": True},
     ],
     ids=lambda changes: changes["batching"],
 )

@@ -15,7 +15,7 @@ from bitsandbytes.functional import QuantState
 from liger_kernel.ops.swiglu import swiglu_forward
 
 BLOCKS_PER_PROGRAM = 64
-VALUES_PER_PROGRAM = 4096
+VALUES_PER_PROGRAM = 1024
 
 
 @triton.jit

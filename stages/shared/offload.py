@@ -7,28 +7,47 @@ pass.
 
 import weakref
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
 from stages.shared.stage import StageError
+
+# More only wait for each other in the driver.
+LOCKING_THREADS = 2
 
 
 class HostStash:
     """Tensors of one device, each in a slot. Slots are emptied in the reverse of their order.
 
     A forward pass is followed by its backward pass before the next one begins.
+
+    values  of the largest tensor that will come, where that is known
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, values: int = 0):
         self.device = device
+        self.values = values
         self.stream = torch.cuda.Stream(device)
         self.slots: list[Slot] = []
         # On its way to the host, and the event of its arrival.
         self.leaving: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        self.threads = ThreadPoolExecutor(LOCKING_THREADS)
 
     def slot(self) -> "Slot":
         self.slots.append(Slot(self, len(self.slots)))
         return self.slots[-1]
+
+    def make_room(self, first: int, values: int, dtype: torch.dtype) -> None:
+        """Lock memory for slot `first` and those after it, which as a rule take as much.
+
+        Threads do it for the later ones while the first layers compute.
+        """
+        # An earlier copy out of a buffer that goes may still be under way.
+        self.stream.synchronize()
+        for slot in self.slots[first:]:
+            slot.room = values, dtype
+            slot.buffer = self.threads.submit(pinned, values, dtype)
 
     def let_go(self, still: int) -> None:
         """Free all but the last `still` of what left, as soon as it has arrived."""
@@ -42,20 +61,19 @@ class Slot:
         self.stash = stash
         self.number = number
         # Kept from step to step: pinning memory takes longer than many copies.
-        self.buffer: torch.Tensor | None = None
+        self.room: tuple[int, torch.dtype] = 0, torch.bfloat16
+        self.buffer: Future[torch.Tensor] | None = None
         self.waiting: torch.Tensor | None = None
         self.returning: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
     def put(self, tensor: torch.Tensor) -> None:
         """Begin to copy `tensor`, which the stash holds until it has left."""
-        stash, buffer = self.stash, self.buffer
+        stash, (values, dtype) = self.stash, self.room
         # While one layer's copies leave the next one computes.
         stash.let_go(1)
-        if buffer is None or buffer.numel() < tensor.numel() or buffer.dtype != tensor.dtype:
-            # An earlier copy out of the buffer that goes may still be under way.
-            stash.stream.synchronize()
-            self.buffer = buffer = pinned(tensor.numel(), tensor.dtype)
-        self.waiting = buffer[: tensor.numel()].view(tensor.shape)
+        if values < tensor.numel() or dtype != tensor.dtype:
+            stash.make_room(self.number, max(tensor.numel(), stash.values), tensor.dtype)
+        self.waiting = self.buffer.result()[: tensor.numel()].view(tensor.shape)
         stash.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stash.stream):
             self.waiting.copy_(tensor, non_blocking=True)

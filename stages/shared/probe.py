@@ -1,7 +1,8 @@
 """The largest step that training can meet, tried before the first one; running out, explained.
 
 Out of memory then comes in the first seconds and not after an hour. What is trained is not changed
-by it: gradients are cleared, random states put back, and the optimizer never steps.
+by it: gradients are cleared, random states put back, and the optimizer never steps. Packs are of
+one length, so with packing the first steps are the trial.
 """
 
 import json
@@ -11,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from stages.shared.model import GB, reset_peaks
-from stages.shared.params import Params
+from stages.shared.params import Params, Train
 from stages.shared.rows import lengths
 from stages.shared.stage import StageError
 from stages.shared.trainer import Trainer
@@ -19,6 +20,11 @@ from stages.shared.trainer import Trainer
 PLAN = Path("metrics/plan.json")
 # Of each trained parameter: Adam's two moments, and the gradient of an earlier micro-step.
 MOMENT_BYTES, GRADIENT_BYTES = 8, 4
+
+
+def needs_probe(train: Train) -> bool:
+    """Whether a later step can be larger than the first ones."""
+    return train.batching != "packing"
 
 
 class Probe(TrainerCallback):
@@ -69,7 +75,7 @@ def out_of_memory(trainer: Trainer, base_bytes: int, params: Params) -> StageErr
     tensors = [v for entry in state for v in entry.values() if isinstance(v, torch.Tensor)]
     paged = sum(v.nbytes for v in tensors if getattr(v, "is_paged", False))
     optimizer = sum(v.nbytes for v in tensors) - paged
-    if not tensors and not params.train.optimizer.startswith("paged"):
+    if not tensors and needs_probe(params.train) and not params.train.optimizer.startswith("paged"):
         # What the probe kept free for it.
         optimizer = MOMENT_BYTES * sum(p.numel() for p in trained)
     peak = torch.cuda.max_memory_allocated()

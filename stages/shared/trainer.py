@@ -188,7 +188,12 @@ def build_trainer(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if fast.fused_lora:
-        stash = HostStash(model.device) if fast.offload and two_parts else None
+        stash = None
+        if fast.offload and two_parts:
+            # Packs differ by a few tokens, and every longer step would lock memory anew.
+            width = model.config.get_text_config().hidden_size
+            packed = train.batch_size * max_length * width if packing else 0
+            stash = HostStash(model.device, packed)
         fuse_lora(trainer.model, fast.liger, train.gradient_checkpointing, stash)
     elif train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
