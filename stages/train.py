@@ -78,7 +78,7 @@ class Progress(TrainerCallback):
     of held-out rows. It travels in the checkpoints: a resumed run reports its whole cost.
 
     step_tokens  of the largest step: scoring takes no more at once, so that the memory that was
-                 predicted, and tried before the first step, is enough for it
+                 predicted, and tried when training began, is enough for it
     """
 
     def __init__(self, trainer: Trainer, held_out: list[dict], step_tokens: int):

@@ -71,7 +71,8 @@ def begin(name: str) -> None:
         os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
     # Libraries warn their callers, and the caller is us: none of it is for the user to act on.
     warnings.simplefilter("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for library in ("bitsandbytes", "liger_kernel"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     _die_with_parent()
     entry = _entry(name)
     _check_writable(entry)
