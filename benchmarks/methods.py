@@ -161,8 +161,7 @@ def measure_loading(name: str, device: torch.device) -> dict:
 def longest_first(rows: list[list[int]], count: int, others: int) -> list[list[int]]:
     """The `count` longest of `rows`, then the first `others` of the rest.
 
-    The first step is the largest, as the train stage's trial is: its peak is that of an epoch, and
-    later steps find their host memory locked.
+    The first step is the largest: its peak is that of an epoch.
     """
     longest = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)[:count]
     rest = [row for i, row in enumerate(rows) if i not in longest]

@@ -93,6 +93,8 @@ class Progress(TrainerCallback):
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc="train", disable=None
         )
+        # What loading a checkpoint takes is not of training.
+        reset_peaks()
         self.mark = time.monotonic()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -214,7 +216,7 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     checkpoints = Checkpoints(folder)
     progress = Progress(trainer, read_rows(PREPARED / "eval.arrow"), step_tokens)
     callbacks = [checkpoints, progress, Faults(named)]
-    if device.type == "cuda" and needs_probe(params.train):
+    if device.type == "cuda" and needs_probe(trainer.train_dataset):
         # Within the time that progress counts, and before faults notes batches.
         callbacks.insert(2, Probe(trainer))
     for callback in callbacks:
@@ -227,7 +229,6 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     resumed = newest_complete(folder)
     if resumed:
         print(f"train: goes on from {resumed.name}", flush=True)
-    reset_peaks()
     # Or every collection looks through all that the libraries and the rows hold.
     gc.freeze()
     try:

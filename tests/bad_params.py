@@ -1,15 +1,15 @@
 """Malformed params.yaml files, each with the lines that must be said about it.
 
 A row is (name, text of the file, expected lines without `params.yaml: `). Most change one line of
-the shipped file, so that a row reads as what a person would type.
+tests/params.yaml, so that a row reads as what a person would type.
 """
 
 from itertools import pairwise
 
 import yaml
-from tiny import ROOT
+from tiny import PARAMS
 
-SHIPPED = (ROOT / "params.yaml").read_text(encoding="utf-8")
+GOOD = PARAMS.read_text(encoding="utf-8")
 
 TEMPLATE = "must be chat, a file templates/….jinja, or text with {prompt} in it once"
 TARGETS = "must be all-linear or a list of module names"
@@ -212,7 +212,7 @@ VALUES = {
 }
 
 
-def with_value(key: str, value: str, text: str = SHIPPED) -> str:
+def with_value(key: str, value: str, text: str = GOOD) -> str:
     """`text` with `value` where the shipped file has the value of `key`."""
     lines, at, end = _place(key, text)
     return "\n".join([*lines[:at], lines[at].partition(":")[0] + ": " + value, *lines[end:], ""])
@@ -220,13 +220,13 @@ def with_value(key: str, value: str, text: str = SHIPPED) -> str:
 
 def without(key: str) -> str:
     """The shipped file without `key`."""
-    lines, at, end = _place(key, SHIPPED)
+    lines, at, end = _place(key, GOOD)
     return "\n".join([*lines[:at], *lines[end:], ""])
 
 
 def added(section: str, line: str) -> str:
     """The shipped file with another line in `section`."""
-    lines, at, _ = _place(section, SHIPPED)
+    lines, at, _ = _place(section, GOOD)
     return "\n".join([*lines[: at + 1], "  " + line, *lines[at + 1 :], ""])
 
 
@@ -251,9 +251,9 @@ def _said(key: str, value: str, rule: str) -> str:
 
 
 _CUT = "'" + "x" * 27 + "..." + "x" * 28 + "'"
-_MISSING = [f"{name}: missing" for name in yaml.safe_load(SHIPPED)]
+_MISSING = [f"{name}: missing" for name in yaml.safe_load(GOOD)]
 _LORA = "; lora has r, alpha, dropout, target_modules"
-_FILE = f"; the file has {', '.join(yaml.safe_load(SHIPPED))}"
+_FILE = f"; the file has {', '.join(yaml.safe_load(GOOD))}"
 _TAG = "could not determine a constructor for the tag"
 
 SHAPES = [
@@ -267,12 +267,12 @@ SHAPES = [
     ("section missing", without("seed"), ["seed: missing"]),
     (
         "typo",
-        SHIPPED.replace("  epochs:", "  epoch:"),
+        GOOD.replace("  epochs:", "  epoch:"),
         ["train.epochs: missing", "train.epoch: unknown key; did you mean train.epochs?"],
     ),
     (
         "typo of a section",
-        SHIPPED.replace("seed:", "sede:"),
+        GOOD.replace("seed:", "sede:"),
         ["seed: missing", "sede: unknown key; did you mean seed?"],
     ),
     (
@@ -282,17 +282,17 @@ SHAPES = [
     ),
     (
         "key of a section at the top",
-        SHIPPED + "dropout: 0.1\n",
+        GOOD + "dropout: 0.1\n",
         ["dropout: unknown key; did you mean lora.dropout?"],
     ),
     ("unknown key", added("lora", "rank: 1"), [f"lora.rank: unknown key{_LORA}"]),
     (
         "key of a section written as on the command line",
-        "lora.r: 8\n" + SHIPPED,
+        "lora.r: 8\n" + GOOD,
         ["lora.r: unknown key; write r below lora"],
     ),
     ("dot in a key", added("lora", "a.b: 1"), [f"lora.a.b: unknown key{_LORA}"]),
-    ("number as key", "7: 1\n" + SHIPPED, [f"7: unknown key{_FILE}"]),
+    ("number as key", "7: 1\n" + GOOD, [f"7: unknown key{_FILE}"]),
     ("list as key", added("lora", "[a]: 1"), [f"lora.('a',): unknown key{_LORA}"]),
     (
         "line break in a key",

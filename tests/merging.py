@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from stages.shared.rows import SCHEMA
 from stages.shared.stage import write_sums
-from tests.tiny import ROOT, make_model, make_tokenizer
+from tests.tiny import PARAMS, make_model, make_tokenizer
 
 # Products of tiny matrices: a second thread only waits for the first.
 torch.set_num_threads(1)
@@ -110,8 +110,8 @@ def make_prepared(root: Path, rows: int = 12) -> None:
 
 
 def run(stage, root: Path, monkeypatch, **sections) -> None:
-    """main() of a stage in `root`, with these values over params.yaml."""
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    """main() of a stage in `root`, with these values over tests/params.yaml."""
+    params = yaml.safe_load(PARAMS.read_text())
     for section, values in sections.items():
         params[section] |= values
     (root / "params.yaml").write_text(yaml.safe_dump(params))

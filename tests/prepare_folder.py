@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import yaml
-from tiny import ROOT, make_tokenizer
+from tiny import PARAMS, make_tokenizer
 
 from stages.shared.stage import write_sums
 
@@ -27,7 +27,7 @@ def make_folder(
         tokenizer.save_pretrained(folder / "models/tokenizer")
     for made in ("data/raw", "models/tokenizer"):
         write_sums(folder / made)
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = yaml.safe_load(PARAMS.read_text())
     params["dataset"] |= {"source": "local", "id": "data/source/x", "revision": None}
     params["dataset"] |= dataset or {}
     params["prepare"] |= PREPARE | prepare

@@ -57,6 +57,15 @@ train:
   note: a | b
 results: {tuned: 12.0, group: 14.0, set: "aaaa", seconds: 100.0}
 """
+GATE = """\
+metrics/eval.json:
+  tuned_perplexity: {may_rise_percent: 10}
+  group_tuned_perplexity: {may_rise_percent: 10}
+metrics/verify.json:
+  perplexity_change_percent: {at_least: -1, at_most: 1}
+  token_agreement: {at_least: 0.95}
+  nonfinite_values: {at_most: 0}
+"""
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
@@ -83,7 +92,7 @@ def make(folder: Path) -> Path:
         "merge.py": MERGE,
         "templates/chat": "{prompt}",
         "params.yaml": PARAMS,
-        "gate.yaml": (ROOT / "gate.yaml").read_text(),
+        "gate.yaml": GATE,
         ".gitignore": "/adapter\n/merged\n/tools\n/stages\n",
     }.items():
         (folder / name).write_text(text)

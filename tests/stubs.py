@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 
 import yaml
-from tiny import ROOT
+from tiny import PARAMS, ROOT
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 STUB = '''\
@@ -76,8 +76,9 @@ def make(folder: Path) -> Path:
     folder.mkdir(parents=True)
     for name in ("stages", "templates", "tools"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", "params.yaml", ".gitignore", ".dvcignore"):
+    for name in ("dvc.yaml", ".gitignore", ".dvcignore"):
         shutil.copy(ROOT / name, folder / name)
+    shutil.copy(PARAMS, folder / "params.yaml")
     (folder / "data/source").mkdir(parents=True)
     shutil.copy(ROOT / "data/source/README.md", folder / "data/source")
     for name, stage in PIPELINE.items():

@@ -96,7 +96,7 @@ def change(folder: Path, what: str, value: int) -> None:
         (folder / what).open("a").write(f"# {value}\n")
 
 
-PARAMS = yaml.safe_load((stubs.ROOT / "params.yaml").read_text())
+PARAMS = yaml.safe_load(stubs.PARAMS.read_text())
 
 
 @pytest.fixture(scope="module")

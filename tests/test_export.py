@@ -15,7 +15,7 @@ from export_inputs import EVAL, GPU_COST, HOSTILE, METRICS, PLAN, write_export_i
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from report_page import Page, axis, figures, line_points, marks
-from tiny import ROOT
+from tiny import PARAMS, ROOT
 
 from stages import export
 from stages.shared import page, report
@@ -28,8 +28,8 @@ SHOWN_HOSTILE = SHOWN_HOSTILE.replace("\x1b", "\ufffd")
 
 def make_inputs(folder, text="az vm list --resource-group g"):
     (folder / "metrics").mkdir(parents=True)
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy(ROOT / name, folder)
+    shutil.copy(PARAMS, folder / "params.yaml")
+    shutil.copy(ROOT / "dvc.yaml", folder)
     (folder / "stages").symlink_to(ROOT / "stages")
     write_export_inputs(folder, text)
     for made in ("data/prepared", "models/merged", "models/tokenizer"):
@@ -60,7 +60,7 @@ def html(exported):
 def results(folder, monkeypatch, **changes):
     """What export reads in `folder`, with whole metrics files replaced."""
     monkeypatch.chdir(folder)
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = yaml.safe_load(PARAMS.read_text())
     read = export.read_results(params, export.MERGED)
     return report.Results(**(vars(read) | changes))
 

@@ -91,7 +91,7 @@ def plain(folder, dtype):
 def fast(folder, bounds=None, offload=False):
     """Loss and gradients of all rows in one flattened batch, as the fast path computes them."""
     model = adapted(folder, "varlen", liger=True)
-    stash = HostStash(model.device) if offload else None
+    stash = HostStash(model.device, sum(LENGTHS) * 256 * 2) if offload else None
     fuse_lora(model, liger=True, checkpointing=True, stash=stash)
     ids = torch.cat(rows())[None].cuda()
     ends = torch.tensor([0, *LENGTHS]).cumsum(0)
@@ -139,8 +139,8 @@ def test_attention_across_rows_would_be_seen(folder):
 
 def test_offloading_gives_back_what_it_took():
     """With memory that is freed and taken again at once, and the GPU behind all the time."""
-    stash = HostStash(torch.device("cuda", 0))
     values = [torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
+    stash = HostStash(torch.device("cuda", 0), values[0].nbytes)
     slots = [stash.slot() for _ in values]
     for step in range(1, 4):
         for slot, value in zip(slots, values, strict=True):

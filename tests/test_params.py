@@ -7,15 +7,15 @@ import sys
 
 import pytest
 import yaml
-from bad_params import SHIPPED, TABLE, with_value
+from bad_params import GOOD, TABLE, with_value
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tiny import ROOT
+from tiny import PARAMS, ROOT
 
 from stages.shared.params import Params, Section, faults, known_keys, load_params
 
 STAGES = sorted(file.stem for file in (ROOT / "stages").glob("*.py") if file.stem != "__init__")
-FILES = [ROOT / "params.yaml", *sorted((ROOT / "recipes").glob("*.yaml"))]
+FILES = [ROOT / "params.yaml", PARAMS, *sorted((ROOT / "recipes").glob("*.yaml"))]
 
 
 @pytest.mark.parametrize(("name", "text", "lines"), TABLE, ids=[row[0] for row in TABLE])
@@ -133,7 +133,7 @@ def test_value_means_to_a_stage_what_it_means_to_dvc(key, written, value, tmp_pa
 
 def test_key_may_come_by_a_merge(tmp_path):
     path = tmp_path / "params.yaml"
-    path.write_text(SHIPPED.replace("  type: nf4\n", "  <<: {type: nf4}\n"))
+    path.write_text(GOOD.replace("  type: nf4\n", "  <<: {type: nf4}\n"))
     assert load_params(path).quantize.type == "nf4"
 
 
@@ -161,7 +161,7 @@ def test_no_parameter_has_a_name_that_the_run_cache_ignores():
 
 
 def test_loaded_values_are_those_of_the_file():
-    assert load_params(ROOT / "params.yaml").model_dump() == yaml.safe_load(SHIPPED)
+    assert load_params(PARAMS).model_dump() == yaml.safe_load(GOOD)
 
 
 SCALARS = st.one_of(
@@ -186,7 +186,7 @@ VALUES = st.recursive(
 @example(key="model.id", value="\ud800")
 def test_any_value_is_taken_or_refused_in_lines_that_name_it(key, value):
     section, _, name = key.rpartition(".")
-    params = yaml.safe_load(SHIPPED)
+    params = yaml.safe_load(GOOD)
     (params[section] if section else params)[name] = value
     check(yaml.safe_dump(params, allow_unicode=True), section or key)
 

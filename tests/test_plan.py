@@ -12,11 +12,11 @@ from stages.shared.params import Params
 from stages.shared.rows import SCHEMA
 from stages.shared.shapes import match_targets, read_model
 from stages.shared.stage import StageError, write_sums
-from tests.tiny import ROOT, make_model
+from tests.tiny import PARAMS, make_model
 
 
 def params_of(**sections) -> Params:
-    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw = yaml.safe_load(PARAMS.read_text())
     for section, values in sections.items():
         raw[section] |= values
     return Params.model_validate(raw)
@@ -182,7 +182,7 @@ def test_the_stage_writes_the_promised_keys_and_a_constant_verdict(
     write_rows(tmp_path / "data/prepared", [([1, 2, 3], [-100, 2, 3])] * 20)
     for folder in (tokenizer, tmp_path / "data/prepared"):
         write_sums(folder)
-    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    (tmp_path / "params.yaml").write_text(PARAMS.read_text())
     plan.main()
     assert (tmp_path / "models/plan.ok").read_bytes() == b"training may start\n"
     found = json.loads((tmp_path / "metrics/plan.json").read_text())

@@ -17,11 +17,11 @@ from transformers import AutoTokenizer, TrainerControl, TrainerState
 from stages import train as train_stage
 from stages.shared.model import load_base
 from stages.shared.params import Params
-from stages.shared.probe import Probe
+from stages.shared.probe import Probe, needs_probe
 from stages.shared.rows import read_rows
 from stages.shared.scoring import TOKENS_PER_BATCH, Scores, score
 from stages.shared.stage import sha256
-from stages.shared.trainer import build_trainer, choose_fast_path
+from stages.shared.trainer import build_trainer, choose_fast_path, largest_pass
 from tests.tiny import make_model
 
 CPU = torch.device("cpu")
@@ -128,7 +128,7 @@ def test_lora_on_the_16_bit_base(project):
     "changes",
     [
         {"batching": "shuffle", "gradient_accumulation": 2, "gradient_checkpointing": False},
-        {"batching": "group_by_length", "gradient_accumulation": 1, "gradient_checkpointing": True},
+        {"batching": "shuffle", "gradient_accumulation": 1, "gradient_checkpointing": True},
     ],
     ids=lambda changes: changes["batching"],
 )
@@ -167,6 +167,20 @@ def test_a_probe_of_the_longest_batch_changes_no_byte(project, tmp_path, changes
     assert adapters[0].keys() == adapters[1].keys()
     for name, tensor in adapters[0].items():
         assert torch.equal(tensor, adapters[1][name]), name
+
+
+@pytest.mark.parametrize(("last", "needed"), [(60, False), (100, False), (1, True)])
+def test_only_steps_that_can_grow_are_tried(last, needed):
+    rows = [[5] * 100] * 9 + [[5] * last]
+    assert needs_probe(Dataset.from_dict({"input_ids": rows, "labels": rows})) == needed
+
+
+@pytest.mark.parametrize(("padding_free", "tokens"), [(True, 9 + 7), (False, 2 * 9)])
+def test_the_largest_pass_has_the_longest_rows(padding_free, tokens):
+    rows = [[5] * length for length in (3, 9, 1, 7)]
+    data = Dataset.from_dict({"input_ids": rows, "labels": rows})
+    assert largest_pass(data, 2, padding_free) == tokens
+    assert largest_pass(data, 9, True) == 20
 
 
 def outputs(folder):

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parent.parent
+PARAMS = ROOT / "tests/params.yaml"
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
     " + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -111,7 +112,7 @@ def make_workspace(folder: Path, git: bool = False, **sections: dict) -> Path:
         shutil.copy(ROOT / name, folder / name)
     for name in ("models", "metrics"):
         (folder / name).mkdir()
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params = yaml.safe_load(PARAMS.read_text())
     for changes in (TINY_PARAMS, sections):
         for section, values in changes.items():
             if isinstance(values, dict):

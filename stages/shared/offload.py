@@ -13,7 +13,7 @@ import torch
 
 from stages.shared.stage import StageError
 
-# More only wait for each other in the driver.
+# With more of them they wait for each other in the driver, and the launch of kernels for them.
 LOCKING_THREADS = 2
 
 
@@ -22,12 +22,12 @@ class HostStash:
 
     A forward pass is followed by its backward pass before the next one begins.
 
-    values  of the largest tensor that will come, where that is known
+    size  bytes of the largest tensor that will come
     """
 
-    def __init__(self, device: torch.device, values: int = 0):
+    def __init__(self, device: torch.device, size: int):
         self.device = device
-        self.values = values
+        self.size = size
         self.stream = torch.cuda.Stream(device)
         self.slots: list[Slot] = []
         # On its way to the host, and the event of its arrival.
@@ -38,16 +38,10 @@ class HostStash:
         self.slots.append(Slot(self, len(self.slots)))
         return self.slots[-1]
 
-    def make_room(self, first: int, values: int, dtype: torch.dtype) -> None:
-        """Lock memory for slot `first` and those after it, which as a rule take as much.
-
-        Threads do it for the later ones while the first layers compute.
-        """
-        # An earlier copy out of a buffer that goes may still be under way.
-        self.stream.synchronize()
-        for slot in self.slots[first:]:
-            slot.room = values, dtype
-            slot.buffer = self.threads.submit(pinned, values, dtype)
+    def lock_memory(self) -> None:
+        """Let threads lock the memory of all slots in their order, while layers compute."""
+        for slot in self.slots:
+            slot.buffer = self.threads.submit(pinned, self.size)
 
     def let_go(self, still: int) -> None:
         """Free all but the last `still` of what left, as soon as it has arrived."""
@@ -61,19 +55,24 @@ class Slot:
         self.stash = stash
         self.number = number
         # Kept from step to step: pinning memory takes longer than many copies.
-        self.room: tuple[int, torch.dtype] = 0, torch.bfloat16
         self.buffer: Future[torch.Tensor] | None = None
         self.waiting: torch.Tensor | None = None
         self.returning: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
     def put(self, tensor: torch.Tensor) -> None:
         """Begin to copy `tensor`, which the stash holds until it has left."""
-        stash, (values, dtype) = self.stash, self.room
+        stash = self.stash
         # While one layer's copies leave the next one computes.
         stash.let_go(1)
-        if values < tensor.numel() or dtype != tensor.dtype:
-            stash.make_room(self.number, max(tensor.numel(), stash.values), tensor.dtype)
-        self.waiting = self.buffer.result()[: tensor.numel()].view(tensor.shape)
+        if self.buffer is None:
+            stash.lock_memory()
+        try:
+            buffer = self.buffer.result()
+        except StageError:
+            # Or the threads would go on, and the process wait for them.
+            stash.threads.shutdown(wait=False, cancel_futures=True)
+            raise
+        self.waiting = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         stash.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stash.stream):
             self.waiting.copy_(tensor, non_blocking=True)
@@ -104,18 +103,18 @@ class Slot:
         self.waiting = None
 
 
-def pinned(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Page-locked host memory for `count` values.
+def pinned(size: int) -> torch.Tensor:
+    """`size` bytes of page-locked host memory, uint8.
 
     torch's own pinned memory is rounded up to a power of two and faulted in by a single core.
     Raises StageError when the system does not allow it.
     """
-    buffer = torch.empty(count, dtype=dtype).zero_()
+    buffer = torch.empty(size, dtype=torch.uint8).zero_()
     runtime = torch.cuda.cudart()
-    status = runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
+    status = runtime.cudaHostRegister(buffer.data_ptr(), size, 0)
     if status != runtime.cudaError.success:
         raise StageError(
-            f"{buffer.nbytes / 1e9:.2f} GB of host memory for layer inputs cannot be page-locked "
+            f"{size / 1e9:.2f} GB of host memory for layer inputs cannot be page-locked "
             f"({status}); free host memory or lower train.batch_size"
         )
     weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())

@@ -1,18 +1,20 @@
 """The largest step that training can meet, tried before the first one; running out, explained.
 
 Out of memory then comes in the first seconds and not after an hour. What is trained is not changed
-by it: gradients are cleared, random states put back, and the optimizer never steps. Packs are of
-one length, so with packing the first steps are the trial.
+by it: gradients are cleared, random states put back, and the optimizer never steps. Where rows are
+as long as each other, as full packs are, the first steps are the trial.
 """
 
 import json
+import statistics
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from stages.shared.model import GB, reset_peaks
-from stages.shared.params import Params, Train
+from stages.shared.params import Params
 from stages.shared.rows import lengths
 from stages.shared.stage import StageError
 from stages.shared.trainer import Trainer
@@ -20,11 +22,14 @@ from stages.shared.trainer import Trainer
 PLAN = Path("metrics/plan.json")
 # Of each trained parameter: Adam's two moments, and the gradient of an earlier micro-step.
 MOMENT_BYTES, GRADIENT_BYTES = 8, 4
+# Mean length over the longest, from which on rows count as equally long.
+ALIKE = 0.95
 
 
-def needs_probe(train: Train) -> bool:
-    """Whether a later step can be larger than the first ones."""
-    return train.batching != "packing"
+def needs_probe(rows: Dataset) -> bool:
+    """Whether a step over `rows` (packs, when packed) can be much larger than the first ones."""
+    tokens, _ = lengths(rows.with_format("arrow")[:])
+    return statistics.fmean(tokens) < ALIKE * max(tokens)
 
 
 class Probe(TrainerCallback):
@@ -75,7 +80,11 @@ def out_of_memory(trainer: Trainer, base_bytes: int, params: Params) -> StageErr
     tensors = [v for entry in state for v in entry.values() if isinstance(v, torch.Tensor)]
     paged = sum(v.nbytes for v in tensors if getattr(v, "is_paged", False))
     optimizer = sum(v.nbytes for v in tensors) - paged
-    if not tensors and needs_probe(params.train) and not params.train.optimizer.startswith("paged"):
+    if (
+        not tensors
+        and needs_probe(trainer.train_dataset)
+        and not params.train.optimizer.startswith("paged")
+    ):
         # What the probe kept free for it.
         optimizer = MOMENT_BYTES * sum(p.numel() for p in trained)
     peak = torch.cuda.max_memory_allocated()

@@ -18,6 +18,7 @@ from stages.shared import attention
 from stages.shared.fused_lora import fuse_lora, plain_layers
 from stages.shared.offload import HostStash
 from stages.shared.params import Lora, Params, Train
+from stages.shared.rows import lengths
 from stages.shared.stage import StageError
 
 # Below this the inputs of the checkpointed layers are not worth a trip to host memory.
@@ -120,6 +121,13 @@ def optimizer_steps(rows: int, train: Train) -> int:
     return math.ceil(train.epochs * max(1, math.ceil(batches / train.gradient_accumulation)))
 
 
+def largest_pass(rows: Dataset, batch_size: int, padding_free: bool) -> int:
+    """Tokens of the largest forward pass over `rows` (packs, when packed), padding counted."""
+    tokens, _ = lengths(rows.with_format("arrow")[:])
+    longest = sorted(tokens)[-batch_size:]
+    return sum(longest) if padding_free else len(longest) * longest[-1]
+
+
 def build_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -190,10 +198,9 @@ def build_trainer(
     if fast.fused_lora:
         stash = None
         if fast.offload and two_parts:
-            # Packs differ by a few tokens, and every longer step would lock memory anew.
-            width = model.config.get_text_config().hidden_size
-            packed = train.batch_size * max_length * width if packing else 0
-            stash = HostStash(model.device, packed)
+            tokens = largest_pass(trainer.train_dataset, train.batch_size, fast.padding_free)
+            token = model.get_input_embeddings().weight[0]
+            stash = HostStash(model.device, tokens * token.nbytes)
         fuse_lora(trainer.model, fast.liger, train.gradient_checkpointing, stash)
     elif train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
