@@ -108,7 +108,8 @@ def evaluation(device: torch.device) -> dict:
     from stages.shared.scoring import score
     from stages.shared.trainer import lora_config
 
-    params = with_changes(load_params().model_dump(), {"lora": {"r": RANK, "alpha": RANK}})
+    lora = {"r": RANK, "alpha": RANK, "target_modules": "all-linear"}
+    params = with_changes(load_params().model_dump(), {"lora": lora})
     model = get_peft_model(build(SHAPE, True, device), lora_config(params.lora)).eval()
     rows = [{"input_ids": ids, "labels": ids} for ids in random_rows(EVALUATED_ROWS)]
     tokens = sum(len(row["input_ids"]) for row in rows)

@@ -52,7 +52,7 @@ from stages.shared.model import (
     reset_peaks,
 )
 from stages.shared.probe import Probe, needs_probe, out_of_memory, too_large
-from stages.shared.rows import PREPARED, lengths, read_rows
+from stages.shared.rows import PREPARED, read_rows, token_counts
 from stages.shared.scoring import TOKENS_PER_BATCH, score
 from stages.shared.trainer import (
     Trainer,
@@ -207,7 +207,7 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     except torch.cuda.OutOfMemoryError:
         raise too_large() from None
     base_bytes = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-    row_tokens, _ = lengths(named.data.table)
+    row_tokens = token_counts(named.data.table)
     width = max_length if params.train.batching == "packing" else max(row_tokens)
     step_tokens = params.train.batch_size * width
     fast = choose_fast_path(model, params.lora, params.train, step_tokens)

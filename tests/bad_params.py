@@ -213,19 +213,19 @@ VALUES = {
 
 
 def with_value(key: str, value: str, text: str = GOOD) -> str:
-    """`text` with `value` where the shipped file has the value of `key`."""
+    """`text` with `value` where tests/params.yaml has the value of `key`."""
     lines, at, end = _place(key, text)
     return "\n".join([*lines[:at], lines[at].partition(":")[0] + ": " + value, *lines[end:], ""])
 
 
 def without(key: str) -> str:
-    """The shipped file without `key`."""
+    """tests/params.yaml without `key`."""
     lines, at, end = _place(key, GOOD)
     return "\n".join([*lines[:at], *lines[end:], ""])
 
 
 def added(section: str, line: str) -> str:
-    """The shipped file with another line in `section`."""
+    """tests/params.yaml with another line in `section`."""
     lines, at, _ = _place(section, GOOD)
     return "\n".join([*lines[: at + 1], "  " + line, *lines[at + 1 :], ""])
 

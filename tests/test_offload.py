@@ -63,4 +63,4 @@ def test_a_lock_that_is_refused_is_the_last(monkeypatch):
     with pytest.raises(StageError, match="no more"):
         fill()
     stash.threads.shutdown()
-    assert len(asked) < 10
+    assert len(asked) < len(slots)

@@ -127,20 +127,21 @@ def test_lora_on_the_16_bit_base(project):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"batching": "shuffle", "gradient_accumulation": 2, "gradient_checkpointing": False},
-        {"batching": "shuffle", "gradient_accumulation": 1, "gradient_checkpointing": True},
+        {"gradient_accumulation": 2, "gradient_checkpointing": False},
+        {"gradient_accumulation": 1, "gradient_checkpointing": True},
     ],
-    ids=lambda changes: changes["batching"],
+    ids=["accumulating", "checkpointing"],
 )
 def test_a_probe_of_the_longest_batch_changes_no_byte(project, tmp_path, changes):
     raw = yaml.safe_load((project / "params.yaml").read_text())
     # With dropout a random state that is not put back shows in every gradient.
     raw["lora"]["dropout"] = 0.1
-    raw["train"] |= changes | {"batch_size": 8}
+    raw["train"] |= changes | {"batch_size": 8, "batching": "shuffle"}
     params = Params.model_validate(raw)
     stored = read_rows(project / "data/prepared/train.arrow")
     rows = Dataset.from_dict({key: [r[key] for r in stored] for key in ("input_ids", "labels")})
     tokenizer = AutoTokenizer.from_pretrained(project / "data/prepared/tokenizer")
+    assert needs_probe(rows)
     adapters, tokens, tried = [], [], []
     for probed in (False, True):
         model = load_base(project / "models/quantized", CPU)

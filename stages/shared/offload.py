@@ -13,7 +13,7 @@ import torch
 
 from stages.shared.stage import StageError
 
-# With more of them they wait for each other in the driver, and the launch of kernels for them.
+# More of them wait for each other in the driver, and so does the launch of kernels.
 LOCKING_THREADS = 2
 
 
@@ -68,7 +68,7 @@ class Slot:
             stash.lock_memory()
         try:
             buffer = self.buffer.result()
-        except StageError:
+        except BaseException:
             # Or the threads would go on, and the process wait for them.
             stash.threads.shutdown(wait=False, cancel_futures=True)
             raise

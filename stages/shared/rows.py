@@ -38,9 +38,14 @@ def read_rows(path: Path) -> list[dict]:
         return pyarrow.ipc.open_stream(source).read_all().to_pylist()
 
 
+def token_counts(table: pa.Table) -> list[int]:
+    """Tokens of every row."""
+    return pc.list_value_length(table["input_ids"]).to_pylist()
+
+
 def lengths(table: pa.Table) -> tuple[list[int], list[int]]:
     """(tokens, learned tokens) of every row, without a Python object for each token."""
-    tokens = pc.list_value_length(table["input_ids"]).to_pylist()
+    tokens = token_counts(table)
     row = pc.list_parent_indices(table["labels"])
     learned = pc.filter(row, pc.not_equal(pc.list_flatten(table["labels"]), IGNORED))
     counts = {c["values"]: c["counts"] for c in pc.value_counts(learned).to_pylist()}

@@ -18,7 +18,7 @@ from stages.shared import attention
 from stages.shared.fused_lora import fuse_lora, plain_layers
 from stages.shared.offload import HostStash
 from stages.shared.params import Lora, Params, Train
-from stages.shared.rows import lengths
+from stages.shared.rows import token_counts
 from stages.shared.stage import StageError
 
 # Below this the inputs of the checkpointed layers are not worth a trip to host memory.
@@ -123,8 +123,7 @@ def optimizer_steps(rows: int, train: Train) -> int:
 
 def largest_pass(rows: Dataset, batch_size: int, padding_free: bool) -> int:
     """Tokens of the largest forward pass over `rows` (packs, when packed), padding counted."""
-    tokens, _ = lengths(rows.with_format("arrow")[:])
-    longest = sorted(tokens)[-batch_size:]
+    longest = sorted(token_counts(rows.with_format("arrow")[:]))[-batch_size:]
     return sum(longest) if padding_free else len(longest) * longest[-1]
 
 
