@@ -26,26 +26,26 @@ import yaml
 from benchmarks.methods import PEFT_ONLY, SHAPE, strategy_trainer, with_changes
 from benchmarks.random_models import build
 from benchmarks.speed import random_rows
-from benchmarks.vram import LIBRARIES, version
+from benchmarks.vram import LIBRARIES, alone, version
 from stages.shared import vram
 from stages.shared.params import PARAMS
 
 RESULTS = Path("benchmarks/results/fast_path.json")
 STEPS, ROWS_A_STEP = 50, 4
 EVALUATED_ROWS, RANK = 200, 64
-# Plain first: Liger replaces the rotary embedding for the rest of the process.
 SIDES = {"plain": "sdpa", "fast": "auto", "fast again": "auto"}
 
 
 def losses(side: str, project: Path, device: torch.device) -> tuple[list[float], str]:
     """The loss of every step, and the fast path that was taken."""
-    from datasets import Dataset
+    from datasets import Dataset, disable_caching
     from transformers import AutoConfig, AutoTokenizer
 
     from stages.quantize import quantize
     from stages.shared.model import load_base
     from stages.shared.trainer import choose_attention
 
+    disable_caching()
     prepared = project / "data/prepared"
     rows = Dataset.from_file(str(prepared / "train.arrow")).select_columns(["input_ids", "labels"])
     default = yaml.safe_load((project / PARAMS).read_text(encoding="utf-8"))
@@ -72,7 +72,7 @@ def losses(side: str, project: Path, device: torch.device) -> tuple[list[float],
 
 
 def curve(project: Path, device: torch.device) -> dict:
-    found = {side: losses(side, project, device) for side in SIDES}
+    found = {side: alone(losses, side, project, device) for side in SIDES}
     plain, fast, again = (values for values, _ in found.values())
 
     def apart(a: list[float], b: list[float]) -> dict[str, float]:
@@ -140,9 +140,6 @@ def main() -> None:
     parser.add_argument("part", choices=("curve", "evaluation"))
     parser.add_argument("--default", type=Path, default=Path("."), help="its project folder")
     options = parser.parse_args()
-    from datasets import disable_caching
-
-    disable_caching()
     device = torch.device("cuda", 0)
     part = curve(options.default, device) if options.part == "curve" else evaluation(device)
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}

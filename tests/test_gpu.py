@@ -5,11 +5,13 @@ own layers. The fast path and the plain bfloat16 path are both held against it.
 """
 
 import csv
+import importlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -35,9 +37,23 @@ from tests.tiny import make_model
 
 pytestmark = pytest.mark.gpu
 LENGTHS = (37, 120, 5, 64, 200)
+FAMILIES = ("llama", "mistral", "qwen2")
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral", "qwen2"])
+@contextmanager
+def liger_put_back():
+    """Liger replaces classes of transformers' modules, and later models are built of them: their
+    MLPs would not be fused, and a plain one would not be plain. A stage has its own process."""
+    modules = [importlib.import_module(f"transformers.models.{f}.modeling_{f}") for f in FAMILIES]
+    before = [dict(vars(module)) for module in modules]
+    try:
+        yield
+    finally:
+        for module, names in zip(modules, before, strict=True):
+            vars(module).update(names)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 4}
@@ -55,6 +71,7 @@ def rows():
 def adapted(folder, kind, dtype=torch.bfloat16, liger=False):
     attention.register()
     base = load_base(folder, torch.device("cuda", 0), kind)
+    assert not type(base.model.layers[0].mlp).__name__.startswith("Liger")
     set_compute_dtype(base, dtype)
     if liger:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
@@ -88,6 +105,7 @@ def plain(folder, dtype):
     return total, gradients(model)
 
 
+@liger_put_back()
 def fast(folder, bounds=None, offload=False):
     """Loss and gradients of all rows in one flattened batch, as the fast path computes them."""
     model = adapted(folder, "varlen", liger=True)
@@ -256,9 +274,10 @@ def trainings(tmp_path_factory):
             (copy / "params.yaml").write_text(yaml.safe_dump(params))
             undisturbed[optimizer] = []
             for _ in range(3):
-                train_stage.main()
+                with liger_put_back():
+                    train_stage.main()
                 undisturbed[optimizer].append(losses(copy))
-            with patch.context() as stopped:
+            with patch.context() as stopped, liger_put_back():
                 stop(stopped)
                 with pytest.raises(StageError, match="stopped by SIGTERM"):
                     train_stage.main()

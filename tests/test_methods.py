@@ -79,6 +79,8 @@ def test_tables_name_every_strategy(tmp_path, monkeypatch):
 
 def test_the_curve_and_the_evaluation_have_their_sides(tmp_path, monkeypatch):
     monkeypatch.setattr(fast_path, "STEPS", 4)
+    # Another process would not know of four steps.
+    monkeypatch.setattr(fast_path, "alone", lambda function, *args: function(*args))
     found = fast_path.curve(make_prepared_workspace(tmp_path), CPU)
     assert found["steps"] == 4
     # Without a GPU all sides are the plain one.
