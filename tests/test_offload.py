@@ -1,6 +1,7 @@
 """Layer inputs in host memory, with stand-ins for CUDA (tests/test_gpu.py has the real thing)."""
 
-import time
+import itertools
+import threading
 from contextlib import nullcontext
 from unittest.mock import MagicMock
 
@@ -43,13 +44,15 @@ def test_every_slot_gives_back_what_it_took(monkeypatch):
 
 
 def test_a_lock_that_is_refused_is_the_last(monkeypatch):
-    asked = []
+    numbers, asked, refused = itertools.count(1), [], threading.Event()
 
     def pinned(size):
-        asked.append(size)
-        time.sleep(0.05)
-        if len(asked) > 2:
+        number = next(numbers)
+        asked.append(number)
+        if number == 3:
             raise StageError("no more")
+        if number > 3:
+            refused.wait(10)
         return torch.empty(size, dtype=torch.uint8)
 
     monkeypatch.setattr(offload, "pinned", pinned)
@@ -62,5 +65,7 @@ def test_a_lock_that_is_refused_is_the_last(monkeypatch):
 
     with pytest.raises(StageError, match="no more"):
         fill()
+    refused.set()
     stash.threads.shutdown()
-    assert len(asked) < len(slots)
+    # Besides those that the threads had begun.
+    assert len(asked) <= 3 + offload.LOCKING_THREADS
