@@ -117,12 +117,18 @@ def test_own_column_names_of_a_csv(tmp_path, monkeypatch, capsys):
     assert "columns frage as prompt, antwort as completion; not used: id" in said
 
 
-def test_killed_stage_takes_its_workers_along(tmp_path):
-    """A worker that lives on would hold the memory of the stage, and the lock of its terminal."""
+@pytest.mark.parametrize("delay", [0, 2])
+def test_killed_stage_takes_its_workers_along(tmp_path, delay):
+    """A worker that lives on would hold the memory of the stage, and the lock of its terminal.
+
+    delay  seconds that a worker needs to begin: the stage is killed before that, or may be
+    """
     make_folder(tmp_path, {"a.jsonl": jsonl(pairs(20_000))})
     code = (
-        "import os; from stages import prepare; from stages.shared import encoding\n"
+        "import os, time; from stages import prepare; from stages.shared import encoding\n"
         "os.sched_getaffinity = lambda _: {0, 1}\n"
+        "begin = encoding._begin_worker\n"
+        f"encoding._begin_worker = lambda *args: (time.sleep({delay}), begin(*args))\n"
         "prepare.main()"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}

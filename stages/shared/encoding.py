@@ -112,7 +112,7 @@ def _parts(
         yield from ((chunk, _encode(chunk)) for chunk in chunks)
         return
     context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, context, _begin_worker)
+    pool = ProcessPoolExecutor(workers, context, _begin_worker, (os.getpid(),))
     try:
         waiting = deque()
         for chunk in chunks:
@@ -127,11 +127,14 @@ def _parts(
         pool.shutdown(cancel_futures=True)
 
 
-def _begin_worker() -> None:
-    """Leave signals to the stage, and end when it ends, however it does."""
+def _begin_worker(stage: int) -> None:
+    """Leave signals to the stage, process `stage`, and end when it ends, however it does."""
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # It may have ended before.
+    if os.getppid() != stage:
+        os._exit(1)
 
 
 def _encode(chunk: np.ndarray) -> Part:
