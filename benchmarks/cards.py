@@ -99,8 +99,8 @@ def make_workspace(recipe: str, source: Path, folder: Path, card: float) -> None
     import pyarrow as pa
     import yaml
 
+    from stages.shared.outputs import write_sums
     from stages.shared.rows import SCHEMA
-    from stages.shared.stage import write_sums
 
     shutil.rmtree(folder, ignore_errors=True)
     copy_project(folder)

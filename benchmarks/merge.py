@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from stages.shared.model import device_name
-from stages.shared.stage import write_sums
+from stages.shared.outputs import write_sums
 from stages.shared.weights import LETTERS, SINGLE, Weights
 
 ROOT = Path(__file__).parent.parent

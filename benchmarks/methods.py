@@ -32,9 +32,9 @@ import yaml
 from benchmarks.random_models import build, config_of, scratch, tokenizer
 from benchmarks.speed import random_rows, row_lengths
 from benchmarks.vram import LIBRARIES, ROWS_A_STEP, Point, alone, peaks, prepare, version
+from stages.planning.shapes import shape_of
 from stages.shared import vram
 from stages.shared.params import PARAMS, Params
-from stages.shared.shapes import shape_of
 
 FOLDER = Path("benchmarks/results")
 RESULTS = FOLDER / "methods.json"
@@ -176,7 +176,7 @@ def with_changes(params: dict, changes: dict) -> Params:
 
 def strategy_trainer(params: Params, off: tuple[str, ...], model, rows, tokens: tuple, text=None):
     """The train stage's trainer with parts of its fast path off. `tokens`: pack's, step's."""
-    from stages.shared.trainer import build_trainer, choose_fast_path
+    from stages.training.trainer import build_trainer, choose_fast_path
 
     fast = choose_fast_path(model, params.lora, params.train, tokens[1])
     fast = replace(fast, **dict.fromkeys(off, False))
@@ -186,7 +186,7 @@ def strategy_trainer(params: Params, off: tuple[str, ...], model, rows, tokens: 
 
 def measure_strategy(name: str, device: torch.device) -> dict:
     """Peak and rate of the recipe with one strategy switched off."""
-    from stages.shared.trainer import choose_attention
+    from stages.training.trainer import choose_attention
 
     changes, off = STRATEGIES[name]
     params = with_changes(yaml.safe_load(RECIPE.read_text(encoding="utf-8")), changes)
@@ -223,7 +223,7 @@ def measure_perplexity(name: str, project: Path, device: torch.device) -> dict:
     from stages.shared.model import load_adapter, load_base
     from stages.shared.rows import read_rows
     from stages.shared.scoring import score
-    from stages.shared.trainer import choose_attention
+    from stages.training.trainer import choose_attention
 
     changes, off = STRATEGIES[name]
     default = yaml.safe_load((project / PARAMS).read_text(encoding="utf-8"))

@@ -33,7 +33,7 @@ from pathlib import Path
 
 import yaml
 
-from stages.shared.stage import write_sums
+from stages.shared.outputs import write_sums
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/prepare.json"
@@ -60,9 +60,9 @@ print(json.dumps({"seconds": time.perf_counter() - start,
 NEAR = """
 import json, time
 from pathlib import Path
-from stages.shared.formats import recognize
-from stages.shared.readers import read_file
-from stages.shared.splitting import Store, near_duplicates
+from stages.preparing.formats import recognize
+from stages.preparing.readers import read_file
+from stages.preparing.splitting import Store, near_duplicates
 store = Store(Path("."))
 form = None
 for line, row in read_file(Path("near.jsonl")):

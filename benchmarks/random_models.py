@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from stages.shared.model import set_compute_dtype
-from stages.shared.stage import sha256, write_sums
+from stages.shared.outputs import write_sums
+from stages.shared.process import sha256
 
 SPREAD = 0.02
 # The modelling modules of transformers as they were before Liger put its own classes into them.

@@ -98,7 +98,7 @@ def make(work: Path, rows: int, shape: dict) -> None:
     (base / "source.json").write_text(json.dumps(source))
     make_workspace(work, rows)
     sys.path.insert(0, str(ROOT))
-    from stages.shared.stage import write_sums
+    from stages.shared.outputs import write_sums
 
     write_sums(base)
     run_stage(work, "quantize", {})
@@ -124,8 +124,8 @@ def make_workspace(work: Path, rows: int) -> None:
     """The project's stages beside rows in the form that `prepare` writes."""
     import pyarrow as pa
 
+    from stages.shared.outputs import write_sums
     from stages.shared.rows import SCHEMA
-    from stages.shared.stage import write_sums
 
     shutil.copytree(ROOT / "stages", work / "stages", dirs_exist_ok=True)
     for name in ("dvc.yaml", "params.yaml"):
@@ -318,7 +318,7 @@ def profile(work: Path, side: str, steps: int) -> None:
 
     from stages.shared.model import load_base, pick_device
     from stages.shared.params import load_params
-    from stages.shared.trainer import build_trainer, choose_attention, choose_fast_path
+    from stages.training.trainer import build_trainer, choose_attention, choose_fast_path
 
     disable_caching()
     os.chdir(work)

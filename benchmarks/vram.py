@@ -30,9 +30,9 @@ import torch
 import yaml
 
 from benchmarks.random_models import SHAPES, build, config_of, scratch, tokenizer
+from stages.planning.shapes import match_targets, shape_of
 from stages.shared import vram
 from stages.shared.params import PARAMS, Params
-from stages.shared.shapes import match_targets, shape_of
 
 RESULTS = Path("benchmarks/results/plan.json")
 STEPS = 3
@@ -135,7 +135,7 @@ def full_trainer(model, rows, params: Params, folder: Path, fast):
     from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig
 
-    from stages.shared.trainer import LIGER_OFF, LIGER_PARTS, Trainer
+    from stages.training.trainer import LIGER_OFF, LIGER_PARTS, Trainer
 
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -169,7 +169,7 @@ def full_trainer(model, rows, params: Params, folder: Path, fast):
 
 def prepare(point: Point, device: torch.device, rows):
     """(trainer, fast path) for `point`: the model, the adapter and what training would choose."""
-    from stages.shared.trainer import build_trainer, choose_attention, choose_fast_path
+    from stages.training.trainer import build_trainer, choose_attention, choose_fast_path
 
     params, config = params_of(point), config_of(point.shape)
     attention = choose_attention(params.train, config, device)

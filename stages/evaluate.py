@@ -13,8 +13,9 @@ import random
 import time
 from pathlib import Path
 
+from stages.shared.outputs import check_sums, write_metrics, write_text
 from stages.shared.params import load_params
-from stages.shared.stage import StageError, begin, check_sums, write_metrics, write_text
+from stages.shared.process import StageError, begin
 
 if __name__ == "__main__":
     begin("evaluate")

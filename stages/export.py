@@ -9,30 +9,29 @@ Writes  models/release: the merged files, linked, with a model card and fresh SH
 """
 
 import csv
-import errno
 import io
 import json
-import os
 import platform
-import shutil
 from importlib import metadata
 from pathlib import Path
 
-from stages.shared.params import load_params
-from stages.shared.stage import (
+from stages.shared.outputs import (
     SUMS,
-    begin,
     check_sums,
+    link_or_copy,
+    read_json,
     whole_folder,
     write_metrics,
     write_text,
 )
+from stages.shared.params import load_params
+from stages.shared.process import begin
 
 if __name__ == "__main__":
     begin("export")
 
-from stages.shared import page, report
-from stages.shared.card import model_card
+from stages.reporting import page, report
+from stages.reporting.card import model_card
 
 MERGED = Path("models/merged")
 RELEASE = Path("models/release")
@@ -45,20 +44,20 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", 
 def read_results(params: dict, merged: Path) -> report.Results:
     """Everything the report is made of; `params` as in params.yaml."""
     metrics = {
-        name: _json(METRICS / f"{name}.json")
+        name: read_json(METRICS / f"{name}.json")
         for name in ("data", "plan", "train", "train_cost", "eval", "eval_cost", "verify")
     }
     curve = _csv(METRICS / "curve.csv")
     trained = metrics["train_cost"].pop("adapter_sha256")
-    if _json(merged / "merge.json")["adapter_sha256"] != trained:
+    if read_json(merged / "merge.json")["adapter_sha256"] != trained:
         metrics["train"], metrics["train_cost"], curve = {}, {}, []
     samples = (METRICS / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     return report.Results(
         **metrics,
         params=params,
-        prepared=_json(PREPARED / "prepared.json"),
-        data_source=_json(PREPARED / "source.json"),
-        model_source=_json(TOKENIZER / "source.json"),
+        prepared=read_json(PREPARED / "prepared.json"),
+        data_source=read_json(PREPARED / "source.json"),
+        model_source=read_json(TOKENIZER / "source.json"),
         curve=curve,
         lengths=_csv(METRICS / "lengths.csv"),
         samples=[json.loads(line) for line in samples],
@@ -69,20 +68,10 @@ def read_results(params: dict, merged: Path) -> report.Results:
 
 
 def link_files(source: Path, target: Path) -> int:
-    """Hardlink every file of `source` but its checksums into `target`; how many there were.
-
-    Where DVC's cache lies on another file system (`source` then holds symlinks), they are copied.
-    """
+    """Link every file of `source` but its checksums into `target`; how many there were."""
     files = sorted(f for f in source.rglob("*") if f.is_file() and f != source / SUMS)
     for file in files:
-        link = target / file.relative_to(source)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(file.resolve(), link)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            shutil.copyfile(file, link)
+        link_or_copy(file, target / file.relative_to(source))
     return len(files)
 
 
@@ -92,10 +81,6 @@ def csv_text(rows: list[dict]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _csv(path: Path) -> list[dict]:

@@ -11,14 +11,15 @@ import json
 import re
 from pathlib import Path
 
+from stages.shared.outputs import whole_folder
 from stages.shared.params import Dataset, load_params
-from stages.shared.stage import StageError, begin, whole_folder
+from stages.shared.process import StageError, begin
 
 if __name__ == "__main__":
     begin("fetch_data")
 
-from stages.shared.azure_cli import azure_examples
-from stages.shared.hub import (
+from stages.fetching.azure_cli import azure_examples
+from stages.shared.sources import (
     Folder,
     Repository,
     card,

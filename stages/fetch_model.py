@@ -8,17 +8,18 @@ kept as they come; only the GGUF file of a package is converted. DVC does not wa
 folder: after a change in it, run `dvc repro --force --single-item fetch_model`.
 """
 
-import json
 import shutil
 from pathlib import Path
 
+from stages.shared.outputs import read_json, whole_folder, write_json
 from stages.shared.params import Model, load_params
-from stages.shared.stage import StageError, begin, whole_folder
+from stages.shared.process import StageError, begin
 
 if __name__ == "__main__":
     begin("fetch_model")
 
-from stages.shared.hub import (
+from stages.fetching.model_files import check_config, check_weights, small_files, weight_files
+from stages.shared.sources import (
     Folder,
     Repository,
     copy_license,
@@ -27,7 +28,6 @@ from stages.shared.hub import (
     package,
     write_source,
 )
-from stages.shared.model_files import check_config, check_weights, small_files, weight_files
 
 BASE = Path("models/base")
 TOKENIZER = Path("models/tokenizer")
@@ -70,15 +70,15 @@ def convert(section: Model, out: Path) -> None:
     tokenizer.save_pretrained(out)
     # How this run came by the tokenizer is nobody's input.
     path = out / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     kept = {k: v for k, v in config.items() if k not in ("local_files_only", "is_local")}
-    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(path, kept, sort_keys=True)
     write_source(out, section, None, copy_license(found, out), {})
 
 
 def copy_tokenizer(base: Path, section: Model, out: Path) -> None:
     """Copy everything but the weights."""
-    record = json.loads((base / "source.json").read_text(encoding="utf-8"))
+    record = read_json(base / "source.json")
     for name in record["files"]:
         if ".safetensors" not in name:
             shutil.copyfile(base / name, out / name)

@@ -7,19 +7,12 @@ Writes models/merged: safetensors files named as the base's, config, generation 
 chat template and licence, and merge.json, which says what was done.
 """
 
-import json
 import shutil
 from pathlib import Path
 
+from stages.shared.outputs import check_space, check_sums, read_json, whole_folder, write_json
 from stages.shared.params import load_params
-from stages.shared.stage import (
-    StageError,
-    begin,
-    check_space,
-    check_sums,
-    sha256,
-    whole_folder,
-)
+from stages.shared.process import StageError, begin, sha256
 
 if __name__ == "__main__":
     begin("merge")
@@ -65,7 +58,7 @@ def check_layout(base: Weights, quantized: Weights) -> None:
                 f"{quantized.folder}: {name} has shape {quantized.shapes[name]} and in the base "
                 f"{base.shapes.get(name)}; repair it with: python -m tools.repair quantize"
             )
-    config = json.loads((base.folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(base.folder / "config.json")
     for name in sorted(set(base.names) - set(quantized.names)):
         # transformers leaves these out when it saves: it has them from elsewhere.
         tied = name == "lm_head.weight" and config.get("tie_word_embeddings")
@@ -106,7 +99,7 @@ def write_weights(
     if list(shards) != [SINGLE]:
         weight_map = {name: file for file, shard in shards.items() for name in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(out / INDEX, index)
+        write_json(out / INDEX, index, sort_keys=True)
     return {
         "tensors": len(names),
         "updated_tensors": len(updates),
@@ -132,35 +125,31 @@ def write_companions(out: Path, base: Path, adapter: Path, dtype: torch.dtype) -
     files += [f for f in base.iterdir() if any(Path(f.name.lower()).match(p) for p in LICENCES)]
     for file in files:
         shutil.copyfile(file, out / file.name)
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = read_json(base / "config.json")
     for key in ("quantization_config", "torch_dtype"):
         config.pop(key, None)
     config["dtype"] = str(dtype).removeprefix("torch.")
-    write_json(out / "config.json", config)
+    write_json(out / "config.json", config, sort_keys=True)
     if (base / "generation_config.json").exists():
-        generation = json.loads((base / "generation_config.json").read_text(encoding="utf-8"))
+        generation = read_json(base / "generation_config.json")
     else:
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = {key: config[key] for key in ids if config.get(key) is not None}
     if ends := end_tokens(out, generation.get("eos_token_id")):
         generation["eos_token_id"] = ends
-    write_json(out / "generation_config.json", generation)
+    write_json(out / "generation_config.json", generation, sort_keys=True)
 
 
 def end_tokens(folder: Path, known: int | list[int] | None) -> list[int]:
     """The known end tokens and the tokenizer's, which the tuned model ends its answers with."""
     ids = known if isinstance(known, list) else [] if known is None else [known]
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "tokenizer_config.json")
     token = config.get("eos_token")
     token = token["content"] if isinstance(token, dict) else token
     if token is None:
         return ids
     end = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(token)
     return ids if end in ids else [*ids, end]
-
-
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_sources(kind: str) -> tuple[Weights, dict[str, list[str]], dict[str, Update]]:
@@ -192,7 +181,7 @@ def main() -> None:
         counts = write_weights(out, source, shards, updates, dtype, device, sums)
         write_companions(out, BASE, ADAPTER, dtype)
         made = {"device": device.type, "adapter_sha256": sha256(ADAPTER / WEIGHTS)}
-        write_json(out / "merge.json", params.model_dump() | made | counts)
+        write_json(out / "merge.json", params.model_dump() | made | counts, sort_keys=True)
     print(f"merge: wrote {counts['bytes'] / 1e9:.2f} GB to {MERGED}")
 
 

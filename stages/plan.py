@@ -8,18 +8,19 @@ Writes metrics/plan.json and models/plan.ok, the same bytes whenever training ma
 
 from pathlib import Path
 
+from stages.shared.outputs import check_sums, write_metrics, write_text
 from stages.shared.params import Params, load_params
-from stages.shared.stage import StageError, begin, check_sums, write_metrics, write_text
+from stages.shared.process import StageError, begin
 
 if __name__ == "__main__":
     begin("plan")
 
 import torch
 
+from stages.planning.planning import Rows, cheapest_change, describe, read_rows
+from stages.planning.shapes import read_model
 from stages.shared import vram
-from stages.shared.planning import Rows, cheapest_change, describe, read_rows
 from stages.shared.rows import PREPARED
-from stages.shared.shapes import read_model
 
 CONFIG = Path("models/tokenizer")
 METRICS = Path("metrics/plan.json")

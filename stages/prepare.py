@@ -10,19 +10,19 @@ Every row is read and checked once, and kept on disk with a few hashes in memory
 decide which rows are duplicates, held out or trained on; only the chosen ones are tokenized.
 """
 
-import json
 import shutil
 from pathlib import Path
 
-from stages.shared.params import Prepare, load_params
-from stages.shared.stage import (
-    StageError,
-    begin,
+from stages.shared.outputs import (
     check_sums,
+    read_json,
     whole_folder,
+    write_json,
     write_metrics,
     write_text,
 )
+from stages.shared.params import Prepare, load_params
+from stages.shared.process import StageError, begin
 
 if __name__ == "__main__":
     begin("prepare")
@@ -31,13 +31,12 @@ import numpy as np
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from stages.shared.contract import MOST_LEAKED, Drops, lengths_table, metrics_of, sample_of, show
-from stages.shared.encoding import Written, write_set
-from stages.shared.formats import Format, Unusable, names_of, recognize
-from stages.shared.readers import data_files, read_file
-from stages.shared.rendering import Renderer, settle
-from stages.shared.rows import PREPARED, held_out_sets, read_rows, set_sha256
-from stages.shared.splitting import (
+from stages.preparing.contract import MOST_LEAKED, Drops, lengths_table, metrics_of, sample_of, show
+from stages.preparing.encoding import Written, write_set
+from stages.preparing.formats import Format, Unusable, names_of, recognize
+from stages.preparing.readers import data_files, read_file
+from stages.preparing.rendering import Renderer, settle
+from stages.preparing.splitting import (
     Pools,
     Store,
     after_held_out,
@@ -46,6 +45,7 @@ from stages.shared.splitting import (
     make_pools,
     near_duplicates,
 )
+from stages.shared.rows import PREPARED, held_out_sets, read_rows, set_sha256
 
 RAW = Path("data/raw")
 TOKENIZER = Path("models/tokenizer")
@@ -156,10 +156,10 @@ def write_sets(
 def write_about(out: Path, tokenizer, form: Format, params: Prepare, sets: dict) -> dict:
     """Write the tokenizer, source.json and prepared.json; returns the last."""
     tokenizer.save_pretrained(out / "tokenizer")
-    config = json.loads((out / "tokenizer/tokenizer_config.json").read_text(encoding="utf-8"))
+    config = read_json(out / "tokenizer/tokenizer_config.json")
     # How the tokenizer was loaded is no part of it, and differs between two equal runs.
     config = {k: v for k, v in config.items() if k not in ("is_local", "local_files_only")}
-    (out / "tokenizer/tokenizer_config.json").write_text(_json(config), encoding="utf-8")
+    write_json(out / "tokenizer/tokenizer_config.json", config, ensure_ascii=False)
     shutil.copyfile(RAW / "source.json", out / "source.json")
     about = {
         "format": form.name,
@@ -174,12 +174,8 @@ def write_about(out: Path, tokenizer, form: Format, params: Prepare, sets: dict)
     for prefix, file in held_out_sets(out).items():
         about[f"{prefix}eval_set_sha256"] = set_sha256(read_rows(file))
     about["sample"] = sample_of(out / "train.arrow", tokenizer)
-    (out / "prepared.json").write_text(_json(about), encoding="utf-8")
+    write_json(out / "prepared.json", about, ensure_ascii=False)
     return about
-
-
-def _json(value: dict) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def summary(metrics: dict, params: Prepare) -> str:

@@ -8,13 +8,12 @@ No model is instantiated: the peak is one output shard and one tensor, at any mo
 bytes equal those of transformers' own save_pretrained of a model loaded in bfloat16.
 """
 
-import json
-import os
 import shutil
 from pathlib import Path
 
+from stages.shared.outputs import check_sums, link_or_copy, read_json, whole_folder, write_json
 from stages.shared.params import load_params
-from stages.shared.stage import StageError, begin, check_sums, whole_folder
+from stages.shared.process import StageError, begin
 
 if __name__ == "__main__":
     begin("quantize")
@@ -102,10 +101,10 @@ def quantize(base: Path, out: Path, double_quant: bool) -> None:
             "be fused or renamed); such an architecture cannot be quantized tensor by tensor"
         )
     name_shards(out, shards)
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = read_json(base / "config.json")
     config["dtype"] = "bfloat16"
     config["quantization_config"] = quantization_config(double_quant).to_dict()
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_json(out / "config.json", config, sort_keys=True)
 
 
 def name_shards(out: Path, shards: list[dict[str, int]]) -> None:
@@ -121,17 +120,13 @@ def name_shards(out: Path, shards: list[dict[str, int]]) -> None:
         "metadata": {"total_size": sum(sum(shard.values()) for shard in shards)},
         "weight_map": weight_map,
     }
-    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (out / "model.safetensors.index.json").write_text(text)
+    write_json(out / "model.safetensors.index.json", index, sort_keys=True)
 
 
 def link(base: Path, out: Path) -> None:
     """Give `out` the weights of `base` without a second copy on disk where links work."""
     for file in [*base.glob("*.safetensors"), *base.glob("*.safetensors.index.json")]:
-        try:
-            os.link(file.resolve(), out / file.name)
-        except OSError:
-            shutil.copy(file, out / file.name)
+        link_or_copy(file, out / file.name)
     shutil.copyfile(base / "config.json", out / "config.json")
 
 

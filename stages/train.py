@@ -10,23 +10,22 @@ the permission to start. A killed run continues from its last checkpoint.
 import csv
 import gc
 import io
-import json
 import math
 import shutil
 import time
 from pathlib import Path
 
-from stages.shared.params import Params, load_params
-from stages.shared.stage import (
-    begin,
+from stages.shared.outputs import (
     check_space,
     check_sums,
-    code_files,
-    sha256,
+    read_json,
     whole_folder,
+    write_json,
     write_metrics,
     write_text,
 )
+from stages.shared.params import Params, load_params
+from stages.shared.process import begin, code_files, sha256
 
 if __name__ == "__main__":
     begin("train")
@@ -36,14 +35,6 @@ from datasets import Dataset, disable_caching
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 
-from stages.shared.checkpoints import (
-    KEPT,
-    Checkpoints,
-    checkpoint_folder,
-    fingerprint,
-    newest_complete,
-)
-from stages.shared.faults import Faults
 from stages.shared.model import (
     device_name,
     load_base,
@@ -51,10 +42,18 @@ from stages.shared.model import (
     pick_device,
     reset_peaks,
 )
-from stages.shared.probe import Probe, needs_probe, out_of_memory, too_large
 from stages.shared.rows import PREPARED, read_rows, token_counts
 from stages.shared.scoring import TOKENS_PER_BATCH, score
-from stages.shared.trainer import (
+from stages.training.checkpoints import (
+    KEPT,
+    Checkpoints,
+    checkpoint_folder,
+    fingerprint,
+    newest_complete,
+)
+from stages.training.faults import Faults
+from stages.training.probe import Probe, needs_probe, out_of_memory, too_large
+from stages.training.trainer import (
     Trainer,
     build_trainer,
     choose_attention,
@@ -133,14 +132,13 @@ def write_adapter(trainer: Trainer, out: Path) -> None:
     """Save the adapter, float32, with bytes that depend on nothing but the run."""
     trainer.model.save_pretrained(out, save_embedding_layers=False)
     (out / "README.md").unlink(missing_ok=True)
-    source = json.loads((QUANTIZED / "source.json").read_text(encoding="utf-8"))
-    config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    source = read_json(QUANTIZED / "source.json")
+    config = read_json(out / "adapter_config.json")
     # PEFT writes a set in hash order, and the path that the base was loaded from.
     config["target_modules"] = sorted(config["target_modules"])
     config["base_model_name_or_path"] = source["id"] if source["source"] == "hub" else "models/base"
     config["revision"] = source["commit"]
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (out / "adapter_config.json").write_text(text, encoding="utf-8")
+    write_json(out / "adapter_config.json", config, sort_keys=True)
     shutil.copytree(PREPARED / "tokenizer", out, dirs_exist_ok=True)
 
 
@@ -198,7 +196,7 @@ def main() -> None:
 def train(params: Params, device: torch.device, folder: Path) -> None:
     """Train, from the newest checkpoint in `folder` if there is one, and write the outputs."""
     disable_caching()
-    max_length = json.loads((PREPARED / "prepared.json").read_text(encoding="utf-8"))["max_length"]
+    max_length = read_json(PREPARED / "prepared.json")["max_length"]
     named = Dataset.from_file(str(PREPARED / "train.arrow"))
     rows = named.select_columns(["input_ids", "labels"])
     config = AutoConfig.from_pretrained(QUANTIZED)

@@ -13,20 +13,13 @@ models/verify.ok and metrics/verify.json, and only when every check has passed:
 """
 
 import gc
-import json
 import math
 import tempfile
 from pathlib import Path
 
+from stages.shared.outputs import check_sums, read_json, write_metrics, write_text
 from stages.shared.params import load_params
-from stages.shared.stage import (
-    StageError,
-    begin,
-    check_sums,
-    sha256,
-    write_metrics,
-    write_text,
-)
+from stages.shared.process import StageError, begin, sha256
 
 if __name__ == "__main__":
     begin("verify")
@@ -35,7 +28,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stages.shared.adapter import WEIGHTS, check_adapter_sums, read_adapter
-from stages.shared.agreement import (
+from stages.shared.merging import merged_rows
+from stages.shared.model import GB, load_adapter, load_base, pick_device
+from stages.shared.rows import PREPARED, held_out_sets, read_rows
+from stages.shared.scoring import TOKENS_PER_BATCH
+from stages.shared.weights import Weights
+from stages.verifying.agreement import (
     Agreement,
     Reference,
     agreement,
@@ -43,12 +41,7 @@ from stages.shared.agreement import (
     streamed_layers,
     watched_activations,
 )
-from stages.shared.merging import merged_rows
-from stages.shared.model import GB, load_adapter, load_base, pick_device
-from stages.shared.rows import PREPARED, held_out_sets, read_rows
-from stages.shared.scoring import TOKENS_PER_BATCH
-from stages.shared.tensor_check import AGAIN, check_layout, check_tensors
-from stages.shared.weights import Weights
+from stages.verifying.tensor_check import AGAIN, check_layout, check_tensors
 
 BASE = Path("models/base")
 QUANTIZED = Path("models/quantized")
@@ -65,7 +58,7 @@ WORKING_BYTES = 1.5e9
 
 def check_record(folder: Path, kind: str, dtype: str) -> None:
     """The merge must be of these parameters and this adapter. Raises StageError."""
-    record = json.loads((folder / "merge.json").read_text(encoding="utf-8"))
+    record = read_json(folder / "merge.json")
     now = {"base": kind, "dtype": dtype, "adapter_sha256": sha256(ADAPTER / WEIGHTS)}
     for key, value in now.items():
         if record[key] != value:
@@ -115,9 +108,7 @@ def check_companions(folder: Path, base: Path, dtype: str) -> None:
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         if not (folder / name).exists():
             raise StageError(f"{folder} lacks {name}; {AGAIN}")
-    found, expected = (
-        json.loads((f / "config.json").read_text(encoding="utf-8")) for f in (folder, base)
-    )
+    found, expected = (read_json(f / "config.json") for f in (folder, base))
     for key in ("quantization_config", "torch_dtype"):
         expected.pop(key, None)
     expected["dtype"] = dtype

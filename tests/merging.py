@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from stages.shared.outputs import write_sums
 from stages.shared.rows import SCHEMA
-from stages.shared.stage import write_sums
 from tests.tiny import PARAMS, make_model, make_tokenizer
 
 # Products of tiny matrices: a second thread only waits for the first.

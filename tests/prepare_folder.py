@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 from tiny import PARAMS, make_tokenizer
 
-from stages.shared.stage import write_sums
+from stages.shared.outputs import write_sums
 
 # What the tests of prepare start from: no groups, small sets, every row that is left.
 PREPARE = {"group_by": None, "eval_rows": 2, "train_rows": None, "max_length": 256}

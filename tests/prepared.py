@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 from tiny import make_rows, make_tokenizer, make_workspace
 
+from stages.shared.outputs import write_sums
 from stages.shared.rows import IGNORED, SCHEMA, set_sha256
-from stages.shared.stage import write_sums
 
 SOURCE = {"source": "local", "id": "tiny", "revision": None, "commit": None, "files": {}}
 

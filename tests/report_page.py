@@ -4,7 +4,7 @@ import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
-from stages.shared.charts import HEIGHT, WIDTH
+from stages.reporting.charts import HEIGHT, WIDTH
 
 SVG = "{http://www.w3.org/2000/svg}"
 

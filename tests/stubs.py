@@ -26,7 +26,8 @@ NAME, DEPS, OUTS, METRICS, PLOTS, PARAMS = {facts!r}
 GUARDED = "STUB_GUARDED" in os.environ
 if GUARDED:
     from stages.shared.params import load_params
-    from stages.shared.stage import begin, whole_folder, write_metrics, write_text
+    from stages.shared.outputs import whole_folder, write_metrics, write_text
+    from stages.shared.process import begin
 
     begin(NAME)
 else:

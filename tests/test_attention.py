@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages.shared import attention
 from stages.shared.params import Train
-from stages.shared.stage import StageError
-from stages.shared.trainer import choose_attention
+from stages.shared.process import StageError
+from stages.training import attention
+from stages.training.trainer import choose_attention
 
 LENGTHS = (20, 13, 30)
 SHAPE = {

@@ -223,7 +223,7 @@ def runs(folder: Path) -> list[str]:
 EDITS = {
     "params.yaml: lora": ("params.yaml", "  alpha: 32", "  alpha: 64"),
     "stages/train.py": ("stages/train.py", "Stub of train", "Edited stub of train"),
-    "stages/shared/trainer.py": ("stages/shared/trainer.py", "\n", "\n# edited\n"),
+    "stages/training/trainer.py": ("stages/training/trainer.py", "\n", "\n# edited\n"),
     "dvc.yaml: train": ("dvc.yaml", "    desc: Fit a LoRA", "    desc: Fit another LoRA"),
 }
 

@@ -18,9 +18,9 @@ from report_page import Page, axis, figures, line_points, marks
 from tiny import PARAMS, ROOT
 
 from stages import export
-from stages.shared import page, report
-from stages.shared.charts import WIDTH
-from stages.shared.stage import write_sums
+from stages.reporting import page, report
+from stages.reporting.charts import WIDTH
+from stages.shared.outputs import write_sums
 
 SHOWN_HOSTILE = HOSTILE.replace("\u202e", "\ufffd").replace("\ud800", "\ufffd")
 SHOWN_HOSTILE = SHOWN_HOSTILE.replace("\x1b", "\ufffd")

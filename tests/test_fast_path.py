@@ -9,10 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from stages.quantize import quantize
-from stages.shared import fused_lora
-from stages.shared.fused_lora import fuse_lora
 from stages.shared.model import load_base
-from stages.shared.trainer import remember_parameters
+from stages.training import fused_lora
+from stages.training.fused_lora import fuse_lora
+from stages.training.trainer import remember_parameters
 from tests.tiny import make_model
 
 CPU = torch.device("cpu")

@@ -11,10 +11,11 @@ from test_hub import NO_SOCKETS, environment
 from tiny import ROOT, make_workspace
 
 from stages import fetch_data
-from stages.shared.azure_cli import azure_examples
-from stages.shared.hub import Folder
+from stages.fetching.azure_cli import azure_examples
+from stages.shared.outputs import check_sums
 from stages.shared.params import Dataset
-from stages.shared.stage import StageError, check_sums
+from stages.shared.process import StageError
+from stages.shared.sources import Folder
 
 COMMIT = "d" * 40
 ROW = b'{"text": "a"}\n'

@@ -12,9 +12,10 @@ from test_hub import NO_SOCKETS, environment, make_package
 from tiny import CHATML, make_model, make_tokenizer, make_workspace
 
 from stages import fetch_model
-from stages.shared.hub import Folder
+from stages.shared.outputs import check_sums
 from stages.shared.params import Model
-from stages.shared.stage import StageError, check_sums
+from stages.shared.process import StageError
+from stages.shared.sources import Folder
 
 COMMIT = "c" * 40
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]

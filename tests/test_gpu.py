@@ -23,16 +23,17 @@ from prepared import make_prepared_workspace
 from stages import quantize as quantize_stage
 from stages import train as train_stage
 from stages.quantize import quantize
-from stages.shared import attention
-from stages.shared.agreement import streamed_layers
-from stages.shared.checkpoints import SIGNALS, Checkpoints
-from stages.shared.fused_lora import fuse_lora
 from stages.shared.model import load_base, set_compute_dtype
-from stages.shared.offload import HostStash
+from stages.shared.outputs import write_sums
+from stages.shared.process import StageError
 from stages.shared.scoring import scored_logits
-from stages.shared.stage import StageError, write_sums
-from stages.shared.trainer import LIGER_OFF, LIGER_PARTS
+from stages.training import attention
+from stages.training.checkpoints import SIGNALS, Checkpoints
+from stages.training.fused_lora import fuse_lora
+from stages.training.offload import HostStash
+from stages.training.trainer import LIGER_OFF, LIGER_PARTS
 from stages.verify import load_merged
+from stages.verifying.agreement import streamed_layers
 from tests.tiny import make_model
 
 pytestmark = pytest.mark.gpu
@@ -205,7 +206,7 @@ def test_swiglu_and_its_gradients_are_those_of_liger():
 
 def kernels():
     """Imported late: without a GPU there may be no Triton and no Liger."""
-    from stages.shared import kernels
+    from stages.training import kernels
 
     return kernels
 

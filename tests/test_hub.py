@@ -11,8 +11,8 @@ import pytest
 from hub_server import Hub, Repo
 from tiny import ROOT
 
-from stages.shared.hub import Folder, card, check_name, copy_license, license_in, package
-from stages.shared.stage import StageError
+from stages.shared.process import StageError
+from stages.shared.sources import Folder, card, check_name, copy_license, license_in, package
 
 A, B = "a" * 40, "b" * 40
 BIG = bytes(range(256)) * 100_000
@@ -30,8 +30,9 @@ import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from stages.shared.hub import open_source
-from stages.shared.stage import StageError, whole_folder
+from stages.shared.sources import open_source
+from stages.shared.outputs import whole_folder
+from stages.shared.process import StageError
 # A shell that puts a job into the background has it ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for number, (kind, id, revision) in enumerate(map(str.split, sys.argv[2:])):

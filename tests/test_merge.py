@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import merge
 from stages.shared import weights
-from stages.shared.stage import SUMS, StageError, check_sums, sha256, write_sums
+from stages.shared.outputs import SUMS, check_sums, write_sums
+from stages.shared.process import StageError, sha256
 from stages.shared.weights import Weights
 from tests.merging import edit_json, edit_tensors, in_memory, make_sources, run, tensors
 from tests.tiny import CHATML, ROOT

@@ -8,8 +8,8 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from stages.shared import offload
-from stages.shared.stage import StageError
+from stages.shared.process import StageError
+from stages.training import offload
 
 CPU = torch.device("cpu")
 

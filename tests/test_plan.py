@@ -7,11 +7,13 @@ import pytest
 import yaml
 
 from stages import plan
-from stages.shared import planning, vram
+from stages.planning import planning
+from stages.planning.shapes import match_targets, read_model
+from stages.shared import vram
+from stages.shared.outputs import write_sums
 from stages.shared.params import Params
+from stages.shared.process import StageError
 from stages.shared.rows import SCHEMA
-from stages.shared.shapes import match_targets, read_model
-from stages.shared.stage import StageError, write_sums
 from tests.tiny import PARAMS, make_model
 
 

@@ -17,11 +17,12 @@ from tiny import ROOT, make_workspace
 from transformers import AutoTokenizer
 
 from stages import prepare
-from stages.shared import contract, encoding
-from stages.shared.contract import packed_bins, show
+from stages.preparing import contract, encoding
+from stages.preparing.contract import packed_bins, show
+from stages.preparing.splitting import prompt_and_rest
+from stages.shared.outputs import SUMS
+from stages.shared.process import StageError, sha256
 from stages.shared.rows import IGNORED, read_rows
-from stages.shared.splitting import prompt_and_rest
-from stages.shared.stage import SUMS, StageError, sha256
 
 SETS = ("train", "eval", "group")
 
@@ -125,7 +126,7 @@ def test_killed_stage_takes_its_workers_along(tmp_path, delay):
     """
     make_folder(tmp_path, {"a.jsonl": jsonl(pairs(20_000))})
     code = (
-        "import os, time; from stages import prepare; from stages.shared import encoding\n"
+        "import os, time; from stages import prepare; from stages.preparing import encoding\n"
         "os.sched_getaffinity = lambda _: {0, 1}\n"
         "begin = encoding._begin_worker\n"
         f"encoding._begin_worker = lambda *args: (time.sleep({delay}), begin(*args))\n"

@@ -5,7 +5,7 @@ from bad_inputs import BAD_INPUTS
 from prepare_folder import make_folder
 
 from stages import prepare
-from stages.shared.stage import StageError
+from stages.shared.process import StageError
 
 
 @pytest.mark.parametrize("bad", BAD_INPUTS, ids=lambda bad: bad.name)

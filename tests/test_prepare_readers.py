@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from prepare_folder import make_folder
 
 from stages import prepare
-from stages.shared import readers
-from stages.shared.formats import Unusable, recognize
+from stages.preparing import readers
+from stages.preparing.formats import Unusable, recognize
+from stages.preparing.readers import data_files, read_file
 from stages.shared.params import Dataset
-from stages.shared.readers import data_files, read_file
-from stages.shared.stage import StageError
+from stages.shared.process import StageError
 
 PACKERS = {
     "": bytes,

@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2 import Environment
 
-from stages.shared.formats import Unusable, recognize
-from stages.shared.rendering import Renderer, settle
-from stages.shared.stage import StageError
+from stages.preparing.formats import Unusable, recognize
+from stages.preparing.rendering import Renderer, settle
+from stages.shared.process import StageError
 from templates import SHAPES, make_shape
 
 CHATS = [name for name in SHAPES if name != "bare"]

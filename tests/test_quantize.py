@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from stages import quantize as stage
 from stages.quantize import link, quantization_config, quantize
 from stages.shared.model import load_base, set_compute_dtype
-from stages.shared.stage import StageError
+from stages.shared.process import StageError
 from tests.tiny import make_model
 
 CPU = torch.device("cpu")

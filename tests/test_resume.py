@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerState, TrainingArguments
 
-from stages.shared.checkpoints import SIGNALS, Checkpoints, newest_complete
-from stages.shared.faults import EXPLODED_STEPS, MOVED_BY_STEP, Faults
-from stages.shared.stage import StageError, write_sums
+from stages.shared.outputs import write_sums
+from stages.shared.process import StageError
+from stages.training.checkpoints import SIGNALS, Checkpoints, newest_complete
+from stages.training.faults import EXPLODED_STEPS, MOVED_BY_STEP, Faults
 
 # Metrics of time and memory, which no two runs share.
 TIMINGS = {"metrics/train_cost.json"}

@@ -9,8 +9,8 @@ import torch
 from stages.quantize import quantize
 from stages.shared import scoring
 from stages.shared.model import load_base
+from stages.shared.process import StageError
 from stages.shared.scoring import head, score, scored_logits
-from stages.shared.stage import StageError
 from tests.tiny import make_model
 
 CPU = torch.device("cpu")

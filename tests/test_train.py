@@ -17,11 +17,11 @@ from transformers import AutoTokenizer, TrainerControl, TrainerState
 from stages import train as train_stage
 from stages.shared.model import load_base
 from stages.shared.params import Params
-from stages.shared.probe import Probe, needs_probe
+from stages.shared.process import sha256
 from stages.shared.rows import read_rows
 from stages.shared.scoring import TOKENS_PER_BATCH, Scores, score
-from stages.shared.stage import sha256
-from stages.shared.trainer import build_trainer, choose_fast_path, largest_pass
+from stages.training.probe import Probe, needs_probe
+from stages.training.trainer import build_trainer, choose_fast_path, largest_pass
 from tests.tiny import make_model
 
 CPU = torch.device("cpu")
@@ -233,7 +233,7 @@ def test_running_out_of_memory_is_one_line(project, module, fault, batch_size, r
 
 
 def test_only_learned_positions_are_scored(tmp_path, monkeypatch):
-    """stages/shared/trainer.py asks trl for it; on a CPU trl would score them all."""
+    """stages/training/trainer.py asks trl for it; on a CPU trl would score them all."""
     model = make_model(tmp_path).float()
     trl.trainer.utils.add_fused_lm_head(model)
     head = trl.trainer.utils._ChunkedLogProbFunction

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from stages import merge, verify
-from stages.shared import adapter, agreement
-from stages.shared.stage import SUMS, StageError, write_sums
+from stages.shared import adapter
+from stages.shared.outputs import SUMS, write_sums
+from stages.shared.process import StageError
 from stages.shared.weights import INDEX, SINGLE
+from stages.verifying import agreement
 from tests.merging import (
     edit_json,
     edit_tensors,

@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.random_models import build, config_of
 from benchmarks.vram import Point, prepare, random_rows, training_of
+from stages.planning.shapes import match_targets, read_model, shape_of
 from stages.quantize import quantize
-from stages.shared import fused_lora, trainer, vram
-from stages.shared.fused_lora import fuse_lora
-from stages.shared.shapes import match_targets, read_model, shape_of
+from stages.shared import vram
+from stages.training import fused_lora, trainer
+from stages.training.fused_lora import fuse_lora
 from tests.tiny import make_model
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "gemma"]

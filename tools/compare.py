@@ -9,7 +9,7 @@ noise is what `python -m tools.noise` measured. Exit status 2 when the base is n
 import argparse
 import math
 
-from stages.shared.page import Mono, Paragraph, Section, Table, to_markdown
+from stages.reporting.page import Mono, Paragraph, Section, Table, to_markdown
 from tools.gate import EVAL, is_number, metrics, unequal_sets
 from tools.noise import RESULT as NOISE
 from tools.noise import SUMMARY

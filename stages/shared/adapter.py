@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from stages.shared.stage import SUMS, StageError, check_sums
+from stages.shared.outputs import SUMS, check_sums
+from stages.shared.process import StageError
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from stages.shared.adapter import Update
-from stages.shared.stage import StageError
+from stages.shared.process import StageError
 from stages.shared.weights import Weights, row_blocks
 
 # float16 rounds what is below 2^-25 to zero. Normally distributed weights of width 0.02 lose one

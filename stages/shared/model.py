@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from stages.shared.stage import StageError
+from stages.shared.process import StageError
 
 logging.disable_progress_bar()
 GB = 1e9

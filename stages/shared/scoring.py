@@ -13,8 +13,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from stages.shared.process import StageError
 from stages.shared.rows import IGNORED, length_batches
-from stages.shared.stage import StageError
 
 # Padded tokens in one forward pass, and logits that are in memory at once: with their copies in
 # float32 they take 0.2 GB, less than training's own whatever the vocabulary.

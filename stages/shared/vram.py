@@ -19,7 +19,7 @@ Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198), whose layer is anoth
     attention   RMSNorm 2H (Liger; 4H without), the projections' input 2H, q and output 4A,
                 k and v 4K, log-sum-exp 4 per head
     MLP         RMSNorm 2H or 4H, input 2H, gate and up 4I (6I without Liger), and their product 2I
-                unless the MLP is one operation (stages/shared/fused_lora.py)
+                unless the MLP is one operation (stages/training/fused_lora.py)
     adapters    x A^T, 2r each, and in PEFT's own layers with dropout 3 bytes for each input
 
 (transformers modeling_llama.py, peft/tuners/lora/bnb.py, liger_kernel/ops; counted by
@@ -47,9 +47,9 @@ OFFLOADING_CONTEXT = 0.082e9
 # takes: that comes and goes in other sizes than it finds, while what is saved stacks up in order.
 FRAGMENTATION = 0.40
 # From this many bytes of layer inputs on, training keeps them in host memory
-# (stages/shared/trainer.py; a test holds the two together).
+# (stages/training/trainer.py; a test holds the two together).
 OFFLOADED_BYTES = 1e9
-# Layers that the fused path checkpoints in two parts (stages/shared/fused_lora.py; likewise).
+# Layers that the fused path checkpoints in two parts (stages/training/fused_lora.py; likewise).
 PLAIN_LAYERS = {
     "LlamaDecoderLayer",
     "MistralDecoderLayer",
@@ -60,7 +60,7 @@ PLAIN_LAYERS = {
 OFFLOAD_STASH = 5
 # Layer inputs that it has brought back and not yet let go, in the backward pass.
 OFFLOAD_RETURNED = 3
-# The same of layers checkpointed in two parts (stages/shared/offload.py): the last two are still
+# The same of layers checkpointed in two parts (stages/training/offload.py): the last two are still
 # leaving at the head; in the backward pass there are the one at work, the one on its way back and,
 # as measured, a third.
 PARTS_STASH, PARTS_RETURNED = 2, 3
@@ -132,7 +132,7 @@ class Training:
     offloading: bool
     attention: str  # varlen (also flash_attention_2) | sdpa | eager
     liger: bool  # Liger's RMSNorm, RoPE and SwiGLU
-    fused_lora: bool  # stages/shared/fused_lora.py
+    fused_lora: bool  # stages/training/fused_lora.py
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def adapts(shape: Shape, run: Training, names: frozenset[str]) -> bool:
 
 
 def one_operation_mlp(shape: Shape, run: Training) -> bool:
-    """Whether the MLP runs as one operation (stages/shared/fused_lora.py)."""
+    """Whether the MLP runs as one operation (stages/training/fused_lora.py)."""
     parts = [frozenset({name}) for name in ("gate_proj", "up_proj", "down_proj")]
     return run.fused_lora and shape.silu and all(adapts(shape, run, part) for part in parts)
 
@@ -317,7 +317,7 @@ def attention_working(shape: Shape, run: Training) -> float:
 
 
 def two_parts(shape: Shape, run: Training) -> bool:
-    """Whether attention and MLP are checkpointed apart (stages/shared/fused_lora.py)."""
+    """Whether attention and MLP are checkpointed apart (stages/training/fused_lora.py)."""
     return run.checkpointing and run.fused_lora and shape.plain
 
 

@@ -15,7 +15,8 @@ import bitsandbytes.functional as bnb
 import torch
 from safetensors import SafetensorError, safe_open
 
-from stages.shared.stage import StageError
+from stages.shared.outputs import read_json
+from stages.shared.process import StageError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -48,7 +49,7 @@ class Weights:
     def __init__(self, folder: Path):
         self.folder, self.index, self.files = folder, None, {}
         if (folder / INDEX).exists():
-            self.index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            self.index = read_json(folder / INDEX)["weight_map"]
         shapes, dtypes, self._offsets = {}, {}, {}
         for file in sorted(set(self.index.values())) if self.index else [SINGLE]:
             for key, entry in _header(folder / file).items():

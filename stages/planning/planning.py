@@ -1,7 +1,6 @@
 """From params.yaml and the rows to what the VRAM model is asked, and to cheaper settings."""
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,12 @@ import pyarrow as pa
 import pyarrow.ipc
 from transformers import PretrainedConfig
 
-from stages.shared import attention, vram
+from stages.planning.shapes import match_targets
+from stages.shared import vram
+from stages.shared.outputs import read_json
 from stages.shared.params import Params, Train
 from stages.shared.rows import lengths
-from stages.shared.shapes import match_targets
+from stages.training import attention
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def read_rows(prepared: Path) -> Rows:
     with pa.memory_map(str(prepared / "train.arrow")) as source:
         table = pyarrow.ipc.open_stream(source).read_all()
         tokens, learned = lengths(table)
-    prepared_json = json.loads((prepared / "prepared.json").read_text(encoding="utf-8"))
+    prepared_json = read_json(prepared / "prepared.json")
     return Rows(tokens, learned, prepared_json["max_length"])
 
 
@@ -57,7 +58,7 @@ def largest_step(rows: Rows, train: Train, kind: str) -> tuple[int, int, int]:
 
 
 def describe(config, shape: vram.Shape, params: Params, rows: Rows) -> vram.Training:
-    """The settings as training uses them on an NVIDIA GPU (stages/shared/trainer.py)."""
+    """The settings as training uses them on an NVIDIA GPU (stages/training/trainer.py)."""
     kind = attention_of(params.train, config)
     count, tokens, learned = largest_step(rows, params.train, kind)
     checkpointing = params.train.gradient_checkpointing

@@ -5,7 +5,6 @@ by it: gradients are cleared, random states put back, and the optimizer never st
 about as long as each other, as full packs are, the first steps are the trial.
 """
 
-import json
 import statistics
 from pathlib import Path
 
@@ -14,10 +13,11 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from stages.shared.model import GB, reset_peaks
+from stages.shared.outputs import read_json
 from stages.shared.params import Params
+from stages.shared.process import StageError
 from stages.shared.rows import lengths, token_counts
-from stages.shared.stage import StageError
-from stages.shared.trainer import Trainer
+from stages.training.trainer import Trainer
 
 PLAN = Path("metrics/plan.json")
 # Of each trained parameter: Adam's two moments, and the gradient of an earlier micro-step.
@@ -127,7 +127,7 @@ def predicted() -> str:
     """What plan said, if it ran: its figures are metrics and may be absent."""
     if not PLAN.exists():
         return "plan left no prediction"
-    plan = json.loads(PLAN.read_text(encoding="utf-8"))
+    plan = read_json(PLAN)
     return (
         f"plan had predicted {plan['predicted_peak_vram_gb']:.2f} GB, and "
         f"{plan['predicted_device_gb']:.2f} GB for the card"

@@ -25,7 +25,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from stages.shared.offload import HostStash, Slot
+from stages.training.offload import HostStash, Slot
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 MLP_PARTS = ("gate", "up", "down")
@@ -244,7 +244,7 @@ def fuse_lora(
     """
     dequantize, swiglu = dequantize_4bit, TorchSwiglu
     if liger:
-        from stages.shared.kernels import LigerSwiglu, dequantize
+        from stages.training.kernels import LigerSwiglu, dequantize
 
         swiglu = LigerSwiglu
     modules = list(model.modules())

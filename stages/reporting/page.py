@@ -1,7 +1,7 @@
 """A page as plain blocks, written as Markdown or as one HTML file that needs nothing else.
 
 Blocks hold plain text only. Whatever came from data or a model is escaped here, in one place:
-the content (stages/shared/report.py) cannot forget it.
+the content (stages/reporting/report.py) cannot forget it.
 """
 
 import html
@@ -33,7 +33,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """`svg` is trusted markup by stages/shared/charts.py; `alt` says what it shows in words."""
+    """`svg` is trusted markup by stages/reporting/charts.py; `alt` says what it shows in words."""
 
     title: str
     alt: str

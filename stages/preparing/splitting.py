@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.shared.formats import Example
+from stages.preparing.formats import Example
 from stages.shared.params import Prepare
-from stages.shared.stage import StageError
+from stages.shared.process import StageError
 
 # Held-out rows and those between, as a multiple of the held-out ones.
 _MARGIN = 1.5

@@ -16,9 +16,9 @@ from pathlib import Path
 import jinja2
 import numpy as np
 
-from stages.shared.formats import Example, Format, Unusable, read_rendered
+from stages.preparing.formats import Example, Format, Unusable, read_rendered
 from stages.shared.params import Prepare
-from stages.shared.stage import StageError
+from stages.shared.process import StageError
 
 # Templates that print today's date would make other bytes tomorrow, and a prompt at inference
 # that no row begins with: the date that Llama 3 documents is written into them.

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from stages.shared import vram
-from stages.shared.stage import StageError
+from stages.shared.process import StageError
 
 
 def read_model(folder: Path) -> tuple[PretrainedConfig, vram.Shape]:

@@ -10,7 +10,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from tqdm import tqdm
 
-from stages.shared.stage import StageError
+from stages.shared.process import StageError
 from stages.shared.weights import LETTERS, Weights
 
 # By force: DVC has the wrong files in its cache, whole, and would take them from there.

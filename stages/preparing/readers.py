@@ -22,9 +22,9 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet
 
-from stages.shared.hub import card
 from stages.shared.params import Dataset
-from stages.shared.stage import StageError
+from stages.shared.process import StageError
+from stages.shared.sources import card
 
 # A row is one example, and no context window holds this much text.
 MAX_ROW_BYTES = 16_000_000

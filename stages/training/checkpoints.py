@@ -17,16 +17,8 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from stages.shared.stage import (
-    SUMS,
-    StageError,
-    check_inputs,
-    check_sums,
-    lock,
-    settle,
-    sha256,
-    write_sums,
-)
+from stages.shared.outputs import SUMS, check_sums, sync_folder, write_sums
+from stages.shared.process import StageError, check_inputs, lock, sha256
 
 KEPT = 2
 # A kill costs at most this much work. The variable exists for tests that kill often.
@@ -120,7 +112,7 @@ class Checkpoints(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         checkpoint = self.folder / f"checkpoint-{state.global_step}"
         write_sums(checkpoint)
-        settle(checkpoint)
+        sync_folder(checkpoint)
         self.saved_at = time.monotonic()
         for old in _numbered(self.folder)[:-KEPT]:
             shutil.rmtree(old)

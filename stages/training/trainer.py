@@ -14,12 +14,12 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from stages.shared import attention
-from stages.shared.fused_lora import fuse_lora, plain_layers
-from stages.shared.offload import HostStash
 from stages.shared.params import Lora, Params, Train
+from stages.shared.process import StageError
 from stages.shared.rows import token_counts
-from stages.shared.stage import StageError
+from stages.training import attention
+from stages.training.fused_lora import fuse_lora, plain_layers
+from stages.training.offload import HostStash
 
 # Below this the inputs of the checkpointed layers are not worth a trip to host memory.
 OFFLOADED_BYTES = 1e9

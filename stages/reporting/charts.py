@@ -1,12 +1,12 @@
 """The report's charts as SVG, drawn by Vega-Lite through its package: no script, no request.
 
-Colours are CSS variables of stages/shared/page.css, so that one drawing serves light, dark and
+Colours are CSS variables of stages/reporting/page.css, so that one drawing serves light, dark and
 print. Each chart brings its words (`alt`) and its numbers (a table) along.
 """
 
 import vl_convert
 
-from stages.shared.page import Chart, Table
+from stages.reporting.page import Chart, Table
 
 VEGA_LITE = "6.4"
 WIDTH, HEIGHT = 330, 190

@@ -17,18 +17,17 @@ import quick
 import yaml
 from tiny import ROOT
 
-from stages.shared import stage as shared
-from stages.shared.stage import (
+from stages.shared import process
+from stages.shared.outputs import (
     SUMS,
-    StageError,
     check_space,
     check_sums,
-    lock,
     whole_folder,
     write_metrics,
     write_sums,
     write_text,
 )
+from stages.shared.process import StageError, lock
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 MAKERS = {
@@ -222,7 +221,7 @@ def test_space_is_looked_at_before(tmp_path):
 def test_lock_is_taken_over_from_a_run_that_removed_it(tmp_path, monkeypatch):
     """The waiting run holds a file without a name then, and a third could hold the next."""
     path, said = tmp_path / "run/lock", queue.Queue()
-    monkeypatch.setattr(shared, "print", lambda line, flush: said.put(line), raising=False)
+    monkeypatch.setattr(process, "print", lambda line, flush: said.put(line), raising=False)
     first = lock(path, "train")
     with ThreadPoolExecutor() as other:
         second = other.submit(lock, path, "train")
@@ -304,10 +303,10 @@ def test_folder_that_may_not_be_written_is_refused_before_the_work(workspace, na
     ],
 )
 def test_refusals_of_the_disk(number, said, monkeypatch, capsys):
-    monkeypatch.setitem(shared._begun, "writing", Path("models/merged"))
+    monkeypatch.setitem(process._begun, "writing", Path("models/merged"))
     rust = Exception(f"Error while serializing: I/O error: {os.strerror(number)} (os error 1)")
     for error in (OSError(number, os.strerror(number)), rust):
-        shared._report("merge", type(error), error, None)
+        process._report("merge", type(error), error, None)
         assert capsys.readouterr().err.startswith(f"merge: models/merged: {said}")
 
 
@@ -327,7 +326,7 @@ def test_refusals_of_the_disk(number, said, monkeypatch, capsys):
     ids=lambda value: type(value).__name__,
 )
 def test_faults_of_the_surroundings_are_one_line(error, said, capsys):
-    shared._report("train", type(error), error, None)
+    process._report("train", type(error), error, None)
     told = capsys.readouterr().err
     assert told.startswith(f"train: {said}")
     assert told.count("\n") == 1
@@ -337,7 +336,7 @@ def test_fault_of_the_code_keeps_its_traceback(capsys):
     try:
         _ = {}["key"]
     except KeyError as error:
-        shared._report("train", KeyError, error, error.__traceback__)
+        process._report("train", KeyError, error, error.__traceback__)
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -352,7 +351,7 @@ def test_outputs_of_before_can_be_had_back(tmp_path, monkeypatch, capsys):
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], check=True)
 
     def told(name):
-        shared._report(name, StageError, StageError("no"), None)
+        process._report(name, StageError, StageError("no"), None)
         return capsys.readouterr().err.splitlines()
 
     # As in a fresh clone.
@@ -437,7 +436,7 @@ def test_stage_may_have_no_parameters(tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_text("seed: 42\n")
     (tmp_path / "dvc.yaml").write_text("stages: {notify: {cmd: python -m notify, deps: []}}\n")
     entry = {"cmd": "python -m notify", "deps": []}
-    assert shared._inputs("notify") == {"dvc.yaml: notify": entry}
+    assert process._inputs("notify") == {"dvc.yaml: notify": entry}
 
 
 def test_code_edited_during_the_imports_is_noticed(workspace):

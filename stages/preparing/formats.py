@@ -10,8 +10,8 @@ import json
 import re
 from dataclasses import dataclass
 
-from stages.shared.readers import MAX_ROW_BYTES, too_big
-from stages.shared.stage import StageError
+from stages.preparing.readers import MAX_ROW_BYTES, too_big
+from stages.shared.process import StageError
 
 # format -> (columns it needs, columns it may have)
 COLUMNS = {

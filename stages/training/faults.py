@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from stages.shared.stage import StageError
+from stages.shared.process import StageError
 
 # A loss explodes when it lies this many nats above the median of the steps before (perplexity
 # seven times as high), this many steps in a row: one hard row does not.

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from stages.shared.stage import StageError
+from stages.shared.process import StageError
 
 # More of them wait for each other in the driver, and so does the launch of kernels.
 LOCKING_THREADS = 2

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import yaml
 
-from stages.shared import charts
-from stages.shared.page import (
+from stages.reporting import charts
+from stages.reporting.page import (
     Answers,
     Figures,
     Marked,

@@ -1,6 +1,5 @@
 """Chosen rows to an Arrow file, by worker processes on whose number no byte depends."""
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -15,16 +14,16 @@ import pyarrow as pa
 import pyarrow.ipc
 from tqdm import tqdm
 
-from stages.shared.formats import Unusable
-from stages.shared.rendering import Renderer
+from stages.preparing.formats import Unusable
+from stages.preparing.rendering import Renderer
+from stages.preparing.splitting import Store
+from stages.shared.process import end_with_parent
 from stages.shared.rows import IGNORED, SCHEMA
-from stages.shared.splitting import Store
 
 # Rows in a task and in a record batch: the bytes of a file depend on it.
 _CHUNK = 512
 # With fewer rows to make, starting workers takes longer than they save.
 _WORTH_WORKERS = 4000
-_PR_SET_PDEATHSIG = 1
 # What forked workers inherit.
 _job: dict = {}
 
@@ -131,8 +130,7 @@ def _begin_worker(stage: int) -> None:
     """Leave signals to the stage, process `stage`, and end when it ends, however it does."""
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(each, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # It may have ended before.
+    end_with_parent(signal.SIGKILL)
     if os.getppid() != stage:
         os._exit(1)
 

@@ -4,8 +4,8 @@ import fnmatch
 import json
 from pathlib import Path, PurePosixPath
 
-from stages.shared.hub import check_name
-from stages.shared.stage import StageError
+from stages.shared.process import StageError
+from stages.shared.sources import check_name
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -2,8 +2,8 @@
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from stages.shared.page import Section, to_markdown
-from stages.shared.report import Results, held_out_sets
+from stages.reporting.page import Section, to_markdown
+from stages.reporting.report import Results, held_out_sets
 
 # Left out of the card: of no use to whoever only wants to use the model.
 LEFT_OUT = ("Memory",)

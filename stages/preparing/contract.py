@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.ipc
 from tqdm import tqdm
 
-from stages.shared.encoding import Written
-from stages.shared.formats import REASONS, Unusable
+from stages.preparing.encoding import Written
+from stages.preparing.formats import REASONS, Unusable
+from stages.preparing.splitting import Store, asked_by
+from stages.shared.process import StageError
 from stages.shared.rows import IGNORED
-from stages.shared.splitting import Store, asked_by
-from stages.shared.stage import StageError
 
 # More dropped rows than this and the data, or the parameters, are not what they seem.
 MOST_DROPPED = 0.5

@@ -6,7 +6,6 @@ files are fetched, and nothing of them is executed.
 """
 
 import hashlib
-import json
 import os
 import queue
 import re
@@ -19,8 +18,9 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
+from stages.shared.outputs import write_json
 from stages.shared.params import Dataset, Model
-from stages.shared.stage import StageError, sha256
+from stages.shared.process import StageError, sha256
 
 DEFAULT_PACKAGES = Path("requirements-default.lock")
 CONNECTIONS = 4
@@ -289,7 +289,7 @@ def write_source(
         "license": license,
         "files": {name: sums.get(name) or sha256(path) for name, path in files.items()},
     }
-    (folder / "source.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "source.json", record)
 
 
 def _in_parallel(work: Callable[[str], None], names: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
 from stages.shared.params import Train
-from stages.shared.stage import StageError
+from stages.shared.process import StageError
 
 NAME = "varlen"
 # Families seen to keep the rows of a flattened batch apart, with this attention and with a mask

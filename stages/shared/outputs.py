@@ -1,0 +1,169 @@
+"""Outputs that are whole or absent: folders with checksums, text, metrics and links to weights.
+
+Everything a stage writes passes through `whole_folder` or `write_text`: nothing half-written is
+left under a final name, and nothing is written once an input of the stage has changed.
+"""
+
+import json
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from stages.shared.process import StageError, check_inputs, note_writing, sha256
+
+SUMS = "SHA256SUMS"
+
+
+@contextmanager
+def whole_folder(path: Path, resume_key: str | None = None, sums: dict[str, str] | None = None):
+    """Yield an empty folder that becomes `path`, complete with SHA256SUMS, when the block ends.
+
+    On an error nothing is left behind; with `resume_key` the unfinished folder stays and a later
+    call with the same key is given it again, for downloads. `sums` is filled by the block with
+    the SHA-256, by name, of files that it hashed while writing: a large file is not read again.
+    """
+    partial = path.with_name(f".{path.name}.partial" + (f"-{resume_key}" if resume_key else ""))
+    note_writing(path)
+    for stale in path.parent.glob(f".{path.name}.partial*"):
+        if not resume_key or stale != partial:
+            shutil.rmtree(stale)
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        write_sums(partial, sums)
+        sync_folder(partial)
+        check_inputs()
+    except BaseException:
+        if not resume_key:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    # At no instant is there half a folder under the final name.
+    old = path.with_name(f".{path.name}.partial-old")
+    if path.exists():
+        os.rename(path, old)
+    os.replace(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `path` under a temporary name first: an open() of it could write into DVC's cache."""
+    check_inputs()
+    note_writing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        _sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the files of `folder` onto the disk, with the permissions that a new file has.
+
+    A machine that is preempted loses what the disk has not got, though the name may be there.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            _sync(file)
+            # safetensors writes 0600, which a DVC cache shared by a group could not use. A file
+            # with a second name may be one of DVC's cache, which is read-only for a reason.
+            if file.stat().st_nlink == 1:
+                file.chmod(0o666 & ~umask)
+
+
+def write_metrics(path: Path, metrics: dict) -> None:
+    """Write flat metrics as JSON, floats with 6 significant digits so that diffs stay quiet."""
+    rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}
+    write_text(path, json.dumps(rounded, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, content: dict, **options) -> None:
+    """Write `content` as indented JSON into a folder of `whole_folder`; `options` of json.dumps."""
+    path.write_text(json.dumps(content, indent=2, **options) + "\n", encoding="utf-8")
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give `target` the bytes of `source` without a second copy on disk where links work.
+
+    They do not across file systems, on some network and FAT disks, and where the kernel refuses
+    links to other users' files (EXDEV, EOPNOTSUPP, EPERM).
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        # What is wrong with the disk itself, copying names too.
+        shutil.copyfile(source, target)
+
+
+def write_sums(folder: Path, known: dict[str, str] | None = None) -> None:
+    """Write SHA256SUMS (the format of sha256sum) over every other file of `folder`.
+
+    `known` holds sums, by name, that need not be computed.
+    """
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / SUMS)
+    lines = []
+    for file in files:
+        name = file.relative_to(folder).as_posix()
+        lines.append(f"{(known or {}).get(name) or sha256(file)}  {name}\n")
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def check_sums(folder: Path, stage: str, weights: bool = True) -> None:
+    """Compare the files of `folder`, the output of `stage`, with its SHA256SUMS.
+
+    Without `weights` safetensors files must only be there: hashing them takes a second a GB.
+    Raises StageError naming the first file that is missing or does not belong there, else the
+    first that differs. A damaged file may come out of DVC's cache, which never looks at it again
+    and would put it back: tools/repair.py throws it out of there first.
+    """
+    repair = f"repair it with: python -m tools.repair {stage}"
+    listed = {}
+    try:
+        text = (folder / SUMS).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise StageError(f"{folder / SUMS} is missing; {repair}") from None
+    except UnicodeDecodeError:
+        raise StageError(f"{folder / SUMS} is damaged; {repair}") from None
+    for line in text.splitlines():
+        if not (match := re.fullmatch("([0-9a-f]{64})  (.+)", line)):
+            raise StageError(f"{folder / SUMS} is damaged; {repair}")
+        listed[match[2]] = match[1]
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {SUMS}
+    if odd := sorted(listed.keys() ^ found):
+        what = f"is not in {folder / SUMS}" if odd[0] in found else "is missing"
+        raise StageError(f"{folder / odd[0]} {what}; {repair}")
+    files = [folder / name for name in sorted(found)]
+    if not weights:
+        files = [file for file in files if file.suffix != ".safetensors"]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for file, digest in zip(files, pool.map(sha256, files), strict=True):
+            if digest != listed[file.relative_to(folder).as_posix()]:
+                raise StageError(f"{file} is damaged (its SHA-256 differs); {repair}")
+
+
+def check_space(folder: Path, size: int, what: str) -> None:
+    """Raise StageError when `size` bytes of `what` do not fit on the disk of `folder`."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise StageError(
+            f"{folder}: {what} takes {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; make "
+            "room and run it again"
+        )
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
