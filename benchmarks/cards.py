@@ -75,7 +75,7 @@ def make_base(shape: str) -> None:
     """Write the shape's 16-bit weights into models/base, as fetch_model leaves them."""
     from benchmarks.random_models import SHAPES, write_base
     from benchmarks.speed import make_tokenizer
-    from stages.shared.model import pick_device
+    from stages.shared.device import pick_device
 
     started, base = time.monotonic(), Path("models/base")
     make_tokenizer(base, SHAPES[shape].vocabulary)
@@ -366,7 +366,8 @@ def facts_of(trainer) -> dict:
 
 def load_quantized(report: str) -> None:
     """Load models/quantized as train does."""
-    from stages.shared.model import load_base, pick_device
+    from stages.shared.device import pick_device
+    from stages.shared.model import load_base
 
     measure_loading(report, lambda: load_base(Path("models/quantized"), pick_device()))
 
@@ -377,7 +378,7 @@ def load_and_quantize(report: str) -> None:
     from transformers import AutoModelForCausalLM
 
     from stages.quantize import quantization_config
-    from stages.shared.model import pick_device
+    from stages.shared.device import pick_device
 
     measure_loading(
         report,

@@ -36,7 +36,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from stages.shared.model import device_name
+from stages.shared.device import device_name
 from stages.shared.outputs import write_sums
 from stages.shared.weights import LETTERS, SINGLE, Weights
 

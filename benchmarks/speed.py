@@ -316,7 +316,8 @@ def profile(work: Path, side: str, steps: int) -> None:
     from torch.profiler import ProfilerActivity
     from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 
-    from stages.shared.model import load_base, pick_device
+    from stages.shared.device import pick_device
+    from stages.shared.model import load_base
     from stages.shared.params import load_params
     from stages.training.trainer import build_trainer, choose_attention, choose_fast_path
 

@@ -24,15 +24,8 @@ import torch
 from transformers import AutoTokenizer
 
 from stages.shared.adapter import check_adapter_sums, read_adapter
-from stages.shared.model import (
-    GB,
-    device_name,
-    load_adapter,
-    load_base,
-    memory_metrics,
-    pick_device,
-    reset_peaks,
-)
+from stages.shared.device import GB, device_name, memory_metrics, pick_device, reset_peaks
+from stages.shared.model import load_adapter, load_base
 from stages.shared.rows import PREPARED, held_out_sets, read_rows, set_sha256
 from stages.shared.scoring import Scores, score
 from stages.shared.weights import Weights

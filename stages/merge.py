@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from stages.shared.adapter import WEIGHTS, Update, check_adapter_sums, read_adapter
+from stages.shared.device import pick_device
 from stages.shared.merging import check_rounding, merged_rows
 from stages.shared.weights import INDEX, SINGLE, Weights, write_shard
 
@@ -171,7 +172,7 @@ def read_sources(kind: str) -> tuple[Weights, dict[str, list[str]], dict[str, Up
 def main() -> None:
     params = load_params().merge
     dtype = getattr(torch, params.dtype)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device()
     # Row blocks are computed side by side: threads within one would only wait for each other.
     torch.set_num_threads(1)
     source, shards, updates = read_sources(params.base)

@@ -26,9 +26,14 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+from stages.shared.device import pick_device
+
 BASE = Path("models/base")
 QUANTIZED = Path("models/quantized")
 SHARD_BYTES = 2_000_000_000
+BLOCK = 64
+# NF4's code of zero, twice.
+TWO_ZEROS = 0x77
 CARRIED = ("generation_config.json", "source.json")
 
 
@@ -55,20 +60,44 @@ def linear_weights(folder: Path) -> set[str]:
     }
 
 
-def quantized_tensors(name: str, weight: torch.Tensor, double_quant: bool) -> dict:
-    """NF4 form of one weight [out, in]: packed nibbles (uint8) and the state to undo them."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    packed, state = bnb.quantize_4bit(
-        weight.to(device, torch.bfloat16), compress_statistics=double_quant, quant_type="nf4"
-    )
-    parts = {f"{name}.{key}": value.cpu() for key, value in state.as_dict(packed=True).items()}
-    return {name: packed.cpu()} | parts
+def quantized_tensors(
+    name: str, weight: torch.Tensor, double_quant: bool, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """NF4 form of one weight [out, in]: packed nibbles (uint8) and the state to undo them.
+
+    The same bytes on every device: a GPU scales each block as the CPU does, and what it would do
+    otherwise is left to the host.
+    """
+    if weight.numel() % BLOCK:
+        device = torch.device("cpu")  # It divides by the scale of a block that is not full.
+    weight = weight.to(device, torch.bfloat16)
+    packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+    packed, state.absmax, state.code = packed.cpu(), state.absmax.cpu(), state.code.cpu()
+    if device.type != "cpu":
+        # A block of zeros has no scale: the CPU writes zeros, a GPU the code of NaN.
+        packed.view(-1, BLOCK // 2)[state.absmax == 0] = TWO_ZEROS
+    if double_quant:
+        _quantize_constants(state)
+    return {name: packed} | {f"{name}.{k}": v for k, v in state.as_dict(packed=True).items()}
+
+
+def _quantize_constants(state: bnb.QuantState) -> None:
+    """Double quantization (QLoRA, section 3), as bnb.quantize_4bit does it, on the host.
+
+    By one thread: the mean's last bit depends on how many add it up.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    state.offset = state.absmax.mean()
+    torch.set_num_threads(threads)
+    state.absmax, state.state2 = bnb.quantize_blockwise(state.absmax - state.offset, blocksize=256)
+    state.nested = True
 
 
 def quantize(base: Path, out: Path, double_quant: bool) -> None:
     """Stream the weights of `base` into `out`, at most SHARD_BYTES in memory."""
     wanted, shards, pending, size = linear_weights(base), [], {}, 0
-    sources = sorted(base.glob("*.safetensors"))
+    sources, device = sorted(base.glob("*.safetensors")), pick_device()
 
     def flush() -> None:
         nonlocal pending, size
@@ -86,7 +115,7 @@ def quantize(base: Path, out: Path, double_quant: bool) -> None:
                     bar.update(tensor.numel() * tensor.element_size() / 1e9)
                     missing.discard(name)
                     if name in wanted:
-                        made = quantized_tensors(name, tensor, double_quant)
+                        made = quantized_tensors(name, tensor, double_quant, device)
                     else:
                         made = {name: tensor.to(torch.bfloat16)}
                     added = sum(t.numel() * t.element_size() for t in made.values())

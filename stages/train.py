@@ -35,13 +35,8 @@ from datasets import Dataset, disable_caching
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 
-from stages.shared.model import (
-    device_name,
-    load_base,
-    memory_metrics,
-    pick_device,
-    reset_peaks,
-)
+from stages.shared.device import device_name, memory_metrics, pick_device, reset_peaks
+from stages.shared.model import load_base
 from stages.shared.rows import PREPARED, read_rows, token_counts
 from stages.shared.scoring import TOKENS_PER_BATCH, score
 from stages.training.checkpoints import (

@@ -28,8 +28,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stages.shared.adapter import WEIGHTS, check_adapter_sums, read_adapter
+from stages.shared.device import GB, pick_device
 from stages.shared.merging import merged_rows
-from stages.shared.model import GB, load_adapter, load_base, pick_device
+from stages.shared.model import load_adapter, load_base
 from stages.shared.rows import PREPARED, held_out_sets, read_rows
 from stages.shared.scoring import TOKENS_PER_BATCH
 from stages.shared.weights import Weights

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from stages.shared.outputs import SUMS, check_sums, sync_folder, write_sums
 from stages.shared.process import StageError, check_inputs, lock, sha256
+from stages.training.paged import page_again
 
 KEPT = 2
 # A kill costs at most this much work. The variable exists for tests that kill often.
@@ -92,7 +93,8 @@ class Checkpoints(TrainerCallback):
         self.folder = folder
         self.stopped_by: int | None = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        page_again(optimizer)
         self.saved_at = time.monotonic()
         for number in SIGNALS:
             # nohup and a script's `&` ignore signals on purpose.

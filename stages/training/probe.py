@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from stages.shared.model import GB, reset_peaks
+from stages.shared.device import GB, reset_peaks
 from stages.shared.outputs import read_json
 from stages.shared.params import Params
 from stages.shared.process import StageError

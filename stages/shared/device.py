@@ -1,0 +1,67 @@
+"""The device that a stage computes on: chosen, set to give the same bytes, and measured."""
+
+import os
+import resource
+
+import torch
+
+from stages.shared.process import StageError
+
+GB = 1e9
+
+
+def pick_device() -> torch.device:
+    """The first visible GPU, set to deterministic algorithms, or the CPU.
+
+    Raises StageError below compute capability 8.0.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    _be_deterministic()
+    capability = torch.cuda.get_device_capability(0)
+    if capability < (8, 0):
+        raise StageError(
+            f"{torch.cuda.get_device_name(0)} has compute capability {capability[0]}."
+            f"{capability[1]} and 8.0 is needed; hide it with CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
+    return torch.device("cuda", 0)
+
+
+def _be_deterministic() -> None:
+    """Let the same inputs give the same bytes on one model of GPU.
+
+    Call it before the first product: cuBLAS takes its workspace then. With warn_only, the backward
+    pass of attention would stay random (ATen, attention_backward.cu).
+    """
+    # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    # No stage reads memory that it did not write; filling it would cost a pass over each tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    # Its backward pass has no deterministic form.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def reset_peaks() -> None:
+    """Begin a new measurement of the GPU's peaks."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory_metrics(managed_bytes: int = 0) -> dict[str, float]:
+    """Peaks of this process in GB: RAM always, and on a GPU the allocator's.
+
+    `managed_bytes` are those of a paged optimizer: cudaMallocManaged, which the allocator of
+    torch does not count.
+    """
+    metrics = {"peak_ram_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB}
+    if torch.cuda.is_available():
+        metrics["peak_vram_gb"] = (torch.cuda.max_memory_allocated() + managed_bytes) / GB
+        metrics["peak_vram_reserved_gb"] = torch.cuda.max_memory_reserved() / GB
+    return metrics
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {len(os.sched_getaffinity(0))} cores"
