@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 
 import pytest
 import yaml
@@ -186,6 +187,29 @@ def test_what_models_wrote_is_shown_as_it_is(html):
     assert texts.count(SHOWN_HOSTILE) == 4
     assert f"user: list VMs\n{SHOWN_HOSTILE}" in texts
     assert "\u202e" not in html
+
+
+def page_of(text):
+    """The HTML of a page that holds `text` wherever a page holds text."""
+    table = page.Table([text], [[text], [page.Mono(text)]])
+    blocks = [
+        page.Paragraph(text),
+        table,
+        page.Chart(text, text, "<svg></svg>", table),
+        page.Figures([(text, text, text)]),
+        page.Marked([(text, True), (text, False)]),
+        page.Answers(text, [(text, text)]),
+    ]
+    return page.to_html(text, [page.Section(text, blocks)])
+
+
+def test_no_text_of_any_block_is_markup():
+    tags = Page(page_of(HOSTILE)).tags
+    assert [tag for tag, _ in tags] == [tag for tag, _ in Page(page_of("x")).tags]
+    words = next(attributes["aria-label"] for _, attributes in tags if "role" in attributes)
+    assert words == SHOWN_HOSTILE
+    places = page_of("@@").count("@@")
+    assert unescape(page_of(HOSTILE)).count(SHOWN_HOSTILE) == places
 
 
 @pytest.mark.parametrize(
