@@ -132,7 +132,9 @@ def test_folder_serves_alone(llama, monkeypatch, capsys):
     assert (merged / "LICENSE").read_text() == "Free for all.\n"
     record = json.loads((merged / "merge.json").read_text())
     assert (record["base"], record["dtype"]) == ("dequantized", "float16")
-    assert (record["tensors"], record["updated_tensors"], record["overflowed"]) == (20, 14, 0)
+    assert (record["tensors"], record["updated_tensors"], record["flushed_to_zero"]) == (20, 14, 0)
+    # What ran it would make the same merge differ from machine to machine.
+    assert "device" not in record
     check_sums(merged, "merge")
     model = AutoModelForCausalLM.from_pretrained(merged)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], return_tensors="pt")
