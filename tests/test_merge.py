@@ -269,6 +269,10 @@ REFUSED = [
     (lambda a: (a / "adapter_config.json").write_text("[]"), "adapter_config.json: must hold an"),
     (config(r="16"), "r, lora_alpha and their patterns give no scaling for model.layers.0.mlp"),
     (config(r=0), "r, lora_alpha and their patterns give no scaling for model.layers.0.mlp"),
+    (
+        config(r=-4, use_rslora=True),
+        "r, lora_alpha and their patterns give no scaling for model.la",
+    ),
     (config(lora_alpha=None), "r, lora_alpha and their patterns give no scaling for model.layers"),
     (config(alpha_pattern={"(": 3}), "their patterns give no scaling for model.layers.0.mlp"),
     (lambda a: (a / ADAPTER).unlink(), "adapter_model.safetensors: cannot be read"),
