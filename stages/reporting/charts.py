@@ -13,7 +13,12 @@ WIDTH, HEIGHT = 330, 190
 COLOURS = ["var(--a)", "var(--b)", "var(--c)", "var(--d)", "var(--e)", "var(--f)"]
 COLOURS += ["var(--ink)", "var(--soft)"]
 DOT = {"filled": True, "opacity": 1}
-BAND = {"title": None, "axis": {"domain": False, "ticks": False, "labelPadding": 8, "grid": False}}
+BAND = {
+    "type": "nominal",
+    "sort": None,
+    "title": None,
+    "axis": {"domain": False, "ticks": False, "labelPadding": 8, "grid": False},
+}
 STYLE = {
     "background": None,
     # Browsers have wider fonts than the one that Vega measures labels with.
@@ -63,6 +68,11 @@ def _quantitative(name: str, title: str, **scale) -> dict:
     }
 
 
+def _coloured(name: str, domain: list[str], colours: list[str]) -> dict:
+    scale = {"domain": domain, "range": colours[: len(domain)]}
+    return {"field": name, "type": "nominal", "scale": scale}
+
+
 def loss(curve: list[dict]) -> Chart:
     """Training and evaluation loss by step. `curve`: the lines of metrics/curve.csv as text."""
     names = {"loss": "training", "eval_loss": "evaluation"}
@@ -81,11 +91,7 @@ def loss(curve: list[dict]) -> Chart:
         "encoding": {
             "x": _quantitative("step", "step", nice=False),
             "y": _quantitative("loss", "mean NLL per learned token"),
-            "color": {
-                "field": "set",
-                "type": "nominal",
-                "scale": {"domain": [*names.values()], "range": COLOURS[:2]},
-            },
+            "color": _coloured("set", [*names.values()], COLOURS),
         },
         "layer": [
             {"mark": {"type": "line", "strokeWidth": 2}},
@@ -133,14 +139,11 @@ def perplexity(metrics: dict, sets: dict[str, str]) -> Chart:
         for key in [f"{prefix}{who}_perplexity"]
     ]
     x = _quantitative("perplexity", "perplexity (logarithmic)", type="log", nice=False, padding=12)
+    number = {"field": "perplexity", "type": "quantitative", "format": ".4~r"}
     spec = {
         "encoding": {
-            "y": {"field": "set", "type": "nominal", "sort": None, **BAND},
-            "color": {
-                "field": "model",
-                "type": "nominal",
-                "scale": {"domain": ["base", "tuned"], "range": ["var(--f)", "var(--a)"]},
-            },
+            "y": {"field": "set", **BAND},
+            "color": _coloured("model", ["base", "tuned"], ["var(--f)", "var(--a)"]),
         },
         "layer": [
             {
@@ -150,11 +153,7 @@ def perplexity(metrics: dict, sets: dict[str, str]) -> Chart:
             {"mark": {"type": "point", **DOT, "size": 90}, "encoding": {"x": x}},
             {
                 "mark": {"type": "text", "dy": -14},
-                "encoding": {
-                    "x": x,
-                    "text": {"field": "perplexity", "type": "quantitative", "format": ".4~r"},
-                    "color": {"value": "var(--ink)"},
-                },
+                "encoding": {"x": x, "text": number, "color": {"value": "var(--ink)"}},
             },
         ],
     }
@@ -180,12 +179,8 @@ def memory(parts: list[dict]) -> Chart:
         "mark": {"type": "bar", "height": 26},
         "encoding": {
             "x": {"field": "gb", "type": "quantitative", "title": "GB (10^9 bytes)"},
-            "y": {"field": "bar", "type": "nominal", "sort": None, **BAND},
-            "color": {
-                "field": "part",
-                "type": "nominal",
-                "scale": {"domain": names, "range": COLOURS[: len(names)]},
-            },
+            "y": {"field": "bar", **BAND},
+            "color": _coloured("part", names, COLOURS),
             "order": {"field": "order", "type": "quantitative"},
         },
     }

@@ -78,6 +78,21 @@ class Section:
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
 
+def number(value) -> str:
+    """A value as a person reads it: whole numbers with commas, others with 4 digits."""
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return {None: "none", True: "yes", False: "no"}.get(value, value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    digits = f"{value:.4g}"
+    return f"{value:,.0f}" if "e+" in digits else digits
+
+
+def facts(values: dict) -> Table:
+    """A table without a head: keys as words, and their values."""
+    return Table([], [[key.replace("_", " "), number(value)] for key, value in values.items()])
+
+
 def clean(text: str) -> str:
     """`text` with every character that would hide or reorder its neighbours as U+FFFD.
 
