@@ -57,12 +57,8 @@ FLOAT16_MAX = 65504
 def check_inputs(params) -> None:
     """Everything that files tell before a model is loaded. Raises StageError."""
     # What is damaged on disk is told apart from what was merged wrong: the remedies differ.
-    for folder, stage in (
-        (BASE, "fetch_model"),
-        (QUANTIZED, "quantize"),
-        (PREPARED, "prepare"),
-        (MERGED, "merge"),
-    ):
+    made = {BASE: "fetch_model", QUANTIZED: "quantize", PREPARED: "prepare", MERGED: "merge"}
+    for folder, stage in made.items():
         check_sums(folder, stage)
     check_adapter_sums(ADAPTER)
     check_record(MERGED, ADAPTER, params.merge.base, params.merge.dtype)

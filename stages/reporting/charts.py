@@ -10,8 +10,7 @@ from stages.reporting.page import Chart, Table
 
 VEGA_LITE = "6.4"
 WIDTH, HEIGHT = 330, 190
-COLOURS = ["var(--a)", "var(--b)", "var(--c)", "var(--d)", "var(--e)", "var(--f)"]
-COLOURS += ["var(--ink)", "var(--soft)"]
+COLOURS = [f"var(--{name})" for name in ("a", "b", "c", "d", "e", "f", "ink", "soft")]
 DOT = {"filled": True, "opacity": 1}
 BAND = {
     "type": "nominal",
@@ -162,12 +161,9 @@ def perplexity(metrics: dict, sets: dict[str, str]) -> Chart:
         for v in values
     ]
     words = "; ".join(f"{v['set']}, {v['model']} model: {v['perplexity']:.4g}" for v in values)
-    return Chart(
-        "Perplexity with 95 % intervals",
-        f"Dots with 95 % intervals. {words}.",
-        svg(spec, values, 58 * len(sets)),
-        Table(["Set", "Model", "Perplexity", "Low", "High"], rows),
-    )
+    alt = f"Dots with 95 % intervals. {words}."
+    table = Table(["Set", "Model", "Perplexity", "Low", "High"], rows)
+    return Chart("Perplexity with 95 % intervals", alt, svg(spec, values, 58 * len(sets)), table)
 
 
 def memory(parts: list[dict]) -> Chart:
@@ -189,11 +185,9 @@ def memory(parts: list[dict]) -> Chart:
         for bar in bars
     )
     rows = [[p["bar"], p["part"], f"{p['gb']:.4g}"] for p in parts]
+    table = Table(["Bar", "Part", "GB"], rows)
     return Chart(
-        "VRAM by part",
-        f"Stacked bars. {words}.",
-        svg(spec, values, 48 * len(bars)),
-        Table(["Bar", "Part", "GB"], rows),
+        "VRAM by part", f"Stacked bars. {words}.", svg(spec, values, 48 * len(bars)), table
     )
 
 

@@ -4,16 +4,7 @@ The same sections become metrics/report.html, metrics/report.md and the model ca
 """
 
 from stages.reporting import charts, provenance
-from stages.reporting.page import (
-    Answers,
-    Figures,
-    Marked,
-    Paragraph,
-    Section,
-    Table,
-    facts,
-    number,
-)
+from stages.reporting.page import Answers, Figures, Marked, Paragraph, Section, Table, facts, number
 from stages.reporting.results import MEMORY_PARTS, SET_NAMES, Results, memory_parts, scored_sets
 from stages.shared.vram import CARDS_GB, GB, fitting_cards
 
@@ -148,19 +139,12 @@ def _data(results: Results) -> Section:
 
 
 def _samples(results: Results) -> Section:
-    who = {
-        "prompt": "Prompt",
-        "reference": "Reference",
-        "base": "Base model",
-        "tuned": "Tuned model",
-    }
-    blocks = [
-        Answers(
-            f"{sample['set']}, {sample['row']}",
-            [(name, _short(sample[key])) for key, name in who.items()],
-        )
-        for sample in results.samples
-    ]
+    who = {"prompt": "Prompt", "reference": "Reference"}
+    who |= {"base": "Base model", "tuned": "Tuned model"}
+    blocks = []
+    for sample in results.samples:
+        texts = [(name, _short(sample[key])) for key, name in who.items()]
+        blocks.append(Answers(f"{sample['set']}, {sample['row']}", texts))
     none = Paragraph("None were asked for (evaluate.samples is 0).")
     return Section("Answers to held-out prompts", blocks or [none])
 

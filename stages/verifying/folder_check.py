@@ -52,15 +52,11 @@ def check_headers(merged: Weights, quantized: Weights, base: Weights, dtype: tor
             raise StageError(f"{merged.folder} lacks {name}; {AGAIN}")
         if name not in quantized.shapes:
             raise StageError(f"{merged.folder} holds {name}, which the base lacks; {AGAIN}")
-        where = f"{merged.files[name]}: {name}"
-        if merged.shapes[name] != base.shapes[name]:
-            raise StageError(
-                f"{where} is {merged.shapes[name]} and in the base {base.shapes[name]}; {AGAIN}"
-            )
-        if merged.dtypes[name] != LETTERS[dtype]:
-            raise StageError(
-                f"{where} is {merged.dtypes[name]} and must be {LETTERS[dtype]}; {AGAIN}"
-            )
+        where, shape, kind = f"{merged.files[name]}: {name}", base.shapes[name], LETTERS[dtype]
+        if merged.shapes[name] != shape:
+            raise StageError(f"{where} is {merged.shapes[name]} and in the base {shape}; {AGAIN}")
+        if merged.dtypes[name] != kind:
+            raise StageError(f"{where} is {merged.dtypes[name]} and must be {kind}; {AGAIN}")
         if merged.files[name].name != base.files[name].name:
             raise StageError(f"{where}: the base has it in {base.files[name].name}; {AGAIN}")
 

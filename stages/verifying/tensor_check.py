@@ -20,8 +20,7 @@ def check_tensors(
 ) -> None:
     """Compare every merged tensor with what PEFT and bitsandbytes compute from the sources.
 
-    None of merge's own code takes part in the arithmetic. Raises StageError naming the tensors
-    that differ by more than rounding.
+    Raises StageError naming the tensors that differ by more than rounding.
     """
     modules = dict(model.get_base_model().named_modules())
     wrong = []
