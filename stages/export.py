@@ -30,8 +30,10 @@ from stages.shared.process import begin
 if __name__ == "__main__":
     begin("export")
 
-from stages.reporting import page, report
-from stages.reporting.card import model_card
+from stages.reporting.model_card import model_card
+from stages.reporting.page import Section, to_html, to_markdown
+from stages.reporting.report import sections
+from stages.reporting.results import Results, memory_parts, summary, title
 
 MERGED = Path("models/merged")
 RELEASE = Path("models/release")
@@ -41,7 +43,7 @@ TOKENIZER = Path("models/tokenizer")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "dvc")
 
 
-def read_results(params: dict, merged: Path) -> report.Results:
+def read_results(params: dict, merged: Path) -> Results:
     """Everything the report is made of; `params` as in params.yaml."""
     metrics = {
         name: read_json(METRICS / f"{name}.json")
@@ -52,7 +54,7 @@ def read_results(params: dict, merged: Path) -> report.Results:
     if read_json(merged / "merge.json")["adapter_sha256"] != trained:
         metrics["train"], metrics["train_cost"], curve = {}, {}, []
     samples = (METRICS / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    return report.Results(
+    return Results(
         **metrics,
         params=params,
         prepared=read_json(PREPARED / "prepared.json"),
@@ -88,23 +90,27 @@ def _csv(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def write_release(heading: str, content: list[Section], results: Results) -> int:
+    """Write the folder to take away; how many files of the merged model are in it."""
+    with whole_folder(RELEASE) as out:
+        files = link_files(MERGED, out)
+        (out / "README.md").write_text(model_card(heading, results, content), encoding="utf-8")
+    return files
+
+
 def main() -> None:
     params = load_params().model_dump()
     for folder, stage in ((MERGED, "merge"), (PREPARED, "prepare"), (TOKENIZER, "fetch_model")):
         check_sums(folder, stage)
     results = read_results(params, MERGED)
     print(f"export: releasing {results.release_gb:.2f} GB from {MERGED}, linked, with its card")
-    title = report.title(results)
-    sections = report.sections(results)
-    with whole_folder(RELEASE) as out:
-        files = link_files(MERGED, out)
-        (out / "README.md").write_text(model_card(title, results, sections), encoding="utf-8")
-    write_text(
-        METRICS / "memory.csv", csv_text(report.memory_parts(results.plan, results.train_cost))
-    )
-    write_text(METRICS / "report.md", page.to_markdown(title, sections))
-    write_text(METRICS / "report.html", page.to_html(title, sections))
-    write_metrics(METRICS / "summary.json", report.summary(results))
+    heading, content = title(results), sections(results)
+    files = write_release(heading, content, results)
+    parts = memory_parts(results.plan, results.train_cost)
+    write_text(METRICS / "memory.csv", csv_text(parts))
+    write_text(METRICS / "report.md", to_markdown(heading, content))
+    write_text(METRICS / "report.html", to_html(heading, content))
+    write_metrics(METRICS / "summary.json", summary(results))
     print(f"export: {files} files and README.md in {RELEASE}; open {METRICS}/report.html")
 
 

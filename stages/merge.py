@@ -9,6 +9,7 @@ chat template and licence, and merge.json, which says what was done.
 
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 from stages.shared.outputs import check_space, check_sums, read_json, whole_folder, write_json
 from stages.shared.params import load_params
@@ -45,7 +46,15 @@ NEEDED = ("tokenizer.json", "tokenizer_config.json")
 LICENCES = ("licen[cs]e*", "notice*", "copying*", "use_policy*")
 
 
-def check_layout(base: Weights, quantized: Weights) -> None:
+class Sources(NamedTuple):
+    """What is merged: the base's weights, their names by file of the result, updates by name."""
+
+    weights: Weights
+    shards: dict[str, list[str]]
+    updates: dict[str, Update]
+
+
+def check_quantized(base: Weights, quantized: Weights) -> None:
     """The quantized tensors must be the base's: names and shapes. Raises StageError."""
     for name in base.names:
         if ".experts." in name:
@@ -68,44 +77,39 @@ def check_layout(base: Weights, quantized: Weights) -> None:
 
 
 def write_weights(
-    out: Path,
-    source: Weights,
-    shards: dict[str, list[str]],
-    updates: dict[str, Update],
-    dtype: torch.dtype,
-    device: torch.device,
-    sums: dict[str, str],
+    out: Path, sources: Sources, dtype: torch.dtype, device: torch.device, sums: dict[str, str]
 ) -> dict:
-    """Stream the merged tensors of `source` into `out` by `shards` {file: names}.
+    """Stream the merged tensors into `out`, in the base's files.
 
     Returns the counts for merge.json and puts the files' SHA-256 into `sums`. Raises StageError
     naming a tensor that `dtype` cannot hold.
     """
-    names = [name for shard in shards.values() for name in shard]
-    total = sum(torch.Size(source.shapes[name]).numel() for name in names) * dtype.itemsize
+    shapes = sources.weights.shapes
+    file_of = {name: file for file, names in sources.shards.items() for name in names}
+    total = sum(torch.Size(shapes[name]).numel() for name in file_of) * dtype.itemsize
     check_space(out.parent, total, "the merged model")
     flushed: dict[str, int] = {}
     with tqdm(total=total / 1e9, unit="GB", desc="merge", disable=None) as bar:
 
-        def stream(shard: list[str]):
-            for name in shard:
-                rows = merged_rows(source, name, updates.get(name), dtype, device)
-                for values in check_rounding(name, rows, flushed):
+        def stream(names: list[str]):
+            for name in names:
+                blocks = merged_rows(
+                    sources.weights, name, sources.updates.get(name), dtype, device
+                )
+                for values in check_rounding(name, blocks, flushed):
                     yield values
                     bar.update(values.nbytes / 1e9)
 
-        for file, shard in shards.items():
-            shapes = {name: source.shapes[name] for name in shard}
-            sums[file] = write_shard(out / file, shapes, dtype, stream(shard))
-    if list(shards) != [SINGLE]:
-        weight_map = {name: file for file, shard in shards.items() for name in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        for file, names in sources.shards.items():
+            of_file = {name: shapes[name] for name in names}
+            sums[file] = write_shard(out / file, of_file, dtype, stream(names))
+    if list(sources.shards) != [SINGLE]:
+        index = {"metadata": {"total_size": total}, "weight_map": file_of}
         write_json(out / INDEX, index, sort_keys=True)
     return {
-        "tensors": len(names),
-        "updated_tensors": len(updates),
+        "tensors": len(file_of),
+        "updated_tensors": len(sources.updates),
         "bytes": total,
-        "overflowed": 0,
         "flushed_to_zero": sum(flushed.values()),
     }
 
@@ -153,20 +157,20 @@ def end_tokens(folder: Path, known: int | list[int] | None) -> list[int]:
     return ids if end in ids else [*ids, end]
 
 
-def read_sources(kind: str) -> tuple[Weights, dict[str, list[str]], dict[str, Update]]:
-    """The checked weights to merge onto, the tensors by output file, and the updates by weight."""
+def read_sources(kind: str) -> Sources:
+    """The checked sources; `kind` says onto which base, as `merge.base` does."""
     if kind == "dequantized":
         check_sums(QUANTIZED, "quantize")
     # Its configuration, tokenizer and licence go into the merged model in any case.
     check_sums(BASE, "fetch_model", weights=kind == "original")
     check_adapter_sums(ADAPTER)
     base, quantized = Weights(BASE), Weights(QUANTIZED)
-    check_layout(base, quantized)
+    check_quantized(base, quantized)
     shards: dict[str, list[str]] = {}
     for name in quantized.names:
         shards.setdefault(base.files[name].name, []).append(name)
-    source = quantized if kind == "dequantized" else base
-    return source, shards, read_adapter(ADAPTER, quantized.shapes)
+    weights = quantized if kind == "dequantized" else base
+    return Sources(weights, shards, read_adapter(ADAPTER, quantized.shapes))
 
 
 def main() -> None:
@@ -175,14 +179,14 @@ def main() -> None:
     device = pick_device()
     # Row blocks are computed side by side: threads within one would only wait for each other.
     torch.set_num_threads(1)
-    source, shards, updates = read_sources(params.base)
-    print(f"merge: {len(updates)} updates onto {source.folder}, {params.dtype}, {device}")
-    sums: dict[str, str] = {}
+    sources, sums = read_sources(params.base), {}
+    where = f"{sources.weights.folder}, {params.dtype}, {device}"
+    print(f"merge: {len(sources.updates)} updates onto {where}")
     with whole_folder(MERGED, sums=sums) as out:
-        counts = write_weights(out, source, shards, updates, dtype, device, sums)
+        counts = write_weights(out, sources, dtype, device, sums)
         write_companions(out, BASE, ADAPTER, dtype)
-        made = {"device": device.type, "adapter_sha256": sha256(ADAPTER / WEIGHTS)}
-        write_json(out / "merge.json", params.model_dump() | made | counts, sort_keys=True)
+        record = params.model_dump() | {"adapter_sha256": sha256(ADAPTER / WEIGHTS)} | counts
+        write_json(out / "merge.json", record, sort_keys=True)
     print(f"merge: wrote {counts['bytes'] / 1e9:.2f} GB to {MERGED}")
 
 

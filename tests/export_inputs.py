@@ -7,6 +7,7 @@ from pathlib import Path
 
 HOSTILE = (
     '<script>alert("x")</script> | ``` `code` **bold** & [link](http://x.invalid)'
+    " ' onload=x {{ 1 / 0 }} {% raw %} &lt;i>"
     " \u202eevil\ud800\x1b[31m"
 )
 COLUMNS = "step,epoch,tokens,loss,eval_loss,learning_rate,grad_norm,peak_gb"

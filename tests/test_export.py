@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 
 import pytest
 import yaml
@@ -18,8 +19,10 @@ from report_page import Page, axis, figures, line_points, marks
 from tiny import PARAMS, ROOT
 
 from stages import export
-from stages.reporting import page, report
+from stages.reporting import page
 from stages.reporting.charts import WIDTH
+from stages.reporting.report import sections
+from stages.reporting.results import MEMORY_PARTS, Results, summary
 from stages.shared.outputs import write_sums
 
 SHOWN_HOSTILE = HOSTILE.replace("\u202e", "\ufffd").replace("\ud800", "\ufffd")
@@ -62,12 +65,12 @@ def results(folder, monkeypatch, **changes):
     monkeypatch.chdir(folder)
     params = yaml.safe_load(PARAMS.read_text())
     read = export.read_results(params, export.MERGED)
-    return report.Results(**(vars(read) | changes))
+    return Results(**(vars(read) | changes))
 
 
 def test_summary_has_keys_of_its_own(exported):
-    summary = json.loads((exported / "metrics/summary.json").read_text())
-    assert summary == {
+    found = json.loads((exported / "metrics/summary.json").read_text())
+    assert found == {
         "perplexity_before": 72.9813,
         "perplexity_after": 12.7104,
         "group_perplexity_before": 85.24,
@@ -79,11 +82,11 @@ def test_summary_has_keys_of_its_own(exported):
         "fits_gpus": "8 GB, 12 GB, 16 GB, 24 GB, 40 GB, 48 GB, 80 GB",
     }
     for values in METRICS.values():
-        assert not summary.keys() & values.keys()
+        assert not found.keys() & values.keys()
 
 
 def test_summary_on_a_gpu_compares_prediction_and_measurement(exported, monkeypatch):
-    found = report.summary(results(exported, monkeypatch, train_cost=GPU_COST))
+    found = summary(results(exported, monkeypatch, train_cost=GPU_COST))
     assert "ram_gb" not in found
     assert found["vram_gb"] == 1.84
     assert found["vram_prediction_error_percent"] == pytest.approx(100 * (1.799 - 1.84) / 1.84)
@@ -95,14 +98,14 @@ def test_summary_on_a_gpu_compares_prediction_and_measurement(exported, monkeypa
 )
 def test_summary_names_the_cards_that_fit(exported, monkeypatch, needed, expected):
     plan = PLAN | {"predicted_device_gb": needed}
-    assert report.summary(results(exported, monkeypatch, plan=plan))["fits_gpus"] == expected
+    assert summary(results(exported, monkeypatch, plan=plan))["fits_gpus"] == expected
 
 
 def test_one_held_out_set_is_enough(exported, monkeypatch):
     rows_only = {k: v for k, v in EVAL.items() if not k.startswith("group_")}
     found = results(exported, monkeypatch, eval=rows_only)
-    assert not [key for key in report.summary(found) if key.startswith("group_")]
-    html = page.to_html("t", report.sections(found))
+    assert not [key for key in summary(found) if key.startswith("group_")]
+    html = page.to_html("t", sections(found))
     assert "Perplexity on held-out rows" in html
     assert "Perplexity on held-out groups" not in html
 
@@ -188,6 +191,29 @@ def test_what_models_wrote_is_shown_as_it_is(html):
     assert "\u202e" not in html
 
 
+def page_of(text):
+    """The HTML of a page that holds `text` wherever a page holds text."""
+    table = page.Table([text], [[text], [page.Mono(text)]])
+    blocks = [
+        page.Paragraph(text),
+        table,
+        page.Chart(text, text, "<svg></svg>", table),
+        page.Figures([(text, text, text)]),
+        page.Marked([(text, True), (text, False)]),
+        page.Answers(text, [(text, text)]),
+    ]
+    return page.to_html(text, [page.Section(text, blocks)])
+
+
+def test_no_text_of_any_block_is_markup():
+    tags = Page(page_of(HOSTILE)).tags
+    assert [tag for tag, _ in tags] == [tag for tag, _ in Page(page_of("x")).tags]
+    words = next(attributes["aria-label"] for _, attributes in tags if "role" in attributes)
+    assert words == SHOWN_HOSTILE
+    places = page_of("@@").count("@@")
+    assert unescape(page_of(HOSTILE)).count(SHOWN_HOSTILE) == places
+
+
 @pytest.mark.parametrize(
     ("answer", "shown"),
     [
@@ -199,7 +225,7 @@ def test_what_models_wrote_is_shown_as_it_is(html):
 )
 def test_answers_are_shown_at_a_bearable_length(exported, monkeypatch, answer, shown):
     sample = dict.fromkeys(("row", "set", "prompt", "reference", "base"), "x") | {"tuned": answer}
-    html = page.to_html("t", report.sections(results(exported, monkeypatch, samples=[sample])))
+    html = page.to_html("t", sections(results(exported, monkeypatch, samples=[sample])))
     assert Page(html).texts[-1] == shown
 
 
@@ -270,12 +296,12 @@ def test_bars_are_as_long_as_the_memory_parts(exported, monkeypatch):
         train_cost=GPU_COST,
         eval_cost=METRICS["eval_cost"] | {"weights_vram_gb": 0.118},
     )
-    html = page.to_html("t", report.sections(found))
+    html = page.to_html("t", sections(found))
     svg, rows = figures(html)["VRAM by part"]
     low, high = axis(svg, "X")
     widths = [float(re.search(r"h([\d.]+)v", bar.get("d"))[1]) for bar in marks(svg, "rect")]
     drawn = [width / WIDTH * (high - low) for width in widths]
-    parts = [PLAN[f"{part}_gb"] for part in report.MEMORY_PARTS]
+    parts = [PLAN[f"{part}_gb"] for part in MEMORY_PARTS]
     assert drawn == pytest.approx([*parts, 1.84, 0.19], abs=high / 1000)
     assert [row[0] for row in rows] == ["predicted"] * 6 + ["measured"] * 2
     assert "<td class=number>0.118</td>" in html
@@ -303,7 +329,7 @@ def test_long_curves_keep_every_point_also_in_the_table(exported, monkeypatch):
     """train writes a few lines beyond 200, so that none of the held-out losses is lost."""
     line = {"eval_loss": "", "learning_rate": "0.001"}
     curve = [line | {"step": str(i), "loss": f"{3 - i / 500:.5f}"} for i in range(1, 206)]
-    html = page.to_html("t", report.sections(results(exported, monkeypatch, curve=curve)))
+    html = page.to_html("t", sections(results(exported, monkeypatch, curve=curve)))
     svg, rows = figures(html)["Loss"]
     assert len(line_points(svg, marks(svg, "line")[0])) == 205
     assert [row[0] for row in rows] == [point["step"] for point in curve]

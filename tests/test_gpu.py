@@ -33,8 +33,7 @@ from stages.training.fused_lora import fuse_lora
 from stages.training.offload import HostStash
 from stages.training.paged import page_again, paged_bytes
 from stages.training.trainer import LIGER_OFF, LIGER_PARTS
-from stages.verify import load_merged
-from stages.verifying.agreement import streamed_layers
+from stages.verifying.merged_model import load_merged, streamed_layers
 from tests.tiny import make_model
 
 pytestmark = pytest.mark.gpu

@@ -4,13 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from stages import merge, verify
 from stages.shared import adapter
 from stages.shared.outputs import SUMS, write_sums
 from stages.shared.process import StageError
 from stages.shared.weights import INDEX, SINGLE
-from stages.verifying import agreement
+from stages.verifying import agreement, merged_model
 from tests.merging import (
     edit_json,
     edit_tensors,
@@ -344,7 +345,7 @@ def test_kl_agrees_with_a_plain_loop_and_its_cache_is_bounded(project, monkeypat
     reference = verify.load_adapter(
         verify.load_base(verify.QUANTIZED, torch.device("cpu")), verify.ADAPTER
     )
-    merged = verify.AutoModelForCausalLM.from_pretrained(verify.MERGED, dtype=torch.float64)
+    merged = AutoModelForCausalLM.from_pretrained(verify.MERGED, dtype=torch.float64)
     divergences, agreed, nll = [], [], []
     for row in rows:
         ids = torch.tensor([row["input_ids"]])
@@ -407,5 +408,5 @@ def test_a_merged_model_waits_where_there_is_room(monkeypatch, capsys, free, sha
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: share)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1e9)
     weights = SimpleNamespace(shapes={"a": (70_000, 50_000), "b": (3_500_000_000,)})
-    assert verify.place_for(weights, longest, torch.device("cuda", 0)).type == place
+    assert merged_model.place_for(weights, longest, torch.device("cuda", 0)).type == place
     assert ("stay in host memory" in capsys.readouterr().out) == (place == "cpu")

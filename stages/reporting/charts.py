@@ -10,10 +10,14 @@ from stages.reporting.page import Chart, Table
 
 VEGA_LITE = "6.4"
 WIDTH, HEIGHT = 330, 190
-COLOURS = ["var(--a)", "var(--b)", "var(--c)", "var(--d)", "var(--e)", "var(--f)"]
-COLOURS += ["var(--ink)", "var(--soft)"]
+COLOURS = [f"var(--{name})" for name in ("a", "b", "c", "d", "e", "f", "ink", "soft")]
 DOT = {"filled": True, "opacity": 1}
-BAND = {"title": None, "axis": {"domain": False, "ticks": False, "labelPadding": 8, "grid": False}}
+BAND = {
+    "type": "nominal",
+    "sort": None,
+    "title": None,
+    "axis": {"domain": False, "ticks": False, "labelPadding": 8, "grid": False},
+}
 STYLE = {
     "background": None,
     # Browsers have wider fonts than the one that Vega measures labels with.
@@ -63,6 +67,11 @@ def _quantitative(name: str, title: str, **scale) -> dict:
     }
 
 
+def _coloured(name: str, domain: list[str], colours: list[str]) -> dict:
+    scale = {"domain": domain, "range": colours[: len(domain)]}
+    return {"field": name, "type": "nominal", "scale": scale}
+
+
 def loss(curve: list[dict]) -> Chart:
     """Training and evaluation loss by step. `curve`: the lines of metrics/curve.csv as text."""
     names = {"loss": "training", "eval_loss": "evaluation"}
@@ -81,11 +90,7 @@ def loss(curve: list[dict]) -> Chart:
         "encoding": {
             "x": _quantitative("step", "step", nice=False),
             "y": _quantitative("loss", "mean NLL per learned token"),
-            "color": {
-                "field": "set",
-                "type": "nominal",
-                "scale": {"domain": [*names.values()], "range": COLOURS[:2]},
-            },
+            "color": _coloured("set", [*names.values()], COLOURS),
         },
         "layer": [
             {"mark": {"type": "line", "strokeWidth": 2}},
@@ -133,14 +138,11 @@ def perplexity(metrics: dict, sets: dict[str, str]) -> Chart:
         for key in [f"{prefix}{who}_perplexity"]
     ]
     x = _quantitative("perplexity", "perplexity (logarithmic)", type="log", nice=False, padding=12)
+    number = {"field": "perplexity", "type": "quantitative", "format": ".4~r"}
     spec = {
         "encoding": {
-            "y": {"field": "set", "type": "nominal", "sort": None, **BAND},
-            "color": {
-                "field": "model",
-                "type": "nominal",
-                "scale": {"domain": ["base", "tuned"], "range": ["var(--f)", "var(--a)"]},
-            },
+            "y": {"field": "set", **BAND},
+            "color": _coloured("model", ["base", "tuned"], ["var(--f)", "var(--a)"]),
         },
         "layer": [
             {
@@ -150,11 +152,7 @@ def perplexity(metrics: dict, sets: dict[str, str]) -> Chart:
             {"mark": {"type": "point", **DOT, "size": 90}, "encoding": {"x": x}},
             {
                 "mark": {"type": "text", "dy": -14},
-                "encoding": {
-                    "x": x,
-                    "text": {"field": "perplexity", "type": "quantitative", "format": ".4~r"},
-                    "color": {"value": "var(--ink)"},
-                },
+                "encoding": {"x": x, "text": number, "color": {"value": "var(--ink)"}},
             },
         ],
     }
@@ -163,12 +161,9 @@ def perplexity(metrics: dict, sets: dict[str, str]) -> Chart:
         for v in values
     ]
     words = "; ".join(f"{v['set']}, {v['model']} model: {v['perplexity']:.4g}" for v in values)
-    return Chart(
-        "Perplexity with 95 % intervals",
-        f"Dots with 95 % intervals. {words}.",
-        svg(spec, values, 58 * len(sets)),
-        Table(["Set", "Model", "Perplexity", "Low", "High"], rows),
-    )
+    alt = f"Dots with 95 % intervals. {words}."
+    table = Table(["Set", "Model", "Perplexity", "Low", "High"], rows)
+    return Chart("Perplexity with 95 % intervals", alt, svg(spec, values, 58 * len(sets)), table)
 
 
 def memory(parts: list[dict]) -> Chart:
@@ -180,12 +175,8 @@ def memory(parts: list[dict]) -> Chart:
         "mark": {"type": "bar", "height": 26},
         "encoding": {
             "x": {"field": "gb", "type": "quantitative", "title": "GB (10^9 bytes)"},
-            "y": {"field": "bar", "type": "nominal", "sort": None, **BAND},
-            "color": {
-                "field": "part",
-                "type": "nominal",
-                "scale": {"domain": names, "range": COLOURS[: len(names)]},
-            },
+            "y": {"field": "bar", **BAND},
+            "color": _coloured("part", names, COLOURS),
             "order": {"field": "order", "type": "quantitative"},
         },
     }
@@ -194,11 +185,9 @@ def memory(parts: list[dict]) -> Chart:
         for bar in bars
     )
     rows = [[p["bar"], p["part"], f"{p['gb']:.4g}"] for p in parts]
+    table = Table(["Bar", "Part", "GB"], rows)
     return Chart(
-        "VRAM by part",
-        f"Stacked bars. {words}.",
-        svg(spec, values, 48 * len(bars)),
-        Table(["Bar", "Part", "GB"], rows),
+        "VRAM by part", f"Stacked bars. {words}.", svg(spec, values, 48 * len(bars)), table
     )
 
 

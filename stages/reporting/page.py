@@ -1,15 +1,16 @@
 """A page as plain blocks, written as Markdown or as one HTML file that needs nothing else.
 
-Blocks hold plain text only. Whatever came from data or a model is escaped here, in one place:
-the content (stages/reporting/report.py) cannot forget it.
+Blocks hold plain text only. Whatever came from data or a model is escaped here: by `_md` and
+`_fence` in Markdown, by the template's environment in HTML. The content cannot forget it.
 """
 
-import html
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-CSS = Path(__file__).with_name("page.css")
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+HERE = Path(__file__).parent
 _NUMBER = re.compile(r"([+-]?[\d,]+(\.\d+)?(e-\d+)?( ?%)?)?")
 _UNSHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -29,6 +30,11 @@ class Table:
 
     head: list[str]
     rows: list[list[str]]
+
+    def numeric(self) -> list[bool]:
+        """Which columns are nothing but numbers; facts (no head) never are."""
+        columns = zip(*self.rows, strict=True)
+        return [bool(self.head) and all(map(_NUMBER.fullmatch, column)) for column in columns]
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,25 @@ class Answers:
 @dataclass(frozen=True)
 class Section:
     title: str
-    blocks: list = field(default_factory=list)
+    blocks: list
+
+    def anchor(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+
+
+def number(value) -> str:
+    """A value as a person reads it: whole numbers with commas, others with 4 digits."""
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return {None: "none", True: "yes", False: "no"}.get(value, value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    digits = f"{value:.4g}"
+    return f"{value:,.0f}" if "e+" in digits else digits
+
+
+def facts(values: dict) -> Table:
+    """A table without a head: keys as words, and their values."""
+    return Table([], [[key.replace("_", " "), number(value)] for key, value in values.items()])
 
 
 def clean(text: str) -> str:
@@ -132,100 +156,15 @@ def _markdown_block(block) -> str:
 
 def to_html(title: str, sections: list[Section]) -> str:
     """One HTML file: styles and charts inside, no script, and a policy that forbids requests."""
-    toc = "".join(
-        f'<li><a href="#{_anchor(section.title)}">{_html(section.title)}</a></li>'
-        for section in sections
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        # Whatever a template shows passes here before it is escaped, but markup of its own.
+        finalize=lambda value: value if hasattr(value, "__html__") else clean(str(value)),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
     )
-    body = "".join(
-        f'<section id="{_anchor(section.title)}"><h2>{_html(section.title)}</h2>'
-        f"{''.join(map(_html_block, section.blocks))}</section>\n"
-        for section in sections
-    )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{_html(title)}</title>
-<link rel="icon" href="data:,">
-<style>
-{CSS.read_text(encoding="utf-8")}</style>
-</head>
-<body>
-<header><h1>{_html(title)}</h1></header>
-<nav aria-label="Contents"><ul>{toc}</ul></nav>
-<main>
-{body}</main>
-</body>
-</html>
-"""
-
-
-def _anchor(title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-
-
-def _html(text: str) -> str:
-    return html.escape(clean(text))
-
-
-def _html_cell(text: str) -> str:
-    return f"<code>{_html(text)}</code>" if isinstance(text, Mono) and text else _html(text)
-
-
-def _html_table(table: Table) -> str:
-    """Columns of nothing but numbers are set to the right; facts (no head) never are."""
-    numeric = [
-        bool(table.head) and all(_NUMBER.fullmatch(cell) for cell in column)
-        for column in zip(*table.rows, strict=True)
-    ]
-    align = [" class=number" if right else "" for right in numeric]
-    head = "".join(
-        f'<th scope="col"{side}>{_html(cell)}</th>'
-        for cell, side in zip(table.head, align, strict=bool(table.head))
-    )
-    rows = "".join(
-        f'<tr><th scope="row"{align[0]}>{_html_cell(row[0])}</th>'
-        + "".join(f"<td{s}>{_html_cell(c)}</td>" for c, s in zip(row[1:], align[1:], strict=True))
-        + "</tr>"
-        for row in table.rows
-    )
-    head = f"<thead><tr>{head}</tr></thead>" if head else ""
-    return f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>'
-
-
-def _html_block(block) -> str:
-    match block:
-        case Paragraph():
-            return f"<p>{_html(block.text)}</p>"
-        case Table():
-            return _html_table(block)
-        case Figures():
-            items = "".join(
-                f"<div><dt>{_html(name)}</dt><dd>{_html(value)}</dd><dd>{_html(note)}</dd></div>"
-                for name, value, note in block.items
-            )
-            return f'<dl class="figures">{items}</dl>'
-        case Chart():
-            return (
-                f'<figure><figcaption>{_html(block.title)}</figcaption><div role="img"'
-                f' aria-label="{_html(block.alt)}">{block.svg}</div><details><summary>The numbers'
-                f"</summary>{_html_table(block.table)}</details></figure>"
-            )
-        case Marked():
-            pieces = "".join(
-                f"<mark>{_html(text)}</mark>" if learned else _html(text)
-                for text, learned in block.pieces
-            )
-            return f'<pre dir="auto">{pieces}</pre>'
-        case Answers():
-            texts = "".join(
-                f'<div><h4>{_html(who)}</h4><pre dir="auto">{_html(text)}</pre></div>'
-                for who, text in block.texts
-            )
-            return (
-                f'<article><h3>{_html(block.title)}</h3><div class="texts">{texts}</div></article>'
-            )
+    environment.filters["kind"] = lambda value: type(value).__name__
+    css = (HERE / "page.css").read_text(encoding="utf-8")
+    page = environment.get_template("page.html.jinja")
+    return page.render(title=title, sections=sections, css=css)

@@ -103,40 +103,14 @@ def read_adapter(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, 
     `shapes` are those of the base's tensors. Every factor is read once and must be finite, of
     the rank that the configuration says, and fit its weight. Raises StageError.
     """
-    config = _read_config(folder)
-    halves = _read_shapes(folder)
+    config, halves = _read_config(folder), _read_shapes(folder)
     updates = {}
     for module in sorted({module for module, _ in halves}):
-        where = f"{folder}: {module}"
-        weight = f"{module}.weight"
-        if re.search(r"(^|\.)(lm_head|embed_tokens|embed_out|wte)$", module):
-            raise StageError(f"{where}: LoRA on the embeddings or the output head is not supported")
-        if weight not in shapes:
-            near = difflib.get_close_matches(weight, shapes, 1, 0)
-            raise StageError(
-                f"{where}: the base has no such module (nearest: "
-                f"{near[0].removesuffix('.weight')}); was the adapter made for another base model?"
-            )
-        if len(shapes[weight]) != 2:
-            raise StageError(f"{where}: not a Linear of the base but a fused layout, not supported")
-        missing = [half for half in "AB" if (module, half) not in halves]
-        if missing:
-            raise StageError(f"{where}: lora_{missing[0]} is missing; the adapter is incomplete")
-        try:
-            rank, scaling = _rank_and_scaling(config, module)
-        except (KeyError, TypeError, ZeroDivisionError, re.error):
-            raise StageError(
-                f"{folder / CONFIG}: r, lora_alpha and their patterns give no scaling for {module}"
-            ) from None
-        (rows, columns), expected = shapes[weight], {}
-        expected["A"], expected["B"] = (rank, columns), (rows, rank)
-        for half in "AB":
-            if halves[module, half] != expected[half]:
-                raise StageError(
-                    f"{where}: lora_{half} is {_by(halves[module, half])} and must be "
-                    f"{_by(expected[half])} (rank {rank}, weight {_by(shapes[weight])}); wrong "
-                    "rank, transposed, or made for another base model"
-                )
+        where, weight = f"{folder}: {module}", f"{module}.weight"
+        _check_module(where, weight, shapes)
+        rank, scaling = _rank_and_scaling(folder, config, module)
+        of_module = {half: halves.get((module, half)) for half in "AB"}
+        _check_factors(where, of_module, rank, shapes[weight])
         updates[weight] = Update(folder / WEIGHTS, module, scaling)
         for half, factor in zip("AB", updates[weight].factors(torch.device("cpu")), strict=True):
             if not factor.isfinite().all():
@@ -197,7 +171,34 @@ def _read_shapes(folder: Path) -> dict[tuple[str, str], tuple[int, ...]]:
     return shapes
 
 
-def _rank_and_scaling(config: dict, module: str) -> tuple[int, float]:
+def _check_module(where: str, weight: str, shapes: dict) -> None:
+    """The base must have the weight, in a Linear that a merge can add to."""
+    if re.search(r"(^|\.)(lm_head|embed_tokens|embed_out|wte)\.weight$", weight):
+        raise StageError(f"{where}: LoRA on the embeddings or the output head is not supported")
+    if weight not in shapes:
+        near = difflib.get_close_matches(weight, shapes, 1, 0)
+        raise StageError(
+            f"{where}: the base has no such module (nearest: "
+            f"{near[0].removesuffix('.weight')}); was the adapter made for another base model?"
+        )
+    if len(shapes[weight]) != 2:
+        raise StageError(f"{where}: not a Linear of the base but a fused layout, not supported")
+
+
+def _check_factors(where: str, found: dict, rank: int, weight: tuple[int, ...]) -> None:
+    """The shapes `found` of A and B must fit that of the weight, [out, in]."""
+    for half, expected in {"A": (rank, weight[1]), "B": (weight[0], rank)}.items():
+        if not found[half]:
+            raise StageError(f"{where}: lora_{half} is missing; the adapter is incomplete")
+        if found[half] != expected:
+            raise StageError(
+                f"{where}: lora_{half} is {_by(found[half])} and must be {_by(expected)} (rank "
+                f"{rank}, weight {_by(weight)}); wrong rank, transposed, or made for another base "
+                "model"
+            )
+
+
+def _rank_and_scaling(folder: Path, config: dict, module: str) -> tuple[int, float]:
     """As PEFT finds them: a pattern's key matches the end of the module's name."""
 
     def value(patterns: str, default: str):
@@ -206,8 +207,13 @@ def _rank_and_scaling(config: dict, module: str) -> tuple[int, float]:
                 return found
         return config[default]
 
-    rank, alpha = value("rank_pattern", "r"), value("alpha_pattern", "lora_alpha")
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    try:
+        rank, alpha = value("rank_pattern", "r"), value("alpha_pattern", "lora_alpha")
+        return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, re.error):
+        raise StageError(
+            f"{folder / CONFIG}: r, lora_alpha and their patterns give no scaling for {module}"
+        ) from None
 
 
 def _check_complete(folder: Path, config: dict, updates: dict, shapes: dict) -> None:

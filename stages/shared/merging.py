@@ -24,7 +24,7 @@ MAX_FLUSHED_SHARE = 0.01
 INFINITY = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
 
 
-class Rows(NamedTuple):
+class RowBlock(NamedTuple):
     """A row block of a merged tensor, and how many of its values the 16-bit type cannot hold."""
 
     values: torch.Tensor
@@ -36,7 +36,7 @@ class Rows(NamedTuple):
 
 def merged_rows(
     weights: Weights, name: str, update: Update | None, dtype: torch.dtype, device: torch.device
-) -> Iterator[Rows]:
+) -> Iterator[RowBlock]:
     """Yield the tensor `name` with its update in row blocks, computed on all cores.
 
     The order of operations is that of `weight.data += delta` in peft/tuners/lora/layer.py: the
@@ -48,7 +48,7 @@ def merged_rows(
         device = torch.device("cpu")  # Nothing to compute.
     read = weights.reader(name, device)
 
-    def merged(block: slice) -> Rows:
+    def merged(block: slice) -> RowBlock:
         part = read(block)
         if update:
             exact = (b[block] @ a).mul_(update.scaling)
@@ -60,7 +60,7 @@ def merged_rows(
     yield from _in_order(merged, row_blocks(weights.shapes[name], device))
 
 
-def _rounded(exact: torch.Tensor, dtype: torch.dtype) -> Rows:
+def _rounded(exact: torch.Tensor, dtype: torch.dtype) -> RowBlock:
     values = exact.to(dtype)
     # Without their signs floats order and are zero as their bits, which are scanned much faster.
     bits = values.view(torch.int16) & 0x7FFF
@@ -73,7 +73,7 @@ def _rounded(exact: torch.Tensor, dtype: torch.dtype) -> Rows:
         broken = int((~exact.isfinite()).sum())
         overflowed = int((~values.isfinite()).sum()) - broken
         largest = float(exact.abs().max())
-    return Rows(values.cpu(), overflowed, broken, flushed, largest)
+    return RowBlock(values.cpu(), overflowed, broken, flushed, largest)
 
 
 def _in_order(function, items: list) -> Iterator:
@@ -89,25 +89,25 @@ def _in_order(function, items: list) -> Iterator:
             yield ahead.popleft().result()
 
 
-def check_rounding(name: str, blocks: Iterator[Rows], flushed: dict) -> Iterator[torch.Tensor]:
+def check_rounding(name: str, blocks: Iterator[RowBlock], flushed: dict) -> Iterator[torch.Tensor]:
     """Pass on the values of `merged_rows`, and count in `flushed` those that became zero.
 
     Raises StageError naming the tensor when a value is not finite, when one overflows, or when
     more than MAX_FLUSHED_SHARE became zero.
     """
     size = flushed[name] = 0
-    for rows in blocks:
-        kind = str(rows.values.dtype).removeprefix("torch.")
-        if rows.broken:
+    for block in blocks:
+        kind = str(block.values.dtype).removeprefix("torch.")
+        if block.broken:
             raise StageError(f"{name}: NaN or infinite values in the base; fetch it again")
-        if rows.overflowed:
+        if block.overflowed:
             raise StageError(
-                f"{name}: {rows.overflowed} values overflow {kind} (largest {rows.largest:.3g}); "
+                f"{name}: {block.overflowed} values overflow {kind} (largest {block.largest:.3g}); "
                 "set merge.dtype: bfloat16"
             )
-        size += rows.values.numel()
-        flushed[name] += rows.flushed
-        yield rows.values
+        size += block.values.numel()
+        flushed[name] += block.flushed
+        yield block.values
     if flushed[name] > MAX_FLUSHED_SHARE * size:
         raise StageError(
             f"{name}: {flushed[name]} of {size} values become zero in {kind}; "

@@ -5,8 +5,6 @@ scored afterwards, in the same order (`scored_logits`), against that file.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -96,69 +94,3 @@ def _nll(logits: torch.Tensor, targets: torch.Tensor) -> float:
 def _perplexity(nll: float) -> float:
     # Bounded so that a ruined model is reported and not a math error; NaN stays NaN.
     return math.exp(min(nll, 700))
-
-
-@contextmanager
-def watched_activations(model: torch.nn.Module, device: torch.device) -> Iterator[torch.Tensor]:
-    """Yield a scalar that holds the largest |value| into or out of any layer with weights."""
-    largest = torch.zeros((), device=device)
-
-    def watch(_module, inputs, output):
-        for value in (*inputs, output):
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                low, high = value.aminmax()
-                torch.maximum(largest, torch.maximum(-low, high).float(), out=largest)
-
-    handles = [m.register_forward_hook(watch) for _, m in _layers(model)]
-    try:
-        yield largest
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def streamed_layers(
-    model: torch.nn.Module,
-    device: torch.device,
-    weight_of: Callable[[str, torch.Tensor], torch.Tensor],
-) -> Iterator[None]:
-    """Compute on `device` with a 16-bit model in host memory, one layer's weights at a time.
-
-    Before a layer runs, each of its weights becomes weight_of(name, stored) on the device;
-    afterwards it is the stored one again, which the system keeps mapped from its file. On the CPU
-    it computes in float32: 16-bit products are slow there.
-    """
-    handles, stored = [], {}
-    dtype = torch.float32 if device.type == "cpu" else model.dtype
-    for buffer in model.buffers():
-        buffer.data = buffer.data.to(device)
-    head = model.get_output_embeddings()
-
-    def leave(module, *_):
-        for key, parameter in module.named_parameters(recurse=False):
-            parameter.data = stored.pop((module, key))
-
-    for prefix, module in _layers(model):
-
-        def enter(module, _inputs, prefix=prefix):
-            for key, parameter in module.named_parameters(recurse=False):
-                stored[module, key] = parameter.data
-                parameter.data = weight_of(f"{prefix}.{key}", parameter.data).to(device, dtype)
-
-        if module is head:
-            # It runs for every chunk of logits: it enters once.
-            enter(module, None)
-            continue
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave))
-    try:
-        yield
-    finally:
-        leave(head)
-        for handle in handles:
-            handle.remove()
-
-
-def _layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    return [(n, m) for n, m in model.named_modules() if any(True for _ in m.parameters(False))]

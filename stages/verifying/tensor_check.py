@@ -11,30 +11,8 @@ from peft.tuners.lora import LoraLayer
 from tqdm import tqdm
 
 from stages.shared.process import StageError
-from stages.shared.weights import LETTERS, Weights
-
-# By force: DVC has the wrong files in its cache, whole, and would take them from there.
-AGAIN = "merge it again with: dvc repro --force --single-item merge"
-
-
-def check_layout(merged: Weights, quantized: Weights, base: Weights, dtype: torch.dtype) -> None:
-    """Names, shapes, files and types against the base's. Raises StageError naming a tensor."""
-    for name in sorted({*quantized.names, *merged.names}):
-        if name not in merged.shapes:
-            raise StageError(f"{merged.folder} lacks {name}; {AGAIN}")
-        if name not in quantized.shapes:
-            raise StageError(f"{merged.folder} holds {name}, which the base lacks; {AGAIN}")
-        where = f"{merged.files[name]}: {name}"
-        if merged.shapes[name] != base.shapes[name]:
-            raise StageError(
-                f"{where} is {merged.shapes[name]} and in the base {base.shapes[name]}; {AGAIN}"
-            )
-        if merged.dtypes[name] != LETTERS[dtype]:
-            raise StageError(
-                f"{where} is {merged.dtypes[name]} and must be {LETTERS[dtype]}; {AGAIN}"
-            )
-        if merged.files[name].name != base.files[name].name:
-            raise StageError(f"{where}: the base has it in {base.files[name].name}; {AGAIN}")
+from stages.shared.weights import Weights
+from stages.verifying.folder_check import AGAIN
 
 
 def check_tensors(
@@ -42,8 +20,7 @@ def check_tensors(
 ) -> None:
     """Compare every merged tensor with what PEFT and bitsandbytes compute from the sources.
 
-    None of merge's own code takes part in the arithmetic. Raises StageError naming the tensors
-    that differ by more than rounding.
+    Raises StageError naming the tensors that differ by more than rounding.
     """
     modules = dict(model.get_base_model().named_modules())
     wrong = []

@@ -3,7 +3,7 @@
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from stages.reporting.page import Section, to_markdown
-from stages.reporting.report import Results, held_out_sets
+from stages.reporting.results import Results, scored_sets
 
 # Left out of the card: of no use to whoever only wants to use the model.
 LEFT_OUT = ("Memory",)
@@ -56,7 +56,7 @@ def model_card(title: str, results: Results, sections: list[Section]) -> str:
                 metric_type="perplexity",
                 metric_value=results.eval[f"{prefix}tuned_perplexity"],
             )
-            for prefix, name in held_out_sets(results).items()
+            for prefix, name in scored_sets(results).items()
         ],
     )
     kept = [section for section in sections if section.title not in LEFT_OUT]

@@ -1,0 +1,73 @@
+"""What the report says of where its model came from: sources, settings, hashes and versions."""
+
+import yaml
+
+from stages.reporting.page import Mono, Paragraph, Section, Table, facts
+from stages.reporting.results import Results, scored_sets
+
+
+def what(results: Results) -> Section:
+    sources = _sources(results.model_source, results.data_source)
+    if not results.train:
+        text = (
+            "The adapter was not trained by this pipeline but put into models/adapter: on what, "
+            "and whether on the rows below, is not known here. plan, lora and train among the "
+            "parameters do not describe it."
+        )
+        return Section("What was evaluated on what", [Paragraph(text), sources])
+    lora, train = results.params["lora"], results.params["train"]
+    settings = {
+        "Method": _method(results.params["quantize"]),
+        "Training rows": results.prepared["splits"]["train"]["rows"],
+        "Trainable parameters": results.train["trainable_params"],
+        "Update scale (alpha / r)": lora["alpha"] / lora["r"],
+        "Effective batch": train["batch_size"] * train["gradient_accumulation"],
+    }
+    return Section("What was trained on what", [sources, facts(settings)])
+
+
+def _sources(*sources: dict) -> Table:
+    places = {"hub": "Hugging Face Hub", "pypi": "PyPI", "local": "a local folder or file"}
+    rows = [
+        ["Id", *(Mono(source["id"]) for source in sources)],
+        ["From", *(places[source["source"]] for source in sources)],
+        ["Revision", *(Mono(source["revision"] or "none") for source in sources)],
+        ["Commit", *(Mono(source["commit"] or "none") for source in sources)],
+        ["Licence", *(source["license"] or "not stated" for source in sources)],
+    ]
+    return Table(["", "Base model", "Data"], rows)
+
+
+def _method(quantize: dict) -> str:
+    if quantize["type"] == "none":
+        return "LoRA on the 16-bit base"
+    double = " with double quantization" if quantize["double_quant"] else ""
+    return f"QLoRA: LoRA on the base in {quantize['type'].upper()}{double}"
+
+
+def parameters(params: dict) -> Section:
+    rows = []
+    for section, values in params.items():
+        items = values.items() if isinstance(values, dict) else [(None, values)]
+        for key, value in items:
+            shown = yaml.safe_dump(value, default_flow_style=True, width=1000).split("\n")[0]
+            rows.append([Mono(f"{section}.{key}" if key else section), shown])
+    return Section("Every parameter", [Table(["Parameter", "Value"], rows)])
+
+
+def hashes(results: Results) -> Section:
+    sources = {"Base model": results.model_source, "Data": results.data_source}
+    rows = [
+        [f"{kind}: {name}", Mono(digest)]
+        for kind, source in sources.items()
+        for name, digest in sorted(source["files"].items())
+    ]
+    rows += [
+        [f"Scored tokens: {name}", Mono(results.eval[f"{prefix}eval_set_sha256"])]
+        for prefix, name in scored_sets(results).items()
+    ]
+    return Section("Hashes", [Table(["File as fetched, or set as scored", "SHA-256"], rows)])
+
+
+def versions(packages: dict[str, str]) -> Section:
+    return Section("Versions", [Table([], [[k, Mono(v)] for k, v in packages.items()])])

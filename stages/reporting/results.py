@@ -1,0 +1,81 @@
+"""What the report is made of, and the figures that are computed from it."""
+
+from dataclasses import dataclass
+
+from stages.shared.vram import GB, fitting_cards
+
+SET_NAMES = {"train": "training", "eval": "held-out rows", "group": "held-out groups"}
+MEMORY_PARTS = ("weights", "adapter", "optimizer", "activations", "logits", "overhead")
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything export read. Metrics are flat mappings as in metrics/*.json.
+
+    `train`, `train_cost` and `curve` are empty where the adapter was trained elsewhere.
+    """
+
+    params: dict
+    data: dict
+    plan: dict
+    train: dict
+    train_cost: dict
+    eval: dict
+    eval_cost: dict
+    verify: dict
+    prepared: dict
+    data_source: dict
+    model_source: dict
+    curve: list[dict]
+    lengths: list[dict]
+    samples: list[dict]
+    versions: dict
+    release_gb: float
+
+
+def scored_sets(results: Results) -> dict[str, str]:
+    """Metric prefix and name of each set that was scored."""
+    sets = {"": SET_NAMES["eval"], "group_": SET_NAMES["group"]}.items()
+    return {prefix: name for prefix, name in sets if f"{prefix}tuned_perplexity" in results.eval}
+
+
+def title(results: Results) -> str:
+    if results.train:
+        return f"{results.model_source['id']} tuned on {results.data_source['id']}"
+    return f"{results.model_source['id']} with an adapter from elsewhere"
+
+
+def summary(results: Results) -> dict:
+    """metrics/summary.json: the figures a reader wants first, under keys of their own.
+
+    A key that another metrics file has too would put a path before both in `dvc exp show`.
+    """
+    figures = {}
+    for prefix in scored_sets(results):
+        figures[f"{prefix}perplexity_before"] = results.eval[f"{prefix}base_perplexity"]
+        figures[f"{prefix}perplexity_after"] = results.eval[f"{prefix}tuned_perplexity"]
+    figures["merge_change_percent"] = results.verify["perplexity_change_percent"]
+    if not results.train:
+        return figures
+    cost, predicted = results.train_cost, results.plan["predicted_peak_vram_gb"]
+    figures["train_minutes"] = cost["train_seconds"] / 60
+    if measured := cost.get("peak_vram_gb"):
+        figures["vram_gb"] = measured
+        figures["vram_prediction_error_percent"] = 100 * (predicted - measured) / measured
+    else:
+        figures["ram_gb"] = cost["peak_ram_gb"]
+    figures["predicted_vram_gb"] = predicted
+    fitting = fitting_cards(results.plan["predicted_device_gb"] * GB)
+    figures["fits_gpus"] = ", ".join(f"{size} GB" for size in fitting) or "none"
+    return figures
+
+
+def memory_parts(plan: dict, cost: dict) -> list[dict]:
+    """metrics/memory.csv: what the card must hold, part by part, and what a GPU run measured."""
+    parts = [{"bar": "predicted", "part": part, "gb": plan[f"{part}_gb"]} for part in MEMORY_PARTS]
+    if "peak_vram_gb" in cost:
+        allocated, reserved = cost["peak_vram_gb"], cost["peak_vram_reserved_gb"]
+        parts.append({"bar": "measured", "part": "allocated", "gb": allocated})
+        rest = max(0.0, reserved - allocated)
+        parts.append({"bar": "measured", "part": "reserved beyond it", "gb": rest})
+    return parts
