@@ -19,9 +19,8 @@ import warnings
 from pathlib import Path
 from typing import IO
 
-from ruamel.yaml.error import YAMLError
-
-from stages.shared.params import PARAMS, keep_params, load_params, read_yaml
+# YAMLError too, since params is where a Python without the packages is noticed.
+from stages.shared.params import PARAMS, YAMLError, keep_params, load_params, read_yaml
 
 # What the disk refuses, and what its owner can do about it.
 DISK_FAULTS = {
