@@ -36,9 +36,10 @@ test-browser: $(READY)  ## Open the report and the plots in Chromium with the ne
 chaos: $(READY)  ## Kill the pipeline 200 times; writes benchmarks/results/chaos.json
 	@python -m tests.chaos
 
-lint: $(READY)  ## Check style and format.
+lint: $(READY)  ## Check style, format and types.
 	@ruff check .
 	@ruff format --check .
+	@mypy
 
 fix: $(READY)  ## Mend style and format.
 	@ruff check --fix .

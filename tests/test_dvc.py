@@ -434,6 +434,14 @@ def test_an_adapter_from_elsewhere_takes_the_place_of_the_trained_one(fresh, log
     assert (adapter / "data.bin").read_text() == "from elsewhere"
 
 
+def test_what_is_computed_is_kept_where_only_code_moved(fresh, log):
+    """As the CHANGELOG says: all code is edited, and merge alone writes other bytes."""
+    for name in [f"stages/{stage}.py" for stage in ALL] + ["stages/shared/process.py"]:
+        change(fresh, name, 1)
+    must(fresh, "dvc", "commit", "-q", "--force", *ALL[: ALL.index("merge")])
+    assert reproduce(fresh, log) == ["merge", "verify", "export"]
+
+
 def test_added_data_is_content_of_the_project(fresh):
     """What DVC does not see it neither pushes nor puts into the copy of an experiment."""
     data = fresh / "data/source/mine.jsonl"

@@ -84,3 +84,11 @@ def test_run_uses_a_remote_where_one_is_set(tmp_path, remotes, called, kept):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "calls").read_text().splitlines() == called
     assert (tmp_path / "metrics/eval.json").exists() == kept
+
+
+def test_hooks_run_what_ci_runs():
+    [job] = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"].values()
+    repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    entries = {hook["entry"] for repo in repos for hook in repo["hooks"]}
+    assert entries
+    assert entries <= {step.get("run") for step in job["steps"]}

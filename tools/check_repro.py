@@ -50,8 +50,11 @@ def metric_differences(old: dict, new: dict, tolerance: float) -> list[str]:
     found = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
-        numbers = isinstance(before, int | float) and isinstance(after, int | float)
-        close = numbers and abs(after - before) <= tolerance * abs(before)
+        close = (
+            isinstance(before, int | float)
+            and isinstance(after, int | float)
+            and abs(after - before) <= tolerance * abs(before)
+        )
         if before != after and not close:
             found.append(f"{key}: {before} committed, {after} now")
     return found

@@ -8,6 +8,7 @@ noise is what `python -m tools.noise` measured. Exit status 2 when the base is n
 
 import argparse
 import math
+from typing import Any
 
 from stages.reporting.page import Mono, Paragraph, Section, Table, to_markdown
 from tools.gate import EVAL, is_number, metrics, unequal_sets
@@ -100,7 +101,7 @@ def param_rows(before: dict, now: dict) -> list[list[str]]:
 
 
 def flat(values: dict, prefix: str = "") -> dict:
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
             found |= flat(value, f"{prefix}{key}.")
@@ -114,7 +115,7 @@ def comparison(base: Revision, now: Revision) -> str:
     noise = now.json(str(NOISE))
     before, after = metrics(base), metrics(now)
     rows = metric_rows(before, after, noise["metrics"] if noise else {})
-    blocks = [Table(["Metric", base.name, "now", "change", ""], rows)]
+    blocks: list[Table | Paragraph] = [Table(["Metric", base.name, "now", "change", ""], rows)]
     if not rows:
         blocks = [Paragraph("No metric changed.")]
     if unequal := unequal_sets(before.get(EVAL, {}), after.get(EVAL, {})):

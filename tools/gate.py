@@ -10,6 +10,7 @@ Exit status: 0 passed, 1 a limit broke, 2 nothing could be judged.
 import argparse
 import math
 import sys
+from typing import Any, TypeGuard
 
 from tools.revision import DVC_LOCK, DVC_YAML, PARAMS, Revision, fail, git
 
@@ -19,7 +20,7 @@ EVAL = "metrics/eval.json"
 SET_KEYS = ("eval_tokens", "eval_set_sha256")
 
 
-def is_number(value) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -17,6 +17,7 @@ from datetime import date
 from importlib import metadata
 from pathlib import Path
 
+from tools.gate import is_number, metrics
 from tools.revision import PARAMS, Revision, fail, git
 
 RESULT = Path("benchmarks/results/noise.json")
@@ -67,9 +68,9 @@ def spreads(runs: list[dict[str, dict]]) -> dict[str, dict]:
     """Metrics file -> key -> spread, for every number that all runs have and that varies."""
     found: dict[str, dict] = {path: {} for path in runs[0] if path != SUMMARY}
     for path, keys in found.items():
-        for key, value in runs[0][path].items():
-            values = [run.get(path, {}).get(key) for run in runs]
-            if isinstance(value, int | float) and None not in values and len(set(values)) > 1:
+        for key in runs[0][path]:
+            values = [v for run in runs if is_number(v := run.get(path, {}).get(key))]
+            if len(values) == len(runs) and len(set(values)) > 1:
                 keys[key] = spread(values)
     return found
 
@@ -86,9 +87,7 @@ def main() -> None:
         fail("noise", f"give 2 to 9 different seeds other than {committed}, which is committed")
     print(f"noise: {len(seeds)} runs beside the committed one, seeds {seeds}")
     names = [run_seed(seed) for seed in seeds]
-    paths = head.declared("metrics")
-    revisions = [head, *(experiment(head, name) for name in names)]
-    runs = [{path: revision.json(path) for path in paths} for revision in revisions]
+    runs = [metrics(run) for run in (head, *(experiment(head, name) for name in names))]
     result = {
         "command": " ".join(["python -m tools.noise", *sys.argv[1:]]),
         "date": date.today().isoformat(),

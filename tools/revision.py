@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.error import MarkedYAMLError
@@ -12,7 +13,7 @@ from ruamel.yaml.error import MarkedYAMLError
 PARAMS, DVC_YAML, DVC_LOCK = "params.yaml", "dvc.yaml", "dvc.lock"
 
 
-def fail(tool: str, message: str) -> None:
+def fail(tool: str, message: str) -> NoReturn:
     """End with status 2, which says that nothing could be judged, and one line."""
     print(f"{tool}: {message}", file=sys.stderr)
     sys.exit(2)
@@ -23,16 +24,16 @@ def git(*arguments: str) -> subprocess.CompletedProcess:
 
 
 class Revision:
-    """Files of one commit; of the workspace when `name` is None.
+    """Files of one commit; of the workspace, whose `commit` is empty, when `name` is None.
 
     Raises LookupError with one line if `name` is no commit that this clone has.
     """
 
     def __init__(self, name: str | None):
         self.name = name or "the workspace"
-        self.commit = None
+        self.commit = ""
+        self.files: set[str] = set()
         if name is None:
-            self.files = None
             return
         found = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
         if found.returncode:
@@ -50,7 +51,7 @@ class Revision:
 
     def bytes(self, path: str) -> bytes | None:
         """The content of `path`, or None where there is no such file."""
-        if self.files is None:
+        if not self.commit:
             return Path(path).read_bytes() if Path(path).is_file() else None
         return git("show", f"{self.commit}:{path}").stdout if path in self.files else None
 
@@ -61,7 +62,7 @@ class Revision:
 
     def where(self, path: str) -> str:
         """`path` as Git names it in this revision, for messages."""
-        return path if self.files is None else f"{self.name}:{path}"
+        return f"{self.name}:{path}" if self.commit else path
 
     def yaml(self, path: str) -> dict:
         """A YAML 1.2 mapping, read as DVC reads it; empty where there is no such file.

@@ -37,7 +37,7 @@ def set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
             module.compute_type_is_set = True
             # Weights are dequantized into this dtype; on the CPU the forward kernel never rounds
             # them to bfloat16, so the backward pass must not either.
-            module.weight.quant_state.dtype = dtype
+            module.weight.quant_state.dtype = dtype  # type: ignore[attr-defined]  # a Params4bit
             # bitsandbytes would repack the weights for AVX512-BF16 at the first forward pass
             # without gradients; merging and saving do not know that layout.
             module.support_avx512bf16_for_cpu = False

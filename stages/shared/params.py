@@ -22,6 +22,7 @@ try:
         ValidationError,
         model_validator,
     )
+    from pydantic_core import ErrorDetails
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 except ModuleNotFoundError as error:
@@ -253,11 +254,11 @@ def _siblings(section: str) -> str:
     return f"; {section or 'the file'} has {', '.join(names)}"
 
 
-def _messages(error: dict) -> list[str]:
+def _messages(error: ErrorDetails) -> list[str]:
     """One pydantic error as lines `key: what is wrong (got value)`."""
     kind, got = error["type"], error["input"]
     # 0.0 reads better as 0.
-    context = {
+    context: dict[str, Any] = {
         k: int(v) if isinstance(v, float) and v.is_integer() else v
         for k, v in error.get("ctx", {}).items()
     }

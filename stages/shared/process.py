@@ -17,11 +17,11 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import IO
+from types import TracebackType
+from typing import IO, Any
 
-from ruamel.yaml.error import YAMLError
-
-from stages.shared.params import PARAMS, keep_params, load_params, read_yaml
+# YAMLError too, since params is where a Python without the packages is noticed.
+from stages.shared.params import PARAMS, YAMLError, keep_params, load_params, read_yaml
 
 # What the disk refuses, and what its owner can do about it.
 DISK_FAULTS = {
@@ -146,7 +146,7 @@ def _inputs(name: str) -> dict:
     """The stage's entry in dvc.yaml, its parameter sections by value and its files by content."""
     entry = _entry(name)
     params = read_yaml(PARAMS.read_text(encoding="utf-8"))
-    inputs = {f"dvc.yaml: {name}": entry}
+    inputs: dict[str, Any] = {f"dvc.yaml: {name}": entry}
     inputs |= {f"params.yaml: {key}": params.get(key) for key in entry.get("params", [])}
     for dep in entry["deps"]:
         path = Path(dep)
@@ -214,14 +214,16 @@ def _disk_fault(error: BaseException) -> str | None:
     return None
 
 
-def _report(name, kind, error, trace) -> None:
+def _report(
+    name: str, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
     if issubclass(kind, KeyboardInterrupt):
         message = "interrupted"
     elif issubclass(kind, StageError):
         message = str(error)
     elif fault := _disk_fault(error):
         message = fault
-    elif issubclass(kind, ModuleNotFoundError) and not (error.name or "").startswith("stages"):
+    elif isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("stages"):
         message = (
             f"{sys.executable} has no module {error.name}; activate the project's environment "
             "first: . .venv/bin/activate"

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -58,7 +59,7 @@ def scored_logits(
     The order depends on the rows alone, so two models' chunks can be compared one by one.
     `device` computes, by default the one that the model is on.
     """
-    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     device = device or causal.device
     chunk = max(1, LOGITS // causal.get_output_embeddings().weight.shape[0])
     numbered = [row | {"index": i} for i, row in enumerate(rows)]

@@ -47,7 +47,8 @@ class Weights:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.index, self.files = folder, None, {}
+        self.folder, self.index = folder, None
+        self.files: dict[str, Path] = {}
         if (folder / INDEX).exists():
             self.index = read_json(folder / INDEX)["weight_map"]
         shapes, dtypes, self._offsets = {}, {}, {}
@@ -125,7 +126,7 @@ class Weights:
         """Fill `part` with a tensor's bytes from `start` on."""
         with self.files[name].open("rb") as file:
             file.seek(self._offsets[name] + start)
-            file.readinto(part.reshape(-1).view(torch.uint8).numpy())
+            file.readinto(part.reshape(-1).view(torch.uint8).numpy().data)
         return part
 
 
@@ -170,7 +171,8 @@ def write_shard(
     The format: https://github.com/huggingface/safetensors#format. Returns the file's SHA-256,
     computed beside the writing, as the disk is kept busy from the first block on.
     """
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name, shape in shapes.items():
         end = offset + torch.Size(shape).numel() * dtype.itemsize
         header[name] = {
@@ -192,7 +194,7 @@ def write_shard(
         hashed = hasher.submit(digest.update, start)
         synced, unsynced = syncer.submit(_onto_disk, out.fileno()), 0
         for values in blocks:
-            data = values.reshape(-1).view(torch.uint8).numpy()
+            data = values.reshape(-1).view(torch.uint8).numpy().data
             hashed.result()
             hashed = hasher.submit(digest.update, data)
             out.write(data)
