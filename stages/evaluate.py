@@ -33,12 +33,11 @@ from stages.shared.model import (
     pick_device,
     reset_peaks,
 )
-from stages.shared.rows import PREPARED, held_out_sets, read_rows, set_sha256
+from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
+from stages.shared.rows import held_out_sets, read_rows, set_sha256
 from stages.shared.scoring import Scores, score
 from stages.shared.weights import Weights
 
-QUANTIZED = Path("models/quantized")
-ADAPTER = Path("models/adapter")
 RESAMPLES = 2000
 ANSWER_TOKENS = 128
 SET_NAMES = {"": "held-out row", "group_": "held-out group"}

@@ -32,12 +32,10 @@ if __name__ == "__main__":
 
 from stages.reporting import page, report
 from stages.reporting.card import model_card
+from stages.shared.paths import MERGED, PREPARED, TOKENIZER
 
-MERGED = Path("models/merged")
 RELEASE = Path("models/release")
 METRICS = Path("metrics")
-PREPARED = Path("data/prepared")
-TOKENIZER = Path("models/tokenizer")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "dvc")
 
 

@@ -19,6 +19,7 @@ if __name__ == "__main__":
     begin("fetch_data")
 
 from stages.fetching.azure_cli import azure_examples
+from stages.shared.paths import RAW
 from stages.shared.sources import (
     Folder,
     Repository,
@@ -30,7 +31,6 @@ from stages.shared.sources import (
     write_source,
 )
 
-RAW = Path("data/raw")
 DATA = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.(gz|zst|bz2|xz))?$", re.IGNORECASE)
 ARCHIVE = re.compile(r"\.(zip|7z|rar|tar|tgz|tbz2|txz|tar\.\w+)$", re.IGNORECASE)
 # Records of the datasets library and of this stage, and hidden files.

@@ -45,10 +45,9 @@ from stages.preparing.splitting import (
     make_pools,
     near_duplicates,
 )
-from stages.shared.rows import PREPARED, held_out_sets, read_rows, set_sha256
+from stages.shared.paths import PREPARED, RAW, TOKENIZER
+from stages.shared.rows import held_out_sets, read_rows, set_sha256
 
-RAW = Path("data/raw")
-TOKENIZER = Path("models/tokenizer")
 METRICS = Path("metrics/data.json")
 LENGTHS = Path("metrics/lengths.csv")
 # Rows by which the template and its end token are judged.

@@ -42,7 +42,8 @@ from stages.shared.model import (
     pick_device,
     reset_peaks,
 )
-from stages.shared.rows import PREPARED, read_rows, token_counts
+from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
+from stages.shared.rows import read_rows, token_counts
 from stages.shared.scoring import TOKENS_PER_BATCH, score
 from stages.training.checkpoints import (
     KEPT,
@@ -61,8 +62,6 @@ from stages.training.trainer import (
     optimizer_steps,
 )
 
-QUANTIZED = Path("models/quantized")
-ADAPTER = Path("models/adapter")
 # The held-out loss along the way: enough rows to see a trend, few enough to cost little.
 CURVE_POINTS = 4
 CURVE_ROWS = 32

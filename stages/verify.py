@@ -30,7 +30,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from stages.shared.adapter import WEIGHTS, check_adapter_sums, read_adapter
 from stages.shared.merging import merged_rows
 from stages.shared.model import GB, load_adapter, load_base, pick_device
-from stages.shared.rows import PREPARED, held_out_sets, read_rows
+from stages.shared.paths import ADAPTER, BASE, MERGED, PREPARED, QUANTIZED
+from stages.shared.rows import held_out_sets, read_rows
 from stages.shared.scoring import TOKENS_PER_BATCH
 from stages.shared.weights import Weights
 from stages.verifying.agreement import (
@@ -43,10 +44,6 @@ from stages.verifying.agreement import (
 )
 from stages.verifying.tensor_check import AGAIN, check_layout, check_tensors
 
-BASE = Path("models/base")
-QUANTIZED = Path("models/quantized")
-ADAPTER = Path("models/adapter")
-MERGED = Path("models/merged")
 VERDICT = Path("models/verify.ok")
 METRICS = Path("metrics/verify.json")
 FLOAT16_MAX = 65504

@@ -4,11 +4,12 @@ import fnmatch
 import json
 from pathlib import Path, PurePosixPath
 
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as SINGLE
+
 from stages.shared.process import StageError
 from stages.shared.sources import check_name
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 # Beside the weights, from the top folder: config, tokenizer, template, licence. No README, and
 # nothing that could run.
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "licen[cs]e*", "notice*")

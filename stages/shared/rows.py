@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
-PREPARED = Path("data/prepared")
+from stages.shared.paths import PREPARED
+
 IGNORED = -100
 SCHEMA = pa.schema(
     [
