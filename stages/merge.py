@@ -41,7 +41,7 @@ NEEDED = ("tokenizer.json", "tokenizer_config.json")
 LICENCES = ("licen[cs]e*", "notice*", "copying*", "use_policy*")
 
 
-def check_layout(base: Weights, quantized: Weights) -> None:
+def check_quantized(base: Weights, quantized: Weights) -> None:
     """The quantized tensors must be the base's: names and shapes. Raises StageError."""
     for name in base.names:
         if ".experts." in name:
@@ -157,7 +157,7 @@ def read_sources(kind: str) -> tuple[Weights, dict[str, list[str]], dict[str, Up
     check_sums(BASE, "fetch_model", weights=kind == "original")
     check_adapter_sums(ADAPTER)
     base, quantized = Weights(BASE), Weights(QUANTIZED)
-    check_layout(base, quantized)
+    check_quantized(base, quantized)
     shards: dict[str, list[str]] = {}
     for name in quantized.names:
         shards.setdefault(base.files[name].name, []).append(name)

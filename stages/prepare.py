@@ -34,7 +34,7 @@ from transformers import AutoTokenizer
 from stages.preparing.contract import MOST_LEAKED, Drops, lengths_table, metrics_of, sample_of, show
 from stages.preparing.encoding import Written, write_set
 from stages.preparing.formats import Format, Unusable, names_of, recognize
-from stages.preparing.readers import data_files, read_file
+from stages.preparing.readers import files_to_read, read_file
 from stages.preparing.rendering import Renderer, settle
 from stages.preparing.splitting import (
     Pools,
@@ -200,7 +200,7 @@ def main() -> None:
     check_sums(TOKENIZER, "fetch_model")
     with whole_folder(PREPARED) as out:
         store = Store(out)
-        names = data_files(RAW, params.dataset, params.prepare.eval_file)
+        names = files_to_read(RAW, params.dataset, params.prepare.eval_file)
         form, unreadable = scan(names, params.prepare, store)
         tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
         samples = [store.example(row) for row in range(min(len(store), SAMPLES))]

@@ -16,8 +16,7 @@ from contextlib import contextmanager
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
 
-import yaml
-
+from stages.shared.dataset_card import read_card
 from stages.shared.outputs import write_json
 from stages.shared.params import Dataset, Model
 from stages.shared.process import StageError, sha256
@@ -50,7 +49,7 @@ class Folder:
                 )
             if path.is_file():
                 self.files[path.relative_to(self.root).as_posix()] = path.stat().st_size
-        self.license = license_in(card(self.root)) if "README.md" in self.files else None
+        self.license = license_in(read_card(self.root)) if "README.md" in self.files else None
 
     def get(self, names: list[str], target: Path) -> None:
         for name in names:
@@ -231,17 +230,6 @@ def copy_license(found: Distribution, out: Path) -> str | None:
             # LICENSE.txt would look like data to a stage that reads text files.
             shutil.copyfile(found.locate_file(file), out / file.name.removesuffix(".txt"))
     return found.metadata.get("License-Expression") or found.metadata.get("License")
-
-
-def card(folder: Path) -> dict:
-    """The YAML at the head of a repository's README.md; empty where there is none."""
-    text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
-    head = re.match(r"---[ \t]*\n(.*?)\n---", text, re.DOTALL)
-    try:
-        data = yaml.safe_load(head[1]) if head else None
-    except yaml.YAMLError:
-        data = None
-    return data if isinstance(data, dict) else {}
 
 
 def license_in(card: dict) -> str | None:
