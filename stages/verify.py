@@ -31,8 +31,9 @@ from stages.shared.adapter import WEIGHTS, check_adapter_sums, read_adapter
 from stages.shared.merging import merged_rows
 from stages.shared.model import GB, load_adapter, load_base, pick_device
 from stages.shared.paths import ADAPTER, BASE, MERGED, PREPARED, QUANTIZED
-from stages.shared.rows import held_out_sets, read_rows
+from stages.shared.rows import read_rows
 from stages.shared.scoring import TOKENS_PER_BATCH
+from stages.shared.sets import held_out_sets
 from stages.shared.weights import Weights
 from stages.verifying.agreement import (
     Agreement,

@@ -17,9 +17,9 @@ from stages.reporting.page import (
     Section,
     Table,
 )
+from stages.shared.sets import HELD_OUT, SET_NAMES
 from stages.shared.vram import CARDS_GB, GB, fitting_cards
 
-SET_NAMES = {"": "held-out rows", "group_": "held-out groups"}
 MEMORY_PARTS = ("weights", "adapter", "optimizer", "activations", "logits", "overhead")
 SHOWN_CHARACTERS = 2000
 
@@ -61,8 +61,8 @@ def number(value) -> str:
 
 def held_out_sets(results: Results) -> dict[str, str]:
     """Metric prefix and name of each set that was scored."""
-    scored = SET_NAMES.items()
-    return {prefix: name for prefix, name in scored if f"{prefix}tuned_perplexity" in results.eval}
+    scored = {p: name for p, name in HELD_OUT.items() if f"{p}tuned_perplexity" in results.eval}
+    return {prefix: SET_NAMES[name] for prefix, name in scored.items()}
 
 
 def title(results: Results) -> str:
@@ -296,8 +296,7 @@ def _memory(results: Results) -> Section:
 def _data(results: Results) -> Section:
     prepared = results.prepared
     counts = [
-        [{"train": "training", "eval": "held-out rows", "group": "held-out groups"}[name]]
-        + [number(values[key]) for key in ("rows", "tokens", "learned_tokens")]
+        [SET_NAMES[name], *(number(values[key]) for key in ("rows", "tokens", "learned_tokens"))]
         for name, values in prepared["splits"].items()
     ]
     contract = [[key.replace("_", " "), number(value)] for key, value in results.data.items()]
