@@ -24,7 +24,7 @@ class Encoded:
     learned: np.ndarray
     prompt_tokens: int
     scored_bytes: int
-    truncated: bool = False
+    truncated: bool
 
 
 class Encoder:

@@ -15,6 +15,7 @@ import lzma
 import re
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -242,7 +243,10 @@ def _read_json(path: Path) -> Iterator[tuple[int, dict]]:
         elif text[position] == "," and in_array and after_value:
             after_value, position = False, position + 1
         elif text[position] == "]" and in_array:
-            yield from _nothing_after(path, line, text[position + 1 :], chunks)
+            if text[position + 1 :].strip() or any(chunk.strip() for chunk in chunks):
+                raise StageError(
+                    f"{path}:{line}: broken JSON; something follows the closing bracket"
+                )
             return
         else:
             if in_array and after_value:
@@ -255,12 +259,6 @@ def _read_json(path: Path) -> Iterator[tuple[int, dict]]:
         raise StageError(
             f"{path}:{line}: broken JSON; the array is not closed: the file is cut off"
         )
-
-
-def _nothing_after(path: Path, line: int, text: str, chunks: Iterator[str]) -> Iterator:
-    if text.strip() or any(chunk.strip() for chunk in chunks):
-        raise StageError(f"{path}:{line}: broken JSON; something follows the closing bracket")
-    return iter(())
 
 
 def _value(path: Path, line: int, text: str, start: int, chunks: Iterator[str]) -> tuple:
@@ -355,10 +353,6 @@ def _header(where: str, names: list[str], delimiter: str) -> list[str]:
     return names
 
 
-def _read_tsv(path: Path) -> Iterator[tuple[int, dict]]:
-    return _read_csv(path, "\t")
-
-
 def _read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
     number = 0
     try:
@@ -382,6 +376,6 @@ _READERS = {
     ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
     ".parquet": _read_parquet,
 }

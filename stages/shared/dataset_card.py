@@ -1,7 +1,7 @@
 """What a repository's card, the YAML at the head of its README.md, says of its files.
 
-Not by `datasets.utils.metadata`: importing it takes more than a second, and one field that nobody
-here reads, or one entry that is not quite right, makes it refuse the whole card in 20 lines.
+Not by `datasets.utils.metadata`: importing it takes a second, and for a feature that it does not
+know, or one entry that is not quite right, it refuses the whole card.
 """
 
 import fnmatch

@@ -152,30 +152,26 @@ def open_source(kind: str, section: Model | Dataset) -> Repository | Folder:
 def _cached(kind: str, id: str, revision: str) -> Folder:
     """The snapshot in this machine's Hugging Face cache, for a machine without a network."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    try:
-        with hub_errors(kind, id, revision, passing=LocalEntryNotFoundError):
-            path = snapshot_download(id, repo_type=kind, revision=revision, local_files_only=True)
-    except LocalEntryNotFoundError:
-        raise StageError(
-            f"{id}: HF_HUB_OFFLINE is set and {revision} is not in the Hugging Face cache; where "
-            f"there is a network: hf download {id} --repo-type {kind} --revision {revision}"
-        ) from None
+    with hub_errors(kind, id, revision):
+        path = snapshot_download(id, repo_type=kind, revision=revision, local_files_only=True)
     # Every file of that cache is a link.
     return Folder(Path(path), commit=Path(path).name, trusted=True)
 
 
 @contextmanager
-def hub_errors(kind: str, id: str, revision: str, passing: type | tuple = ()):
-    """Turn the errors of huggingface_hub, `passing` excepted, into one line with the remedy."""
+def hub_errors(kind: str, id: str, revision: str):
+    """Turn the errors of huggingface_hub into one line with the remedy."""
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{id}"
     try:
         yield
-    except passing:
-        raise
+    except errors.LocalEntryNotFoundError:
+        raise StageError(
+            f"{id}: HF_HUB_OFFLINE is set and {revision} is not in the Hugging Face cache; where "
+            f"there is a network: hf download {id} --repo-type {kind} --revision {revision}"
+        ) from None
     except errors.GatedRepoError:
         raise StageError(
             f"{id} is gated: accept its licence at {page} and set HF_TOKEN to a token of yours"
