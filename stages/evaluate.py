@@ -26,16 +26,14 @@ from transformers import AutoTokenizer
 from stages.shared.adapter import check_adapter_sums, read_adapter
 from stages.shared.device import GB, device_name, memory_metrics, pick_device, reset_peaks
 from stages.shared.model import load_adapter, load_base
-from stages.shared.rows import PREPARED, held_out_sets, read_rows, set_sha256
+from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
+from stages.shared.rows import read_rows, set_sha256
 from stages.shared.scoring import Scores, score
+from stages.shared.sets import HELD_OUT, SET_NAMES, held_out_sets
 from stages.shared.weights import Weights
 
-QUANTIZED = Path("models/quantized")
-ADAPTER = Path("models/adapter")
 RESAMPLES = 2000
 ANSWER_TOKENS = 128
-SET_NAMES = {"": "held-out row", "group_": "held-out group"}
-SET_TITLES = {"": "held-out rows", "group_": "rows of held-out groups"}
 
 
 def interval(scores: Scores) -> tuple[float, float]:
@@ -95,7 +93,7 @@ def samples(model, tokenizer, sets: dict[str, list[dict]], count: int) -> list[d
     Rows without a prompt (plain text, later parts of a split row) cannot be answered.
     """
     chosen = [
-        (SET_NAMES[prefix], row)
+        (SET_NAMES[HELD_OUT[prefix]].removesuffix("s"), row)
         for i, (prefix, rows) in enumerate(sets.items())
         for row in [r for r in rows if r["prompt_tokens"]][: (count + i) // len(sets)]
     ]
@@ -132,8 +130,8 @@ def main() -> None:
     base = load_base(QUANTIZED, device)
     weights = torch.cuda.memory_allocated() / GB if device.type == "cuda" else None
     model = load_adapter(base, ADAPTER)
-    counts = ", ".join(f"{len(rows)} {SET_TITLES[prefix]}" for prefix, rows in sets.items())
-    print(f"evaluate: {counts}, base and tuned, on {device_name(device)}", flush=True)
+    counts = [f"{SET_NAMES[HELD_OUT[prefix]]} ({len(rows)} rows)" for prefix, rows in sets.items()]
+    print(f"evaluate: {', '.join(counts)}, base and tuned, on {device_name(device)}", flush=True)
     reset_peaks()
     try:
         metrics, cost = evaluate(model, sets)
@@ -168,7 +166,7 @@ def evaluate(model, sets: dict[str, list[dict]]) -> tuple[dict, dict]:
         metrics |= set_metrics(prefix, rows, base, tuned)
         tokens += 2 * sum(len(row["input_ids"]) for row in rows)
         print(
-            f"evaluate: {SET_TITLES[prefix]}: perplexity {base.perplexity:.2f} base, "
+            f"evaluate: {SET_NAMES[HELD_OUT[prefix]]}: perplexity {base.perplexity:.2f} base, "
             f"{tuned.perplexity:.2f} tuned, on {sum(tuned.tokens)} tokens",
             flush=True,
         )

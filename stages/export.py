@@ -34,12 +34,10 @@ from stages.reporting.model_card import model_card
 from stages.reporting.page import Section, to_html, to_markdown
 from stages.reporting.report import sections
 from stages.reporting.results import Results, memory_parts, summary, title
+from stages.shared.paths import MERGED, PREPARED, TOKENIZER
 
-MERGED = Path("models/merged")
 RELEASE = Path("models/release")
 METRICS = Path("metrics")
-PREPARED = Path("data/prepared")
-TOKENIZER = Path("models/tokenizer")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "dvc")
 
 

@@ -6,7 +6,6 @@ Reads dataset from params.yaml, and data/source, the Hub or an installed package
 the data files and source.json (where they come from, the commit, the licence, each SHA-256).
 """
 
-import fnmatch
 import json
 import re
 from pathlib import Path
@@ -19,10 +18,11 @@ if __name__ == "__main__":
     begin("fetch_data")
 
 from stages.fetching.azure_cli import azure_examples
+from stages.shared.dataset_card import listed_files, matching, read_card
+from stages.shared.paths import RAW
 from stages.shared.sources import (
     Folder,
     Repository,
-    card,
     copy_license,
     keep_only,
     open_source,
@@ -30,7 +30,6 @@ from stages.shared.sources import (
     write_source,
 )
 
-RAW = Path("data/raw")
 DATA = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.(gz|zst|bz2|xz))?$", re.IGNORECASE)
 ARCHIVE = re.compile(r"\.(zip|7z|rar|tar|tgz|tbz2|txz|tar\.\w+)$", re.IGNORECASE)
 # Records of the datasets library and of this stage, and hidden files.
@@ -66,30 +65,13 @@ def of_configuration(names: list[str], card: dict, section: Dataset) -> list[str
 
     Every split of it is kept: prepare.eval_file may name another than dataset.split.
     """
-    listed = card.get("configs") if isinstance(card.get("configs"), list) else []
-    configs = {c["config_name"]: c for c in listed if isinstance(c, dict) and "config_name" in c}
-    default = [n for n, c in configs.items() if c.get("default") or len(configs) == 1]
-    wanted = section.config or next(iter(default), "default")
-    if wanted not in configs:
-        if section.config or configs:
-            raise StageError(
-                f"dataset.config: {section.id} has no configuration {wanted}; its README.md "
-                f"lists: {', '.join(map(str, configs)) or 'none'}"
-            )
-        return names
-    inside = str(configs[wanted].get("data_dir") or "").strip("./")
-    entries = configs[wanted].get("data_files") or "**"
-    flat = []
-    for entry in entries if isinstance(entries, list) else [entries]:
-        path = entry.get("path") if isinstance(entry, dict) else entry
-        flat += path if isinstance(path, list) else [str(path)]
-    patterns = [f"{inside}/{path}" if inside else path.removeprefix("./") for path in flat]
-    # fnmatch's * crosses folders, so ** needs no more than this.
-    patterns += [pattern.replace("**/", "") for pattern in patterns]
-    chosen = [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
+    listed = listed_files(card, section)
+    patterns = [pattern for each in listed.values() for pattern in each]
+    chosen = matching(names, patterns) if listed else names
     if not chosen:
         raise StageError(
-            f"{section.id}: no file matches configuration {wanted} ({', '.join(flat)})"
+            f"{section.id}: no file matches {', '.join(patterns)}, which its README.md lists; name "
+            "another configuration in dataset.config"
         )
     return chosen
 
@@ -100,7 +82,7 @@ def fetch(source: Repository | Folder, section: Dataset, out: Path) -> None:
     names = data_files(source.files, section)
     source.get(about, out)
     if section.source == "hub":
-        names = of_configuration(names, card(out) if "README.md" in about else {}, section)
+        names = of_configuration(names, read_card(out), section)
     size = sum(source.files[name] for name in names)
     print(f"fetch_data: fetching {len(names)} files of {section.id}, {size / 1e6:.2f} MB")
     others = [name for name in source.files if name not in {*about, *names}]

@@ -19,6 +19,7 @@ if __name__ == "__main__":
     begin("fetch_model")
 
 from stages.fetching.model_files import check_config, check_weights, small_files, weight_files
+from stages.shared.paths import BASE, TOKENIZER
 from stages.shared.sources import (
     Folder,
     Repository,
@@ -28,9 +29,6 @@ from stages.shared.sources import (
     package,
     write_source,
 )
-
-BASE = Path("models/base")
-TOKENIZER = Path("models/tokenizer")
 
 
 def fetch(source: Repository | Folder, section: Model, out: Path) -> None:

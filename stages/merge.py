@@ -25,12 +25,9 @@ from tqdm import tqdm
 from stages.shared.adapter import WEIGHTS, Update, check_adapter_sums, read_adapter
 from stages.shared.device import pick_device
 from stages.shared.merging import check_rounding, merged_rows
+from stages.shared.paths import ADAPTER, BASE, MERGED, QUANTIZED
 from stages.shared.weights import INDEX, SINGLE, Weights, write_shard
 
-BASE = Path("models/base")
-QUANTIZED = Path("models/quantized")
-ADAPTER = Path("models/adapter")
-MERGED = Path("models/merged")
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",

@@ -20,9 +20,8 @@ import torch
 from stages.planning.planning import Rows, cheapest_change, describe, read_rows
 from stages.planning.shapes import read_model
 from stages.shared import vram
-from stages.shared.rows import PREPARED
+from stages.shared.paths import PREPARED, TOKENIZER
 
-CONFIG = Path("models/tokenizer")
 METRICS = Path("metrics/plan.json")
 VERDICT = Path("models/plan.ok")
 
@@ -95,9 +94,9 @@ def refuse_over_limit(config, shape: vram.Shape, params: Params, rows: Rows, nee
 
 def main() -> None:
     params = load_params()
-    check_sums(CONFIG, "fetch_model")
+    check_sums(TOKENIZER, "fetch_model")
     check_sums(PREPARED, "prepare")
-    config, shape = read_model(CONFIG)
+    config, shape = read_model(TOKENIZER)
     rows = read_rows(PREPARED)
     run = describe(config, shape, params, rows)
     prediction = vram.predict(shape, run)

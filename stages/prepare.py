@@ -21,7 +21,7 @@ from stages.shared.outputs import (
     write_metrics,
     write_text,
 )
-from stages.shared.params import Prepare, load_params
+from stages.shared.params import Dataset, Prepare, load_params
 from stages.shared.process import StageError, begin
 
 if __name__ == "__main__":
@@ -32,10 +32,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from stages.preparing.contract import MOST_LEAKED, Drops, lengths_table, metrics_of, sample_of, show
-from stages.preparing.encoding import Written, write_set
+from stages.preparing.encoding import Encoder
 from stages.preparing.formats import Format, Unusable, names_of, recognize
-from stages.preparing.readers import data_files, read_file
-from stages.preparing.rendering import Renderer, settle
+from stages.preparing.readers import files_to_read, read_file
 from stages.preparing.splitting import (
     Pools,
     Store,
@@ -45,15 +44,16 @@ from stages.preparing.splitting import (
     make_pools,
     near_duplicates,
 )
-from stages.shared.rows import PREPARED, held_out_sets, read_rows, set_sha256
+from stages.preparing.templates import settle
+from stages.preparing.writing import Written, write_set
+from stages.shared.paths import PREPARED, RAW, TOKENIZER
+from stages.shared.rows import read_rows, set_sha256
+from stages.shared.sets import SET_NAMES, held_out_sets
 
-RAW = Path("data/raw")
-TOKENIZER = Path("models/tokenizer")
 METRICS = Path("metrics/data.json")
 LENGTHS = Path("metrics/lengths.csv")
 # Rows by which the template and its end token are judged.
 SAMPLES = 100
-SETS = {"train": "to train on", "eval": "held out", "group": "of groups held out"}
 
 
 def scan(names: list[str], params: Prepare, store: Store) -> tuple[Format, Drops]:
@@ -123,7 +123,7 @@ def remove_duplicates(store: Store, params: Prepare) -> tuple[np.ndarray, np.nda
 
 
 def write_sets(
-    store: Store, pools: Pools, renderer: Renderer, params: Prepare, out: Path
+    store: Store, pools: Pools, encoder: Encoder, params: Prepare, out: Path
 ) -> tuple[dict[str, Written], Drops]:
     """Write group.arrow, eval.arrow and train.arrow, each the first usable rows of its pool."""
     sets: dict[str, Written] = {}
@@ -135,7 +135,7 @@ def write_sets(
         drops.add(f"{RAW / store.where(row)}", why)
 
     def write(name: str, pool: np.ndarray, limit: int | None) -> None:
-        sets[name] = write_set(out / f"{name}.arrow", store, renderer, pool, limit, drop)
+        sets[name] = write_set(out / f"{name}.arrow", store, encoder, pool, limit, drop)
         drops.seen += sets[name].candidates
         drops.check()
         if not len(sets[name].rows):
@@ -179,8 +179,8 @@ def write_about(out: Path, tokenizer, form: Format, params: Prepare, sets: dict)
 
 
 def summary(metrics: dict, params: Prepare) -> str:
-    counts = {word: metrics[f"{name}_examples"] for name, word in SETS.items()}
-    kept = [f"{count:,} {word}" for word, count in counts.items() if count]
+    counts = {called: metrics[f"{name}_examples"] for name, called in SET_NAMES.items()}
+    kept = [f"{called} {count:,}" for called, count in counts.items() if count]
     said = (
         f"prepare: {metrics['rows_in']:,} rows: {', '.join(kept)}; dropped "
         f"{metrics['dropped_examples']:,}, duplicates {metrics['duplicate_examples']:,}, "
@@ -195,27 +195,30 @@ def summary(metrics: dict, params: Prepare) -> str:
     return said
 
 
+def prepare(dataset: Dataset, params: Prepare, out: Path) -> tuple[dict, str, dict]:
+    """Fill `out`; (metrics/data.json, metrics/lengths.csv, a row of the training set to show)."""
+    store = Store(out)
+    form, unreadable = scan(files_to_read(RAW, dataset, params.eval_file), params, store)
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    samples = [store.example(row) for row in range(min(len(store), SAMPLES))]
+    print(f"prepare: {settle(tokenizer, params, form, samples)}")
+    rows, given, counts = remove_duplicates(store, params)
+    pools = make_pools(store, rows, given, params)
+    sets, unused = write_sets(store, pools, Encoder(tokenizer, params), params, out)
+    about = write_about(out, tokenizer, form, params, sets)
+    metrics = metrics_of(store, sets, counts, [unreadable, unused], params.max_length)
+    return metrics, lengths_table(sets["train"].lengths, params.max_length), about["sample"]
+
+
 def main() -> None:
     params = load_params()
     check_sums(RAW, "fetch_data")
     check_sums(TOKENIZER, "fetch_model")
     with whole_folder(PREPARED) as out:
-        store = Store(out)
-        names = data_files(RAW, params.dataset, params.prepare.eval_file)
-        form, unreadable = scan(names, params.prepare, store)
-        tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-        samples = [store.example(row) for row in range(min(len(store), SAMPLES))]
-        print(f"prepare: {settle(tokenizer, params.prepare, form, samples)}")
-        rows, given, counts = remove_duplicates(store, params.prepare)
-        pools = make_pools(store, rows, given, params.prepare)
-        sets, unused = write_sets(
-            store, pools, Renderer(tokenizer, params.prepare), params.prepare, out
-        )
-        about = write_about(out, tokenizer, form, params.prepare, sets)
-    metrics = metrics_of(store, sets, counts, [unreadable, unused], params.prepare.max_length)
-    write_text(LENGTHS, lengths_table(sets["train"].lengths, params.prepare.max_length))
+        metrics, lengths, sample = prepare(params.dataset, params.prepare, out)
+    write_text(LENGTHS, lengths)
     write_metrics(METRICS, metrics)
-    show(about["sample"])
+    show(sample)
     print(summary(metrics, params.prepare))
 
 

@@ -21,15 +21,15 @@ if __name__ == "__main__":
 import torch
 from accelerate import init_empty_weights
 from bitsandbytes import functional as bnb
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from stages.shared.device import pick_device
+from stages.shared.paths import BASE, QUANTIZED
 
-BASE = Path("models/base")
-QUANTIZED = Path("models/quantized")
 SHARD_BYTES = 2_000_000_000
 BLOCK = 64
 # NF4's code of zero, twice.
@@ -139,7 +139,7 @@ def quantize(base: Path, out: Path, double_quant: bool) -> None:
 def name_shards(out: Path, shards: list[dict[str, int]]) -> None:
     """Give the numbered shards the Hub's names, with an index when there are several."""
     if len(shards) == 1:
-        (out / "0.safetensors").rename(out / "model.safetensors")
+        (out / "0.safetensors").rename(out / SAFETENSORS_SINGLE_FILE)
         return
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for i, name in enumerate(names):
@@ -149,7 +149,7 @@ def name_shards(out: Path, shards: list[dict[str, int]]) -> None:
         "metadata": {"total_size": sum(sum(shard.values()) for shard in shards)},
         "weight_map": weight_map,
     }
-    write_json(out / "model.safetensors.index.json", index, sort_keys=True)
+    write_json(out / SAFETENSORS_INDEX_FILE, index, sort_keys=True)
 
 
 def link(base: Path, out: Path) -> None:

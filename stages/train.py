@@ -37,7 +37,8 @@ from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 
 from stages.shared.device import device_name, memory_metrics, pick_device, reset_peaks
 from stages.shared.model import load_base
-from stages.shared.rows import PREPARED, read_rows, token_counts
+from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
+from stages.shared.rows import read_rows, token_counts
 from stages.shared.scoring import TOKENS_PER_BATCH, score
 from stages.training.checkpoints import (
     KEPT,
@@ -56,8 +57,6 @@ from stages.training.trainer import (
     optimizer_steps,
 )
 
-QUANTIZED = Path("models/quantized")
-ADAPTER = Path("models/adapter")
 # The held-out loss along the way: enough rows to see a trend, few enough to cost little.
 CURVE_POINTS = 4
 CURVE_ROWS = 32

@@ -29,7 +29,9 @@ from stages.shared.adapter import Update, check_adapter_sums, read_adapter
 from stages.shared.device import pick_device
 from stages.shared.merging import merged_rows
 from stages.shared.model import load_adapter, load_base
-from stages.shared.rows import PREPARED, held_out_sets, read_rows
+from stages.shared.paths import ADAPTER, BASE, MERGED, PREPARED, QUANTIZED
+from stages.shared.rows import read_rows
+from stages.shared.sets import held_out_sets
 from stages.shared.weights import Weights
 from stages.verifying.agreement import Reference, agreement, reference
 from stages.verifying.folder_check import (
@@ -46,10 +48,6 @@ from stages.verifying.merged_model import (
 )
 from stages.verifying.tensor_check import check_tensors
 
-BASE = Path("models/base")
-QUANTIZED = Path("models/quantized")
-ADAPTER = Path("models/adapter")
-MERGED = Path("models/merged")
 VERDICT = Path("models/verify.ok")
 METRICS = Path("metrics/verify.json")
 FLOAT16_MAX = 65504

@@ -142,13 +142,14 @@ CONFIGURATIONS = [
     ("not a list", None, NAMES),
     ([{"config_name": "x", "data_files": None, "data_dir": None}], None, NAMES),
     ([{"config_name": "x", "data_files": [{"split": "train"}]}], None, "data: no file matches"),
+    ([{"config_name": 2024, "data_files": [{"split": 1, "path": "a*"}]}], "2024", NAMES[4:]),
     ([EN, DE], "fr", "dataset.config: data has no configuration fr; its README.md lists: en, de"),
     ([EN, DE], None, "dataset.config: data has no configuration default; its README.md lists: en,"),
     (None, "en", "dataset.config: data has no configuration en; its README.md lists: none"),
     (
         [{"config_name": "x", "data_files": "nothing/*"}],
         "x",
-        "data: no file matches configuration x (nothing/*)",
+        "data: no file matches nothing/*, which its README.md lists; name another configuration",
     ),
 ]
 

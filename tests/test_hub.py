@@ -11,8 +11,9 @@ import pytest
 from hub_server import Hub, Repo
 from tiny import ROOT
 
+from stages.shared.dataset_card import read_card
 from stages.shared.process import StageError
-from stages.shared.sources import Folder, card, check_name, copy_license, license_in, package
+from stages.shared.sources import Folder, check_name, copy_license, license_in, package
 
 A, B = "a" * 40, "b" * 40
 BIG = bytes(range(256)) * 100_000
@@ -354,8 +355,13 @@ def test_packages(tmp_path, monkeypatch):
         ("---\n- a\n---\n", None),
         ("---\n{ not yaml\n---\n", None),
         ("---\nlicense: mit", None),
+        ("\ufeff---\r\nlicense: mit\r\n---\r\n", "mit"),
+        ("---\nlicense: 2023-02-30\n---\n", None),
+        ("---\nlicense: " + "[" * 5000 + "\n---\n", None),
+        (b"---\nlicense: mit\n---\n\xff", None),
     ],
 )
 def test_the_licence_in_a_card(tmp_path, text, license):
-    (tmp_path / "README.md").write_text(text)
-    assert license_in(card(tmp_path)) == license
+    data = text if isinstance(text, bytes) else text.encode()
+    (tmp_path / "README.md").write_bytes(data)
+    assert license_in(read_card(tmp_path)) == license

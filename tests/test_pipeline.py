@@ -5,17 +5,23 @@ from pathlib import PurePosixPath
 
 import pytest
 import yaml
+from source_code import code, imports, tree
 from tiny import ROOT
 
+from stages.shared import paths as shared_paths
 from stages.shared.params import Params
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
 STAGES = PIPELINE["stages"]
 SCRIPTS = sorted(file.stem for file in (ROOT / "stages").glob("*.py") if file.stem != "__init__")
 SECTIONS = set(Params.model_fields)
-# The schema accepts or refuses and never changes a result (tests/test_params.py), so no stage
-# depends on it.
+# The schema accepts or refuses and never changes a result (tests/test_params.py).
 SCHEMA = "stages/shared/params.py"
+# What it says dvc.yaml says too, and the tests below hold the two together.
+PATHS = "stages/shared/paths.py"
+# No stage depends on them: a new parameter, or another stage's new path, makes nothing stale.
+UNDECLARED = {SCHEMA, PATHS}
+SHARED_PATHS = {name: path for name, path in vars(shared_paths).items() if name.isupper()}
 # Only named to the user, by the message that a package is not installed.
 PINS = [PurePosixPath("requirements-default.lock")]
 
@@ -27,35 +33,6 @@ def paths(entries: list) -> list[str]:
 
 def outs(stage: dict) -> list[str]:
     return [p for kind in ("outs", "metrics", "plots") for p in paths(stage.get(kind, []))]
-
-
-def tree(file: str) -> ast.Module:
-    return ast.parse((ROOT / file).read_text(encoding="utf-8"))
-
-
-def imports(file: str) -> set[str]:
-    """The project's files that `file` imports itself."""
-    found = set()
-    for node in ast.walk(tree(file)):
-        if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: a relative import"
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        files = (name.replace(".", "/") + ".py" for name in names)
-        found |= {name for name in files if name.startswith("stages/") and (ROOT / name).exists()}
-    return found
-
-
-def code(name: str) -> set[str]:
-    """Every file whose code stage `name` runs: its script, and what it imports through others."""
-    found, new = set(), {f"stages/{name}.py"}
-    while new:
-        found |= new
-        new = {i for file in new for i in imports(file)} - found
-    return found
 
 
 def assets(files: set[str]) -> set[str]:
@@ -107,6 +84,18 @@ def sections_of(function: ast.FunctionDef) -> set[str]:
     return found
 
 
+def named_paths(file: str) -> list[PurePosixPath]:
+    """The paths that `file` names: constants, and what it imports from stages/shared/paths.py."""
+    found, shared = [], []
+    for node in ast.walk(tree(file)):
+        if is_call(node, "Path") and isinstance(node.args[0], ast.Constant):
+            found.append(PurePosixPath(node.args[0].value))
+        if isinstance(node, ast.ImportFrom) and node.module == "stages.shared.paths":
+            shared += [PurePosixPath(SHARED_PATHS[alias.name]) for alias in node.names]
+    assert bool(shared) == (PATHS in imports(file)), f"{file}: import names from {PATHS}"
+    return found + shared
+
+
 def is_call(node: ast.AST, name: str) -> bool:
     return isinstance(node, ast.Call) and getattr(node.func, "id", "") == name
 
@@ -131,7 +120,7 @@ def test_command_replaces_the_shell(name):
 def test_code_is_declared_exactly(name):
     declared = {dep for dep in STAGES[name]["deps"] if dep.startswith("stages/")}
     files = code(name)
-    assert declared == (files | assets(files)) - {SCHEMA}
+    assert declared == (files | assets(files)) - UNDECLARED
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -146,15 +135,19 @@ def test_path_constants_are_declared(name):
     stage = STAGES[name]
     declared = [PurePosixPath(p) for p in [*stage["deps"], *outs(stage)]]
     # params.yaml and dvc.yaml are read by every stage: DVC knows by section and by stage.
-    for file in code(name) - {SCHEMA, "stages/shared/process.py"}:
-        for node in ast.walk(tree(file)):
-            if is_call(node, "Path") and isinstance(node.args[0], ast.Constant):
-                path = PurePosixPath(node.args[0].value)
-                # A folder that holds outs of several stages is followed by a name in the code.
-                known = path.as_posix() in ("metrics", "data", "models") or path in PINS
-                # What plan predicted is quoted where memory runs out; no output depends on it.
-                known |= (name, path.as_posix()) == ("train", "metrics/plan.json")
-                assert known or any(path == d or d in path.parents for d in declared), path
+    for file in code(name) - UNDECLARED - {"stages/shared/process.py"}:
+        for path in named_paths(file):
+            # A folder that holds outs of several stages is followed by a name in the code.
+            known = path.as_posix() in ("metrics", "data", "models") or path in PINS
+            # What plan predicted is quoted where memory runs out; no output depends on it.
+            known |= (name, path.as_posix()) == ("train", "metrics/plan.json")
+            assert known or any(path == d or d in path.parents for d in declared), path
+
+
+def test_shared_paths_cannot_be_mistaken_for_each_other():
+    """No stage depends on their module, so a name of it says all that its path could become."""
+    for name, path in SHARED_PATHS.items():
+        assert path.name == name.lower()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -212,13 +205,6 @@ def test_nothing_runs_on_a_dependency_that_nobody_makes():
         for dep in stage["deps"]:
             kept = (ROOT / dep).exists() and not dep.startswith(("models/", "metrics/"))
             assert dep in made or kept, dep
-
-
-def test_package_markers_are_empty():
-    """They run with every stage and no stage declares them."""
-    markers = [*(ROOT / "stages").rglob("__init__.py")]
-    assert len(markers) > 2
-    assert all(marker.read_bytes() == b"" for marker in markers)
 
 
 def test_artifact_is_an_out():

@@ -17,7 +17,7 @@ from tiny import ROOT, make_workspace
 from transformers import AutoTokenizer
 
 from stages import prepare
-from stages.preparing import contract, encoding
+from stages.preparing import contract, writing
 from stages.preparing.contract import packed_bins, show
 from stages.preparing.splitting import prompt_and_rest
 from stages.shared.outputs import SUMS
@@ -126,10 +126,10 @@ def test_killed_stage_takes_its_workers_along(tmp_path, delay):
     """
     make_folder(tmp_path, {"a.jsonl": jsonl(pairs(20_000))})
     code = (
-        "import os, time; from stages import prepare; from stages.preparing import encoding\n"
+        "import os, time; from stages import prepare; from stages.preparing import writing\n"
         "os.sched_getaffinity = lambda _: {0, 1}\n"
-        "begin = encoding._begin_worker\n"
-        f"encoding._begin_worker = lambda *args: (time.sleep({delay}), begin(*args))\n"
+        "begin = writing._begin_worker\n"
+        f"writing._begin_worker = lambda *args: (time.sleep({delay}), begin(*args))\n"
         "prepare.main()"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
@@ -188,8 +188,8 @@ def test_order_of_the_file_does_not_matter(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_bytes_depend_on_no_number_of_workers(workers, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "_WORTH_WORKERS", 10)
-    monkeypatch.setattr(encoding, "_CHUNK", 16)
+    monkeypatch.setattr(writing, "_WORTH_WORKERS", 10)
+    monkeypatch.setattr(writing, "_CHUNK", 16)
     rows = pairs(150) + [{"prompt": f"Long {i}", "completion": "x" * 300} for i in range(20)]
     for name, cores in (("one", {0}), ("several", set(range(workers)))):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores)

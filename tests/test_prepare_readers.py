@@ -19,7 +19,7 @@ from prepare_folder import make_folder
 from stages import prepare
 from stages.preparing import readers
 from stages.preparing.formats import Unusable, recognize
-from stages.preparing.readers import data_files, read_file
+from stages.preparing.readers import files_to_read, read_file
 from stages.shared.params import Dataset
 from stages.shared.process import StageError
 
@@ -151,6 +151,15 @@ configs:
   - {split: train, path: other.parquet}
 ---
 """
+DEEP = """---
+configs:
+- not a mapping
+- config_name: x
+  data_dir: null
+  data_files: [{split: train, path: "data/**/a*"}, {split: test}]
+---
+"""
+UNSPLIT = "---\nconfigs:\n- {config_name: x, data_files: '**.csv'}\n---\n"
 SHARDS = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-00000.parquet"]
 
 
@@ -180,13 +189,16 @@ SHARDS = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-
             ["data/two.parquet"],
         ),
         (["other.parquet"], CARD, HUB | {"config": "other"}, None, ["other.parquet"]),
+        # What fetch_data takes by the card, prepare finds by it.
+        (["data/a.csv", "data/b.csv"], DEEP, HUB, None, ["data/a.csv"]),
+        (["data/a.csv", "b.csv"], UNSPLIT, HUB, None, ["b.csv", "data/a.csv"]),
     ],
 )
 def test_files_of_a_split(files, card, dataset, eval_file, expected, tmp_path):
     write(tmp_path, files, card)
     local = {"source": "local", "id": "data/source/x", "revision": None, "config": None}
     section = Dataset(**{**local, "split": None, **dataset})
-    assert data_files(tmp_path, section, eval_file) == expected
+    assert files_to_read(tmp_path, section, eval_file) == expected
 
 
 @pytest.mark.parametrize(
@@ -212,7 +224,7 @@ def test_no_file_of_a_split(files, card, dataset, message, tmp_path):
     write(tmp_path, files, card)
     local = {"id": "data/source/x", "revision": None, "config": None, "split": None}
     with pytest.raises(StageError, match=message):
-        data_files(tmp_path, Dataset(**{**local, **dataset}), None)
+        files_to_read(tmp_path, Dataset(**{**local, **dataset}), None)
 
 
 def write(folder: Path, files: list[str], card: str) -> None:

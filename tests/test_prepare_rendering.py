@@ -9,8 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2 import Environment
 
+from stages.preparing.encoding import Encoder
 from stages.preparing.formats import Unusable, recognize
-from stages.preparing.rendering import Renderer, settle
+from stages.preparing.templates import settle
 from stages.shared.process import StageError
 from templates import SHAPES, make_shape
 
@@ -26,32 +27,32 @@ MESSAGES = recognize("auto", None, {"messages": CHAT}, "a:1")
 TEXT = recognize("auto", None, {"text": "a"}, "a:1")
 
 
-def renderer_of(shape: str, form=MESSAGES, sample=CHAT, edit=None, **changes) -> Renderer:
-    """A renderer of a settled tokenizer; `edit` changes the tokenizer before."""
+def encoder_of(shape: str, form=MESSAGES, sample=CHAT, edit=None, **changes) -> Encoder:
+    """An encoder of a settled tokenizer; `edit` changes the tokenizer before."""
     values = {"template": "chat", "loss_on": "completion", "max_length": 4000, "too_long": "drop"}
     params = SimpleNamespace(**values | changes)
     tokenizer = make_shape(shape)
     if edit:
         edit(tokenizer)
     settle(tokenizer, params, form, [sample])
-    return Renderer(tokenizer, params)
+    return Encoder(tokenizer, params)
 
 
-cached_renderer = cache(renderer_of)
+cached_encoder = cache(encoder_of)
 
 
-def encoded(renderer: Renderer, example=CHAT):
-    (made,) = renderer.encode([example])
+def encoded(encoder: Encoder, example=CHAT):
+    (made,) = encoder.encode([example])
     assert isinstance(made, list), made.message
     (row,) = made
     return row
 
 
-def learned_parts(renderer: Renderer, row) -> list[str]:
+def learned_parts(encoder: Encoder, row) -> list[str]:
     """The text of each run of learned tokens."""
     pairs = zip(row.ids.tolist(), row.learned.tolist(), strict=True)
     runs = [(learned, [i for i, _ in run]) for learned, run in groupby(pairs, lambda p: p[1])]
-    return [renderer.tokenizer.decode(ids) for learned, ids in runs if learned]
+    return [encoder.tokenizer.decode(ids) for learned, ids in runs if learned]
 
 
 def words(part: str, shape: str) -> list[str]:
@@ -66,9 +67,9 @@ def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
 
 @pytest.mark.parametrize("shape", CHATS)
 def test_last_answer_and_its_end_are_learned(shape):
-    renderer = renderer_of(shape)
-    row = encoded(renderer)
-    (part,) = learned_parts(renderer, row)
+    encoder = encoder_of(shape)
+    row = encoded(encoder)
+    (part,) = learned_parts(encoder, row)
     assert words(part, shape) == ANSWERS[1].split()
     assert part.endswith(SHAPES[shape].end)
     assert row.learned.sum() == len(row.ids) - row.prompt_tokens
@@ -76,8 +77,8 @@ def test_last_answer_and_its_end_are_learned(shape):
 
 @pytest.mark.parametrize("shape", CHATS)
 def test_every_answer_and_its_end_are_learned(shape):
-    renderer = renderer_of(shape, loss_on="assistant")
-    parts = learned_parts(renderer, encoded(renderer))
+    encoder = encoder_of(shape, loss_on="assistant")
+    parts = learned_parts(encoder, encoded(encoder))
     assert len(parts) == 2
     for part, answer in zip(parts, ANSWERS, strict=True):
         assert words(part, shape) == answer.split()
@@ -86,7 +87,7 @@ def test_every_answer_and_its_end_are_learned(shape):
 
 @pytest.mark.parametrize("shape", CHATS)
 def test_all_but_the_first_token_is_learned(shape):
-    row = encoded(renderer_of(shape, loss_on="all"))
+    row = encoded(encoder_of(shape, loss_on="all"))
     assert row.learned[1:].all()
     # Nothing predicts the first token.
     assert not row.learned[0]
@@ -94,9 +95,9 @@ def test_all_but_the_first_token_is_learned(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bos_stands_once_where_the_model_wants_it(shape):
-    renderer = renderer_of(shape)
-    bos = renderer.tokenizer.bos_token_id
-    ids = encoded(renderer, CHAT[:2]).ids.tolist()
+    encoder = encoder_of(shape)
+    bos = encoder.tokenizer.bos_token_id
+    ids = encoded(encoder, CHAT[:2]).ids.tolist()
     assert (ids[0] == bos) == (SHAPES[shape].bos is not None)
     if shape != "smollm":  # whose BOS begins every turn
         assert ids.count(bos) == (SHAPES[shape].bos is not None)
@@ -116,41 +117,41 @@ def test_prompt_at_inference_is_the_beginning_of_the_row(shape, texts, loss_on):
         texts.append("a")
     roles = ["user", "assistant"] * (len(texts) // 2)
     chat = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
-    renderer = cached_renderer(shape, loss_on=loss_on)
-    (made,) = renderer.encode([chat])
+    encoder = cached_encoder(shape, loss_on=loss_on)
+    (made,) = encoder.encode([chat])
     if shape == "bare" and loss_on == "assistant" and len(chat) > 2:
         assert made.reason == "template"
         return
     (row,) = made
-    prompt = prompt_ids(renderer.tokenizer, chat[:-1])
+    prompt = prompt_ids(encoder.tokenizer, chat[:-1])
     assert row.ids[: row.prompt_tokens].tolist() == prompt
-    end = renderer.tokenizer.convert_tokens_to_ids(SHAPES[shape].end)
+    end = encoder.tokenizer.convert_tokens_to_ids(SHAPES[shape].end)
     assert row.ids[-1] == end
     assert row.learned[-1]
     if loss_on == "completion":
         assert not row.learned[: len(prompt)].any()
     if loss_on == "assistant":
         # Never a word of the questions: all that is learned is answers, in their order.
-        parts = [words(part, shape) for part in learned_parts(renderer, row)]
+        parts = [words(part, shape) for part in learned_parts(encoder, row)]
         assert parts == [text.split() for text in texts[1::2]]
 
 
 @pytest.mark.parametrize("shape", ["smollm", "gemma", "llama-2", "mistral"])
 def test_row_is_tokenized_as_the_whole_text_where_nothing_merges(shape):
-    renderer = renderer_of(shape)
+    encoder = encoder_of(shape)
     chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "az ok"}]
-    text = renderer.tokenizer.apply_chat_template(chat, tokenize=False)
-    whole = renderer.tokenizer(text, add_special_tokens=False)["input_ids"]
-    ids = encoded(renderer, chat).ids.tolist()
+    text = encoder.tokenizer.apply_chat_template(chat, tokenize=False)
+    whole = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = encoded(encoder, chat).ids.tolist()
     # What follows the end token, a newline, is left out: nobody generates it.
     assert ids == whole[: len(ids)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_raw_text_gets_bos_once_and_an_end(shape):
-    renderer = renderer_of(shape, TEXT, "az ok")
-    row = encoded(renderer, "az ok")
-    tokenizer = renderer.tokenizer
+    encoder = encoder_of(shape, TEXT, "az ok")
+    row = encoded(encoder, "az ok")
+    tokenizer = encoder.tokenizer
     assert row.ids.tolist() == [*tokenizer("az ok")["input_ids"], tokenizer.eos_token_id]
     assert row.learned.tolist() == [False] + [True] * (len(row.ids) - 1)
     assert row.prompt_tokens == SHAPES[shape].adds_bos
@@ -158,21 +159,21 @@ def test_raw_text_gets_bos_once_and_an_end(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_plain_template_is_rendered_once_and_kept_for_inference(shape):
-    renderer = renderer_of(shape, template="Q: {prompt}\nA:")
-    tokenizer = renderer.tokenizer
-    row = encoded(renderer, CHAT[:2])
+    encoder = encoder_of(shape, template="Q: {prompt}\nA:")
+    tokenizer = encoder.tokenizer
+    row = encoded(encoder, CHAT[:2])
     bos = SHAPES[shape].bos if SHAPES[shape].adds_bos else ""
     assert tokenizer.decode(row.ids[: row.prompt_tokens]).replace("> ", ">") == (
         f"{bos}Q: hello az\nA:\n"
     )
-    assert learned_parts(renderer, row)[0].strip() == "first\naz" + SHAPES[shape].eos
+    assert learned_parts(encoder, row)[0].strip() == "first\naz" + SHAPES[shape].eos
     assert row.ids[: row.prompt_tokens].tolist() == prompt_ids(tokenizer, CHAT[:1])
 
 
 def test_any_character_may_stand_in_a_plain_template():
     template = '🙂 "é" \\ {{ x }} {% y %}\n{prompt}\n'
-    renderer = renderer_of("llama-3", template=template)
-    text = renderer.tokenizer.decode(encoded(renderer, CHAT[:2]).ids)
+    encoder = encoder_of("llama-3", template=template)
+    text = encoder.tokenizer.decode(encoded(encoder, CHAT[:2]).ids)
     assert text.startswith("<|begin_of_text|>" + template.replace("{prompt}", "hello az"))
 
 
@@ -180,8 +181,8 @@ def test_template_file_gets_the_bos_of_the_tokenizer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "templates").mkdir()
     (tmp_path / "templates/mine.jinja").write_text(SHAPES["bare"].template)
-    renderer = renderer_of("llama-3", template="templates/mine.jinja")
-    text = renderer.tokenizer.decode(encoded(renderer, CHAT[:2]).ids)
+    encoder = encoder_of("llama-3", template="templates/mine.jinja")
+    text = encoder.tokenizer.decode(encoded(encoder, CHAT[:2]).ids)
     assert text == "<|begin_of_text|>user: hello az\nassistant: first\naz<|end_of_text|>".replace(
         "assistant:", "assistant: "
     )
@@ -192,7 +193,7 @@ def test_broken_template_file_is_named_with_its_line(tmp_path, monkeypatch):
     (tmp_path / "templates").mkdir()
     (tmp_path / "templates/mine.jinja").write_text("{% for m in messages %}\n{{ m['content' }}")
     with pytest.raises(StageError, match=r"^templates/mine.jinja:2: unexpected '}', expected '\]'"):
-        renderer_of("llama-3", template="templates/mine.jinja")
+        encoder_of("llama-3", template="templates/mine.jinja")
 
 
 def test_template_file_in_another_encoding_is_named(tmp_path, monkeypatch):
@@ -200,7 +201,7 @@ def test_template_file_in_another_encoding_is_named(tmp_path, monkeypatch):
     (tmp_path / "templates").mkdir()
     (tmp_path / "templates/mine.jinja").write_bytes(b"{{ '\xe9' }}")
     with pytest.raises(StageError, match=r"^templates/mine.jinja: not UTF-8 \(byte 4\)"):
-        renderer_of("llama-3", template="templates/mine.jinja")
+        encoder_of("llama-3", template="templates/mine.jinja")
 
 
 def test_template_cannot_reach_out_of_its_sandbox(tmp_path, monkeypatch):
@@ -211,14 +212,14 @@ def test_template_cannot_reach_out_of_its_sandbox(tmp_path, monkeypatch):
     assert Environment().from_string(reach).render() == "None"
     (tmp_path / "reached").rmdir()
     (tmp_path / "templates/mine.jinja").write_text(reach + SHAPES["bare"].template)
-    (refused,) = renderer_of("llama-3", template="templates/mine.jinja").encode([CHAT])
+    (refused,) = encoder_of("llama-3", template="templates/mine.jinja").encode([CHAT])
     assert "access to attribute '__init__' of 'type' object is unsafe" in refused.message
     assert not (tmp_path / "reached").exists()
 
 
 def test_template_with_a_date_gives_the_same_row_on_any_day():
-    renderer = renderer_of("llama-3")
-    assert "Today Date: 26 Jul 2024" in renderer.tokenizer.decode(encoded(renderer).ids)
+    encoder = encoder_of("llama-3")
+    assert "Today Date: 26 Jul 2024" in encoder.tokenizer.decode(encoded(encoder).ids)
 
 
 @pytest.mark.parametrize(
@@ -232,21 +233,21 @@ def test_template_with_a_date_gives_the_same_row_on_any_day():
     ],
 )
 def test_pad_token_is_settled(shape, pad):
-    assert renderer_of(shape).tokenizer.pad_token == pad
+    assert encoder_of(shape).tokenizer.pad_token == pad
 
 
 @pytest.mark.parametrize("shape", CHATS)
 def test_eos_becomes_what_ends_an_answer(shape):
-    assert renderer_of(shape).tokenizer.eos_token == SHAPES[shape].end
+    assert encoder_of(shape).tokenizer.eos_token == SHAPES[shape].end
     # Raw text is no answer.
-    assert renderer_of(shape, TEXT, "az").tokenizer.eos_token == SHAPES[shape].eos
+    assert encoder_of(shape, TEXT, "az").tokenizer.eos_token == SHAPES[shape].eos
 
 
 def test_end_token_is_learned_where_it_pads_too():
-    renderer = renderer_of("smollm")
-    assert renderer.tokenizer.pad_token_id == renderer.tokenizer.eos_token_id
-    row = encoded(renderer)
-    assert row.ids[-1] == renderer.tokenizer.pad_token_id
+    encoder = encoder_of("smollm")
+    assert encoder.tokenizer.pad_token_id == encoder.tokenizer.eos_token_id
+    row = encoded(encoder)
+    assert row.ids[-1] == encoder.tokenizer.pad_token_id
     assert row.learned[-1]
 
 
@@ -278,14 +279,14 @@ def test_rendered_text_is_not_rendered_again(shape, own, loss_on):
         if not own:
             tokenizer.chat_template = None
 
-    renderer = renderer_of(TOKENIZERS[shape], form, sample, edit, loss_on=loss_on)
-    row = encoded(renderer, sample)
-    ends = renderer.tokenizer.convert_tokens_to_ids(SHAPES[TOKENIZERS[shape]].end)
-    whole = renderer.tokenizer(text.rstrip("\n"), add_special_tokens=False)["input_ids"]
-    assert renderer.tokenizer.decode(row.ids) == renderer.tokenizer.decode(whole)
+    encoder = encoder_of(TOKENIZERS[shape], form, sample, edit, loss_on=loss_on)
+    row = encoded(encoder, sample)
+    ends = encoder.tokenizer.convert_tokens_to_ids(SHAPES[TOKENIZERS[shape]].end)
+    whole = encoder.tokenizer(text.rstrip("\n"), add_special_tokens=False)["input_ids"]
+    assert encoder.tokenizer.decode(row.ids) == encoder.tokenizer.decode(whole)
     assert row.ids[-1] == ends
     parts = [
-        p.removesuffix(SHAPES[TOKENIZERS[shape]].end).strip() for p in learned_parts(renderer, row)
+        p.removesuffix(SHAPES[TOKENIZERS[shape]].end).strip() for p in learned_parts(encoder, row)
     ]
     assert parts == (["second az"] if loss_on == "completion" else ["first ok", "second az"])
     messages = [
@@ -294,7 +295,7 @@ def test_rendered_text_is_not_rendered_again(shape, own, loss_on):
             ["user", "assistant", "user"], ["hello az", "first ok", "more"], strict=True
         )
     ]
-    assert row.ids[: row.prompt_tokens].tolist() == prompt_ids(renderer.tokenizer, messages)
+    assert row.ids[: row.prompt_tokens].tolist() == prompt_ids(encoder.tokenizer, messages)
 
 
 @pytest.mark.parametrize(("shape", "known"), [("llama-2", True), ("qwen", False)])
@@ -309,12 +310,12 @@ def test_text_rendered_for_another_family_is_said(shape, known):
 
 @pytest.mark.parametrize("length", [60, 61, 62, 63])
 def test_truncated_answer_has_no_false_end(length):
-    renderer = renderer_of("gemma", max_length=length, too_long="truncate")
+    encoder = encoder_of("gemma", max_length=length, too_long="truncate")
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b" * 50}]
-    whole = encoded(renderer_of("gemma"), chat)
-    row = encoded(renderer, chat)
+    whole = encoded(encoder_of("gemma"), chat)
+    row = encoded(encoder, chat)
     assert len(row.ids) == min(length, len(whole.ids))
-    end = renderer.tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    end = encoder.tokenizer.convert_tokens_to_ids("<end_of_turn>")
     assert (row.ids[-1] == end) == (length >= len(whole.ids))
     assert row.truncated == (length < len(whole.ids))
     assert row.ids.tolist() == whole.ids[:length].tolist()
@@ -322,9 +323,9 @@ def test_truncated_answer_has_no_false_end(length):
 
 
 def test_split_row_keeps_every_token_and_one_end():
-    renderer = renderer_of("gemma", TEXT, "a", max_length=20, too_long="split")
-    whole = encoded(renderer_of("gemma", TEXT, "a"), "b" * 50)
-    (parts,) = renderer.encode(["b" * 50])
+    encoder = encoder_of("gemma", TEXT, "a", max_length=20, too_long="split")
+    whole = encoded(encoder_of("gemma", TEXT, "a"), "b" * 50)
+    (parts,) = encoder.encode(["b" * 50])
     assert [len(part.ids) for part in parts] == [20, 20, 12]
     assert [i for part in parts for i in part.ids.tolist()] == whole.ids.tolist()
     assert [part.truncated for part in parts] == [True, True, False]
@@ -427,8 +428,8 @@ TWO_QUESTIONS = [CHAT[0], CHAT[0], CHAT[1]]
     ],
 )
 def test_row_that_would_be_wrong_is_dropped(shape, edit, chat, reason, message):
-    renderer = renderer_of(shape, edit=edit)
-    good, unusable = renderer.encode([CHAT, chat])
+    encoder = encoder_of(shape, edit=edit)
+    good, unusable = encoder.encode([CHAT, chat])
     assert isinstance(unusable, Unusable)
     assert unusable.reason == reason
     assert message in unusable.message
@@ -437,7 +438,7 @@ def test_row_that_would_be_wrong_is_dropped(shape, edit, chat, reason, message):
 
 
 def test_template_that_refuses_a_part_of_a_conversation_is_named():
-    (unusable,) = renderer_of("smollm", edit=short_refused, loss_on="assistant").encode([CHAT])
+    (unusable,) = encoder_of("smollm", edit=short_refused, loss_on="assistant").encode([CHAT])
     assert "refuses the part up to message 2 (too short): set prepare.loss_on" in unusable.message
 
 
@@ -458,7 +459,7 @@ def test_what_a_template_writes_in_its_own_way_is_not_missed():
         tool,
         {**CHAT[1], "content": "o "},
     ]
-    row = encoded(renderer_of("llama-3", edit=edit), chat)
+    row = encoded(encoder_of("llama-3", edit=edit), chat)
     assert row.learned.sum() == 2
 
 
@@ -470,7 +471,7 @@ def test_answer_rewritten_in_a_longer_conversation_is_not_learned_wrongly():
             " + '<|im_end|>'",
         )
 
-    (unusable,) = renderer_of("smollm", edit=edit, loss_on="assistant").encode([CHAT])
+    (unusable,) = encoder_of("smollm", edit=edit, loss_on="assistant").encode([CHAT])
     assert "writes message 2 differently once the conversation goes on" in unusable.message
 
 
@@ -483,4 +484,4 @@ def test_answer_rewritten_in_a_longer_conversation_is_not_learned_wrongly():
 )
 def test_tokenizer_that_cannot_serve_is_refused(edit, message):
     with pytest.raises(StageError, match=message):
-        renderer_of("smollm", edit=edit)
+        encoder_of("smollm", edit=edit)

@@ -1,14 +1,15 @@
 """Which files of a model are fetched, and what a model must be for this pipeline."""
 
 import fnmatch
-import json
 from pathlib import Path, PurePosixPath
 
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as SINGLE
+
+from stages.shared.outputs import read_json
 from stages.shared.process import StageError
 from stages.shared.sources import check_name
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 # Beside the weights, from the top folder: config, tokenizer, template, licence. No README, and
 # nothing that could run.
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "licen[cs]e*", "notice*")
@@ -117,7 +118,7 @@ def check_weights(folder: Path, names: list[str], id: str) -> None:
 
 def _read_json(path: Path, id: str) -> dict:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except ValueError as error:
         raise StageError(f"{id}: {path.name} is not JSON ({error})") from None
     if not isinstance(data, dict):

@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.ipc
 from tqdm import tqdm
 
-from stages.preparing.encoding import Written
 from stages.preparing.formats import REASONS, Unusable
 from stages.preparing.splitting import Store, asked_by
+from stages.preparing.writing import Written
 from stages.shared.process import StageError
 from stages.shared.rows import IGNORED
+from stages.shared.sets import SET_NAMES
 
 # More dropped rows than this and the data, or the parameters, are not what they seem.
 MOST_DROPPED = 0.5
@@ -94,7 +95,7 @@ def metrics_of(
     held_out = np.concatenate([sources[name] for name in sets if name != "train"])
     rows_in = drops[0].seen
     metrics = {"rows_in": rows_in}
-    for name in ("train", "eval", "group"):
+    for name in SET_NAMES:
         metrics[f"{name}_examples"] = len(sets[name].rows) if name in sets else 0
     metrics |= counts
     metrics["leaked_examples"] = len(asked_by(store, sources["train"], held_out))
@@ -103,7 +104,7 @@ def metrics_of(
     metrics["unused_examples"] = rows_in - used - sum(counts.values()) - dropped.total()
     metrics["split_examples"] = sum(len(w.rows) for w in sets.values()) - used
     metrics["truncated_examples"] = sum(int(w.rows[:, 4].sum()) for w in sets.values())
-    for name in ("train", "eval", "group"):
+    for name in SET_NAMES:
         metrics[f"{name}_tokens"] = int(sets[name].lengths.sum()) if name in sets else 0
     train = sets["train"]
     tokens = metrics["train_tokens"]

@@ -1,169 +1,127 @@
-"""Chosen rows to an Arrow file, by worker processes on whose number no byte depends."""
+"""Rows as token ids that inference sees too, with the learned part marked.
 
-import multiprocessing
-import os
-import signal
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+A row is tokenized as a person will feed it: the prompt by itself, then the answer. So the ids of
+a prompt rendered at inference are the first ids of the row, whatever the tokenizer would merge
+across the boundary. Rendered text is encoded without special tokens, since the template writes
+them itself; only raw text gets its BOS from the tokenizer. Labels come from character spans and
+never from token ids, so a pad token equal to the end token does no harm.
+"""
+
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.ipc
-from tqdm import tqdm
 
-from stages.preparing.formats import Unusable
-from stages.preparing.rendering import Renderer
-from stages.preparing.splitting import Store
-from stages.shared.process import end_with_parent
-from stages.shared.rows import IGNORED, SCHEMA
-
-# Rows in a task and in a record batch: the bytes of a file depend on it.
-_CHUNK = 512
-# With fewer rows to make, starting workers takes longer than they save.
-_WORTH_WORKERS = 4000
-# What forked workers inherit.
-_job: dict = {}
+from stages.preparing.formats import Example, Unusable
+from stages.preparing.rendering import Rendered, Renderer
+from stages.shared.params import Prepare
 
 
-@dataclass
-class Part:
-    """Rows made of some candidates, flat. `rows` int32 [R, 5]: place among the candidates, tokens,
-    prompt tokens, scored bytes, whether cut off. `ids` int32 [T] and `learned` bool [T]."""
+@dataclass(frozen=True)
+class Encoded:
+    """One row: `ids` int32 [T], `learned` bool [T] (False at 0, which nothing predicts)."""
 
-    rows: np.ndarray
     ids: np.ndarray
     learned: np.ndarray
-    unusable: list[tuple[int, Unusable]]
-
-    def first(self, count: int) -> "Part":
-        """The part up to its row number `count`."""
-        if count > len(self.rows):
-            return self
-        rows = self.rows[:count]
-        last, tokens = rows[-1, 0], rows[:, 1].sum()
-        return Part(
-            rows, self.ids[:tokens], self.learned[:tokens],
-            [(place, why) for place, why in self.unusable if place < last],
-        )  # fmt: skip
+    prompt_tokens: int
+    scored_bytes: int
+    truncated: bool
 
 
-@dataclass
-class Written:
-    """What one file holds: `rows` as of Part but with numbers in the store."""
+class Encoder:
+    """Examples to rows of token ids."""
 
-    rows: np.ndarray
-    learned: int
-    candidates: int
+    def __init__(self, tokenizer, params: Prepare):
+        """A tokenizer that `settle` has seen; loss_on, max_length and too_long of `params`."""
+        self.tokenizer, self.loss_on = tokenizer, params.loss_on
+        self.max_length, self.too_long = params.max_length, params.too_long
+        self.renderer = Renderer(tokenizer, params.loss_on)
+        self.backend = tokenizer.backend_tokenizer
+        self.end_ids = {tokenizer.convert_tokens_to_ids(t) for t in self.renderer.special}
+        # Sentencepiece models put a space before any text, so before an answer by itself too.
+        self.anchor, joined, alone = self._ids(["\n", "\nx", "x"])
+        self.dummy_space = joined != self.anchor + alone
 
-    @property
-    def lengths(self) -> np.ndarray:
-        return self.rows[:, 1]
+    def encode(self, examples: list[Example]) -> list[list[Encoded] | Unusable]:
+        """The rows of each example (several with too_long: split), or why it is dropped."""
+        rendered = self.renderer.render(examples)
+        whole = [r for r in rendered if isinstance(r, Rendered)]
+        prompts = self._ids([r.prompt for r in whole])
+        pairs = iter(zip(prompts, self._answer_ids(whole, prompts), strict=True))
+        return [r if isinstance(r, Unusable) else self._rows(r, *next(pairs)) for r in rendered]
 
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-def write_set(
-    path: Path,
-    store: Store,
-    renderer: Renderer,
-    candidates: np.ndarray,
-    limit: int | None,
-    drop: Callable[[int, Unusable], None],
-) -> Written:
-    """Write the first `limit` usable rows of `candidates` (numbers in the store) to `path`.
+    def _answer_ids(self, rows: list[Rendered], prompts: list[list[int]]) -> list[list[int]]:
+        """Ids of the answers as the prompts' continuation."""
+        if not self.dummy_space:
+            return self._ids([row.answer for row in rows])
+        made = []
+        whole = self._ids([row.prompt + row.answer for row in rows])
+        for row, prompt, both in zip(rows, prompts, whole, strict=True):
+            if row.raw:
+                made.append(self._ids([row.answer])[0])
+            elif both[: len(prompt)] == prompt:
+                made.append(both[len(prompt) :])
+            else:
+                after = self._ids(["\n" + row.answer])[0]
+                # Empty, and so refused, where the tokenizer merges even the anchor.
+                made.append(
+                    after[len(self.anchor) :] if after[: len(self.anchor)] == self.anchor else []
+                )
+        return made
 
-    drop(row, why) is called for each candidate that is left out on the way.
-    """
-    made, learned, seen, rows = [np.zeros((0, 5), np.int64)], 0, 0, 0
-    wanted = len(candidates) if limit is None else min(limit, len(candidates))
-    with (
-        pa.OSFile(str(path), "wb") as sink,
-        pa.ipc.new_stream(sink, SCHEMA) as stream,
-        tqdm(total=wanted, desc=path.stem, unit=" rows", disable=None) as bar,
-    ):
-        for chunk, part in _parts(store, renderer, candidates, wanted):
-            if limit is not None:
-                part = part.first(limit - rows)
-            for place, why in part.unusable:
-                drop(chunk[place], why)
-            if len(part.rows):
-                stream.write_batch(_batch(store, chunk, part))
-            made.append(part.rows.astype(np.int64))
-            made[-1][:, 0] = chunk[part.rows[:, 0]]
-            rows, learned = rows + len(part.rows), learned + int(part.learned.sum())
-            bar.update(len(part.rows))
-            if limit is not None and rows == limit:
-                seen += int(part.rows[-1, 0]) + 1
-                break
-            seen += len(chunk)
-    return Written(np.concatenate(made), learned, seen)
+    def _rows(self, row: Rendered, prompt: list[int], answer: list[int]) -> list | Unusable:
+        ids = np.array(prompt + answer, np.int32)
+        if not answer or answer[-1] not in self.end_ids:
+            return Unusable(
+                "template", f"its tokens do not end with {row.end!r}: set another prepare.template"
+            )
+        if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
+            return Unusable(
+                "template", "begins with BOS twice: remove it from the template or from the text"
+            )
+        learned = np.zeros(len(ids), bool)
+        learned[0 if self.loss_on == "all" else len(prompt) :] = True
+        if row.spans:
+            encoding = self.backend.encode(row.prompt, add_special_tokens=False)
+            begins, ends = np.array(encoding.offsets).T
+            for start, end in row.spans:
+                inside = (begins >= start) & (ends <= end) & (begins < ends)
+                learned[: len(prompt)] |= inside
+        return self._fit(row, ids, learned, len(prompt))
 
+    def _fit(self, row: Rendered, ids, learned, prompt_tokens: int) -> list | Unusable:
+        """The row cut to max_length as too_long says. Only the last part holds the end token."""
+        length, most = len(ids), self.max_length
+        if length <= most:
+            starts = [0]
+        elif self.too_long in ("drop", "error"):
+            return Unusable(
+                "too_long",
+                f"{length} tokens, prepare.max_length is {most}: raise it, or set too_long to "
+                "truncate or split",
+            )
+        else:
+            starts = [0] if self.too_long == "truncate" else range(0, length, most)
+        made = []
+        for start in starts:
+            part, mask = ids[start : start + most], learned[start : start + most].copy()
+            mask[0] = False
+            if mask.any():
+                words = self._scored_bytes(row, ids, part, mask)
+                cut = start + most < length
+                made.append(
+                    Encoded(part, mask, max(min(prompt_tokens - start, len(part)), 0), words, cut)
+                )
+        return made or Unusable(
+            "unlearnable",
+            f"the prompt alone has {prompt_tokens} tokens, prepare.max_length is {most}: raise it",
+        )
 
-def _parts(
-    store: Store, renderer: Renderer, candidates: np.ndarray, wanted: int
-) -> Iterator[tuple[np.ndarray, Part]]:
-    """(candidates, part) for each chunk, in order."""
-    _job.update(store=store, renderer=renderer)
-    chunks = [candidates[i : i + _CHUNK] for i in range(0, len(candidates), _CHUNK)]
-    workers = len(os.sched_getaffinity(0))
-    if wanted < _WORTH_WORKERS or workers == 1:
-        yield from ((chunk, _encode(chunk)) for chunk in chunks)
-        return
-    context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, context, _begin_worker, (os.getpid(),))
-    try:
-        waiting = deque()
-        for chunk in chunks:
-            waiting.append((chunk, pool.submit(_encode, chunk)))
-            # So many are in flight that no worker waits, and memory stays bounded.
-            if len(waiting) > 2 * workers:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        for done, future in waiting:
-            yield done, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _begin_worker(stage: int) -> None:
-    """Leave signals to the stage, process `stage`, and end when it ends, however it does."""
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, signal.SIG_IGN)
-    end_with_parent(signal.SIGKILL)
-    if os.getppid() != stage:
-        os._exit(1)
-
-
-def _encode(chunk: np.ndarray) -> Part:
-    made = _job["renderer"].encode([_job["store"].example(row) for row in chunk])
-    unusable = [(place, each) for place, each in enumerate(made) if isinstance(each, Unusable)]
-    whole = [(i, row) for i, each in enumerate(made) if isinstance(each, list) for row in each]
-    rows = [
-        (i, len(row.ids), row.prompt_tokens, row.scored_bytes, row.truncated) for i, row in whole
-    ]
-    empty = np.zeros(0, np.int32)
-    return Part(
-        np.array(rows, np.int32).reshape(-1, 5),
-        np.concatenate([empty, *(row.ids for _, row in whole)]),
-        np.concatenate([empty.astype(bool), *(row.learned for _, row in whole)]),
-        unusable,
-    )
-
-
-def _batch(store: Store, chunk: np.ndarray, part: Part) -> pa.RecordBatch:
-    places, lengths, prompts, scored, _ = part.rows.T
-    names, pieces = [], 0
-    for i, place in enumerate(places):
-        pieces = pieces + 1 if i and places[i - 1] == place else 0
-        names.append(store.where(chunk[place]) + (f"#{pieces + 1}" if pieces else ""))
-    ends = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-    labels = np.where(part.learned, part.ids, np.int32(IGNORED))
-    columns = [
-        pa.array(names),
-        pa.ListArray.from_arrays(ends, pa.array(part.ids)),
-        pa.ListArray.from_arrays(ends, pa.array(labels)),
-        pa.array(np.ascontiguousarray(prompts)),
-        pa.array(np.ascontiguousarray(scored)),
-    ]
-    return pa.record_batch(columns, schema=SCHEMA)
+    def _scored_bytes(self, row: Rendered, ids, part, mask) -> int:
+        """UTF-8 bytes of the learned text, end tokens and other marks left out."""
+        if len(part) == len(ids) and self.loss_on == "completion" and not row.raw:
+            return len(row.answer.removesuffix(row.end).encode())
+        text = self.backend.decode(part[mask].tolist(), skip_special_tokens=True)
+        return len(text.encode())

@@ -8,7 +8,6 @@ import bz2
 import codecs
 import csv
 import difflib
-import fnmatch
 import gzip
 import io
 import json
@@ -16,15 +15,16 @@ import lzma
 import re
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet
 
+from stages.shared.dataset_card import listed_files, matching, read_card
 from stages.shared.params import Dataset
 from stages.shared.process import StageError
-from stages.shared.sources import card
 
 # A row is one example, and no context window holds this much text.
 MAX_ROW_BYTES = 16_000_000
@@ -53,7 +53,7 @@ def kind_of(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in _READERS else None
 
 
-def data_files(folder: Path, dataset: Dataset, eval_file: str | None) -> list[str]:
+def files_to_read(folder: Path, dataset: Dataset, eval_file: str | None) -> list[str]:
     """Names of the files in `folder` to read: those of the split, and the evaluation file last."""
     names = sorted(
         path.relative_to(folder).as_posix()
@@ -79,34 +79,18 @@ def data_files(folder: Path, dataset: Dataset, eval_file: str | None) -> list[st
 def _of_split(folder: Path, names: list[str], dataset: Dataset) -> list[str]:
     """Those of `names` that hold dataset.split (null: "train") by README.md or by name."""
     wanted = dataset.split or "train"
-    listed = _listed_splits(folder, dataset.config)
-    if listed:
-        patterns = listed.get(wanted, [])
-        chosen = [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+    listed = listed_files(read_card(folder), dataset)
+    splits = [split for split in listed if split is not None]
+    if splits:
+        chosen = matching(names, listed.get(wanted, []))
     else:
         chosen = [name for name in names if split_of(name) == wanted]
         if not chosen and dataset.split is None:
             chosen = [name for name in names if split_of(name) is None]
     if not chosen:
-        there = listed or sorted({split_of(name) or name for name in names})
+        there = splits or sorted({split_of(name) or name for name in names})
         raise StageError(f"dataset.split: no file of split {wanted}; there is {', '.join(there)}")
     return chosen
-
-
-def _listed_splits(folder: Path, config: str | None) -> dict[str, list[str]]:
-    """Split -> patterns of file names, as the card of a Hub data set lists them."""
-    listed: dict[str, list[str]] = {}
-    entries = card(folder).get("configs") or [] if (folder / "README.md").is_file() else []
-    default = [e for e in entries if e.get("default") or e.get("config_name") == "default"]
-    chosen = [e for e in entries if e.get("config_name") == config] or default or entries[:1]
-    for entry in chosen:
-        files = entry.get("data_files")
-        for each in files if isinstance(files, list) else []:
-            if isinstance(each, dict):
-                paths = each["path"] if isinstance(each["path"], list) else [each["path"]]
-                inside = entry.get("data_dir", "").strip("./")
-                listed[each["split"]] = [f"{inside}/{p}" if inside else p for p in paths]
-    return listed
 
 
 def split_of(name: str) -> str | None:
@@ -259,7 +243,10 @@ def _read_json(path: Path) -> Iterator[tuple[int, dict]]:
         elif text[position] == "," and in_array and after_value:
             after_value, position = False, position + 1
         elif text[position] == "]" and in_array:
-            yield from _nothing_after(path, line, text[position + 1 :], chunks)
+            if text[position + 1 :].strip() or any(chunk.strip() for chunk in chunks):
+                raise StageError(
+                    f"{path}:{line}: broken JSON; something follows the closing bracket"
+                )
             return
         else:
             if in_array and after_value:
@@ -272,12 +259,6 @@ def _read_json(path: Path) -> Iterator[tuple[int, dict]]:
         raise StageError(
             f"{path}:{line}: broken JSON; the array is not closed: the file is cut off"
         )
-
-
-def _nothing_after(path: Path, line: int, text: str, chunks: Iterator[str]) -> Iterator:
-    if text.strip() or any(chunk.strip() for chunk in chunks):
-        raise StageError(f"{path}:{line}: broken JSON; something follows the closing bracket")
-    return iter(())
 
 
 def _value(path: Path, line: int, text: str, start: int, chunks: Iterator[str]) -> tuple:
@@ -372,10 +353,6 @@ def _header(where: str, names: list[str], delimiter: str) -> list[str]:
     return names
 
 
-def _read_tsv(path: Path) -> Iterator[tuple[int, dict]]:
-    return _read_csv(path, "\t")
-
-
 def _read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
     number = 0
     try:
@@ -399,6 +376,6 @@ _READERS = {
     ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
     ".parquet": _read_parquet,
 }

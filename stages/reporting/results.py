@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
+from stages.shared.sets import HELD_OUT, SET_NAMES
 from stages.shared.vram import GB, fitting_cards
 
-SET_NAMES = {"train": "training", "eval": "held-out rows", "group": "held-out groups"}
 MEMORY_PARTS = ("weights", "adapter", "optimizer", "activations", "logits", "overhead")
 
 
@@ -35,8 +35,8 @@ class Results:
 
 def scored_sets(results: Results) -> dict[str, str]:
     """Metric prefix and name of each set that was scored."""
-    sets = {"": SET_NAMES["eval"], "group_": SET_NAMES["group"]}.items()
-    return {prefix: name for prefix, name in sets if f"{prefix}tuned_perplexity" in results.eval}
+    scored = {p: name for p, name in HELD_OUT.items() if f"{p}tuned_perplexity" in results.eval}
+    return {prefix: SET_NAMES[name] for prefix, name in scored.items()}
 
 
 def title(results: Results) -> str:

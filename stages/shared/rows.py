@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.ipc
 
-PREPARED = Path("data/prepared")
 IGNORED = -100
 SCHEMA = pa.schema(
     [
@@ -50,12 +49,6 @@ def lengths(table: pa.Table) -> tuple[list[int], list[int]]:
     learned = pc.filter(row, pc.not_equal(pc.list_flatten(table["labels"]), IGNORED))
     counts = {c["values"]: c["counts"] for c in pc.value_counts(learned).to_pylist()}
     return tokens, [counts.get(i, 0) for i in range(len(tokens))]
-
-
-def held_out_sets(prepared: Path = PREPARED) -> dict[str, Path]:
-    """Metric prefix -> file of each held-out set: "" for rows, "group_" for whole groups."""
-    files = {"": prepared / "eval.arrow", "group_": prepared / "group.arrow"}
-    return {prefix: file for prefix, file in files.items() if file.exists()}
 
 
 def set_sha256(rows: list[dict]) -> str:

@@ -16,8 +16,7 @@ from contextlib import contextmanager
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
 
-import yaml
-
+from stages.shared.dataset_card import read_card
 from stages.shared.outputs import write_json
 from stages.shared.params import Dataset, Model
 from stages.shared.process import StageError, sha256
@@ -50,7 +49,7 @@ class Folder:
                 )
             if path.is_file():
                 self.files[path.relative_to(self.root).as_posix()] = path.stat().st_size
-        self.license = license_in(card(self.root)) if "README.md" in self.files else None
+        self.license = license_in(read_card(self.root)) if "README.md" in self.files else None
 
     def get(self, names: list[str], target: Path) -> None:
         for name in names:
@@ -153,30 +152,26 @@ def open_source(kind: str, section: Model | Dataset) -> Repository | Folder:
 def _cached(kind: str, id: str, revision: str) -> Folder:
     """The snapshot in this machine's Hugging Face cache, for a machine without a network."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    try:
-        with hub_errors(kind, id, revision, passing=LocalEntryNotFoundError):
-            path = snapshot_download(id, repo_type=kind, revision=revision, local_files_only=True)
-    except LocalEntryNotFoundError:
-        raise StageError(
-            f"{id}: HF_HUB_OFFLINE is set and {revision} is not in the Hugging Face cache; where "
-            f"there is a network: hf download {id} --repo-type {kind} --revision {revision}"
-        ) from None
+    with hub_errors(kind, id, revision):
+        path = snapshot_download(id, repo_type=kind, revision=revision, local_files_only=True)
     # Every file of that cache is a link.
     return Folder(Path(path), commit=Path(path).name, trusted=True)
 
 
 @contextmanager
-def hub_errors(kind: str, id: str, revision: str, passing: type | tuple = ()):
-    """Turn the errors of huggingface_hub, `passing` excepted, into one line with the remedy."""
+def hub_errors(kind: str, id: str, revision: str):
+    """Turn the errors of huggingface_hub into one line with the remedy."""
     from huggingface_hub import errors
 
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{id}"
     try:
         yield
-    except passing:
-        raise
+    except errors.LocalEntryNotFoundError:
+        raise StageError(
+            f"{id}: HF_HUB_OFFLINE is set and {revision} is not in the Hugging Face cache; where "
+            f"there is a network: hf download {id} --repo-type {kind} --revision {revision}"
+        ) from None
     except errors.GatedRepoError:
         raise StageError(
             f"{id} is gated: accept its licence at {page} and set HF_TOKEN to a token of yours"
@@ -231,17 +226,6 @@ def copy_license(found: Distribution, out: Path) -> str | None:
             # LICENSE.txt would look like data to a stage that reads text files.
             shutil.copyfile(found.locate_file(file), out / file.name.removesuffix(".txt"))
     return found.metadata.get("License-Expression") or found.metadata.get("License")
-
-
-def card(folder: Path) -> dict:
-    """The YAML at the head of a repository's README.md; empty where there is none."""
-    text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
-    head = re.match(r"---[ \t]*\n(.*?)\n---", text, re.DOTALL)
-    try:
-        data = yaml.safe_load(head[1]) if head else None
-    except yaml.YAMLError:
-        data = None
-    return data if isinstance(data, dict) else {}
 
 
 def license_in(card: dict) -> str | None:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import torch
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
+from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as SINGLE
 from safetensors import SafetensorError, safe_open
 
 from stages.shared.outputs import read_json
 from stages.shared.process import StageError
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 LETTERS = {torch.float16: "F16", torch.bfloat16: "BF16"}
 # What bitsandbytes saves beside a packed weight, as <weight name>.<part>.
 NF4_STATE = "quant_state.bitsandbytes__nf4"

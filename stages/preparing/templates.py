@@ -1,0 +1,173 @@
+"""The choice of template: what prompts are rendered with, in the rows and at inference."""
+
+import json
+from pathlib import Path
+
+import jinja2
+
+from stages.preparing.formats import Example, Format, read_rendered
+from stages.preparing.rendering import TEMPLATE_FAULTS, Rendered, Renderer, bos_of
+from stages.shared.params import Prepare
+from stages.shared.process import StageError
+
+# Templates that print today's date would make other bytes tomorrow, and a prompt at inference
+# that no row begins with: the date that Llama 3 documents is written into them.
+_FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}"
+    "{{ {'%Y-%m-%d': '2024-07-26'}.get(format, '26 Jul 2024') }}"
+    "{%- endmacro -%}"
+)
+# Unused tokens that models ship for padding, then unk, then the end token itself.
+_PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
+# Of the rendered rows that are looked at, so many must be what the template would have written.
+_MOST_WRITTEN = 0.5
+_ASKED = [{"role": "user", "content": "a"}]
+
+
+def settle(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> str:
+    """Give `tokenizer` its pad token and what rows and inference share: template and EOS.
+
+    Its EOS becomes the token that ends an answer: Gemma's template, for one, ends turns with
+    another, and who generates until the EOS would wait for it in vain. Returns what was settled,
+    in words. Raises StageError for a template that cannot serve.
+    """
+    if not tokenizer.is_fast:
+        raise StageError("models/tokenizer: no tokenizer.json; choose a model that ships one")
+    if tokenizer.eos_token is None:
+        raise StageError("models/tokenizer: no EOS token, so no answer could end; set one there")
+    if tokenizer.pad_token is None:
+        known = tokenizer.get_vocab()
+        spare = [t for t in (*_PAD_TOKENS, tokenizer.unk_token) if t in known]
+        tokenizer.pad_token = (spare or [tokenizer.eos_token])[0]
+    pad = f"pad token {tokenizer.pad_token}"
+    if form.name == "text":
+        return f"raw text, all of it learned, {pad}"
+    text, said = _template(tokenizer, params, form, samples)
+    if "strftime_now" in text:
+        text, said = _FIXED_DATE + text, f"{said} with a fixed date"
+    tokenizer.chat_template = text
+    made = Renderer(tokenizer, params.loss_on).render(samples)
+    ends = [row.end for row in made if isinstance(row, Rendered)]
+    if ends and ends[0] != tokenizer.eos_token:
+        tokenizer.eos_token = ends[0]
+    said = f"{said}, answers end with {tokenizer.eos_token}, {pad}"
+    if form.shape and form.shape.end not in tokenizer.get_vocab():
+        said += (
+            f"; {form.shape.end} is no token of this model and would be learned letter by letter: "
+            "better bring messages or prompt and completion, which are rendered for it"
+        )
+    return said
+
+
+def _template(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> tuple[str, str]:
+    template = params.template
+    if form.name == "rendered":
+        if form.shape is None and params.loss_on != "all":
+            raise StageError(
+                "no known mark of an answer in the rendered text ([/INST], <|im_start|>assistant, "
+                "…); set prepare.loss_on: all, or bring columns with prompt and completion"
+            )
+        return _rendered_template(tokenizer, template, form, samples)
+    if template.endswith(".jinja"):
+        text = _with_bos(tokenizer, _from_file(tokenizer, template), samples)
+        return text, f"template {template}"
+    if template != "chat":
+        return _plain_template(tokenizer, template), "plain template"
+    if not tokenizer.chat_template:
+        raise StageError(
+            "the tokenizer has no chat template (a base model?); set prepare.template to "
+            "templates/chatml.jinja, or to plain text with {prompt} in it"
+        )
+    return tokenizer.get_chat_template(), "the tokenizer's chat template"
+
+
+def _from_file(tokenizer, template: str) -> str:
+    path = Path(template)
+    if not path.is_file():
+        raise StageError(f"prepare.template: no file {template}; put yours in templates/")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise StageError(f"{template}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    try:
+        tokenizer.apply_chat_template(_ASKED, chat_template=text, tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise StageError(f"{template}:{error.lineno}: {error.message}; mend the template") from None
+    except TEMPLATE_FAULTS:
+        pass  # It asks for more than this one message, and will say so of the rows.
+    return text
+
+
+def _with_bos(tokenizer, template: str, samples: list[Example]) -> str:
+    """The template with the BOS that the tokenizer would have put before plain text."""
+    for chat in samples:
+        try:
+            made = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+        except TEMPLATE_FAULTS:
+            continue
+        return template if made.startswith(bos_of(tokenizer)) else "{{ bos_token }}" + template
+    return template
+
+
+def _rendered_template(
+    tokenizer, template: str, form: Format, samples: list[Example]
+) -> tuple[str, str]:
+    """The template, of the file, the tokenizer or the shape, that writes most samples as they are.
+
+    The text is not rendered again: the template is what prompts at inference are rendered with.
+    """
+    own = tokenizer.chat_template and tokenizer.get_chat_template()
+    if form.shape is None:
+        return own or "", "text as it stands, all of it learned"
+    text = samples[0]["text"]
+    opening, bos = text[: form.shape.turn.search(text).start()], bos_of(tokenizer)
+    opening = opening or ("" if text.startswith(bos) else bos)
+    shaped = (f"{{{{ {_quoted(opening)} }}}}" if opening else "") + form.shape.template
+    if template.endswith(".jinja"):
+        candidates = [_from_file(tokenizer, template)]
+    else:
+        candidates = [own, shaped] if own else [shaped]
+    count, _, chosen = max(
+        (sum(_writes(tokenizer, candidate, form, sample) for sample in samples), -i, candidate)
+        for i, candidate in enumerate(candidates)
+    )
+    if count < _MOST_WRITTEN * len(samples):
+        raise StageError(
+            f"the rendered text looks like {form.shape.name} and is not quite: bring the .jinja "
+            "file it was rendered with in prepare.template, or columns with prompt and completion"
+        )
+    return chosen, f"text as it stands, in the {form.shape.name} shape"
+
+
+def _writes(tokenizer, template: str, form: Format, sample: dict) -> bool:
+    """Whether the template writes the sample's prompt as it stands, a BOS aside."""
+    turns = read_rendered(form.shape, sample["text"])
+    messages = [{"role": role, "content": content} for role, content, *_ in turns[:-1]]
+    try:
+        made = tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+    except TEMPLATE_FAULTS:
+        return False
+    bos = tokenizer.bos_token or ""
+    prompt = sample["text"][: sample["answers"][-1][0]]
+    return made.removeprefix(bos) == prompt.removeprefix(bos)
+
+
+def _plain_template(tokenizer, template: str) -> str:
+    """Plain text around {prompt} as a chat template; the answer never sticks to its last word."""
+    before, after = template.split("{prompt}")
+    after += "" if after[-1:].isspace() else "\n"
+    bos = "{{ bos_token }}" if bos_of(tokenizer) else ""
+    return (
+        bos + "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+        "{{ m['content'] + eos_token }}{% elif m['role'] == 'system' %}"
+        "{{ m['content'] + '\\n\\n' }}"
+        f"{{% else %}}{{{{ {_quoted(before)} + m['content'] + {_quoted(after)} }}}}"
+        "{% endif %}{% endfor %}"
+    )
+
+
+def _quoted(text: str) -> str:
+    """`text` as a literal of Jinja, which takes JSON's escape of an emoji for two characters."""
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,169 @@
+"""Chosen rows to an Arrow file, by worker processes on whose number no byte depends."""
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+from tqdm import tqdm
+
+from stages.preparing.encoding import Encoder
+from stages.preparing.formats import Unusable
+from stages.preparing.splitting import Store
+from stages.shared.process import end_with_parent
+from stages.shared.rows import IGNORED, SCHEMA
+
+# Rows in a task and in a record batch: the bytes of a file depend on it.
+_CHUNK = 512
+# With fewer rows to make, starting workers takes longer than they save.
+_WORTH_WORKERS = 4000
+# What forked workers inherit.
+_job: dict = {}
+
+
+@dataclass
+class Part:
+    """Rows made of some candidates, flat. `rows` int32 [R, 5]: place among the candidates, tokens,
+    prompt tokens, scored bytes, whether cut off. `ids` int32 [T] and `learned` bool [T]."""
+
+    rows: np.ndarray
+    ids: np.ndarray
+    learned: np.ndarray
+    unusable: list[tuple[int, Unusable]]
+
+    def first(self, count: int) -> "Part":
+        """The part up to its row number `count`."""
+        if count > len(self.rows):
+            return self
+        rows = self.rows[:count]
+        last, tokens = rows[-1, 0], rows[:, 1].sum()
+        return Part(
+            rows, self.ids[:tokens], self.learned[:tokens],
+            [(place, why) for place, why in self.unusable if place < last],
+        )  # fmt: skip
+
+
+@dataclass
+class Written:
+    """What one file holds: `rows` as of Part but with numbers in the store."""
+
+    rows: np.ndarray
+    learned: int
+    candidates: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.rows[:, 1]
+
+
+def write_set(
+    path: Path,
+    store: Store,
+    encoder: Encoder,
+    candidates: np.ndarray,
+    limit: int | None,
+    drop: Callable[[int, Unusable], None],
+) -> Written:
+    """Write the first `limit` usable rows of `candidates` (numbers in the store) to `path`.
+
+    drop(row, why) is called for each candidate that is left out on the way.
+    """
+    made, learned, seen, rows = [np.zeros((0, 5), np.int64)], 0, 0, 0
+    wanted = len(candidates) if limit is None else min(limit, len(candidates))
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_stream(sink, SCHEMA) as stream,
+        tqdm(total=wanted, desc=path.stem, unit=" rows", disable=None) as bar,
+    ):
+        for chunk, part in _parts(store, encoder, candidates, wanted):
+            if limit is not None:
+                part = part.first(limit - rows)
+            for place, why in part.unusable:
+                drop(chunk[place], why)
+            if len(part.rows):
+                stream.write_batch(_batch(store, chunk, part))
+            made.append(part.rows.astype(np.int64))
+            made[-1][:, 0] = chunk[part.rows[:, 0]]
+            rows, learned = rows + len(part.rows), learned + int(part.learned.sum())
+            bar.update(len(part.rows))
+            if limit is not None and rows == limit:
+                seen += int(part.rows[-1, 0]) + 1
+                break
+            seen += len(chunk)
+    return Written(np.concatenate(made), learned, seen)
+
+
+def _parts(
+    store: Store, encoder: Encoder, candidates: np.ndarray, wanted: int
+) -> Iterator[tuple[np.ndarray, Part]]:
+    """(candidates, part) for each chunk, in order."""
+    _job.update(store=store, encoder=encoder)
+    chunks = [candidates[i : i + _CHUNK] for i in range(0, len(candidates), _CHUNK)]
+    workers = len(os.sched_getaffinity(0))
+    if wanted < _WORTH_WORKERS or workers == 1:
+        yield from ((chunk, _encode(chunk)) for chunk in chunks)
+        return
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers, context, _begin_worker, (os.getpid(),))
+    try:
+        waiting = deque()
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(_encode, chunk)))
+            # So many are in flight that no worker waits, and memory stays bounded.
+            if len(waiting) > 2 * workers:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        for done, future in waiting:
+            yield done, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(stage: int) -> None:
+    """Leave signals to the stage, process `stage`, and end when it ends, however it does."""
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    end_with_parent(signal.SIGKILL)
+    if os.getppid() != stage:
+        os._exit(1)
+
+
+def _encode(chunk: np.ndarray) -> Part:
+    made = _job["encoder"].encode([_job["store"].example(row) for row in chunk])
+    unusable = [(place, each) for place, each in enumerate(made) if isinstance(each, Unusable)]
+    whole = [(i, row) for i, each in enumerate(made) if isinstance(each, list) for row in each]
+    rows = [
+        (i, len(row.ids), row.prompt_tokens, row.scored_bytes, row.truncated) for i, row in whole
+    ]
+    empty = np.zeros(0, np.int32)
+    return Part(
+        np.array(rows, np.int32).reshape(-1, 5),
+        np.concatenate([empty, *(row.ids for _, row in whole)]),
+        np.concatenate([empty.astype(bool), *(row.learned for _, row in whole)]),
+        unusable,
+    )
+
+
+def _batch(store: Store, chunk: np.ndarray, part: Part) -> pa.RecordBatch:
+    places, lengths, prompts, scored, _ = part.rows.T
+    names, pieces = [], 0
+    for i, place in enumerate(places):
+        pieces = pieces + 1 if i and places[i - 1] == place else 0
+        names.append(store.where(chunk[place]) + (f"#{pieces + 1}" if pieces else ""))
+    ends = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    labels = np.where(part.learned, part.ids, np.int32(IGNORED))
+    columns = [
+        pa.array(names),
+        pa.ListArray.from_arrays(ends, pa.array(part.ids)),
+        pa.ListArray.from_arrays(ends, pa.array(labels)),
+        pa.array(np.ascontiguousarray(prompts)),
+        pa.array(np.ascontiguousarray(scored)),
+    ]
+    return pa.record_batch(columns, schema=SCHEMA)

@@ -1,0 +1,42 @@
+"""Where a module lies says who uses it: a room is its stage's own, shared/ is several stages'."""
+
+import pytest
+from source_code import code
+from tiny import ROOT
+
+STAGES = sorted(file.stem for file in (ROOT / "stages").glob("*.py") if file.stem != "__init__")
+# Room -> the stages that may import from it. No room for a stage that does with its script.
+ROOMS = {
+    "fetching": {"fetch_data", "fetch_model"},
+    "preparing": {"prepare"},
+    "planning": {"plan"},
+    "training": {"train"},
+    "evaluating": {"evaluate"},
+    "verifying": {"verify"},
+    "reporting": {"export"},
+}
+MODULES = sorted(
+    file.relative_to(ROOT).as_posix()
+    for file in (ROOT / "stages").glob("*/*.py")
+    if file.stem != "__init__"
+)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_lies_with_those_who_use_it(module):
+    users = {stage for stage in STAGES if module in code(stage)}
+    room = module.split("/")[1]
+    if room == "shared":
+        assert len(users) >= 2, f"of {users or 'no stage'} alone: move it to that stage's room"
+    else:
+        strangers = users - ROOMS[room]
+        assert not strangers, f"also of {strangers}: move it, or what they need of it, to shared/"
+        assert users, "of no stage: delete it"
+
+
+def test_rooms_hold_modules_alone():
+    """What lay deeper, or in a room's __init__.py, would run and no test here would see it."""
+    folders = {file.parent.relative_to(ROOT / "stages") for file in (ROOT / "stages").rglob("*.py")}
+    assert {folder.as_posix() for folder in folders} <= {".", "shared", *ROOMS}
+    markers = [folder / "__init__.py" for folder in map((ROOT / "stages").joinpath, folders)]
+    assert all(marker.read_bytes() == b"" for marker in markers)
