@@ -36,8 +36,8 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from stages.shared.device import device_name
 from stages.shared.outputs import write_sums
+from stages.shared.provenance import device_name
 from stages.shared.weights import LETTERS, SINGLE, Weights
 
 ROOT = Path(__file__).parent.parent

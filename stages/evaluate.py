@@ -24,9 +24,10 @@ import torch
 from transformers import AutoTokenizer
 
 from stages.shared.adapter import check_adapter_sums, read_adapter
-from stages.shared.device import GB, device_name, memory_metrics, pick_device, reset_peaks
+from stages.shared.device import GB, memory_metrics, pick_device, reset_peaks
 from stages.shared.model import load_adapter, load_base
 from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
+from stages.shared.provenance import device_name, provenance
 from stages.shared.rows import read_rows, set_sha256
 from stages.shared.scoring import Scores, score
 from stages.shared.sets import HELD_OUT, SET_NAMES, held_out_sets
@@ -143,7 +144,7 @@ def main() -> None:
     write_text(Path("metrics/samples.jsonl"), "".join(json.dumps(text) + "\n" for text in texts))
     write_metrics(Path("metrics/eval.json"), metrics)
     cost |= memory_metrics() | ({"weights_vram_gb": weights} if weights is not None else {})
-    write_metrics(Path("metrics/eval_cost.json"), cost)
+    write_metrics(Path("metrics/eval_cost.json"), provenance(device) | cost)
 
 
 def out_of_memory(weights: float) -> StageError:

@@ -11,8 +11,6 @@ Writes  models/release: the merged files, linked, with a model card and fresh SH
 import csv
 import io
 import json
-import platform
-from importlib import metadata
 from pathlib import Path
 
 from stages.shared.outputs import (
@@ -38,7 +36,8 @@ from stages.shared.paths import MERGED, PREPARED, TOKENIZER
 
 RELEASE = Path("models/release")
 METRICS = Path("metrics")
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "dvc")
+# Stage -> what it was computed with and what it cost.
+COSTS = {"quantize": "quantize", "train": "train", "evaluate": "eval", "merge": "merge"}
 
 
 def read_results(params: dict, merged: Path) -> Results:
@@ -48,9 +47,10 @@ def read_results(params: dict, merged: Path) -> Results:
         for name in ("data", "plan", "train", "train_cost", "eval", "eval_cost", "verify")
     }
     curve = _csv(METRICS / "curve.csv")
+    costs = {stage: read_json(METRICS / f"{name}_cost.json") for stage, name in COSTS.items()}
     trained = metrics["train_cost"].pop("adapter_sha256")
     if read_json(merged / "merge.json")["adapter_sha256"] != trained:
-        metrics["train"], metrics["train_cost"], curve = {}, {}, []
+        metrics["train"], metrics["train_cost"], curve, costs["train"] = {}, {}, [], {}
     samples = (METRICS / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     return Results(
         **metrics,
@@ -61,8 +61,7 @@ def read_results(params: dict, merged: Path) -> Results:
         curve=curve,
         lengths=_csv(METRICS / "lengths.csv"),
         samples=[json.loads(line) for line in samples],
-        versions={"python": platform.python_version()}
-        | {name: metadata.version(name) for name in PACKAGES},
+        made_with=costs,
         release_gb=sum(f.stat().st_size for f in merged.rglob("*") if f.is_file()) / 1e9,
     )
 

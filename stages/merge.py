@@ -8,10 +8,18 @@ chat template and licence, and merge.json, which says what was done.
 """
 
 import shutil
+import time
 from pathlib import Path
 from typing import NamedTuple
 
-from stages.shared.outputs import check_space, check_sums, read_json, whole_folder, write_json
+from stages.shared.outputs import (
+    check_space,
+    check_sums,
+    read_json,
+    whole_folder,
+    write_json,
+    write_metrics,
+)
 from stages.shared.params import load_params
 from stages.shared.process import StageError, begin, sha256
 
@@ -23,11 +31,13 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from stages.shared.adapter import WEIGHTS, Update, check_adapter_sums, read_adapter
-from stages.shared.device import pick_device
+from stages.shared.device import memory_metrics, pick_device
 from stages.shared.merging import check_rounding, merged_rows
 from stages.shared.paths import ADAPTER, BASE, MERGED, QUANTIZED
+from stages.shared.provenance import provenance
 from stages.shared.weights import INDEX, SINGLE, Weights, write_shard
 
+COST = Path("metrics/merge_cost.json")
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -171,7 +181,7 @@ def read_sources(kind: str) -> Sources:
 
 
 def main() -> None:
-    params = load_params().merge
+    started, params = time.monotonic(), load_params().merge
     dtype = getattr(torch, params.dtype)
     device = pick_device()
     # Row blocks are computed side by side: threads within one would only wait for each other.
@@ -184,6 +194,8 @@ def main() -> None:
         write_companions(out, BASE, ADAPTER, dtype)
         record = params.model_dump() | {"adapter_sha256": sha256(ADAPTER / WEIGHTS)} | counts
         write_json(out / "merge.json", record, sort_keys=True)
+    cost = {"merge_seconds": time.monotonic() - started} | memory_metrics()
+    write_metrics(COST, provenance(device) | cost)
     print(f"merge: wrote {counts['bytes'] / 1e9:.2f} GB to {MERGED}")
 
 

@@ -9,9 +9,17 @@ bytes equal those of transformers' own save_pretrained of a model loaded in bflo
 """
 
 import shutil
+import time
 from pathlib import Path
 
-from stages.shared.outputs import check_sums, link_or_copy, read_json, whole_folder, write_json
+from stages.shared.outputs import (
+    check_sums,
+    link_or_copy,
+    read_json,
+    whole_folder,
+    write_json,
+    write_metrics,
+)
 from stages.shared.params import load_params
 from stages.shared.process import StageError, begin
 
@@ -27,8 +35,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from stages.shared.device import pick_device
+from stages.shared.device import memory_metrics, pick_device
 from stages.shared.paths import BASE, QUANTIZED
+from stages.shared.provenance import provenance
+
+COST = Path("metrics/quantize_cost.json")
 
 SHARD_BYTES = 2_000_000_000
 BLOCK = 64
@@ -94,10 +105,10 @@ def _quantize_constants(state: bnb.QuantState) -> None:
     state.nested = True
 
 
-def quantize(base: Path, out: Path, double_quant: bool) -> None:
+def quantize(base: Path, out: Path, double_quant: bool, device: torch.device) -> None:
     """Stream the weights of `base` into `out`, at most SHARD_BYTES in memory."""
     wanted, shards, pending, size = linear_weights(base), [], {}, 0
-    sources, device = sorted(base.glob("*.safetensors")), pick_device()
+    sources = sorted(base.glob("*.safetensors"))
 
     def flush() -> None:
         nonlocal pending, size
@@ -161,17 +172,20 @@ def link(base: Path, out: Path) -> None:
 
 def main() -> None:
     params = load_params().quantize
+    started, device = time.monotonic(), pick_device()
     check_sums(BASE, "fetch_model")
     size = sum(file.stat().st_size for file in BASE.glob("*.safetensors")) / 1e9
     print(f"quantize: {size:.2f} GB of weights to {params.type}", flush=True)
     with whole_folder(QUANTIZED) as out:
         if params.type == "nf4":
-            quantize(BASE, out, params.double_quant)
+            quantize(BASE, out, params.double_quant, device)
         else:
             link(BASE, out)
         for name in CARRIED:
             if (BASE / name).exists():
                 shutil.copyfile(BASE / name, out / name)
+    cost = {"quantize_seconds": time.monotonic() - started} | memory_metrics()
+    write_metrics(COST, provenance(device) | cost)
     size = sum(file.stat().st_size for file in QUANTIZED.glob("*.safetensors")) / 1e9
     print(f"quantize: wrote {size:.2f} GB to {QUANTIZED}")
 

@@ -35,9 +35,10 @@ from datasets import Dataset, disable_caching
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 
-from stages.shared.device import device_name, memory_metrics, pick_device, reset_peaks
+from stages.shared.device import memory_metrics, pick_device, reset_peaks
 from stages.shared.model import load_base
 from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
+from stages.shared.provenance import device_name, provenance
 from stages.shared.rows import read_rows, token_counts
 from stages.shared.scoring import TOKENS_PER_BATCH, score
 from stages.training.checkpoints import (
@@ -238,7 +239,6 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
         "trainable_percent": 100 * trainable / total,
     }
     cost = {
-        "device": device_name(device),
         # By it export knows whether these figures are those of the adapter that was merged.
         "adapter_sha256": sha256(ADAPTER / "adapter_model.safetensors"),
         "train_seconds": progress.seconds,
@@ -246,7 +246,10 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
         "steady_tokens_per_second": progress.steady_tokens_per_second(),
     }
     write_metrics(Path("metrics/train.json"), metrics)
-    write_metrics(Path("metrics/train_cost.json"), cost | memory_metrics(paged_bytes(trainer)))
+    write_metrics(
+        Path("metrics/train_cost.json"),
+        provenance(device) | cost | memory_metrics(paged_bytes(trainer)),
+    )
     write_text(Path("metrics/curve.csv"), curve(trainer.state.log_history))
     print(f"train: loss {metrics['train_loss']:.4f}, {progress.seconds:.0f} s")
 

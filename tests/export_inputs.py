@@ -48,6 +48,7 @@ PLAN = {
     "qlora_gb": 2.41,
     "smallest_gpu_gb": 8,
 }
+MADE = {"device": "CPU, 2 cores", "threads": 2, "torch_version": "2.13.0"}
 METRICS = {
     "data": {
         "train_examples": 200,
@@ -75,7 +76,9 @@ METRICS = {
         "adapter_sha256": "e" * 64,
     },
     "eval": EVAL,
-    "eval_cost": {"eval_seconds": 92.4, "tokens_per_second": 260.1, "peak_ram_gb": 1.8},
+    "eval_cost": {"eval_seconds": 92.4, "tokens_per_second": 260.1, "peak_ram_gb": 1.8} | MADE,
+    "quantize_cost": {"quantize_seconds": 3.1, "peak_ram_gb": 1.2} | MADE,
+    "merge_cost": {"merge_seconds": 4.2, "peak_ram_gb": 0.9} | MADE,
     "verify": {
         "merged_perplexity": 12.7121,
         "adapter_perplexity": 12.7104,

@@ -4,6 +4,7 @@ import yaml
 
 from stages.reporting.page import Mono, Paragraph, Section, Table, facts
 from stages.reporting.results import Results, scored_sets
+from stages.shared.provenance import made_with
 
 
 def what(results: Results) -> Section:
@@ -69,5 +70,13 @@ def hashes(results: Results) -> Section:
     return Section("Hashes", [Table(["File as fetched, or set as scored", "SHA-256"], rows)])
 
 
-def versions(packages: dict[str, str]) -> Section:
-    return Section("Versions", [Table([], [[k, Mono(v)] for k, v in packages.items()])])
+def environment(costs: dict[str, dict]) -> Section:
+    """The machine and the versions that each stage recorded when it computed."""
+    found = {stage: made_with(cost) for stage, cost in costs.items() if cost}
+    keys = dict.fromkeys(key for facts in found.values() for key in facts)
+    rows = [
+        [key.removesuffix("_version").replace("_", " ")]
+        + [Mono(str(facts.get(key, ""))) for facts in found.values()]
+        for key in keys
+    ]
+    return Section("Made with", [Table(["", *found], rows)])

@@ -6,6 +6,7 @@ The same sections become metrics/report.html, metrics/report.md and the model ca
 from stages.reporting import charts, provenance
 from stages.reporting.page import Answers, Figures, Marked, Paragraph, Section, Table, facts, number
 from stages.reporting.results import MEMORY_PARTS, Results, memory_parts, scored_sets
+from stages.shared.provenance import made_with
 from stages.shared.sets import SET_NAMES
 from stages.shared.vram import CARDS_GB, GB, fitting_cards
 
@@ -25,7 +26,7 @@ def sections(results: Results) -> list[Section]:
         _cost(results),
         provenance.parameters(results.params),
         provenance.hashes(results),
-        provenance.versions(results.versions),
+        provenance.environment(results.made_with),
     ]
 
 
@@ -169,8 +170,11 @@ def _merge(results: Results) -> Section:
 
 
 def _cost(results: Results) -> Section:
-    costs = (results.train_cost, results.eval_cost)
-    keys = dict.fromkeys(key for cost in costs for key in cost)
-    rows = [[key.replace("_", " "), *(number(cost.get(key, "")) for cost in costs)] for key in keys]
+    costs = {stage: cost for stage, cost in results.made_with.items() if cost}
+    keys = dict.fromkeys(k for cost in costs.values() for k in cost if k not in made_with(cost))
+    rows = [
+        [key.replace("_", " "), *(number(cost.get(key, "")) for cost in costs.values())]
+        for key in keys
+    ]
     release = Paragraph(f"The released model takes {number(results.release_gb)} GB on disk.")
-    return Section("Cost", [Table(["", "Training", "Evaluation"], rows), release])
+    return Section("Cost", [Table(["", *costs], rows), release])

@@ -12,7 +12,8 @@ MEMORY_PARTS = ("weights", "adapter", "optimizer", "activations", "logits", "ove
 class Results:
     """Everything export read. Metrics are flat mappings as in metrics/*.json.
 
-    `train`, `train_cost` and `curve` are empty where the adapter was trained elsewhere.
+    `train`, `train_cost` and `curve` are empty where the adapter was trained elsewhere. `made_with`
+    maps the stages that compute to their metrics/*_cost.json.
     """
 
     params: dict
@@ -29,7 +30,7 @@ class Results:
     curve: list[dict]
     lengths: list[dict]
     samples: list[dict]
-    versions: dict
+    made_with: dict[str, dict]
     release_gb: float
 
 

@@ -59,9 +59,3 @@ def memory_metrics(managed_bytes: int = 0) -> dict[str, float]:
         metrics["peak_vram_gb"] = (torch.cuda.max_memory_allocated() + managed_bytes) / GB
         metrics["peak_vram_reserved_gb"] = torch.cuda.max_memory_reserved() / GB
     return metrics
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {len(os.sched_getaffinity(0))} cores"

@@ -1,0 +1,54 @@
+"""Say which recorded results were made with other versions than are installed.
+
+    python -m tools.versions
+
+Compares what each stage recorded in metrics/*_cost.json with this environment. DVC does not run a
+stage again for a new version of a library, so that an update costs no training: renew what you
+want renewed. Exit status: 0 all alike, 1 some differ, 2 nothing is recorded.
+"""
+
+import sys
+
+from stages.shared.provenance import versions
+from tools.revision import Revision, fail
+
+# Stage -> the file of metrics/ that says what it was made with, in the order that they run.
+RECORDS = {
+    "quantize": "metrics/quantize_cost.json",
+    "train": "metrics/train_cost.json",
+    "evaluate": "metrics/eval_cost.json",
+    "merge": "metrics/merge_cost.json",
+}
+
+
+def differences(recorded: dict, installed: dict[str, str]) -> list[str]:
+    """What differs, as `torch 2.11.0, installed 2.13.0`."""
+    return [
+        f"{key.removesuffix('_version')} {recorded[key]}, installed {version}"
+        for key, version in installed.items()
+        if key in recorded and recorded[key] != version
+    ]
+
+
+def main() -> None:
+    workspace, installed = Revision(None), versions()
+    try:
+        records = {stage: workspace.json(path) for stage, path in RECORDS.items()}
+    except ValueError as error:
+        fail("versions", str(error))
+    if not any(records.values()):
+        fail("versions", "no stage has recorded its versions here; run: dvc repro")
+    found = {stage: differences(record or {}, installed) for stage, record in records.items()}
+    found = {stage: lines for stage, lines in found.items() if lines}
+    for stage, lines in found.items():
+        print(f"versions: {stage} was made with {'; '.join(lines)}")
+    if not found:
+        print("versions: every recorded result was made with the installed versions")
+        return
+    first = next(iter(found))
+    print(f"versions: make it anew with: dvc repro --force --single-item {first} && dvc repro")
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
