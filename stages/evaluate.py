@@ -13,7 +13,7 @@ import random
 import time
 from pathlib import Path
 
-from stages.shared.outputs import check_sums, write_metrics, write_text
+from stages.shared.outputs import GB, check_sums, write_metrics, write_text
 from stages.shared.params import load_params
 from stages.shared.process import StageError, begin
 
@@ -24,7 +24,7 @@ import torch
 from transformers import AutoTokenizer
 
 from stages.shared.adapter import check_adapter_sums, read_adapter
-from stages.shared.device import GB, memory_metrics, pick_device, reset_peaks
+from stages.shared.device import memory_metrics, pick_device, reset_peaks
 from stages.shared.model import load_adapter, load_base
 from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
 from stages.shared.provenance import device_name, provenance
@@ -140,14 +140,14 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(PREPARED / "tokenizer")
         texts = samples(model, tokenizer, sets, params.evaluate.samples)
     except torch.cuda.OutOfMemoryError:
-        raise out_of_memory(weights or 0.0) from None
+        raise no_memory_to_score(weights or 0.0) from None
     write_text(Path("metrics/samples.jsonl"), "".join(json.dumps(text) + "\n" for text in texts))
     write_metrics(Path("metrics/eval.json"), metrics)
     cost |= memory_metrics() | ({"weights_vram_gb": weights} if weights is not None else {})
     write_metrics(Path("metrics/eval_cost.json"), provenance(device) | cost)
 
 
-def out_of_memory(weights: float) -> StageError:
+def no_memory_to_score(weights: float) -> StageError:
     """What was allocated when the GPU ran out, and what to change. `weights` in GB."""
     rest = torch.cuda.max_memory_allocated() / GB - weights
     return StageError(

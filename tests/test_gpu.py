@@ -27,12 +27,11 @@ from stages.shared.model import load_base, set_compute_dtype
 from stages.shared.outputs import write_sums
 from stages.shared.process import StageError, sha256
 from stages.shared.scoring import scored_logits
-from stages.training import attention
 from stages.training.checkpoints import SIGNALS, Checkpoints
 from stages.training.fused_lora import fuse_lora
 from stages.training.offload import HostStash
-from stages.training.paged import page_again, paged_bytes
-from stages.training.trainer import LIGER_OFF, LIGER_PARTS
+from stages.training.paged import page_again, state_bytes
+from stages.training.trainer import apply_liger
 from stages.verifying.merged_model import load_merged, streamed_layers
 from tests.tiny import make_model
 
@@ -70,14 +69,11 @@ def rows():
 
 
 def adapted(folder, kind, dtype=torch.bfloat16, liger=False):
-    attention.register()
     base = load_base(folder, torch.device("cuda", 0), kind)
     assert not type(base.model.layers[0].mlp).__name__.startswith("Liger")
     set_compute_dtype(base, dtype)
     if liger:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-        _apply_liger_kernel_to_instance(model=base, **LIGER_PARTS, **LIGER_OFF)
+        apply_liger(base)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     model = get_peft_model(base, config).train()
     torch.manual_seed(1)
@@ -319,9 +315,9 @@ def test_paged_state_is_paged_again_after_loading(bits):
     (one, before), (other, after) = make(), make()
     before.step()
     after.load_state_dict(before.state_dict())
-    assert paged_bytes(after) == 0
+    assert state_bytes(after)[1] == 0
     page_again(after)
-    assert paged_bytes(after) == paged_bytes(before) > 0
+    assert state_bytes(after)[1] == state_bytes(before)[1] > 0
     other.data.copy_(one)
     for optimizer in (before, after):
         optimizer.step()

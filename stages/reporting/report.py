@@ -6,9 +6,10 @@ The same sections become metrics/report.html, metrics/report.md and the model ca
 from stages.reporting import charts, provenance
 from stages.reporting.page import Answers, Figures, Marked, Paragraph, Section, Table, facts, number
 from stages.reporting.results import MEMORY_PARTS, Results, memory_parts, scored_sets
+from stages.shared.outputs import GB
 from stages.shared.provenance import made_with
 from stages.shared.sets import SET_NAMES
-from stages.shared.vram import CARDS_GB, GB, fitting_cards
+from stages.shared.vram import CARDS_GB, fitting_cards
 
 SHOWN_CHARACTERS = 2000
 

@@ -5,9 +5,8 @@ import resource
 
 import torch
 
+from stages.shared.outputs import GB
 from stages.shared.process import StageError
-
-GB = 1e9
 
 
 def pick_device() -> torch.device:

@@ -3,12 +3,14 @@
 import torch
 
 
-def paged_bytes(optimizer) -> int:
-    """Bytes of the state of `optimizer` in managed memory, which torch's allocator does not count.
+def state_bytes(optimizer) -> tuple[int, int]:
+    """Bytes of an optimizer's state in torch's allocator, and in managed memory (paged).
 
-    torch's own optimizers and the CPU have none.
+    Both are 0 before the first step, and for None.
     """
-    return sum(value.nbytes for _, _, value in _tensors(optimizer) if _is_paged(value))
+    tensors = [value for _, _, value in _tensors(optimizer)] if optimizer else []
+    paged = sum(value.nbytes for value in tensors if _is_paged(value))
+    return sum(value.nbytes for value in tensors) - paged, paged
 
 
 def page_again(optimizer) -> None:

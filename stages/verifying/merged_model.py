@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from stages.shared.device import GB
+from stages.shared.outputs import GB
 from stages.shared.process import StageError
 from stages.shared.scoring import TOKENS_PER_BATCH
 from stages.shared.weights import Weights
