@@ -109,9 +109,7 @@ def largest_step(rows: Lengths, train: Train, padding_free: bool) -> tuple[int, 
     return size, size * max(rows.tokens), learned
 
 
-def planned_training(
-    config: PretrainedConfig, shape: vram.Shape, params: Params, rows: Lengths
-) -> vram.Training:
+def planned_training(config, shape: vram.Shape, params: Params, rows: Lengths) -> vram.Training:
     """The settings as training uses them on an NVIDIA GPU. Raises StageError as it would."""
     full = step_tokens(params.train, rows.tokens, rows.max_length)
     fast = choose_fast_path(params, config, full, gpu=True)
@@ -164,9 +162,7 @@ def changes(params: Params) -> Iterator[tuple[str, Params]]:
             yield change("lora", r=rank)
 
 
-def cheapest_change(
-    config: PretrainedConfig, shape: vram.Shape, params: Params, rows: Lengths, limit: float
-) -> str:
+def cheapest_change(config, shape: vram.Shape, params: Params, rows: Lengths, limit: float) -> str:
     """The first of `changes` after which `limit` bytes are enough, as -S takes it."""
     for text, changed in changes(params):
         needed = vram.predict(shape, planned_training(config, shape, changed, rows)).device

@@ -65,15 +65,13 @@ class FastPath:
         return ", ".join([f"{self.attention} attention", *used])
 
 
-def choose_fast_path(
-    params: Params, config: PretrainedConfig, step_tokens: int, gpu: bool
-) -> FastPath:
-    """What training takes on an NVIDIA GPU (`gpu`) or on a CPU, before a weight is loaded.
+def choose_fast_path(params: Params, config: PretrainedConfig, tokens: int, gpu: bool) -> FastPath:
+    """What training takes on an NVIDIA GPU (`gpu`) or on a CPU, with `tokens` in a forward pass.
 
     Raises StageError when the model cannot be trained as `params.train` says.
     """
     attention, text = choose_attention(params.train, config, gpu), config.get_text_config()
-    kept = 2 * text.hidden_size * text.num_hidden_layers * step_tokens
+    kept = 2 * text.hidden_size * text.num_hidden_layers * tokens
     return FastPath(
         attention=attention,
         padding_free=attention == VARLEN,
