@@ -36,9 +36,10 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
+from stages.shared.outputs import GB
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/cards.json"
-GB = 1e9
 # Recipe: its shape, and the cards that it is tried on.
 RECIPES = {
     "mistral-7b-guanaco": ("mistral-7b", (24, 16, 12)),

@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 import yaml
 
-from benchmarks.methods import PEFT_ONLY, SHAPE, strategy_trainer, with_changes
-from benchmarks.random_models import build
+from benchmarks.methods import PEFT_ONLY, SHAPE, strategy_path, with_changes
+from benchmarks.random_models import build, scratch
 from benchmarks.speed import random_rows
 from benchmarks.vram import LIBRARIES, alone, version
-from stages.shared import vram
+from stages.shared.outputs import GB
 from stages.shared.params import PARAMS
 
 RESULTS = Path("benchmarks/results/fast_path.json")
@@ -43,7 +43,7 @@ def losses(side: str, project: Path, device: torch.device) -> tuple[list[float],
 
     from stages.quantize import quantize
     from stages.shared.model import load_base
-    from stages.training.trainer import choose_attention
+    from stages.training.trainer import TrainingSet, build_trainer
 
     disable_caching()
     prepared = project / "data/prepared"
@@ -61,12 +61,12 @@ def losses(side: str, project: Path, device: torch.device) -> tuple[list[float],
     width = json.loads((prepared / "prepared.json").read_text(encoding="utf-8"))["max_length"]
     with tempfile.TemporaryDirectory() as folder:
         quantize(project / "models/base", Path(folder), params.quantize.double_quant)
-        attention = choose_attention(params.train, AutoConfig.from_pretrained(folder), device)
+        config, off = AutoConfig.from_pretrained(folder), PEFT_ONLY if side == "plain" else ()
+        fast = strategy_path(params, config, ROWS_A_STEP * width, device, off)
         torch.manual_seed(params.seed)
-        model = load_base(Path(folder), device, attention)
-    off = PEFT_ONLY if side == "plain" else ()
-    text = AutoTokenizer.from_pretrained(prepared / "tokenizer")
-    trainer, fast = strategy_trainer(params, off, model, rows, (width, ROWS_A_STEP * width), text)
+        model = load_base(Path(folder), device, fast.attention)
+    data = TrainingSet(rows, AutoTokenizer.from_pretrained(prepared / "tokenizer"), width)
+    trainer = build_trainer(model, data, params, fast, scratch())
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], str(fast)
 
@@ -129,7 +129,7 @@ def evaluation(device: torch.device) -> dict:
         seconds = time.monotonic() - started
         found[side] = {
             "tokens_per_second": tokens / seconds,
-            "peak_gb": torch.cuda.max_memory_allocated() / vram.GB,
+            "peak_gb": torch.cuda.max_memory_allocated() / GB,
             "nll": loss,
         }
     return found

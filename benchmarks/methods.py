@@ -32,8 +32,10 @@ import yaml
 from benchmarks.random_models import build, config_of, scratch, tokenizer
 from benchmarks.speed import random_rows, row_lengths
 from benchmarks.vram import LIBRARIES, ROWS_A_STEP, Point, alone, peaks, prepare, version
-from stages.planning.shapes import shape_of
+from stages.planning.workload import shape_of
 from stages.shared import vram
+from stages.shared.fast_path import FastPath, choose_fast_path
+from stages.shared.outputs import GB
 from stages.shared.params import PARAMS, Params
 
 FOLDER = Path("benchmarks/results")
@@ -135,7 +137,7 @@ def measure_method(method: str, device: torch.device) -> dict:
         "seconds_per_epoch": seconds,
         "fast_path": str(fast),
         "quoted_gb": QUOTED_GB[method],
-        "cards_gb": vram.fitting_cards(found["measured_device_gb"] * vram.GB),
+        "cards_gb": vram.fitting_cards(found["measured_device_gb"] * GB),
     }
 
 
@@ -151,7 +153,7 @@ def measure_loading(name: str, device: torch.device) -> dict:
     bits = (loaded - 2 * shape.other_parameters) * 8 / linear
     return {
         "weights": name,
-        "loaded_gb": loaded / vram.GB,
+        "loaded_gb": loaded / GB,
         "bits_per_quantized_parameter": bits,
         "constants_bits": bits - 4 if quantized else 0.0,
         "bits_per_parameter": loaded * 8 / shape.parameters,
@@ -174,31 +176,28 @@ def with_changes(params: dict, changes: dict) -> Params:
     )
 
 
-def strategy_trainer(params: Params, off: tuple[str, ...], model, rows, tokens: tuple, text=None):
-    """The train stage's trainer with parts of its fast path off. `tokens`: pack's, step's."""
-    from stages.training.trainer import build_trainer, choose_fast_path
-
-    fast = choose_fast_path(model, params.lora, params.train, tokens[1])
-    fast = replace(fast, **dict.fromkeys(off, False))
-    trainer = build_trainer(model, text or tokenizer(), rows, params, tokens[0], scratch(), fast)
-    return trainer, fast
+def strategy_path(params: Params, config, tokens: int, device, off: tuple[str, ...]) -> FastPath:
+    """What the train stage takes for steps of `tokens`, with parts of it off."""
+    fast = choose_fast_path(params, config, tokens, device.type == "cuda")
+    return replace(fast, **dict.fromkeys(off, False))
 
 
 def measure_strategy(name: str, device: torch.device) -> dict:
     """Peak and rate of the recipe with one strategy switched off."""
-    from stages.training.trainer import choose_attention
+    from stages.training.trainer import TrainingSet, build_trainer
 
     changes, off = STRATEGIES[name]
     params = with_changes(yaml.safe_load(RECIPE.read_text(encoding="utf-8")), changes)
     params = with_changes(params.model_dump(), {"train": {"report_to": "none"}})
     quantize, width = params.quantize, params.prepare.max_length
-    attention = choose_attention(params.train, config_of(SHAPE), device)
+    # What the recipe decides by: its own two packs.
+    fast = strategy_path(params, config_of(SHAPE), 2 * width, device, off)
     nf4 = quantize.type == "nf4"
-    model = build(SHAPE, nf4, device, attention, quantize.double_quant)
+    model = build(SHAPE, nf4, device, fast.attention, quantize.double_quant)
     rows = random_rows(ROWS)[:STRATEGY_ROWS]
     rows = dataset(longest_first(rows, params.train.batch_size, len(rows)))
-    # What the recipe decides by: its own two packs.
-    trainer, fast = strategy_trainer(params, off, model, rows, (width, 2 * width))
+    data = TrainingSet(rows, tokenizer(), width)
+    trainer = build_trainer(model, data, params, fast, scratch())
     rate = timed_steps(trainer, STRATEGY_STEPS, STRATEGY_WARM)
     found = {"strategy": name} | rate | peaks(trainer)
     found["fast_path"] = str(fast)
@@ -223,7 +222,7 @@ def measure_perplexity(name: str, project: Path, device: torch.device) -> dict:
     from stages.shared.model import load_adapter, load_base
     from stages.shared.rows import read_rows
     from stages.shared.scoring import score
-    from stages.training.trainer import choose_attention
+    from stages.training.trainer import TrainingSet, build_trainer
 
     changes, off = STRATEGIES[name]
     default = yaml.safe_load((project / PARAMS).read_text(encoding="utf-8"))
@@ -241,12 +240,12 @@ def measure_perplexity(name: str, project: Path, device: torch.device) -> dict:
             source = Path(folder) / "nf4"
             source.mkdir()
             quantize(base, source, params.quantize.double_quant)
-        attention = choose_attention(params.train, AutoConfig.from_pretrained(source), device)
-        text = AutoTokenizer.from_pretrained(prepared / "tokenizer")
-        torch.manual_seed(params.seed)
-        model = load_base(source, device, attention)
         tokens = params.train.batch_size * width
-        trainer, fast = strategy_trainer(params, off, model, rows, (width, tokens), text)
+        fast = strategy_path(params, AutoConfig.from_pretrained(source), tokens, device, off)
+        data = TrainingSet(rows, AutoTokenizer.from_pretrained(prepared / "tokenizer"), width)
+        torch.manual_seed(params.seed)
+        model = load_base(source, device, fast.attention)
+        trainer = build_trainer(model, data, params, fast, scratch())
         trainer.train()
         trainer.model.save_pretrained(adapter, save_embedding_layers=False)
         steps = trainer.state.global_step

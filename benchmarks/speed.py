@@ -316,9 +316,10 @@ def profile(work: Path, side: str, steps: int) -> None:
     from torch.profiler import ProfilerActivity
     from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 
+    from stages.shared.fast_path import choose_fast_path
     from stages.shared.model import load_base, pick_device
     from stages.shared.params import load_params
-    from stages.training.trainer import build_trainer, choose_attention, choose_fast_path
+    from stages.training.trainer import TrainingSet, build_trainer
 
     disable_caching()
     os.chdir(work)
@@ -332,10 +333,9 @@ def profile(work: Path, side: str, steps: int) -> None:
     params = load_params()
     device = pick_device()
     config = AutoConfig.from_pretrained("models/quantized")
-    attention = choose_attention(params.train, config, device)
-    model = load_base(Path("models/quantized"), device, attention)
+    fast = choose_fast_path(params, config, batch * MAX_LENGTH, device.type == "cuda")
+    model = load_base(Path("models/quantized"), device, fast.attention)
     rows = Dataset.from_file("data/prepared/train.arrow").select_columns(["input_ids", "labels"])
-    fast = choose_fast_path(model, params.lora, params.train, batch * MAX_LENGTH)
     tokenizer = AutoTokenizer.from_pretrained("data/prepared/tokenizer")
 
     class Window(TrainerCallback):
@@ -367,7 +367,8 @@ def profile(work: Path, side: str, steps: int) -> None:
                     print(f"  {ms:8.1f} ms {event.count:6d}  {event.key[:100]}")
                 control.should_training_stop = True
 
-    trainer = build_trainer(model, tokenizer, rows, params, MAX_LENGTH, Path("out"), fast)
+    data = TrainingSet(rows, tokenizer, MAX_LENGTH)
+    trainer = build_trainer(model, data, params, fast, Path("out"))
     trainer.add_callback(Window())
     trainer.train()
 

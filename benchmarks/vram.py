@@ -30,8 +30,10 @@ import torch
 import yaml
 
 from benchmarks.random_models import SHAPES, build, config_of, scratch, tokenizer
-from stages.planning.shapes import match_targets, shape_of
+from stages.planning.workload import match_targets, shape_of
 from stages.shared import vram
+from stages.shared.fast_path import choose_fast_path
+from stages.shared.outputs import GB
 from stages.shared.params import PARAMS, Params
 
 RESULTS = Path("benchmarks/results/plan.json")
@@ -132,18 +134,15 @@ def random_rows(point: Point, steps: int):
 
 def full_trainer(model, rows, params: Params, folder: Path, fast):
     """Every weight trained in bf16, with bf16 moments: what the table calls full fine-tuning."""
-    from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig
 
-    from stages.training.trainer import LIGER_OFF, LIGER_PARTS, Trainer
+    from stages.training.trainer import Trainer, apply_liger
 
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     gpu = model.device.type == "cuda"
     if fast.liger:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-        _apply_liger_kernel_to_instance(model=model, **LIGER_PARTS, **LIGER_OFF)
+        apply_liger(model)
     args = SFTConfig(
         output_dir=str(folder),
         num_train_epochs=1,
@@ -161,36 +160,24 @@ def full_trainer(model, rows, params: Params, folder: Path, fast):
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = Trainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer())
-    trainer.remove_callback(PrinterCallback)
-    trainer.count_tokens()
-    return trainer
+    return Trainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer())
 
 
 def prepare(point: Point, device: torch.device, rows):
     """(trainer, fast path) for `point`: the model, the adapter and what training would choose."""
-    from stages.training.trainer import build_trainer, choose_attention, choose_fast_path
+    from stages.training.trainer import TrainingSet, build_trainer
 
     params, config = params_of(point), config_of(point.shape)
-    attention = choose_attention(params.train, config, device)
-    model = build(point.shape, point.method == "qlora", device, attention)
-    fast = choose_fast_path(model, params.lora, params.train, point.tokens_per_step)
+    fast = choose_fast_path(params, config, point.tokens_per_step, device.type == "cuda")
+    model = build(point.shape, point.method == "qlora", device, fast.attention)
     if point.offloading is not None:
         fast = replace(fast, offload=point.offloading)
     folder = scratch()
     if point.method == "full":
         fast = replace(fast, fused_lora=False)
         return full_trainer(model, rows, params, folder, fast), fast
-    trainer = build_trainer(
-        model=model,
-        tokenizer=tokenizer(),
-        rows=rows,
-        params=params,
-        max_length=point.tokens_per_step,
-        folder=folder,
-        fast=fast,
-    )
-    return trainer, fast
+    data = TrainingSet(rows, tokenizer(), point.tokens_per_step)
+    return build_trainer(model, data, params, fast, folder), fast
 
 
 def training_of(point: Point, fast: dict) -> tuple[vram.Shape, vram.Training]:
@@ -229,20 +216,18 @@ def alone(function, *args):
 
 def peaks(trainer) -> dict[str, float]:
     """Peaks of this process in GB, when nothing else runs on its GPU."""
-    from stages.train import paged_bytes
-
     torch.cuda.synchronize()
-    managed = paged_bytes(trainer)
+    managed = trainer.optimizer_bytes()[1]
     free, total = torch.cuda.mem_get_info()
     context = total - free - torch.cuda.memory_reserved() - managed
     allocated, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     return {
-        "allocated_gb": allocated / vram.GB,
-        "managed_gb": managed / vram.GB,
-        "reserved_gb": held / vram.GB,
-        "context_gb": context / vram.GB,
-        "measured_gb": (allocated + managed) / vram.GB,
-        "measured_device_gb": (held + managed + context) / vram.GB,
+        "allocated_gb": allocated / GB,
+        "managed_gb": managed / GB,
+        "reserved_gb": held / GB,
+        "context_gb": context / GB,
+        "measured_gb": (allocated + managed) / GB,
+        "measured_device_gb": (held + managed + context) / GB,
     }
 
 
@@ -337,18 +322,16 @@ def fit() -> None:
         gaps = {}
         for returned in (1, 2, 3, 4):
             setattr(vram, name, returned)
-            gaps[returned] = max(
-                abs(p["measured_gb"] * vram.GB - predicted(p).peak) for p in offloaded
-            )
+            gaps[returned] = max(abs(p["measured_gb"] * GB - predicted(p).peak) for p in offloaded)
         best = min(gaps, key=gaps.get)
         setattr(vram, name, best)
         print(f"{name} = {best}  (of {len(offloaded)} points)")
     workspaces = statistics.median(
-        p["measured_gb"] * vram.GB - predicted(p).peak + vram.WORKSPACES for p in points
+        p["measured_gb"] * GB - predicted(p).peak + vram.WORKSPACES for p in points
     )
     vram.WORKSPACES = workspaces
     without, offloading = (
-        statistics.median(p["context_gb"] for p in points if p["fast"]["offload"] == on) * vram.GB
+        statistics.median(p["context_gb"] for p in points if p["fast"]["offload"] == on) * GB
         for on in (False, True)
     )
     vram.CONTEXT, vram.OFFLOADING_CONTEXT = without, offloading - without
@@ -360,10 +343,10 @@ def fit() -> None:
         ]
     # The share whose worst point is best, by what is wanted: 5 % above, 2 % below.
     share = min(errors, key=lambda x: max(max(e / 5, -e / 2) for e in errors[x]))
-    print(f"WORKSPACES = {workspaces / vram.GB:.3f}e9")
+    print(f"WORKSPACES = {workspaces / GB:.3f}e9")
     print(f"FRAGMENTATION = {share:.2f}  (the card's errors in per cent: {errors[share]})")
-    print(f"CONTEXT = {vram.CONTEXT / vram.GB:.3f}e9")
-    print(f"OFFLOADING_CONTEXT = {vram.OFFLOADING_CONTEXT / vram.GB:.3f}e9")
+    print(f"CONTEXT = {vram.CONTEXT / GB:.3f}e9")
+    print(f"OFFLOADING_CONTEXT = {vram.OFFLOADING_CONTEXT / GB:.3f}e9")
     print(f"{len(points)} points")
 
 
@@ -378,8 +361,8 @@ def report() -> None:
     errors = []
     for point in results["points"]:
         found = predicted(point)
-        point["predicted_gb"] = round(found.peak / vram.GB, 4)
-        point["predicted_device_gb"] = round(found.device / vram.GB, 4)
+        point["predicted_gb"] = round(found.peak / GB, 4)
+        point["predicted_device_gb"] = round(found.device / GB, 4)
         point["error_percent"] = error(found.peak, point["measured_gb"])
         point["device_error_percent"] = error(found.device, point["measured_device_gb"])
         if point["held_out"]:
@@ -401,7 +384,7 @@ def report() -> None:
 
 def error(found: float, measured_gb: float) -> float:
     """Per cent by which a prediction in bytes lies above what was measured."""
-    return round(100 * (found / vram.GB / measured_gb - 1), 2)
+    return round(100 * (found / GB / measured_gb - 1), 2)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import random
 import time
 from pathlib import Path
 
-from stages.shared.outputs import check_sums, write_metrics, write_text
+from stages.shared.outputs import GB, check_sums, write_metrics, write_text
 from stages.shared.params import load_params
 from stages.shared.process import StageError, begin
 
@@ -25,7 +25,6 @@ from transformers import AutoTokenizer
 
 from stages.shared.adapter import check_adapter_sums, read_adapter
 from stages.shared.model import (
-    GB,
     device_name,
     load_adapter,
     load_base,
@@ -148,14 +147,14 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(PREPARED / "tokenizer")
         texts = samples(model, tokenizer, sets, params.evaluate.samples)
     except torch.cuda.OutOfMemoryError:
-        raise out_of_memory(weights or 0.0) from None
+        raise no_memory_to_score(weights or 0.0) from None
     write_text(Path("metrics/samples.jsonl"), "".join(json.dumps(text) + "\n" for text in texts))
     write_metrics(Path("metrics/eval.json"), metrics)
     cost |= memory_metrics() | ({"weights_vram_gb": weights} if weights is not None else {})
     write_metrics(Path("metrics/eval_cost.json"), cost)
 
 
-def out_of_memory(weights: float) -> StageError:
+def no_memory_to_score(weights: float) -> StageError:
     """What was allocated when the GPU ran out, and what to change. `weights` in GB."""
     rest = torch.cuda.max_memory_allocated() / GB - weights
     return StageError(

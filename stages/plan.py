@@ -8,7 +8,7 @@ Writes metrics/plan.json and models/plan.ok, the same bytes whenever training ma
 
 from pathlib import Path
 
-from stages.shared.outputs import check_sums, write_metrics, write_text
+from stages.shared.outputs import GB, check_sums, write_metrics, write_text
 from stages.shared.params import Params, load_params
 from stages.shared.process import StageError, begin
 
@@ -17,8 +17,7 @@ if __name__ == "__main__":
 
 import torch
 
-from stages.planning.planning import Rows, cheapest_change, describe, read_rows
-from stages.planning.shapes import read_model
+from stages.planning import workload
 from stages.shared import vram
 from stages.shared.rows import PREPARED
 
@@ -43,9 +42,7 @@ def table(prediction: vram.Prediction, run: vram.Training, shape: vram.Shape) ->
         ("reserve", prediction.reserve, "CUDA itself, and gaps between allocations"),
         ("the card must have", prediction.device, ""),
     ]
-    return "\n".join(
-        f"  {n:<20}{size / vram.GB:>8.3f} GB  {why}".rstrip() for n, size, why in lines
-    )
+    return "\n".join(f"  {n:<20}{size / GB:>8.3f} GB  {why}".rstrip() for n, size, why in lines)
 
 
 def metrics(shape: vram.Shape, run: vram.Training) -> dict:
@@ -54,23 +51,23 @@ def metrics(shape: vram.Shape, run: vram.Training) -> dict:
     fits = vram.fitting_cards(prediction.device)
     parts = ("weights", "adapter", "optimizer", "activations", "logits", "overhead")
     return {
-        "predicted_peak_vram_gb": prediction.peak / vram.GB,
-        "predicted_device_gb": prediction.device / vram.GB,
-        **{f"{part}_gb": getattr(prediction, part) / vram.GB for part in parts},
-        "full_finetune_gb": every["full"].device / vram.GB,
-        "lora_gb": every["lora"].device / vram.GB,
-        "qlora_gb": every["qlora"].device / vram.GB,
+        "predicted_peak_vram_gb": prediction.peak / GB,
+        "predicted_device_gb": prediction.device / GB,
+        **{f"{part}_gb": getattr(prediction, part) / GB for part in parts},
+        "full_finetune_gb": every["full"].device / GB,
+        "lora_gb": every["lora"].device / GB,
+        "qlora_gb": every["qlora"].device / GB,
         "smallest_gpu_gb": fits[0] if fits else None,
     }
 
 
-def advice(config, shape: vram.Shape, params: Params, rows: Rows, needed: float) -> str:
+def advice(config, shape: vram.Shape, params: Params, rows: workload.Lengths, needed: float) -> str:
     """Which cards hold `needed` bytes, what would make the next smaller one do, and whether a row
     is longer than the model's positions: it would train without a complaint, and badly."""
     fits = vram.fitting_cards(needed)
     lines = [f"fits cards of {', '.join(map(str, fits)) or 'no usual size in'} GB"]
     if smaller := [size for size in vram.CARDS_GB if size not in fits]:
-        change = cheapest_change(config, shape, params, rows, smaller[-1] * vram.GB)
+        change = workload.cheapest_change(config, shape, params, rows, smaller[-1] * GB)
         lines.append(f"to fit {smaller[-1]} GB: {change}")
     longest = max(rows.tokens)
     positions = getattr(config.get_text_config(), "max_position_embeddings", longest)
@@ -82,13 +79,15 @@ def advice(config, shape: vram.Shape, params: Params, rows: Rows, needed: float)
     return "\n".join(f"plan: {line}" for line in lines)
 
 
-def refuse_over_limit(config, shape: vram.Shape, params: Params, rows: Rows, needed: float) -> None:
+def refuse_over_limit(
+    config, shape: vram.Shape, params: Params, rows: workload.Lengths, needed: float
+) -> None:
     """Raise StageError when plan.vram_limit_gb is exceeded."""
     limit = params.plan.vram_limit_gb
-    if limit is not None and needed > limit * vram.GB:
-        change = cheapest_change(config, shape, params, rows, limit * vram.GB)
+    if limit is not None and needed > limit * GB:
+        change = workload.cheapest_change(config, shape, params, rows, limit * GB)
         raise StageError(
-            f"training would need {needed / vram.GB:.2f} GB and plan.vram_limit_gb is {limit:g}; "
+            f"training would need {needed / GB:.2f} GB and plan.vram_limit_gb is {limit:g}; "
             f"cheapest change that fits: {change}"
         )
 
@@ -97,9 +96,9 @@ def main() -> None:
     params = load_params()
     check_sums(CONFIG, "fetch_model")
     check_sums(PREPARED, "prepare")
-    config, shape = read_model(CONFIG)
-    rows = read_rows(PREPARED)
-    run = describe(config, shape, params, rows)
+    config, shape = workload.read_model(CONFIG)
+    rows = workload.read_lengths(PREPARED)
+    run = workload.planned_training(config, shape, params, rows)
     prediction = vram.predict(shape, run)
     where = "this GPU" if torch.cuda.is_available() else "an NVIDIA GPU; this machine has none"
     print(f"plan: the VRAM that training needs on {where}, {len(rows.tokens)} rows")

@@ -17,7 +17,7 @@ import math
 import tempfile
 from pathlib import Path
 
-from stages.shared.outputs import check_sums, read_json, write_metrics, write_text
+from stages.shared.outputs import GB, check_sums, read_json, write_metrics, write_text
 from stages.shared.params import load_params
 from stages.shared.process import StageError, begin, sha256
 
@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stages.shared.adapter import WEIGHTS, check_adapter_sums, read_adapter
 from stages.shared.merging import merged_rows
-from stages.shared.model import GB, load_adapter, load_base, pick_device
+from stages.shared.model import load_adapter, load_base, pick_device
 from stages.shared.rows import PREPARED, held_out_sets, read_rows
 from stages.shared.scoring import TOKENS_PER_BATCH
 from stages.shared.weights import Weights

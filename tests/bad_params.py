@@ -196,9 +196,9 @@ VALUES = {
         "did you mean packing?",
     },
     "train.attention": {
-        "flash": "must be 'auto', 'sdpa', 'eager', 'varlen' or 'flash_attention_2' (got 'flash')",
-        "flash_attention": "must be 'auto', 'sdpa', 'eager', 'varlen' or 'flash_attention_2' "
-        "(got 'flash_attention'); did you mean flash_attention_2?",
+        "flash": "must be 'auto', 'sdpa', 'eager' or 'varlen' (got 'flash')",
+        "varlen_attn": "must be 'auto', 'sdpa', 'eager' or 'varlen' (got 'varlen_attn'); "
+        "did you mean varlen?",
     },
     "train.report_to": {"wandb": "must be 'none' or 'tensorboard' (got 'wandb')"},
     "evaluate.samples": {"-1": "must be 0 or more (got -1)", "8.0": f"{WHOLE} (got 8.0)"},

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from stages.shared.fast_path import FLATTENED, VARLEN, choose_attention, supports_varlen
 from stages.shared.params import Train
 from stages.shared.process import StageError
 from stages.training import attention
-from stages.training.trainer import choose_attention
 
 LENGTHS = (20, 13, 30)
 SHAPE = {
@@ -98,25 +98,45 @@ def mixing(family, kind):
     return max((a - b).abs().max().item() for a, b in pairs) / alone[0].abs().max().item()
 
 
-@pytest.mark.parametrize("family", sorted(attention.FLATTENED))
+@pytest.mark.parametrize("family", sorted(FLATTENED))
 def test_flattened_rows_keep_apart(family):
     assert mixing(family, None) < 1e-4
-    if attention.supports(AutoConfig.for_model(family, **SHAPE)):
-        assert mixing(family, attention.NAME) < 1e-4
+    if supports_varlen(AutoConfig.for_model(family, **SHAPE)):
+        assert mixing(family, VARLEN) < 1e-4
 
 
 @pytest.mark.parametrize("family", ["stablelm", "nemotron", "xglm"])
 def test_a_family_that_mixes_rows_is_noticed_and_not_flattened(family):
-    assert mixing(family, attention.NAME) > 1e-2
-    config, gpu = AutoConfig.for_model(family), torch.device("cuda")
-    assert choose_attention(Train(**TRAIN), config, gpu) is None
+    assert mixing(family, VARLEN) > 1e-2
+    config = AutoConfig.for_model(family)
+    assert choose_attention(Train(**TRAIN), config, gpu=True) != VARLEN
     for changed, said in (
         ({"attention": "varlen"}, f"train.attention: varlen does not do what {family} needs"),
-        ({"attention": "flash_attention_2"}, f"train.attention: {family} is not known to keep"),
         ({"batching": "packing"}, f"train.batching: {family} is not known to keep rows apart"),
     ):
         with pytest.raises(StageError, match=said):
-            choose_attention(Train(**TRAIN | changed), config, gpu)
+            choose_attention(Train(**TRAIN | changed), config, gpu=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "xglm"])
+def test_without_varlen_auto_is_what_transformers_takes(family):
+    """sdpa caps no logits (gemma2) and is unknown to old code (xglm): plan must know it too."""
+    model = make(family, None)
+    kind = model.config._attn_implementation
+    assert choose_attention(Train(**TRAIN), AutoConfig.for_model(family), gpu=False) == kind
+    asked = Train(**TRAIN | {"attention": "sdpa"})
+    if kind == "sdpa":
+        assert choose_attention(asked, model.config, gpu=False) == "sdpa"
+    else:
+        with pytest.raises(StageError, match=f"train.attention: sdpa does not do what {family}"):
+            choose_attention(asked, model.config, gpu=False)
+
+
+def test_varlen_needs_a_gpu():
+    asked, config = Train(**TRAIN | {"attention": "varlen"}), AutoConfig.for_model("llama")
+    assert choose_attention(asked, config, gpu=True) == VARLEN
+    with pytest.raises(StageError, match="varlen needs a GPU; set auto"):
+        choose_attention(asked, config, gpu=False)
 
 
 def test_float32_is_cast_as_autocast_would(monkeypatch):

@@ -27,11 +27,10 @@ from stages.shared.model import load_base, set_compute_dtype
 from stages.shared.outputs import write_sums
 from stages.shared.process import StageError
 from stages.shared.scoring import scored_logits
-from stages.training import attention
 from stages.training.checkpoints import SIGNALS, Checkpoints
 from stages.training.fused_lora import fuse_lora
 from stages.training.offload import HostStash
-from stages.training.trainer import LIGER_OFF, LIGER_PARTS
+from stages.training.trainer import apply_liger
 from stages.verify import load_merged
 from stages.verifying.agreement import streamed_layers
 from tests.tiny import make_model
@@ -70,14 +69,11 @@ def rows():
 
 
 def adapted(folder, kind, dtype=torch.bfloat16, liger=False):
-    attention.register()
     base = load_base(folder, torch.device("cuda", 0), kind)
     assert not type(base.model.layers[0].mlp).__name__.startswith("Liger")
     set_compute_dtype(base, dtype)
     if liger:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-        _apply_liger_kernel_to_instance(model=base, **LIGER_PARTS, **LIGER_OFF)
+        apply_liger(base)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
     model = get_peft_model(base, config).train()
     torch.manual_seed(1)

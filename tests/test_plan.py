@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from stages import plan
-from stages.planning import planning
-from stages.planning.shapes import match_targets, read_model
+from stages.planning import workload
+from stages.planning.workload import Lengths, match_targets, planned_training, read_model
 from stages.shared import vram
 from stages.shared.outputs import write_sums
 from stages.shared.params import Params
@@ -57,7 +57,7 @@ def mistral(tmp_path_factory):
     return read_model(folder)
 
 
-ROWS = planning.Rows(tokens=[100, 2000, 300, 1500], learned=[50, 1000, 100, 20], max_length=2048)
+ROWS = Lengths(tokens=[100, 2000, 300, 1500], learned=[50, 1000, 100, 20], max_length=2048)
 
 
 def write_rows(prepared, rows):
@@ -81,21 +81,21 @@ def write_rows(prepared, rows):
 def test_lengths_are_read_with_the_learned_tokens(tmp_path):
     prepared = tmp_path / "prepared"
     write_rows(prepared, [([1, 2, 3], [-100, 2, 3]), ([4] * 9, [-100] * 9), ([5], [5])])
-    assert planning.read_rows(prepared) == planning.Rows([3, 9, 1], [2, 0, 1], 64)
+    assert workload.read_lengths(prepared) == Lengths([3, 9, 1], [2, 0, 1], 64)
 
 
 @pytest.mark.parametrize(
-    ("train", "kind", "expected"),
+    ("train", "padding_free", "expected"),
     [
-        ({"batching": "shuffle", "batch_size": 2}, "sdpa", (2, 4000, 1100)),
-        ({"batching": "group_by_length", "batch_size": 2}, "varlen", (1, 3500, 1100)),
-        ({"batching": "shuffle", "batch_size": 99}, "sdpa", (4, 8000, 1170)),
-        ({"batching": "packing", "batch_size": 1}, "varlen", (1, 2048, 1170)),
-        ({"batching": "packing", "batch_size": 8}, "varlen", (1, 3900, 1170)),
+        ({"batching": "shuffle", "batch_size": 2}, False, (2, 4000, 1100)),
+        ({"batching": "group_by_length", "batch_size": 2}, True, (1, 3500, 1100)),
+        ({"batching": "shuffle", "batch_size": 99}, False, (4, 8000, 1170)),
+        ({"batching": "packing", "batch_size": 1}, True, (1, 2048, 1170)),
+        ({"batching": "packing", "batch_size": 8}, True, (1, 3900, 1170)),
     ],
 )
-def test_the_largest_step(train, kind, expected):
-    assert planning.largest_step(ROWS, params_of(train=train).train, kind) == expected
+def test_the_largest_step(train, padding_free, expected):
+    assert workload.largest_step(ROWS, params_of(train=train).train, padding_free) == expected
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_model_that_it_does_not_know_is_refused_in_one_line(tmp_path, config, 
 
 def test_a_limit_that_is_too_low_names_the_change_that_fits(mistral):
     params = params_of(plan={"vram_limit_gb": 12.0}, train={"batch_size": 4})
-    run = planning.describe(*mistral, params, ROWS)
+    run = planned_training(*mistral, params, ROWS)
     needed = vram.predict(mistral[1], run).device
     with pytest.raises(StageError) as refused:
         plan.refuse_over_limit(*mistral, params, ROWS, needed)
@@ -147,14 +147,14 @@ def test_the_advised_change_fits_and_is_the_first_that_does(mistral):
     config, shape = mistral
     params = params_of(train={"batch_size": 4}, lora={"r": 256, "dropout": 0.1})
     needed = [
-        (text, vram.predict(shape, planning.describe(config, shape, changed, ROWS)).device)
-        for text, changed in planning.changes(params)
+        (text, vram.predict(shape, planned_training(config, shape, changed, ROWS)).device)
+        for text, changed in workload.changes(params)
     ]
-    now = vram.predict(shape, planning.describe(config, shape, params, ROWS)).device
+    now = vram.predict(shape, planned_training(config, shape, params, ROWS)).device
     assert all(size < now for _, size in needed)
     for limit in (60e9, 40e9, 30e9, 24e9):
         first = next((text for text, size in needed if size <= limit), "none of the settings")
-        assert planning.cheapest_change(config, shape, params, ROWS, limit).startswith(first)
+        assert workload.cheapest_change(config, shape, params, ROWS, limit).startswith(first)
 
 
 def test_no_limit_and_a_high_limit_pass(mistral):
@@ -165,7 +165,7 @@ def test_no_limit_and_a_high_limit_pass(mistral):
 def test_rows_beyond_the_positions_of_the_model_are_said(tiny):
     config, shape = tiny
     said = [
-        plan.advice(config, shape, params_of(), planning.Rows([20, size], [10, 10], 2048), 5e9)
+        plan.advice(config, shape, params_of(), Lengths([20, size], [10, 10], 2048), 5e9)
         for size in (config.max_position_embeddings, config.max_position_embeddings + 1)
     ]
     assert "longest row" not in said[0]

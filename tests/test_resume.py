@@ -210,8 +210,8 @@ def test_damaged_checkpoint_is_skipped_with_a_word(killed, tmp_path, capsys, dam
     older, newest = both(tmp_path / "key")
     damage(newest)
     assert newest_complete(tmp_path / "key") == older
-    said = f"train: {newest.name} is incomplete or damaged, skipped\n"
-    assert capsys.readouterr().out == said
+    skipped = f"train: {newest.name} is incomplete or damaged, skipped\n"
+    assert capsys.readouterr().out == f"{skipped}train: goes on from {older.name}\n"
 
 
 def both(folder: Path) -> list[Path]:

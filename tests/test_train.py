@@ -14,14 +14,15 @@ from quick import Stage, run
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerControl, TrainerState
 
-from stages import train as train_stage
+from stages.shared.fast_path import choose_fast_path
 from stages.shared.model import load_base
 from stages.shared.params import Params
 from stages.shared.process import sha256
 from stages.shared.rows import read_rows
 from stages.shared.scoring import TOKENS_PER_BATCH, Scores, score
+from stages.training import progress
 from stages.training.probe import Probe, needs_probe
-from stages.training.trainer import build_trainer, choose_fast_path, largest_pass
+from stages.training.trainer import TrainingSet, build_trainer, largest_pass
 from tests.tiny import make_model
 
 CPU = torch.device("cpu")
@@ -145,9 +146,9 @@ def test_a_probe_of_the_longest_batch_changes_no_byte(project, tmp_path, changes
     adapters, tokens, tried = [], [], []
     for probed in (False, True):
         model = load_base(project / "models/quantized", CPU)
-        fast = choose_fast_path(model, params.lora, params.train, 8 * 160)
+        fast = choose_fast_path(params, model.config, 8 * 160, gpu=False)
         torch.manual_seed(0)
-        trainer = build_trainer(model, tokenizer, rows, params, 160, tmp_path, fast)
+        trainer = build_trainer(model, TrainingSet(rows, tokenizer, 160), params, fast, tmp_path)
         if probed:
             collate = trainer.data_collator
 
@@ -201,9 +202,9 @@ def _run_out(*args, **kwargs):
 @pytest.mark.parametrize(
     ("module", "fault", "batch_size", "remedy"),
     [
-        ("trainer", "Trainer.training_step", 4, "lower train.batch_size (now 4)"),
-        ("trainer", "Trainer.training_step", 1, "set train.gradient_checkpointing: true"),
-        ("model", "load_base", 1, "take a smaller base"),
+        ("training/trainer", "Trainer.training_step", 4, "lower train.batch_size (now 4)"),
+        ("training/trainer", "Trainer.training_step", 1, "set train.gradient_checkpointing: true"),
+        ("shared/model", "load_base", 1, "take a smaller base"),
     ],
 )
 def test_running_out_of_memory_is_one_line(project, module, fault, batch_size, remedy):
@@ -211,7 +212,7 @@ def test_running_out_of_memory_is_one_line(project, module, fault, batch_size, r
     plan = {"predicted_peak_vram_gb": 7.25, "predicted_device_gb": 8.5}
     (project / "metrics/plan.json").write_text(json.dumps(plan))
     before = outputs(project)
-    code = project / f"stages/shared/{module}.py"
+    code = project / f"stages/{module}.py"
     text = code.read_text()
     code.write_text(text + RUNS_OUT + f"{fault} = _run_out\n")
     try:
@@ -225,7 +226,7 @@ def test_running_out_of_memory_is_one_line(project, module, fault, batch_size, r
     assert lines == stage.said.splitlines()[-1:]
     at_step = " with 0.00 GB allocated (adapter 0.00"
     at_loading = " while the base model was loaded"
-    begins = at_loading if module == "model" else at_step
+    begins = at_loading if fault == "load_base" else at_step
     assert lines[0].startswith(f"train: out of GPU memory{begins}")
     assert "plan had predicted 7.25 GB, and 8.50 GB for the card" in lines[0]
     assert remedy in lines[0]
@@ -259,12 +260,12 @@ def test_held_out_rows_are_scored_in_the_memory_of_a_step(monkeypatch):
         asked.append(tokens_per_batch)
         return Scores([1.0], [1])
 
-    monkeypatch.setattr(train_stage, "score", scored)
+    monkeypatch.setattr(progress, "score", scored)
     for step_tokens in (100, 2 * TOKENS_PER_BATCH):
-        progress = train_stage.Progress(None, [], step_tokens)
+        callback = progress.Progress(None, [], step_tokens)
         state = TrainerState(global_step=4, max_steps=4)
-        progress.on_train_begin(None, state, None)
+        callback.on_train_begin(None, state, None)
         model = SimpleNamespace(device=CPU)
-        progress.on_step_end(None, state, TrainerControl(), model=model)
-        progress.on_train_end(None, state, None)
+        callback.on_step_end(None, state, TrainerControl(), model=model)
+        callback.on_train_end(None, state, None)
     assert asked == [100, TOKENS_PER_BATCH]

@@ -10,10 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.random_models import build, config_of
 from benchmarks.vram import Point, prepare, random_rows, training_of
-from stages.planning.shapes import match_targets, read_model, shape_of
+from stages.planning.workload import match_targets, read_model, shape_of
 from stages.quantize import quantize
 from stages.shared import vram
-from stages.training import fused_lora, trainer
 from stages.training.fused_lora import fuse_lora
 from tests.tiny import make_model
 
@@ -171,11 +170,6 @@ def test_checkpointing_keeps_the_inputs_that_the_model_says(tmp_path, arch, fuse
         kept[layers] = bytes_kept(model, lambda run=base.model, ids=ids: run(input_ids=ids)[0])
     per_layer = (kept[3] - kept[1]) / 2 / TOKENS
     assert per_layer == pytest.approx(streams * 2 * shape.hidden, rel=0.02)
-
-
-def test_plan_and_training_decide_by_the_same_constants():
-    assert vram.OFFLOADED_BYTES == trainer.OFFLOADED_BYTES
-    assert vram.PLAIN_LAYERS == fused_lora.PLAIN_LAYERS
 
 
 LLAMA_7B = vram.Shape(

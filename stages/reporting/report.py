@@ -17,7 +17,8 @@ from stages.reporting.page import (
     Section,
     Table,
 )
-from stages.shared.vram import CARDS_GB, GB, fitting_cards
+from stages.shared.outputs import GB
+from stages.shared.vram import CARDS_GB, fitting_cards
 
 SET_NAMES = {"": "held-out rows", "group_": "held-out groups"}
 MEMORY_PARTS = ("weights", "adapter", "optimizer", "activations", "logits", "overhead")

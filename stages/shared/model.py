@@ -10,10 +10,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from stages.shared.outputs import GB
 from stages.shared.process import StageError
 
 logging.disable_progress_bar()
-GB = 1e9
 
 
 def pick_device() -> torch.device:

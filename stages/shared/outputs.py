@@ -15,6 +15,7 @@ from pathlib import Path
 from stages.shared.process import StageError, check_inputs, note_writing, sha256
 
 SUMS = "SHA256SUMS"
+GB = 1e9  # bytes
 
 
 @contextmanager
@@ -159,7 +160,7 @@ def check_space(folder: Path, size: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise StageError(
-            f"{folder}: {what} takes {size / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; make "
+            f"{folder}: {what} takes {size / GB:.2f} GB and {free / GB:.2f} GB are free; make "
             "room and run it again"
         )
 

@@ -158,7 +158,7 @@ class Train(Section):
     optimizer: Literal["adamw_torch_fused", "paged_adamw_32bit", "paged_adamw_8bit"]
     gradient_checkpointing: bool
     batching: Literal["group_by_length", "packing", "shuffle"]
-    attention: Literal["auto", "sdpa", "eager", "varlen", "flash_attention_2"]
+    attention: Literal["auto", "sdpa", "eager", "varlen"]
     report_to: Literal["none", "tensorboard"]
 
     def conflicts(self) -> list[str]:

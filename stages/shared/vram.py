@@ -36,7 +36,8 @@ hold the CUDA context and what the allocator reserves in vain.
 
 from dataclasses import dataclass, replace
 
-GB = 1e9
+from stages.shared.outputs import GB
+
 CARDS_GB = (8, 12, 16, 24, 40, 48, 80)
 
 # CUDA context and loaded kernels: on the card, unseen by the allocator, and more of it when tensors
@@ -46,16 +47,6 @@ OFFLOADING_CONTEXT = 0.082e9
 # What the caching allocator reserves and cannot use, as a share of what one layer's backward pass
 # takes: that comes and goes in other sizes than it finds, while what is saved stacks up in order.
 FRAGMENTATION = 0.40
-# From this many bytes of layer inputs on, training keeps them in host memory
-# (stages/training/trainer.py; a test holds the two together).
-OFFLOADED_BYTES = 1e9
-# Layers that the fused path checkpoints in two parts (stages/training/fused_lora.py; likewise).
-PLAIN_LAYERS = {
-    "LlamaDecoderLayer",
-    "MistralDecoderLayer",
-    "Qwen2DecoderLayer",
-    "Qwen3DecoderLayer",
-}
 # Layer inputs that trl's offloading still holds on the GPU (max_fwd_stash_size).
 OFFLOAD_STASH = 5
 # Layer inputs that it has brought back and not yet let go, in the backward pass.
@@ -105,7 +96,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     silu: bool
-    plain: bool  # its layers are of PLAIN_LAYERS
+    plain: bool  # its layers are plain_layers of stages/shared/fast_path.py
     linears: tuple[Linear, ...]
     other_parameters: int
 
@@ -130,7 +121,7 @@ class Training:
     accumulation: int
     checkpointing: bool
     offloading: bool
-    attention: str  # varlen (also flash_attention_2) | sdpa | eager
+    attention: str  # varlen | sdpa | eager
     liger: bool  # Liger's RMSNorm, RoPE and SwiGLU
     fused_lora: bool  # stages/training/fused_lora.py
 
@@ -210,24 +201,17 @@ def attention_saved(shape: Shape, run: Training) -> float:
 def mlp_saved(shape: Shape, run: Training) -> float:
     """Bytes per token that the MLP half of a layer keeps for its backward pass."""
     h, i = shape.hidden, shape.intermediate
-    inputs = {2 * h: MLP_INPUTS, 2 * i: MLP_OUTPUT}
-    gates = 4 * i if run.liger else 6 * i
+    gates, names, inputs = (4 if run.liger else 6) * i, MLP, {2 * h: MLP_INPUTS, 2 * i: MLP_OUTPUT}
     if one_operation_mlp(shape, run):
         # x A^T of down_proj is made again, from the product.
-        return (
-            norm_saved(h, run)
-            + 4 * i
-            + projections_saved(shape, run, MLP_INPUTS, {2 * h: MLP_INPUTS})
-        )
-    return norm_saved(h, run) + gates + projections_saved(shape, run, MLP, inputs)
+        gates, names, inputs = 4 * i, MLP_INPUTS, {2 * h: MLP_INPUTS}
+    return norm_saved(h, run) + gates + projections_saved(shape, run, names, inputs)
 
 
 def norm_saved(hidden: int, run: Training) -> float:
     """RMSNorm keeps its input: Liger in bf16, transformers in fp32 and, to learn its weight, the
     normalized values as well."""
-    if run.liger:
-        return 2 * hidden
-    return 6 * hidden if run.method == "full" else 4 * hidden
+    return hidden * (2 if run.liger else 6 if run.method == "full" else 4)
 
 
 def projections_saved(
@@ -254,25 +238,35 @@ def projections_saved(
     return inner + shared
 
 
+def dequantized_bytes(shape: Shape, run: Training) -> float:
+    """A 16-bit copy of one weight, and bitsandbytes' constants in fp32."""
+    if run.method != "qlora":
+        return 0.0
+    constants = 0 if run.fused_lora and run.liger else 4 / 64
+    return (2 + constants) * max(x.parameters for x in shape.linears)
+
+
+def one_operation_working(shape: Shape, run: Training) -> float:
+    """`mlp_working` of an MLP that is one operation, with Liger's kernels."""
+    h, i, t = shape.hidden, shape.intermediate, run.tokens
+    # Backward through down_proj: the product's gradient beside the weight. The product itself is
+    # made again where its gradient was.
+    backward = t * (2 * h + 2 * i)
+    # Forward: the product, the stream and the output. In the first of two passes nothing is saved,
+    # and gate and up are gone.
+    forward = t * (2 * i + 6 * h - (4 * i if two_parts(shape, run) else 0))
+    return max(backward, forward) + dequantized_bytes(shape, run)
+
+
 def mlp_working(shape: Shape, run: Training) -> float:
     """Bytes beyond what the MLP half of a layer saved, at its worst moment, forward or backward."""
     h, i, t = shape.hidden, shape.intermediate, run.tokens
-    trained = run.method != "full" and adapts(shape, run, MLP_OUTPUT)
-    dropped = run.dropout > 0 and run.method != "full"
-    # A 16-bit copy of one weight, and bitsandbytes' constants in fp32.
-    dequantized = 0.0
-    if run.method == "qlora":
-        constants = 0 if run.fused_lora and run.liger else 4 / 64
-        dequantized = (2 + constants) * max(x.parameters for x in shape.linears)
     one = one_operation_mlp(shape, run)
     if one and run.liger:
-        # Backward through down_proj: the product's gradient beside the weight. The product itself
-        # is made again where its gradient was.
-        backward = t * (2 * h + 2 * i) + dequantized
-        # Forward: the product, the stream and the output. In the first of two passes nothing is
-        # saved, and gate and up are gone.
-        forward = t * (2 * i + 6 * h - (4 * i if two_parts(shape, run) else 0)) + dequantized
-        return max(backward, forward)
+        return one_operation_working(shape, run)
+    trained = run.method != "full" and adapts(shape, run, MLP_OUTPUT)
+    dropped = run.dropout > 0 and run.method != "full"
+    dequantized = dequantized_bytes(shape, run)
     # The product of gate and up is there in any case when down_proj runs; is it saved?
     product = 0 if run.method == "full" or (trained and not dropped and not one) else 2 * i
     candidates = [
@@ -349,70 +343,61 @@ def trainable_bytes(shape: Shape, run: Training) -> tuple[float, float, float]:
 
 def moments(shape: Shape, run: Training) -> dict[str, tuple[float, float, float]]:
     """(gradients and casts, activations, output head) at each moment that can be the worst."""
-    h, t, n, layers = shape.hidden, run.tokens, run.learned_tokens, shape.layers
     _, gradients, casts = trainable_bytes(shape, run)
     # Gradients of an earlier micro-step are still there when a step adds several up.
     before = gradients if run.accumulation > 1 else 0.0
-    stream = 2.0 * h * t
+    held = 0.0 if run.checkpointing else casts
+    at_head, last, first = kept_inputs(shape, run)
     # The whole step: mask, cosines and sines of the positions.
-    always = mask_bytes(run) + 4.0 * shape.head_dim * t
-    saved = t * (attention_saved(shape, run) + mlp_saved(shape, run))
-    kept = 2 * stream if two_parts(shape, run) else stream if run.checkpointing else saved
-    # What lies beside the layer that runs backward: at first all layers', at last nothing.
-    at_head, last = kept * layers, kept * layers
-    first = kept
-    if run.offloading:
-        stash, returned = OFFLOAD_STASH, OFFLOAD_RETURNED
-        if two_parts(shape, run):
-            stash, returned = PARTS_STASH, PARTS_RETURNED
-        at_head, last = stash * stream, returned * stream
-        first = last
-    layer = one_layer(shape, run)
-    if not run.checkpointing:
-        last, first = last - saved, 0.0
-    held = casts if not run.checkpointing else 0.0
-    final_norm = stream if run.liger else 2 * stream
-    tile = 2.0 * min(n, HEAD_TOKENS) * HEAD_VOCABULARY
-    # Training all of it, the gradient of the output head is summed in fp32, then cast.
-    head_weight = 6.0 * shape.vocabulary * h if run.method == "full" else 0.0
+    always = mask_bytes(run) + 4.0 * shape.head_dim * run.tokens
+    stream = 2.0 * shape.hidden * run.tokens
+    final_norm = at_head + always + (stream if run.liger else 2 * stream)
+    head_forward, head_backward = head_bytes(shape, run)
+    layer, layers = one_layer(shape, run) + always, shape.layers
+    # Without Liger, the norm's backward pass makes several fp32 copies.
+    norm_working = stream if run.liger else 10 * stream
     return {
-        "scoring, forward": (
-            before + casts,
-            at_head + always + final_norm + stream,
-            tile + 2.0 * h * n,
-        ),
-        "scoring, backward": (
-            before + held,
-            at_head + always + final_norm,
-            tile + 6.0 * h * n + head_weight,
-        ),
-        # Without Liger, the norm's backward pass makes several fp32 copies.
-        "the final norm, backward": (
-            before + held,
-            at_head + always + final_norm + (stream if run.liger else 10 * stream),
-            0.0,
-        ),
-        "the last layer's backward pass": (
-            before + max(held, casts / layers),
-            last + layer + always,
-            0.0,
-        ),
+        "scoring, forward": (before + casts, final_norm + stream, head_forward),
+        "scoring, backward": (before + held, final_norm, head_backward),
+        "the final norm, backward": (before + held, final_norm + norm_working, 0.0),
+        "the last layer's backward pass": (before + max(held, casts / layers), last + layer, 0.0),
         "the first layer's backward pass": (
             gradients * (layers - 1) / layers + casts / layers,
-            first + layer + always,
+            first + layer,
             0.0,
         ),
         "the optimizer's step": (gradients, 0.0, 0.0),
     }
 
 
+def kept_inputs(shape: Shape, run: Training) -> tuple[float, float, float]:
+    """Bytes that all layers keep at the output head; and the others while the last one runs
+    backward, and while the first one does."""
+    stream, halves = 2.0 * shape.hidden * run.tokens, two_parts(shape, run)
+    if not run.checkpointing:
+        saved = run.tokens * (attention_saved(shape, run) + mlp_saved(shape, run))
+        return saved * shape.layers, saved * (shape.layers - 1), 0.0
+    if run.offloading:
+        stash, returned = OFFLOAD_STASH, OFFLOAD_RETURNED
+        if halves:
+            stash, returned = PARTS_STASH, PARTS_RETURNED
+        return stash * stream, returned * stream, returned * stream
+    kept = 2 * stream if halves else stream
+    return kept * shape.layers, kept * shape.layers, kept
+
+
+def head_bytes(shape: Shape, run: Training) -> tuple[float, float]:
+    """Bytes of the output head, forward and backward."""
+    h, n = shape.hidden, run.learned_tokens
+    tile = 2.0 * min(n, HEAD_TOKENS) * HEAD_VOCABULARY
+    # Training all of it, the gradient of its weight is summed in fp32, then cast.
+    weight = 6.0 * shape.vocabulary * h if run.method == "full" else 0.0
+    return tile + 2.0 * h * n, tile + 6.0 * h * n + weight
+
+
 def predict(shape: Shape, run: Training) -> Prediction:
     """The parts at the moment of a step that needs most."""
-    if run.method == "full":
-        optimizer = 4.0 * shape.parameters
-    else:
-        count = adapter_parameters(shape, run.rank, run.targets)
-        optimizer = MOMENT_BYTES[run.optimizer] * count
+    adapter = MOMENT_BYTES[run.optimizer] * adapter_parameters(shape, run.rank, run.targets)
     name, (gradients, activations, logits) = max(
         moments(shape, run).items(), key=lambda item: sum(item[1])
     )
@@ -421,7 +406,7 @@ def predict(shape: Shape, run: Training) -> Prediction:
         moment=name,
         weights=weights_bytes(shape, run.method, run.double_quant),
         adapter=trainable_bytes(shape, run)[0] + gradients,
-        optimizer=optimizer,
+        optimizer=4.0 * shape.parameters if run.method == "full" else adapter,
         activations=activations,
         logits=logits,
         workspaces=WORKSPACES,
@@ -433,11 +418,6 @@ def methods(shape: Shape, run: Training) -> dict[str, Prediction]:
     """The same rows by full fine-tuning (bf16 weights, gradients and moments), LoRA and QLoRA."""
     full = predict(shape, replace(run, method="full", fused_lora=False))
     return {"full": full} | {m: predict(shape, replace(run, method=m)) for m in ("lora", "qlora")}
-
-
-def offloads(shape: Shape, checkpointing: bool, tokens: int) -> bool:
-    """Whether training sends the inputs of checkpointed layers to host memory."""
-    return checkpointing and 2 * shape.hidden * shape.layers * tokens >= OFFLOADED_BYTES
 
 
 def fitting_cards(needed: float) -> list[int]:

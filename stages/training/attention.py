@@ -8,39 +8,11 @@ import inspect
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface
 
-from stages.shared.params import Train
+from stages.shared.fast_path import VARLEN
 from stages.shared.process import StageError
 
-NAME = "varlen"
-# Families seen to keep the rows of a flattened batch apart, with this attention and with a mask
-# (tests/test_attention.py). Others take no notice of where a row begins, attend by code of their
-# own (and here without any mask), or carry a state from token to token.
-FLATTENED = {
-    "cohere",
-    "cohere2",
-    "exaone4",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "glm",
-    "glm4",
-    "gpt_neox",
-    "granite",
-    "llama",
-    "ministral",
-    "ministral3",
-    "mistral",
-    "olmo2",
-    "olmo3",
-    "phi",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-    "starcoder2",
-}
 _GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
@@ -84,25 +56,7 @@ def varlen_attention(
     return out.view(batch, tokens, *out.shape[1:]), None
 
 
-def supports(config: PretrainedConfig) -> bool:
-    """Whether varlen attention computes all that the model asks for (it has no soft cap)."""
-    capped = getattr(config, "attn_logit_softcapping", None)
-    return config.model_type in FLATTENED and capped is None
-
-
-def check(train: Train, config: PretrainedConfig) -> None:
-    """Raise StageError when `train` flattens rows that would then see each other."""
-    kind, family = train.attention, config.model_type
-    reason = f"{family} is not known to keep rows apart that lie behind each other"
-    if kind == NAME and not supports(config):
-        raise StageError(f"train.attention: varlen does not do what {family} needs; set auto")
-    if kind == "flash_attention_2" and family not in FLATTENED:
-        raise StageError(f"train.attention: {reason}; set auto")
-    if train.batching == "packing" and family not in FLATTENED:
-        raise StageError(f"train.batching: {reason}; set group_by_length")
-
-
 def register() -> None:
     """Make `attn_implementation="varlen"` known to transformers, with no mask built for it."""
-    AttentionInterface.register(NAME, varlen_attention)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionMaskInterface.register(VARLEN, lambda *args, **kwargs: None)

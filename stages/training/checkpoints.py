@@ -17,14 +17,15 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from stages.shared.outputs import SUMS, check_sums, sync_folder, write_sums
+from stages.shared.outputs import SUMS, check_space, check_sums, sync_folder, write_sums
 from stages.shared.process import StageError, check_inputs, lock, sha256
 
 KEPT = 2
 # A kill costs at most this much work. The variable exists for tests that kill often.
 SECONDS = float(os.environ.get("CHECKPOINT_SECONDS", "600"))
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# In the order in which they are caught: whoever waits for SIGTERM to be may send any.
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
 
 def fingerprint(params: dict, inputs: list[Path], code: list[Path], device: str) -> str:
@@ -64,7 +65,7 @@ def checkpoint_folder(key: str):
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are all as they were written; damaged ones are removed."""
+    """The newest checkpoint whose files are as written, to go on from; damaged ones are removed."""
     for checkpoint in reversed(_numbered(folder)):
         try:
             check_sums(checkpoint, "train")
@@ -72,6 +73,7 @@ def newest_complete(folder: Path) -> Path | None:
             print(f"train: {checkpoint.name} is incomplete or damaged, skipped", flush=True)
             shutil.rmtree(checkpoint)
         else:
+            print(f"train: goes on from {checkpoint.name}", flush=True)
             return checkpoint
     return None
 
@@ -91,6 +93,12 @@ class Checkpoints(TrainerCallback):
     def __init__(self, folder: Path):
         self.folder = folder
         self.stopped_by: int | None = None
+
+    def check_space(self, trainable: int) -> None:
+        """Raise StageError when the disk has no room for what so many parameters lead to."""
+        # Float32 values, with two moments each in a checkpoint.
+        size = trainable * (4 + 12 * (KEPT + 1))
+        check_space(self.folder, size, "the adapter with its checkpoints")
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.saved_at = time.monotonic()

@@ -25,12 +25,11 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from stages.shared.fast_path import plain_layers
 from stages.training.offload import HostStash, Slot
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 MLP_PARTS = ("gate", "up", "down")
-# Layers that are residual attention, then a residual MLP, each after its norm, and nothing more.
-PLAIN_LAYERS = {f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 FIRST, SECOND = "first", "second"
 _pass = None
 
@@ -105,11 +104,7 @@ class _Products:
         return dx, between
 
     def gradients(
-        self,
-        dys: list[torch.Tensor],
-        between: torch.Tensor,
-        x: torch.Tensor,
-        inner: torch.Tensor,
+        self, dys: list[torch.Tensor], between: torch.Tensor, x: torch.Tensor, inner: torch.Tensor
     ) -> list[torch.Tensor]:
         """Those of `adapters`, from what `forward` and `backward` had and gave."""
         da = (between.t() @ x).to(self.a[0].dtype).split(self.ranks)
@@ -226,16 +221,8 @@ class _Residual(torch.autograd.Function):
         return hidden.grad.add_(dy), None, None
 
 
-def plain_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The layers of `model` that fuse_lora checkpoints in two parts, in order."""
-    return [module for module in model.modules() if type(module).__name__ in PLAIN_LAYERS]
-
-
 def fuse_lora(
-    model: PeftModel,
-    liger: bool,
-    checkpointing: bool,
-    stash: HostStash | None = None,
+    model: PeftModel, liger: bool, checkpointing: bool, stash: HostStash | None = None
 ) -> int:
     """Let every LoRA layer of `model` compute by the products above; returns how many do.
 
@@ -250,9 +237,8 @@ def fuse_lora(
     modules = list(model.modules())
     layers = [m for m in modules if isinstance(m, LoraLayer)]
     plain = plain_layers(model)
-    ends = {end for m in plain for end in (m.self_attn.o_proj, m.mlp.down_proj)}
-    if not checkpointing:
-        ends = set()
+    ending = plain if checkpointing else []
+    ends = {end for m in ending for end in (m.self_attn.o_proj, m.mlp.down_proj)}
     groups = [[getattr(m.self_attn, name) for name in ATTENTION_INPUTS] for m in plain]
     groups = [[m for m in group if isinstance(m, LoraLayer)] for group in groups]
     grouped = {m for group in groups for m in group}
@@ -262,8 +248,8 @@ def fuse_lora(
     for mlp in filter(_is_swiglu_mlp, modules):
         gate, up, down = (mlp.get_submodule(f"{part}_proj") for part in MLP_PARTS)
         gate_up = _Products([gate, up], dequantize)
-        ending = _Products([down], dequantize, down in ends)
-        mlp.forward = MethodType(_mlp_forward(gate_up, ending, swiglu), mlp)
+        down = _Products([down], dequantize, down in ends)
+        mlp.forward = MethodType(_mlp_forward(gate_up, down, swiglu), mlp)
     if checkpointing:
         for layer in plain:
             slots = [stash.slot() if stash else None for _ in range(2)]

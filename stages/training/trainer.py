@@ -1,6 +1,5 @@
 """The trainer of this pipeline, for the train stage and for the benchmarks alike."""
 
-import importlib.util
 import math
 from collections import deque
 from dataclasses import dataclass
@@ -10,69 +9,31 @@ import torch
 import trl.trainer.utils
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from stages.shared.fast_path import FastPath, plain_layers
 from stages.shared.params import Lora, Params, Train
-from stages.shared.process import StageError
 from stages.shared.rows import token_counts
 from stages.training import attention
-from stages.training.fused_lora import fuse_lora, plain_layers
+from stages.training.fused_lora import fuse_lora
 from stages.training.offload import HostStash
 
-# Below this the inputs of the checkpointed layers are not worth a trip to host memory.
-OFFLOADED_BYTES = 1e9
-LIGER_PARTS = {"rope": True, "rms_norm": True, "swiglu": True}
-LIGER_OFF = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 # trl's output head leaves out what is not learned where it can have Triton; elsewhere it scores
 # every position, which on a CPU took half of a step. (Its kernels ask another function.)
 trl.trainer.utils._use_triton = lambda device: True
+# Before a model is loaded that asks for it.
+attention.register()
 
 
 @dataclass(frozen=True)
-class FastPath:
-    """What a run uses beyond plain PyTorch. Chosen by the hardware and the parameters."""
+class TrainingSet:
+    """`rows` with input_ids and labels; packing fills rows up to `max_length` tokens."""
 
-    attention: str
-    padding_free: bool
-    liger: bool
-    fused_lora: bool
-    offload: bool
-
-    def __str__(self) -> str:
-        used = [name.replace("_", " ") for name, on in vars(self).items() if on is True]
-        return ", ".join([f"{self.attention} attention", *used])
-
-
-def choose_attention(train: Train, config: PretrainedConfig, device: torch.device) -> str | None:
-    """`auto` takes varlen on a GPU, else what transformers takes; what cannot run is refused."""
-    attention.register()
-    attention.check(train, config)
-    if train.attention == "auto":
-        return attention.NAME if device.type == "cuda" and attention.supports(config) else None
-    if train.attention in ("varlen", "flash_attention_2") and device.type != "cuda":
-        raise StageError(f"train.attention: {train.attention} needs a GPU; set auto")
-    if train.attention == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
-        raise StageError("train.attention: flash_attention_2 needs flash-attn; set auto")
-    return train.attention
-
-
-def choose_fast_path(
-    model: PreTrainedModel, lora: Lora, train: Train, tokens_per_step: int
-) -> FastPath:
-    """Decide what can run on the model's device. `tokens_per_step` is of one forward pass."""
-    gpu = model.device.type == "cuda"
-    kind = model.config._attn_implementation
-    config = model.config.get_text_config()
-    kept = tokens_per_step * config.hidden_size * 2 * config.num_hidden_layers
-    return FastPath(
-        attention=kind,
-        padding_free=kind in (attention.NAME, "flash_attention_2"),
-        liger=gpu and importlib.util.find_spec("liger_kernel") is not None,
-        fused_lora=gpu and lora.dropout == 0,
-        offload=gpu and train.gradient_checkpointing and kept >= OFFLOADED_BYTES,
-    )
+    rows: Dataset
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
 
 
 class Trainer(SFTTrainer):
@@ -82,6 +43,18 @@ class Trainer(SFTTrainer):
     """
 
     tokens = 0
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.remove_callback(PrinterCallback)
+        # The tokens of every batch are counted on the host, where it is made ahead of its step.
+        collate, self.ahead = self.data_collator, deque()
+
+        def counting(examples):
+            self.ahead.append(sum(len(example["input_ids"]) for example in examples))
+            return collate(examples)
+
+        self.data_collator = counting
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean NLL of the learned tokens of a whole step, through trl's fused output head."""
@@ -93,15 +66,12 @@ class Trainer(SFTTrainer):
         """Not estimated: the estimate walks through all modules at every step."""
         return 0
 
-    def count_tokens(self) -> None:
-        """Count the tokens of every batch on the host, where it is made ahead of its step."""
-        collate, self.ahead = self.data_collator, deque()
-
-        def counting(examples):
-            self.ahead.append(sum(len(example["input_ids"]) for example in examples))
-            return collate(examples)
-
-        self.data_collator = counting
+    def optimizer_bytes(self) -> tuple[int, int]:
+        """Bytes of the optimizer's state in torch's allocator, and in managed memory (paged)."""
+        states = self.optimizer.state.values() if self.optimizer else ()
+        tensors = [v for entry in states for v in entry.values() if isinstance(v, torch.Tensor)]
+        paged = sum(v.nbytes for v in tensors if getattr(v, "is_paged", False))
+        return sum(v.nbytes for v in tensors) - paged, paged
 
 
 def lora_config(lora: Lora) -> LoraConfig:
@@ -128,28 +98,49 @@ def largest_pass(rows: Dataset, batch_size: int, padding_free: bool) -> int:
 
 
 def build_trainer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    params: Params,
-    max_length: int,
-    folder: Path,
-    fast: FastPath,
+    model: PreTrainedModel, data: TrainingSet, params: Params, fast: FastPath, folder: Path
 ) -> Trainer:
-    """A trl trainer over a frozen base of load_base and `rows` with input_ids and labels.
-
-    The adapter and its optimizer state are float32. `folder` takes the checkpoints.
-    """
+    """A trainer of a float32 adapter on a frozen base of load_base; `folder` takes checkpoints."""
     if fast.liger:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+        apply_liger(model)
+    trainer = Trainer(
+        model=model,
+        args=trainer_config(model, data, params, fast, folder),
+        train_dataset=data.rows,
+        processing_class=data.tokenizer,
+        peft_config=lora_config(params.lora),
+    )
+    # trl casts the adapter of a quantized base to bfloat16, and loading a checkpoint casts it
+    # back to float32: a resumed run would differ. In float32 from the start both are the same.
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if fast.fused_lora:
+        stash = host_stash(trainer, fast)
+        fuse_lora(trainer.model, fast.liger, params.train.gradient_checkpointing, stash)
+    elif params.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        trainer.model.enable_input_require_grads()
+    remember_parameters(trainer.model)
+    return trainer
 
-        _apply_liger_kernel_to_instance(model=model, **LIGER_PARTS, **LIGER_OFF)
-    train = params.train
-    two_parts = fast.fused_lora and bool(plain_layers(model))
-    gpu = model.device.type == "cuda"
+
+def apply_liger(model: PreTrainedModel) -> None:
+    """Let `model` take Liger's norms, rotary embedding and SwiGLU, and keep its own loss."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    parts = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False}
+    _apply_liger_kernel_to_instance(model=model, **parts, fused_linear_cross_entropy=False)
+
+
+def trainer_config(
+    model: PreTrainedModel, data: TrainingSet, params: Params, fast: FastPath, folder: Path
+) -> SFTConfig:
+    """params.train in trl's words. Checkpointing of gradients is switched on elsewhere."""
+    train, gpu = params.train, model.device.type == "cuda"
     packing = train.batching == "packing"
     grouped = train.batching == "group_by_length"
-    args = SFTConfig(
+    return SFTConfig(
         output_dir=str(folder),
         seed=params.seed,
         num_train_epochs=train.epochs,
@@ -164,11 +155,12 @@ def build_trainer(
         # bitsandbytes pages optimizer state on a GPU only.
         optim=train.optimizer if gpu else "adamw_torch",
         gradient_checkpointing=False,
-        activation_offloading=fast.offload and not two_parts,
+        # Layers that are checkpointed in two parts have a stash of their own.
+        activation_offloading=fast.offload and not (fast.fused_lora and plain_layers(model)),
         train_sampling_strategy="group_by_length" if grouped else "random",
         packing=packing,
         padding_free=fast.padding_free,
-        max_length=max_length if packing else None,
+        max_length=data.max_length if packing else None,
         bf16=gpu,
         use_cpu=not gpu,
         dataloader_pin_memory=gpu,
@@ -180,32 +172,16 @@ def build_trainer(
         report_to=train.report_to,
         disable_tqdm=True,
     )
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=rows,
-        processing_class=tokenizer,
-        peft_config=lora_config(params.lora),
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.count_tokens()
-    # trl casts the adapter of a quantized base to bfloat16, and loading a checkpoint casts it
-    # back to float32: a resumed run would differ. In float32 from the start both are the same.
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    if fast.fused_lora:
-        stash = None
-        if fast.offload and two_parts:
-            tokens = largest_pass(trainer.train_dataset, train.batch_size, fast.padding_free)
-            token = model.get_input_embeddings().weight[0]
-            stash = HostStash(model.device, tokens * token.nbytes)
-        fuse_lora(trainer.model, fast.liger, train.gradient_checkpointing, stash)
-    elif train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        trainer.model.enable_input_require_grads()
-    remember_parameters(trainer.model)
-    return trainer
+
+
+def host_stash(trainer: Trainer, fast: FastPath) -> HostStash | None:
+    """Host memory for what layers that are checkpointed in two parts keep; None without such."""
+    if not fast.offload or not plain_layers(trainer.model):
+        return None
+    size = trainer.args.per_device_train_batch_size
+    tokens = largest_pass(trainer.train_dataset, size, fast.padding_free)
+    token = trainer.model.get_input_embeddings().weight[0]
+    return HostStash(trainer.model.device, tokens * token.nbytes)
 
 
 def remember_parameters(model: torch.nn.Module) -> None:

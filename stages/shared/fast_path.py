@@ -1,0 +1,119 @@
+"""What a run uses beyond plain PyTorch, decided once: `train` takes it and `plan` counts with it.
+
+The hardware, the parameters and the family of the model decide. No kernel is imported here, so
+that the choice can be made, and planned with, on any machine.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+
+from stages.shared.params import Params, Train
+from stages.shared.process import StageError
+
+# The attention of stages/training/attention.py.
+VARLEN = "varlen"
+# Families seen to keep the rows of a flattened batch apart, with this attention and with a mask
+# (tests/test_attention.py). Others take no notice of where a row begins, attend by code of their
+# own (and with varlen without any mask), or carry a state from token to token.
+FLATTENED = {
+    "cohere",
+    "cohere2",
+    "exaone4",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm",
+    "glm4",
+    "gpt_neox",
+    "granite",
+    "llama",
+    "ministral",
+    "ministral3",
+    "mistral",
+    "olmo2",
+    "olmo3",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "starcoder2",
+}
+# Layers that are residual attention, then a residual MLP, each after its norm, and nothing more.
+PLAIN_LAYERS = {f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
+# Below this the inputs of the checkpointed layers are not worth a trip to host memory.
+OFFLOADED_BYTES = 1e9
+
+
+@dataclass(frozen=True)
+class FastPath:
+    """`attention` is varlen, sdpa or eager. `padding_free` lays the rows of a batch behind each
+    other, `liger` takes Liger's kernels, `fused_lora` the products of training/fused_lora.py, and
+    `offload` lets the inputs of checkpointed layers wait in host memory."""
+
+    attention: str
+    padding_free: bool
+    liger: bool
+    fused_lora: bool
+    offload: bool
+
+    def __str__(self) -> str:
+        used = [name.replace("_", " ") for name, on in vars(self).items() if on is True]
+        return ", ".join([f"{self.attention} attention", *used])
+
+
+def choose_fast_path(params: Params, config: PretrainedConfig, tokens: int, gpu: bool) -> FastPath:
+    """What training takes on an NVIDIA GPU (`gpu`) or on a CPU, with `tokens` in a forward pass.
+
+    Raises StageError when the model cannot be trained as `params.train` says.
+    """
+    attention, text = choose_attention(params.train, config, gpu), config.get_text_config()
+    kept = 2 * text.hidden_size * text.num_hidden_layers * tokens
+    return FastPath(
+        attention=attention,
+        padding_free=attention == VARLEN,
+        liger=gpu and importlib.util.find_spec("liger_kernel") is not None,
+        fused_lora=gpu and params.lora.dropout == 0,
+        offload=gpu and params.train.gradient_checkpointing and kept >= OFFLOADED_BYTES,
+    )
+
+
+def step_tokens(train: Train, row_tokens: list[int], max_length: int) -> int:
+    """Tokens of a forward pass in which every row is the longest, or every pack is full."""
+    return train.batch_size * (max_length if train.batching == "packing" else max(row_tokens))
+
+
+def choose_attention(train: Train, config: PretrainedConfig, gpu: bool) -> str:
+    """`auto` takes varlen on a GPU, else what transformers would; what cannot run is refused."""
+    kind, family = train.attention, config.model_type
+    varlen = supports_varlen(config)
+    # Some families cap the logits of their attention, and some are older than it.
+    sdpa = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa
+    if not {VARLEN: varlen, "sdpa": sdpa}.get(kind, True):
+        raise StageError(f"train.attention: {kind} does not do what {family} needs; set auto")
+    if kind == VARLEN and not gpu:
+        raise StageError(f"train.attention: {kind} needs a GPU; set auto")
+    if train.batching == "packing" and family not in FLATTENED:
+        raise StageError(
+            f"train.batching: {family} is not known to keep rows apart that lie behind each "
+            "other; set group_by_length"
+        )
+    if kind != "auto":
+        return kind
+    if gpu and varlen:
+        return VARLEN
+    return "sdpa" if sdpa else "eager"
+
+
+def supports_varlen(config: PretrainedConfig) -> bool:
+    """Whether varlen attention computes all that the model asks for (it has no soft cap)."""
+    capped = getattr(config, "attn_logit_softcapping", None)
+    return config.model_type in FLATTENED and capped is None
+
+
+def plain_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers of `model` that fused training checkpoints in two parts, in order."""
+    return [module for module in model.modules() if type(module).__name__ in PLAIN_LAYERS]

@@ -1,0 +1,87 @@
+"""Running out of GPU memory, explained: by which part, what plan had said, and what to change."""
+
+from pathlib import Path
+
+import torch
+
+from stages.shared.outputs import GB, read_json
+from stages.shared.params import Params
+from stages.shared.process import StageError
+from stages.training.probe import ADAM_BYTES, needs_probe
+from stages.training.trainer import Trainer
+
+PLAN = Path("metrics/plan.json")
+
+
+def no_memory_for_base() -> StageError:
+    """The GPU ran out before there was anything to train."""
+    return StageError(
+        f"out of GPU memory{of_the_card()} while the base model was loaded; {predicted()}; set "
+        "quantize.type: nf4 or take a smaller base, or see with nvidia-smi who else uses the GPU"
+    )
+
+
+def no_memory_for_step(trainer: Trainer, base_bytes: int, params: Params) -> StageError:
+    """The GPU ran out while it trained. `base_bytes` are those of the model as loaded."""
+    peak = torch.cuda.max_memory_allocated()
+    parts = {"base model": base_bytes, **trained_parts(trainer)}
+    rest = max(0, peak - sum(parts.values()))
+    # Managed memory is not the allocator's.
+    parts |= {"paged optimizer, besides": trainer.optimizer_bytes()[1]}
+    parts |= {"activations and the rest": rest}
+    listed = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items() if size)
+    return StageError(
+        f"out of GPU memory{of_the_card()} with {peak / GB:.2f} GB allocated ({listed}); "
+        f"{predicted()}; {cheaper(params)}"
+    )
+
+
+def trained_parts(trainer: Trainer) -> dict[str, int]:
+    """Bytes that the allocator holds for what trains."""
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    own, paged = trainer.optimizer_bytes()
+    made = own + paged or trainer.args.optim.startswith("paged")
+    if not made and needs_probe(trainer.train_dataset):
+        # What the probe kept free for it.
+        own = ADAM_BYTES * sum(p.numel() for p in trained)
+    return {
+        "adapter": sum(p.nbytes for p in trained),
+        "gradients": sum(p.grad.nbytes for p in trained if p.grad is not None),
+        "optimizer": own,
+    }
+
+
+def of_the_card() -> str:
+    if not torch.cuda.is_available():
+        return ""
+    free, total = torch.cuda.mem_get_info()
+    others = total - free - torch.cuda.memory_reserved()
+    return f" of {total / GB:.1f} GB, of which others and CUDA hold {others / GB:.1f},"
+
+
+def predicted() -> str:
+    """What plan said, if it ran: its figures are metrics and may be absent."""
+    if not PLAN.exists():
+        return "plan left no prediction"
+    plan = read_json(PLAN)
+    return (
+        f"plan had predicted {plan['predicted_peak_vram_gb']:.2f} GB, and "
+        f"{plan['predicted_device_gb']:.2f} GB for the card"
+    )
+
+
+def cheaper(params: Params) -> str:
+    """The parameter to change first; plan finds the cheapest change that fits a card."""
+    train, first = params.train, ""
+    if train.batch_size > 1:
+        first = f"lower train.batch_size (now {train.batch_size})"
+        first += " and raise train.gradient_accumulation as much"
+    elif not train.gradient_checkpointing:
+        first = "set train.gradient_checkpointing: true"
+    elif params.lora.dropout:
+        first = "set lora.dropout: 0"
+    elif not train.optimizer.startswith("paged"):
+        first = "set train.optimizer: paged_adamw_8bit"
+    else:
+        first = "lower prepare.max_length or take a smaller base"
+    return f"{first}, or set plan.vram_limit_gb to the card's size and let plan choose"
