@@ -105,10 +105,10 @@ def _quantize_constants(state: bnb.QuantState) -> None:
     state.nested = True
 
 
-def quantize(base: Path, out: Path, double_quant: bool, device: torch.device) -> None:
+def quantize(base: Path, out: Path, double_quant: bool) -> None:
     """Stream the weights of `base` into `out`, at most SHARD_BYTES in memory."""
     wanted, shards, pending, size = linear_weights(base), [], {}, 0
-    sources = sorted(base.glob("*.safetensors"))
+    sources, device = sorted(base.glob("*.safetensors")), pick_device()
 
     def flush() -> None:
         nonlocal pending, size
@@ -172,20 +172,20 @@ def link(base: Path, out: Path) -> None:
 
 def main() -> None:
     params = load_params().quantize
-    started, device = time.monotonic(), pick_device()
+    started = time.monotonic()
     check_sums(BASE, "fetch_model")
     size = sum(file.stat().st_size for file in BASE.glob("*.safetensors")) / 1e9
     print(f"quantize: {size:.2f} GB of weights to {params.type}", flush=True)
     with whole_folder(QUANTIZED) as out:
         if params.type == "nf4":
-            quantize(BASE, out, params.double_quant, device)
+            quantize(BASE, out, params.double_quant)
         else:
             link(BASE, out)
         for name in CARRIED:
             if (BASE / name).exists():
                 shutil.copyfile(BASE / name, out / name)
     cost = {"quantize_seconds": time.monotonic() - started} | memory_metrics()
-    write_metrics(COST, provenance(device) | cost)
+    write_metrics(COST, provenance(pick_device()) | cost)
     size = sum(file.stat().st_size for file in QUANTIZED.glob("*.safetensors")) / 1e9
     print(f"quantize: wrote {size:.2f} GB to {QUANTIZED}")
 
