@@ -11,10 +11,11 @@
     perplexity  the same held-out rows in batches of several sizes
 
 Weights and rows are random. Writes benchmarks/results/determinism.json after every part: `pairs`
-(what was compared, and whether it was `equal`), `cost_percent`, `kills`, `kills_equal`.
+(what was compared, whether it was `equal`, and a digest to compare with other machines), `cost_percent`, `kills`, `kills_equal`.
 """
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -113,6 +114,11 @@ def digest(path: Path) -> str:
     return (path / "SHA256SUMS").read_text(encoding="utf-8")
 
 
+def short(digest: str) -> str:
+    """Of a file or a folder, to be compared with what another GPU of the same model gave."""
+    return hashlib.sha256(digest.encode()).hexdigest()[:16]
+
+
 def outcome(work: Path, names: tuple[str, ...]) -> dict[str, str]:
     return {name: digest(work / name) for name in names}
 
@@ -205,7 +211,10 @@ def pipeline(work: Path) -> dict:
     on_both = ("models/quantized", "models/merged")
     first, second = (outcome(folder, names) for folder in folders[:2])
     host = outcome(folders[2], on_both)
-    pairs = [{"what": f"two runs: {n}", "equal": first[n] == second[n]} for n in names]
+    pairs = [
+        {"what": f"two runs: {n}", "equal": first[n] == second[n], "digest": short(first[n])}
+        for n in names
+    ]
     pairs += [{"what": f"GPU and CPU: {n}", "equal": first[n] == host[n]} for n in on_both]
     return {"pipeline": pairs}
 
@@ -293,8 +302,9 @@ def totals(result: dict) -> dict:
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name(),
+        "device_uuid": str(torch.cuda.get_device_properties(0).uuid),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "pairs": [{"what": pair["what"], "equal": pair["equal"]} for pair in pairs],
+        "pairs": [{k: pair[k] for k in ("what", "equal", "digest") if k in pair} for pair in pairs],
         "kills": sum(pair.get("kills", 0) for pair in pairs),
         "kills_equal": sum(pair["kills"] for pair in pairs if pair.get("kills_equal")),
     }

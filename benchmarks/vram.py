@@ -193,6 +193,7 @@ def training_of(point: Point, fast: dict) -> tuple[vram.Shape, vram.Training]:
         dropout=point.dropout,
         optimizer=point.optimizer,
         rows=ROWS_A_STEP if padded else 1,
+        sequences=ROWS_A_STEP,
         tokens=point.tokens_per_step,
         learned_tokens=point.tokens_per_step,
         accumulation=point.accumulation,

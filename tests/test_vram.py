@@ -29,6 +29,7 @@ def run_of(shape, **changes):
         dropout=0.0,
         optimizer="adamw_torch_fused",
         rows=1,
+        sequences=8,
         tokens=TOKENS,
         learned_tokens=TOKENS,
         accumulation=1,
@@ -271,3 +272,14 @@ def test_a_point_of_the_benchmark_trains_and_has_a_prediction(point):
     shape, run = training_of(point, asdict(fast))
     assert run.tokens == 64
     assert vram.predict(shape, run).peak > vram.weights_bytes(shape, point.method, True)
+
+
+def test_one_long_row_needs_more_for_attention_than_many_short_ones(folders):
+    """Deterministic attention sums the gradient of the queries once for each share of the keys."""
+    _, shape = read_model(folders["llama"])
+    many, one = (
+        vram.attention_working(shape, run_of(shape, sequences=n, tokens=4096)) for n in (64, 1)
+    )
+    width = shape.heads * shape.head_dim
+    # 4 heads of one row leave a GPU of 132 multiprocessors 33 shares.
+    assert one - many == 4096 * 4 * width * (33 - 1)

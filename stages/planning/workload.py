@@ -122,6 +122,8 @@ def planned_training(config, shape: vram.Shape, params: Params, rows: Lengths) -
         dropout=params.lora.dropout,
         optimizer=params.train.optimizer,
         rows=count,
+        # A pack may hold one row alone.
+        sequences=min(params.train.batch_size, len(rows.tokens)),
         tokens=tokens,
         learned_tokens=learned,
         accumulation=params.train.gradient_accumulation,

@@ -55,6 +55,8 @@ OFFLOAD_RETURNED = 3
 # leaving at the head; in the backward pass there are the one at work, the one on its way back and,
 # as measured, a third.
 PARTS_STASH, PARTS_RETURNED = 2, 3
+# Of an H100 or H200. Most consumer cards have fewer and need less than is counted.
+MULTIPROCESSORS = 132
 # cuBLAS workspaces, taken from the allocator by the forward and the backward thread.
 WORKSPACES = 0.070e9
 # Tiles of trl's fused head: tokens x vocabulary.
@@ -116,6 +118,7 @@ class Training:
     dropout: float
     optimizer: str
     rows: int  # rows a step on the device; 1 when packed into one
+    sequences: int  # rows in it, at the least: what attention keeps apart
     tokens: int  # T
     learned_tokens: int  # N
     accumulation: int
@@ -301,8 +304,11 @@ def attention_working(shape: Shape, run: Training) -> float:
     # The gradients of the stream, of the output, of q, k and v.
     live = 2 * shape.hidden + 4 * a + 4 * k
     if run.attention == "varlen":
-        # FlashAttention 2 sums dq in fp32 and dk, dv for every query head first.
-        live += 4 * a + 4 * shape.heads + (4 * a if a != k else 0)
+        # FlashAttention 2 sums dq in fp32 and dk, dv for every query head first. Deterministic, it
+        # has a dq for each share of a sequence's keys that fills the GPU (ATen, flash_api.cpp).
+        parallel = run.sequences * shape.heads
+        sums = (MULTIPROCESSORS + parallel - 1) // parallel
+        live += 4 * a * sums + 4 * shape.heads + (4 * a if a != k else 0)
     else:
         live += 4 * (a - k)
     if run.attention == "eager":
