@@ -11,7 +11,8 @@
     perplexity  the same held-out rows in batches of several sizes
 
 Weights and rows are random. Writes benchmarks/results/determinism.json after every part: `pairs`
-(what was compared, whether it was `equal`, and a digest to compare with other machines), `cost_percent`, `kills`, `kills_equal`.
+(what was compared, whether it was `equal`, and a digest to compare with other machines),
+`cost_percent`, `kills`, `kills_equal`.
 """
 
 import argparse
