@@ -1,10 +1,16 @@
 """A repository whose two stages turn params into metrics in milliseconds, run by the real DVC."""
 
+import importlib
+import io
 import subprocess
 import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 from tiny import ROOT
+
+from tools.revision import Revision
 
 DVC_YAML = """\
 stages:
@@ -68,6 +74,16 @@ metrics/verify.json:
 """
 
 
+class Texts(Revision):
+    """A revision made of texts: path -> content."""
+
+    def __init__(self, name: str, texts: dict[str, str]):
+        self.name, self.commit, self.texts = name, name.encode().hex(), texts
+
+    def bytes(self, path: str) -> bytes | None:
+        return self.texts[path].encode() if path in self.texts else None
+
+
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
@@ -79,12 +95,24 @@ def must(folder: Path, *command: str) -> str:
 
 
 def tool(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess:
-    """`python -m tools.NAME` as a person runs it in `folder`."""
-    return run(folder, sys.executable, "-m", f"tools.{name}", *arguments)
+    """`python -m tools.NAME` as a person runs it in `folder`, without the start of a process."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    argv = patch.object(sys, "argv", [name, *arguments])
+    with chdir(folder), redirect_stdout(out), redirect_stderr(err), argv:
+        try:
+            importlib.import_module(f"tools.{name}").main()
+        except SystemExit as end:
+            status = end.code or 0
+            if isinstance(status, str):
+                print(status, file=err)
+                status = 1
+    return subprocess.CompletedProcess([name, *arguments], status, out.getvalue(), err.getvalue())
 
 
-def make(folder: Path) -> Path:
-    """The repository with one run committed on the branch main."""
+def make(folder: Path, top: Path | None = None) -> Path:
+    """The repository with one run committed on the branch main; its top may lie above `folder`."""
+    top = top or folder
+    folder.mkdir(exist_ok=True)
     (folder / "templates").mkdir()
     for name, text in {
         "dvc.yaml": DVC_YAML,
@@ -99,11 +127,11 @@ def make(folder: Path) -> Path:
     # The tools under test, as they are: links, so that nothing is tested stale.
     for name in ("tools", "stages"):
         (folder / name).symlink_to(ROOT / name)
-    must(folder, "git", "init", "-q", "-b", "main")
-    must(folder, "dvc", "init", "-q")
+    must(top, "git", "init", "-q", "-b", "main")
+    must(top, "dvc", "init", "-q")
     must(folder, "dvc", "config", "core.autostage", "false")
-    must(folder, "git", "add", "-A")
-    must(folder, "git", "commit", "-qm", "pipeline")
+    must(top, "git", "add", "-A")
+    must(top, "git", "commit", "-qm", "pipeline")
     must(folder, "git", "tag", "no-metrics")
     reproduce(folder, "first run")
     return folder

@@ -1,13 +1,17 @@
 """The comparison over real revisions, and the noise it weighs changes by."""
 
 import json
+import re
+from contextlib import chdir
 
 import pytest
 import stub_pipeline as stub
+from markdown_it import MarkdownIt
 from stub_pipeline import edit, must, tool
 
-from tools.compare import change, metric_rows, verdict
-from tools.noise import spread
+from tools.compare import change, comparison, metric_rows, verdict
+from tools.noise import RESULT, conditions, spread
+from tools.revision import Revision
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +31,21 @@ def compared(repository):
     edit(repository / "params.yaml", "seconds: 100.0", "seconds: 300.0")
     edit(repository / "params.yaml", "note: a | b", "note: <b>[x](y)</b>")
     must(repository, "dvc", "repro", "-q")
-    noise = {"metrics/eval.json": {"group_tuned_perplexity": {"noise_percent": 0.1}}}
-    (repository / "benchmarks/results").mkdir(parents=True)
-    (repository / "benchmarks/results/noise.json").write_text(json.dumps({"metrics": noise}))
+    write_noise(repository)
     return tool(repository, "compare", "--base", "main").stdout
+
+
+def write_noise(repository):
+    """noise.json as of main: 0.1 % for the groups, and more of the time."""
+    with chdir(repository):
+        measured_on = conditions(Revision("main")).model_dump()
+    noise = {
+        "metrics/eval.json": {"group_tuned_perplexity": {"noise_percent": 0.1}},
+        "metrics/train_cost.json": {"train_seconds": {"noise_percent": 500}},
+    }
+    (repository / RESULT).parent.mkdir(parents=True)
+    content = NOISE | {"measured_on": measured_on, "metrics": noise}
+    (repository / RESULT).write_text(json.dumps(content))
 
 
 def test_quality_stands_first_and_cost_last(compared):
@@ -39,8 +54,143 @@ def test_quality_stands_first_and_cost_last(compared):
         "| `eval: tuned_perplexity` | 12 | 11 | -8.33 % | better |",
         r"| `eval: group_tuned_perplexity` | 14 | 14.001 | +0.01 % | within noise |",
         "| `verify: token_agreement` | 0.999 | 0.99 | -0.90 % | worse |",
-        "| `train_cost: train_seconds` | 100 | 300 | +200.00 % | worse |",
+        "| `train_cost: train_seconds` | 100 | 300 | +200.00 % | within noise |",
     ]
+    assert "with the parameters of main: 3 seeds at 0123456789 on CPU." in compared
+
+
+def texts(name, noise=None, **changes):
+    """A revision of a project with model, data and a setting; `changes` of params and metrics."""
+    params = {
+        "seed": 42,
+        "model": {"id": "tiny", "revision": "1"},
+        "dataset": {"id": "rows", "revision": None},
+        "lora": {"r": 16},
+        "plan": {"vram_limit_gb": None},
+    }
+    metrics = {
+        "data": {"train_tokens": 100},
+        "train": {"train_loss": 2.0},
+        "eval": {"tuned_perplexity": 12.0, "eval_set_sha256": "aaaa"},
+        "train_cost": {"device": "CPU", "train_seconds": 10.0},
+    }
+    for key, values in changes.items():
+        (metrics if key in metrics else params).setdefault(key, {}).update(values)
+    declared = [{f"metrics/{key}.json": {"cache": False}} for key in metrics]
+    files = {
+        "params.yaml": json.dumps(params),
+        "dvc.yaml": json.dumps({"stages": {"all": {"cmd": "true", "metrics": declared}}}),
+    }
+    files |= {f"metrics/{key}.json": json.dumps(values) for key, values in metrics.items()}
+    return stub.Texts(name, files | ({str(RESULT): json.dumps(noise)} if noise else {}))
+
+
+BETTER = {
+    "train": {"train_loss": 1.9},
+    "eval": {"tuned_perplexity": 11.9},
+    "train_cost": {"train_seconds": 9.0},
+}
+NOISE = {
+    "commit": "0123456789abcdef",
+    "device": "CPU",
+    "seeds": [42, 1, 2],
+    "measured_on": conditions(texts("measured")).model_dump(),
+    "metrics": {
+        "metrics/train.json": {"train_loss": {"noise_percent": 50.0}},
+        "metrics/eval.json": {"tuned_perplexity": {"noise_percent": 50.0}},
+        "metrics/train_cost.json": {"train_seconds": {"noise_percent": 50}},
+    },
+}
+ALL, NONE = 3, 0
+
+
+@pytest.mark.parametrize(
+    ("base", "now", "within", "said"),
+    [
+        (
+            {},
+            {},
+            ALL,
+            "measured on tiny 1 and rows with the parameters of main: 3 seeds at 0123456789",
+        ),
+        # What is under test.
+        ({}, {"lora": {"r": 64}}, ALL, "with the parameters of main"),
+        ({"lora": {"r": 64}}, {}, NONE, "and main has other values of lora.r. Measure yours"),
+        ({"lora": {"new": 2}}, {}, NONE, "and main has other values of lora.new."),
+        ({"model": {"id": "mine"}}, {}, NONE, "tiny 1 and rows with the parameters of 0123456789,"),
+        ({}, {"model": {"id": "mine"}}, NONE, "and the workspace has other values of model.id."),
+        (
+            {"data": {"train_tokens": 9}},
+            {"data": {"train_tokens": 9}},
+            NONE,
+            r"of data.train\_tokens.",
+        ),
+        ({"eval": {"eval_set_sha256": "b"}}, {}, NONE, r"values of eval.eval\_set\_sha256."),
+        # What decides no result, and what is counted since.
+        ({"plan": {"vram_limit_gb": 8}}, {}, ALL, "Within noise"),
+        ({"data": {"more": 1}}, {"data": {"more": 1}}, ALL, "Within noise"),
+        (
+            {"train_cost": {"device": "H200"}},
+            {},
+            2,
+            "Nothing is said of costs: they are another device",
+        ),
+    ],
+)
+def test_noise_is_spoken_of_where_it_was_measured(base, now, within, said):
+    now = {key: BETTER.get(key, {}) | now.get(key, {}) for key in [*BETTER, *now]}
+    text = comparison(texts("main", **base), texts("the workspace", NOISE, **now))
+    assert text.count("| within noise |") == within
+    assert said in text
+
+
+def test_noise_that_does_not_say_what_it_was_measured_on_is_not_spoken_of():
+    old = {key: value for key, value in NOISE.items() if key != "measured_on"}
+    text = comparison(texts("main"), texts("now", old, **BETTER))
+    assert "within noise" not in text
+    assert r"noise.json does not say what it was measured on" in text
+
+
+@pytest.mark.parametrize(
+    "other", [{"eval": {"eval_set_sha256": "b"}}, {"data": {"train_tokens": 101}}]
+)
+def test_a_loss_of_other_data_is_neither_better_nor_worse(other):
+    now = {key: BETTER.get(key, {}) | other.get(key, {}) for key in [*BETTER, *other]}
+    text = comparison(texts("main"), texts("now", NOISE, **now))
+    assert "| `train: train_loss` | 2 | 1.9 | -5.00 % | not comparable |" in text
+
+
+HOSTILE = (
+    "# H\n\n# [x](http://evil.example) | `<b>` www.evil.example a@evil.example \x1b[31m\u2028# H"
+)
+
+
+def test_no_name_and_no_value_can_make_a_heading_or_a_link():
+    measured = {"params": {"model.id": HOSTILE, HOSTILE: 1}, "data": {HOSTILE: HOSTILE}}
+    base = texts("main", eval={HOSTILE: 1.0, "x_eval_tokens": HOSTILE})
+    now = texts(
+        "now",
+        NOISE | {"measured_on": measured, "commit": HOSTILE, "device": HOSTILE},
+        model={"id": HOSTILE, HOSTILE: 1},
+        eval={HOSTILE: HOSTILE, f"{HOSTILE}eval_tokens": 1},
+        train_cost={"device": HOSTILE},
+    )
+    text = comparison(base, now)
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "# Compared with main, 6d61696e",
+        "## Metrics",
+        "## Parameters",
+    ]
+    assert [c for c in text if not c.isprintable() and c not in "\n\u2060"] == []
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    pieces = [child for token in tokens for child in token.children or []]
+    assert {child.type for child in pieces} == {"text", "code_inline"}
+    # GitHub makes links of bare addresses where they are no code.
+    [said] = [line for line in text.splitlines() if line.startswith("Nothing is said of noise")]
+    assert "evil" in said
+    assert not re.search(r"(?<!\\)://|www\.|@\w", said)
+    cells = [child.content for child in pieces if child.type == "text"]
+    assert len([cell for cell in cells if "evil" in cell]) == 1, "the paragraph alone"
 
 
 def test_quality_comes_first_whatever_the_order_of_the_stages():
@@ -53,9 +203,8 @@ def test_quality_comes_first_whatever_the_order_of_the_stages():
 
 def test_parameters_are_listed_and_escaped(compared):
     assert "| `results.tuned` | 12.0 | 11.0 |" in compared
-    assert r"| `train.note` | a \| b | \<b\>\[x\]\(y\)\</b\> |" in compared
+    assert r"| `train.note` | `a \| b` | `<b>[x](y)</b>` |" in compared
     assert "learning_rate" not in compared
-    assert "<b>" not in compared
 
 
 def test_other_evaluation_set_is_not_comparable(repository):
@@ -67,7 +216,8 @@ def test_other_evaluation_set_is_not_comparable(repository):
     text = tool(repository, "compare", "--base", "main").stdout
     assert "| `eval: tuned_perplexity` | 12 | 11 | -8.33 % | not comparable |" in text
     assert "| `verify: token_agreement` | 0.999 | 0.99 | -0.90 % | not comparable |" in text
-    assert "The evaluation sets differ" in text
+    assert "| The evaluation sets differ | main | now |" in text
+    assert "| `eval_set_sha256` | `aaaa` | `bbbb` |" in text
 
 
 def test_nothing_changed(repository):
@@ -88,8 +238,8 @@ def test_unknown_base_fails_in_one_line(repository):
     ("key", "before", "now", "noise", "expected"),
     [
         ("tuned_perplexity", 12.0, 11.0, None, "better"),
-        ("tuned_perplexity", 12.0, 12.1, 0.01, "within noise"),
-        ("tuned_perplexity", 12.0, 12.2, 0.01, "worse"),
+        ("tuned_perplexity", 12.0, 12.1, 1.0, "within noise"),
+        ("tuned_perplexity", 12.0, 12.2, 1.0, "worse"),
         ("perplexity_change_percent", -0.5, 0.1, None, "better"),
         ("perplexity_change_percent", 0.1, -0.5, None, "worse"),
         ("tokens_per_second", 80.0, 90.0, None, "better"),
@@ -99,8 +249,8 @@ def test_unknown_base_fails_in_one_line(repository):
         ("device", "CPU", "L4", None, "changed"),
         ("tuned_perplexity", None, 11.0, None, "changed"),
         ("tuned_perplexity", 11.0, None, None, "changed"),
-        ("tuned_perplexity", 12.0, float("nan"), 0.01, "worse"),
-        ("tuned_perplexity", float("nan"), 12.0, 0.01, "changed"),
+        ("tuned_perplexity", 12.0, float("nan"), 1.0, "worse"),
+        ("tuned_perplexity", float("nan"), 12.0, 1.0, "changed"),
     ],
 )
 def test_verdict(key, before, now, noise, expected):
@@ -144,6 +294,8 @@ def test_noise_repeats_the_commit_with_other_seeds(repository):
     assert result["metrics"]["metrics/eval.json"]["tuned_perplexity"]["values"] == [12, 13, 14]
     assert result["metrics"]["metrics/verify.json"] == {}, "what does not vary is no noise"
     assert result["device"] == "CPU"
+    assert result["measured_on"]["params"]["train.learning_rate"] == 2.0e-3
+    assert result["measured_on"]["data"]["eval.eval_set_sha256"] == "aaaa"
     assert not must(repository, "dvc", "exp", "list", "--name-only").strip()
     assert not must(repository, "git", "status", "--porcelain", "--untracked-files=no")
 

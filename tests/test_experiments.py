@@ -1,16 +1,17 @@
 """What the README says of experiments: sweep, table, apply, branch, and freeing their disk."""
 
 import json
+import re
+import shutil
 
 import pytest
 import stub_pipeline as stub
 from stub_pipeline import must, run, tool
+from tiny import ROOT
 
-# `make experiments` of the Makefile: the summary and the parameters that differ.
-COLUMNS = (
-    r"^(?!(Experiment|(group_)?perplexity_after|merge_change_percent|train_minutes|v?ram_gb|seed"
-    r"|(lora|train|quantize|merge|model|dataset|prepare)\..*)$)"
-)
+# `make experiments`: the summary and the parameters that differ.
+MAKEFILE = (ROOT / "Makefile").read_text()
+COLUMNS = re.search("dvc exp show .*--drop '(.*)'", MAKEFILE)[1].replace("$$", "$")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,27 @@ def test_freeing_merged_models_loses_no_adapter(repository):
     ]
     assert json.loads(must(repository, "dvc", "status", "--json")) == {}
     assert "0 files" in tool(repository, "free").stdout
+
+
+def test_freeing_keeps_what_was_added_and_what_another_project_made(tmp_path):
+    """They share the cache, where the same content is one file."""
+    project = stub.make(tmp_path / "project", top=tmp_path)
+    must(project, "git", "branch", "earlier")
+    # A tag may name anything; this one names no commit.
+    must(project, "git", "tag", "a-file", "HEAD:project/params.yaml")
+    for folder, name in (("added", "mine"), ("made", "theirs")):
+        (tmp_path / folder).mkdir()
+        shutil.copyfile(project / "merged/weights", tmp_path / folder / name)
+    must(tmp_path, "dvc", "add", "-q", "added/mine")
+    (tmp_path / "made/dvc.yaml").write_text("stages: {made: {cmd: 'true', outs: [theirs]}}")
+    must(tmp_path / "made", "dvc", "commit", "-q", "--force")
+    stub.edit(project / "params.yaml", "2.0e-3", "1.0e-3")
+    stub.reproduce(project, "another model")
+    for file, freed in {"added/mine.dvc": 1, "made/dvc.lock": 1, "made/dvc.yaml": 2}.items():
+        # The listing of the earlier merged model alone, as long as one of them names its weights.
+        assert f" {freed} files of merged models" in tool(project, "free").stdout
+        must(tmp_path, "git", "rm", "-q", file)
+        must(tmp_path, "git", "commit", "-qm", f"without {file}")
 
 
 def test_a_freed_model_is_merged_again_without_training(repository):

@@ -1,52 +1,138 @@
 """The scripts of .github/workflows/ci.yml, run as GitHub runs them: `bash -e`."""
 
 import os
+import re
+import shutil
 import subprocess
+import sys
 
 import pytest
 import stub_pipeline as stub
 import yaml
 from markdown_it import MarkdownIt
+from stub_pipeline import must
 from tiny import ROOT
+
+JOBS = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+# What it runs, it tells.
+SPY = "import os\nopen(os.environ['RUNNER_TEMP'] + '/ran', 'a').write(__file__ + '\\n')\n"
+# The environment is the tests' own.
+PYTHON = f"""\
+#!/bin/sh
+[ "$2" = venv ] || exec {sys.executable} "$@"
+mkdir -p "$3/bin" && cp "$0" "$3/bin/python"
+printf '#!/bin/sh\\necho "$@" > "$RUNNER_TEMP/installed"' > "$3/bin/pip" && chmod +x "$3/bin/pip"
+"""
 
 
 def run_step(name, folder, **variables):
-    [job] = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"].values()
-    [script] = [step["run"] for step in job["steps"] if step.get("name") == name]
-    command = ["bash", "-e", "-c", script]
-    env = os.environ | variables
+    steps = [step for job in JOBS.values() for step in job["steps"]]
+    [step] = [step for step in steps if step.get("name") == name]
+    set_there = {k: v for k, v in step.get("env", {}).items() if "{{" not in v}
+    env = os.environ | set_there | {key: str(value) for key, value in variables.items()}
+    command = ["bash", "-e", "-c", step["run"]]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(
-    ("tuned", "base", "status", "said"),
-    [
-        ("12.1", "main", 0, "gate: passed"),
-        ("13.4", "main", 1, "broken: metrics/eval.json: tuned_perplexity rose by 11.67 %"),
-        ("12.1", "conflict", 2, "gate: FAILED: conflict:gate.yaml:3: not YAML"),
-    ],
-)
-def test_summary_has_each_table_and_the_verdict(tmp_path, tuned, base, status, said):
-    folder = stub.make(tmp_path)
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """The repository with the tools and a list of versions committed, as the project's."""
+    folder = stub.make(tmp_path_factory.mktemp("workflow"))
+    for name in ("tools", "stages"):
+        (folder / name).unlink()
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    (folder / ".gitignore").write_text("/adapter\n/merged\n__pycache__\n")
+    (folder / "requirements.lock").write_text("pydantic==2\n")
+    must(folder, "git", "add", "-A")
+    must(folder, "git", "commit", "-qm", "tools")
     stub.branch(folder, "conflict")
     (folder / "gate.yaml").write_text("a: 1\n<<<<<<< HEAD\n")
-    stub.must(folder, "git", "commit", "-qam", "conflict")
-    stub.branch(folder, "change", params_yaml=("tuned: 12.0", f"tuned: {tuned}"))
-    stub.reproduce(folder, "change")
+    must(folder, "git", "commit", "-qam", "conflict")
+    for name, tuned in {"same": "12.1", "worse": "13.4"}.items():
+        stub.branch(folder, name, params_yaml=("tuned: 12.0", f"tuned: {tuned}"))
+        stub.reproduce(folder, name)
+    for file in ("tools/gate.py", "tools/__init__.py", "stages/__init__.py"):
+        (folder / file).write_text(SPY + "raise SystemExit(0)\n")
+    for name in ("sitecustomize", "usercustomize", "pydantic", "math", "pip", "venv"):
+        (folder / f"{name}.py").write_text(SPY)
+    must(folder, "git", "checkout", "-q", "-b", "sly")
+    must(folder, "git", "add", "-A")
+    must(folder, "git", "commit", "-qm", "a gate that passes everything")
+    return folder
+
+
+@pytest.fixture
+def gate(project, tmp_path, monkeypatch):
+    """Runs the gate's step on a branch: (exit status, summary, what the runner holds)."""
+
+    def run(branch, base):
+        programs, runner = tmp_path / "programs", tmp_path / "runner"
+        programs.mkdir()
+        runner.mkdir()
+        (programs / "python").write_text(PYTHON)
+        (programs / "python").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+        must(project, "git", "checkout", "-q", "-f", branch)
+        summary = tmp_path / "summary.md"
+        files = {"RUNNER_TEMP": runner, "GITHUB_STEP_SUMMARY": summary}
+        done = run_step("Gate", project, BASE=base, **files)
+        must(project, "git", "worktree", "remove", "--force", str(runner / "base"))
+        return done.returncode, summary.read_text(), runner
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("branch", "base", "status", "said"),
+    [
+        ("same", "main", 0, "gate: passed"),
+        ("worse", "main", 1, "broken: metrics/eval.json: tuned_perplexity rose by 11.67 %"),
+        ("sly", "main", 1, "broken: metrics/eval.json: tuned_perplexity rose by 11.67 %"),
+        ("same", "conflict", 2, "gate: FAILED: conflict:gate.yaml:3: not YAML"),
+        ("worse", "no-metrics", 0, "no-metrics has no gate yet; nothing is judged"),
+    ],
+)
+def test_the_base_s_gate_judges_and_none_of_the_change_s_code_runs(
+    gate, branch, base, status, said
+):
+    ended, summary, runner = gate(branch, base)
+    assert (ended, (runner / "ran").exists()) == (status, False), summary
+    assert said in summary
+    if base == "main":
+        [block] = MarkdownIt("commonmark").parse(summary)
+        assert (block.type, said in block.content) == ("fence", True)
+        assert (runner / "installed").read_text() == (
+            f"install -q -c {runner}/base/requirements.lock pydantic ruamel.yaml\n"
+        )
+
+
+def test_the_gate_s_job_is_its_own():
+    assert "needs" not in JOBS["gate"]
+    assert [step["name"] for step in JOBS["gate"]["steps"] if "run" in step] == ["Gate"]
+
+
+def test_the_gate_needs_no_more_than_its_job_installs():
+    code = "import sys, tools.gate; print(*{n.partition('.')[0] for n in sys.modules})"
+    command = [sys.executable, "-c", f"import sys; before = set(sys.modules); {code}"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    installed = {"pydantic", "pydantic_core", "annotated_types", "ruamel", "typing_extensions"}
+    installed |= {"typing_inspection", "tools"}
+    packages = (ROOT / "requirements.lock").read_text()
+    names = {re.split("[=.]", line)[0].replace("-", "_") for line in packages.splitlines()}
+    assert {name for name in told.split() if name in names} <= installed
+
+
+def test_the_summary_has_our_tables(project, tmp_path):
+    must(project, "git", "checkout", "-q", "-f", "worse")
     summary = tmp_path / "summary.md"
-    done = run_step(
-        "Compare and gate",
-        folder,
-        BASE=base,
-        RUNNER_TEMP=str(tmp_path / "runner"),
-        GITHUB_STEP_SUMMARY=str(summary),
-    )
-    assert done.returncode == status, done.stderr
-    assert said in summary.read_text()
+    done = run_step("Compare", project, BASE="main", GITHUB_STEP_SUMMARY=summary)
+    assert done.returncode == 0, done.stderr
     tokens = MarkdownIt("commonmark").enable("table").parse(summary.read_text())
     rows = [sum(token.type == "tr_open" for token in table) for table in tables(tokens)]
-    # Ours of metrics and of parameters, then DVC's: a head and one changed row each.
-    assert rows == [2, 2, 2, 2]
+    # Of metrics and of parameters: a head and one changed row each.
+    assert rows == [2, 2]
+    assert "tuned_perplexity" in done.stdout, "DVC's own are in the log"
 
 
 def tables(tokens):
@@ -87,7 +173,7 @@ def test_run_uses_a_remote_where_one_is_set(tmp_path, remotes, called, kept):
 
 
 def test_hooks_run_what_ci_runs():
-    [job] = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"].values()
+    job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["pipeline"]
     repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     entries = {hook["entry"] for repo in repos for hook in repo["hooks"]}
     assert entries

@@ -3,7 +3,8 @@
     python -m tools.compare --base main
 
 Compares the workspace with the base. Each change is marked better, worse or within noise; the
-noise is what `python -m tools.noise` measured. Exit status 2 when the base is not known.
+noise is what `python -m tools.noise` measured, and is spoken of only where it was measured: with
+the base's model, data and parameters. Exit status 2 when the base is not known.
 """
 
 import argparse
@@ -11,15 +12,15 @@ import math
 from typing import Any
 
 from stages.reporting.page import Mono, Paragraph, Section, Table, to_markdown
-from tools.gate import EVAL, is_number, metrics, unequal_sets
-from tools.noise import RESULT as NOISE
-from tools.noise import SUMMARY
-from tools.revision import PARAMS, Revision, fail
+from tools.gate import EVAL, is_number, unequal_sets
+from tools.noise import COST, DATA, NOISE, RESULT, SUMMARY, Conditions, conditions
+from tools.revision import Revision
+from tools.screen import ToolError, cut, fail
 
-# Quality first; what a run cost last.
-VERIFY = "metrics/verify.json"
-FIRST = (EVAL, VERIFY, "metrics/train.json")
-LAST = ("metrics/train_cost.json", "metrics/eval_cost.json")
+# Quality first; what a run cost and was made with last.
+VERIFY, TRAIN = "metrics/verify.json", "metrics/train.json"
+FIRST = (EVAL, VERIFY, TRAIN)
+LAST = "_cost.json"
 NEARER_ZERO_IS_BETTER = ("_change_percent", "_error_percent")
 LOWER_IS_BETTER = (
     "perplexity",
@@ -31,14 +32,16 @@ LOWER_IS_BETTER = (
     "nonfinite_values",
     "leaked_examples",
 )
+# What metrics/data.json says of the rows that were trained on.
+TRAIN_KEYS = ("train_", "length_")
 HIGHER_IS_BETTER = ("tokens_per_second", "token_agreement")
 
 
-def verdict(key: str, before, now, noise: float | None) -> str:
-    """better, worse, within noise, or changed. `noise`: relative, between two runs by luck."""
+def verdict(key: str, before: Any, now: Any, noise: float | None) -> str:
+    """better, worse, within noise, or changed. `noise`: percent, between two runs by luck."""
     if not is_number(before) or not is_number(now) or math.isnan(before):
         return "changed"
-    if noise is not None and abs(now - before) <= noise * abs(before):
+    if noise is not None and abs(now - before) <= noise / 100 * abs(before):
         return "within noise"
     if key.endswith(NEARER_ZERO_IS_BETTER):
         return "better" if abs(now) < abs(before) else "worse"
@@ -49,13 +52,16 @@ def verdict(key: str, before, now, noise: float | None) -> str:
     return "changed"
 
 
-def shown(value) -> str:
-    return (
-        f"{value:.6g}" if isinstance(value, float) else "missing" if value is None else str(value)
-    )
+def shown(value: Any) -> str:
+    """A value of a table: a number, or text as such."""
+    if value is None:
+        return "missing"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value) if is_number(value) else Mono(cut(str(value), 200))
 
 
-def change(key: str, before, now) -> str:
+def change(key: str, before: Any, now: Any) -> str:
     if not is_number(before) or not is_number(now) or not before:
         return ""
     if key.endswith("_percent"):
@@ -66,22 +72,33 @@ def change(key: str, before, now) -> str:
     return f"{percent:+.2f} %" if abs(percent) < 1000 else f"x {now / before:,.0f}"
 
 
-def metric_rows(before: dict, now: dict, noise: dict) -> list[list[str]]:
-    """One row for each changed metric. All three map a metrics file to its values."""
-    unequal = unequal_sets(before.get(EVAL, {}), now.get(EVAL, {}))
-    ends = (*FIRST, *LAST, SUMMARY)
-    between = [path for path in dict.fromkeys([*before, *now]) if path not in ends]
+def incomparable(before: dict[str, dict], now: dict[str, dict]) -> set[str]:
+    """Metrics files whose numbers come of other data, which nothing makes better or worse."""
+    old, new = before.get(DATA, {}), now.get(DATA, {})
+    other_rows = [
+        key for key in old if key.startswith(TRAIN_KEYS) and key in new and new[key] != old[key]
+    ]
+    if unequal_sets(before.get(EVAL, {}), now.get(EVAL, {})):
+        # verify scores the merged model on the evaluation set too.
+        return {EVAL, VERIFY, TRAIN}
+    return {TRAIN} if other_rows else set()
+
+
+def metric_rows(before: dict, now: dict, noise: dict[str, dict[str, float]]) -> list[list[str]]:
+    """One row for each changed metric. `before` and `now` map a metrics file to its values."""
+    other_data = incomparable(before, now)
+    paths = dict.fromkeys([*FIRST, *before, *now])
     rows = []
-    for path in (*FIRST, *between, *LAST):
+    for path in sorted(paths, key=lambda path: path.endswith(LAST)):
+        if path == SUMMARY:
+            continue
         old, new = before.get(path, {}), now.get(path, {})
         for key in dict.fromkeys([*old, *new]):
             a, b = old.get(key), new.get(key)
             if a == b or key.endswith(("_low", "_high")):
                 continue
-            spread = noise.get(path, {}).get(key, {}).get("noise_percent")
-            mark = verdict(key, a, b, None if spread is None else spread / 100)
-            # verify scores the merged model on the evaluation set too.
-            if path in (EVAL, VERIFY) and unequal:
+            mark = verdict(key, a, b, noise.get(path, {}).get(key))
+            if path in other_data:
                 mark = "not comparable"
             name = Mono(f"{path.removeprefix('metrics/').removesuffix('.json')}: {key}")
             rows.append([name, shown(a), shown(b), change(key, a, b), mark])
@@ -90,39 +107,87 @@ def metric_rows(before: dict, now: dict, noise: dict) -> list[list[str]]:
 
 def param_rows(before: dict, now: dict) -> list[list[str]]:
     """One row for each changed parameter, by its dotted name."""
-    old, new = flat(before), flat(now)
-    keys = dict.fromkeys([*old, *new])
-    absent = "(none)"
     return [
-        [Mono(key), str(old.get(key, absent)), str(new.get(key, absent))]
-        for key in keys
-        if old.get(key, absent) != new.get(key, absent)
+        [Mono(key), *(_param(side, key) for side in (before, now))]
+        for key in dict.fromkeys([*before, *now])
+        if key not in before or key not in now or before[key] != now[key]
     ]
 
 
-def flat(values: dict, prefix: str = "") -> dict:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
+def _param(values: dict, key: str) -> str:
+    if key not in values:
+        return "(none)"
+    value = str(values[key])
+    return value if is_number(values[key]) else Mono(cut(value, 200))
+
+
+def unlike(measured: Conditions, here: Conditions, kept: tuple[str, ...] = ()) -> list[str]:
+    """Names of what is not as it was `measured`; of the parameters all, or those of `kept` alone.
+
+    What metrics say of the data may have grown since.
+    """
+    old, new = measured.params, here.params
+    keys = [key for key in dict.fromkeys([*old, *new]) if key.startswith(kept or "")]
+    found = [key for key in keys if key not in old or key not in new or old[key] != new[key]]
+    return found + [key for key, value in measured.data.items() if here.data.get(key) != value]
+
+
+def known_noise(base: Revision, now: Revision) -> tuple[dict[str, dict[str, float]], str]:
+    """Metrics file -> key -> noise in percent, as far as it holds here; what it was measured on.
+
+    It says how far two runs with the base's parameters lie apart. What was changed since is under
+    test, unless it is the model or the data.
+    """
+    noise = now.json(str(RESULT), NOISE)
+    if noise is None:
+        return {}, "The noise is not measured yet: python -m tools.noise"
+    if noise.measured_on is None:
+        return {}, f"{RESULT} does not say what it was measured on: python -m tools.noise"
+    params, commit = noise.measured_on.params, noise.commit[:10]
+    model, data = (
+        f"{params.get(f'{section}.id')} {params.get(f'{section}.revision') or ''}".strip()
+        for section in ("model", "dataset")
+    )
+    if other := unlike(noise.measured_on, conditions(base)):
+        whose = base.name
+    else:
+        other = unlike(noise.measured_on, conditions(now), kept=("model.",))
+        whose = now.name
+    if other:
+        more = f" and {len(other) - 4} more" if len(other) > 4 else ""
+        return {}, (
+            f"Nothing is said of noise: it was measured on {model} and {data} with the parameters "
+            f"of {commit}, and {whose} has other values of {', '.join(map(cut, other[:4]))}{more}. "
+            "Measure yours: python -m tools.noise"
+        )
+    spreads = {
+        path: {key: spread.noise_percent for key, spread in keys.items()}
+        for path, keys in noise.metrics.items()
+    }
+    said = (
+        "Within noise: no further apart than 95 of 100 pairs of runs that differ by the seed "
+        f"alone, measured on {model} and {data} with the parameters of {base.name}: "
+        f"{len(noise.seeds)} seeds at {commit} on {noise.device}."
+    )
+    if {side.metrics.get(COST, {}).get("device") for side in (base, now)} != {noise.device}:
+        spreads = {path: keys for path, keys in spreads.items() if not path.endswith(LAST)}
+        said += " Nothing is said of costs: they are another device's."
+    return spreads, said
 
 
 def comparison(base: Revision, now: Revision) -> str:
     """The whole comparison as Markdown."""
-    noise = now.json(str(NOISE))
-    before, after = metrics(base), metrics(now)
-    rows = metric_rows(before, after, noise["metrics"] if noise else {})
-    blocks: list[Table | Paragraph] = [Table(["Metric", base.name, "now", "change", ""], rows)]
-    if not rows:
-        blocks = [Paragraph("No metric changed.")]
-    if unequal := unequal_sets(before.get(EVAL, {}), after.get(EVAL, {})):
-        blocks.insert(0, Paragraph(f"The evaluation sets differ: {'; '.join(unequal)}."))
-    if noise is None:
-        blocks.append(Paragraph("The noise is not measured yet: python -m tools.noise"))
-    params = param_rows(base.yaml(PARAMS), now.yaml(PARAMS))
+    noise, measured = known_noise(base, now)
+    before, after = base.metrics, now.metrics
+    rows = metric_rows(before, after, noise)
+    blocks: list[Table | Paragraph] = [Paragraph("No metric changed.")]
+    if rows:
+        blocks = [Table(["Metric", base.name, "now", "change", ""], rows), Paragraph(measured)]
+    old, new = before.get(EVAL, {}), after.get(EVAL, {})
+    if unequal := unequal_sets(old, new):
+        sets = [[Mono(key), shown(old[key]), shown(new.get(key))] for key in unequal]
+        blocks.insert(0, Table(["The evaluation sets differ", base.name, "now"], sets))
+    params = param_rows(base.settings, now.settings)
     changed = Table(["Parameter", base.name, "now"], params)
     sections = [
         Section("Metrics", blocks),
@@ -137,7 +202,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         print(comparison(Revision(arguments.base), Revision(None)), end="")
-    except (LookupError, ValueError) as error:
+    except ToolError as error:
         fail("compare", str(error))
 
 

@@ -5,81 +5,94 @@
 
 Every run leaves a merged model in DVC's cache, 16 bits a parameter. It is made again from the base
 and the adapter by `dvc repro` (merge and what follows, no training), so only the workspace's is
-worth its disk. Data, bases, adapters and metrics of every branch, tag and experiment stay. To free
-those of experiments too: dvc exp remove NAME, then
-dvc gc --workspace --all-branches --all-tags --all-experiments
+worth its disk. Data, bases, adapters and metrics of every branch, tag and experiment stay, and so
+does what any other pipeline or `dvc add` of the repository names. To free those of experiments too:
+dvc exp remove NAME, then dvc gc --workspace --all-branches --all-tags --all-experiments
 """
 
 import argparse
-import json
-import os
+import posixpath
 from pathlib import Path
 
+from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
-from tools.revision import DVC_LOCK, DVC_YAML, Revision, fail, git
+from tools.revision import DVC_LOCK, Revision, git
+from tools.schemas import LISTING, LOCK, TRACKED, read_json
+from tools.screen import ToolError, fail
 
 
-def remade(revision: Revision) -> set[str]:
-    """Outputs that dvc.yaml marks `push: false`: not worth storing, since quickly made again."""
-    return {
-        path
-        for stage in revision.yaml(DVC_YAML).get("stages", {}).values()
-        for entry in stage.get("outs", [])
-        if isinstance(entry, dict)
-        for path, options in entry.items()
-        if options.get("push") is False
+def outputs(revision: Revision) -> tuple[set[str], set[str]]:
+    """Hashes of all that DVC stores for a revision: what is soon made again, and the rest.
+
+    dvc.yaml marks the former `push: false`: it is not worth storing elsewhere either. The rest is
+    also what other pipelines and `dvc add` of the repository name, since they share the cache.
+    """
+    paths = {
+        entry.path
+        for stage in revision.pipeline.stages.values()
+        for entry in stage.outs
+        if entry.options.get("push") is False
     }
-
-
-def hashes(revision: Revision) -> dict[str, str]:
-    """Path of each output in dvc.lock -> its MD5."""
-    return {
-        out["path"]: out["md5"]
-        for stage in revision.yaml(DVC_LOCK).get("stages", {}).values()
-        for out in stage.get("outs", [])
-    }
+    quick: set[str] = set()
+    rest: set[str] = set()
+    for file in revision.files:
+        path = posixpath.relpath(file, revision.prefix or ".")
+        if posixpath.basename(file) == DVC_LOCK:
+            for run in revision.yaml(path, LOCK).stages.values():
+                for out in run.outs:
+                    ours = path == DVC_LOCK and out.path in paths
+                    (quick if ours else rest).add(out.md5)
+        elif file.endswith(".dvc"):
+            rest |= {out.md5 for out in revision.yaml(path, TRACKED).outs if out.md5}
+    return quick, rest
 
 
 def objects(cache: Path, md5: str) -> set[Path]:
     """Files of DVC's cache that hold an output: one, or a listing and the files it lists."""
     path = cache / md5[:2] / md5[2:]
-    found = {path}
-    if md5.endswith(".dir") and path.exists():
-        found |= {
-            cache / entry["md5"][:2] / entry["md5"][2:] for entry in json.loads(path.read_bytes())
-        }
-    return found
+    if not md5.endswith(".dir") or not path.exists():
+        return {path}
+    listing = read_json(path.read_bytes(), LISTING, str(path))
+    return {path} | {cache / entry.md5[:2] / entry.md5[2:] for entry in listing}
 
 
 def unused(cache: Path, workspace: Revision, others: list[Revision]) -> set[Path]:
     """Objects of `others` that only outputs made again quickly need, and the workspace does not."""
-    keep: set[Path] = set()
-    for md5 in hashes(workspace).values():
-        keep |= objects(cache, md5)
-    drop: set[Path] = set()
+    quick, rest = outputs(workspace)
+    keep, drop = quick | rest, set[str]()
     for revision in others:
-        quick = remade(revision)
-        for path, md5 in hashes(revision).items():
-            (drop if path in quick else keep).update(objects(cache, md5))
-    return {path for path in drop - keep if path.exists()}
+        quick, rest = outputs(revision)
+        drop |= quick
+        keep |= rest
+    kept = {path for md5 in keep for path in objects(cache, md5)}
+    dropped = {path for md5 in drop for path in objects(cache, md5)}
+    return {path for path in dropped - kept if path.exists()}
+
+
+def commits() -> list[Revision]:
+    """HEAD, and what every branch, tag and experiment points at, where that is a commit."""
+    command = ("-c", "log.showSignature=false", "log", "--no-walk", "--all", "HEAD", "--format=%S")
+    return [Revision(name) for name in git(*command).decode().split()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--yes", action="store_true", help="delete, and do not only say so")
     arguments = parser.parse_args()
-    names = git("for-each-ref", "--format=%(refname)").stdout.decode().split()
     try:
-        commits = [Revision(name) for name in [*names, "HEAD"]]
-        cache = Path(Repo().cache.local.path)
-        found = unused(cache, Revision(None), commits)
-    except (LookupError, ValueError) as error:
+        revisions = commits()
+        with Repo() as repo:
+            cache = Path(repo.cache.local.path)
+        found = unused(cache, Revision(None), revisions)
+        size = sum(path.stat().st_size for path in found) / 1e9
+        if arguments.yes:
+            for path in found:
+                path.unlink()
+    except (ToolError, DvcException) as error:
         fail("free", str(error))
-    size = sum(path.stat().st_size for path in found) / 1e9
-    if arguments.yes:
-        for path in found:
-            os.remove(path)
+    except OSError as error:
+        fail("free", f"{error.filename}: {error.strerror}; mend its permissions and run it again")
     verb = "freed" if arguments.yes else "would free (with --yes)"
     print(f"free: {verb} {size:.2f} GB: {len(found)} files of merged models in {cache}")
 

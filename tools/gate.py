@@ -3,41 +3,36 @@
     python -m tools.gate --base origin/main
 
 Judges what is committed at HEAD; limits are those of gate.yaml at the base, so that the change
-under review cannot move them. Needs neither a GPU, nor a DVC remote, nor a run.
+under review cannot move them. Needs neither a GPU, nor a DVC remote, nor a run, and so cannot tell
+whether there was one: metrics and dvc.lock that agree may both be typed. `tools/check_repro.py`
+holds them to a run.
 Exit status: 0 passed, 1 a limit broke, 2 nothing could be judged.
 """
 
 import argparse
 import math
 import sys
-from typing import Any, TypeGuard
+from typing import Annotated, Any, Literal, TypeGuard
 
-from tools.revision import DVC_LOCK, DVC_YAML, PARAMS, Revision, fail, git
+from pydantic import Field, TypeAdapter
 
-LIMITS = "gate.yaml"
-RULES = ("may_rise_percent", "may_fall_percent", "at_most", "at_least")
+from tools.revision import DVC_LOCK, DVC_YAML, PARAMS, Revision, git
+from tools.schemas import Run, Stage
+from tools.screen import ToolError, fail, printable
+
+GATE = "gate.yaml"
 EVAL = "metrics/eval.json"
 SET_KEYS = ("eval_tokens", "eval_set_sha256")
+Rule = Literal["may_rise_percent", "may_fall_percent", "at_most", "at_least"]
+# A limit that is no number would hold nothing, and so would an empty one.
+Rules = Annotated[dict[Rule, Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1)]
+LIMITS = TypeAdapter(dict[str, Annotated[dict[str, Rules], Field(min_length=1)]])
+# 14 to 15.4 is 10 %, and in binary a little more.
+ROUNDING = 1e-9
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def check_limits(limits: dict) -> None:
-    """Raises ValueError for a part of gate.yaml that is no mapping, or a rule that is not known."""
-    for path, keys in limits.items():
-        if not isinstance(keys, dict):
-            raise ValueError(f"{LIMITS}: {path}: not a mapping")
-        for key, rules in keys.items():
-            if not isinstance(rules, dict):
-                raise ValueError(f"{LIMITS}: {path}: {key}: not a mapping")
-            for rule, value in rules.items():
-                if rule not in RULES or not is_number(value):
-                    raise ValueError(
-                        f"{LIMITS}: {path}: {key}: {rule}: {value}: "
-                        f"a rule is one of {', '.join(RULES)} with a number"
-                    )
 
 
 def broken_limits(limits: dict, base: dict[str, dict], head: dict[str, dict]) -> list[str]:
@@ -63,8 +58,8 @@ def broken_limits(limits: dict, base: dict[str, dict], head: dict[str, dict]) ->
     return found
 
 
-def broken(rule: str, limit: float, before: float | None, now: float) -> str | None:
-    """What is wrong with `now` under one rule, or None."""
+def broken(rule: str, limit: float, before: Any, now: float) -> str | None:
+    """What is wrong with `now` under one rule, or None. A limit exactly reached is kept."""
     if rule == "at_most" and now > limit:
         return f"is {now:g}; at most {limit:g} is allowed"
     if rule == "at_least" and now < limit:
@@ -72,7 +67,7 @@ def broken(rule: str, limit: float, before: float | None, now: float) -> str | N
     if not rule.startswith("may_") or not is_number(before) or not math.isfinite(before):
         return None
     change = now - before if rule == "may_rise_percent" else before - now
-    if change <= abs(before) * limit / 100:
+    if change <= abs(before) * limit / 100 + abs(before) * ROUNDING:
         return None
     percent = f"{100 * change / abs(before):.2f} %" if before else f"{change:g} from 0"
     verb = "rose" if rule == "may_rise_percent" else "fell"
@@ -89,113 +84,103 @@ def not_finite(head: dict[str, dict]) -> list[str]:
 
 
 def unequal_sets(base: dict, head: dict) -> list[str]:
-    """Differences between the evaluation sets of two eval.json, which forbid a comparison."""
-    return [
-        f"{EVAL}: {key} is {head.get(key)}, but {base[key]} at the base"
-        for key in base
-        if key.endswith(SET_KEYS) and head.get(key) != base[key]
-    ]
+    """Keys of two eval.json whose evaluation sets differ, which forbids a comparison."""
+    return [key for key in base if key.endswith(SET_KEYS) and head.get(key) != base[key]]
 
 
-def redefined(stage: dict, entry: dict) -> list[str]:
+def redefined(stage: Stage, run: Run) -> list[str]:
     """Parts of a stage in dvc.yaml that differ from its last run, its entry in dvc.lock."""
-
-    def declared(*kinds: str) -> set[str]:
-        listed = (one for kind in kinds for one in stage.get(kind, []))
-        return {one if isinstance(one, str) else next(iter(one)) for one in listed}
-
-    def recorded(kind: str) -> set[str]:
-        return {one["path"] for one in entry.get(kind, [])}
-
     parts = {
-        "command": (stage.get("cmd"), entry.get("cmd")),
-        "deps": (declared("deps"), recorded("deps")),
-        "params": (declared("params"), set(entry.get("params", {}).get(PARAMS, {}))),
-        "outs": (declared("outs", "metrics", "plots"), recorded("outs")),
+        "command": (stage.cmd, run.cmd),
+        "deps": (set(stage.paths("deps")), {dep.path for dep in run.deps}),
+        "params": (set(stage.paths("params")), set(run.params.get(PARAMS, {}))),
+        "outs": (set(stage.paths("outs", "metrics", "plots")), {out.path for out in run.outs}),
     }
     return [part for part, (now, then) in parts.items() if now != then]
 
 
 def edited(path: str, base: Revision, head: Revision) -> bool:
     """Whether the committed file `path`, or one below the folder `path`, differs."""
-    files = {file for file in base.files | head.files if f"{file}/".startswith(f"{path}/")}
-    return any(base.md5(file) != head.md5(file) for file in files)
+    parent = f"{head.at(path)}/"
+    files = {file for file in base.files | head.files if f"{file}/".startswith(parent)}
+    return any(base.files.get(file) != head.files.get(file) for file in files)
 
 
-def unvouched(revision: Revision, base: Revision) -> list[str]:
+def inconsistent(head: Revision, base: Revision) -> list[str]:
     """What is committed but not what dvc.lock recorded: metrics, code, parameters, or the chain.
 
-    Anyone can type a number into a metrics file; DVC wrote each file's MD5 after running a stage.
-    A folder may hold files that Git ignores, so that its hash cannot be had from a commit: one
-    whose committed files changed since `base` must have another hash than at `base`.
+    DVC wrote each file's MD5 after running a stage, so a number that was typed into a metrics file
+    alone is found.
     """
-    lock = revision.yaml(DVC_LOCK).get("stages", {})
-    params = revision.yaml(PARAMS)
-    made = {out["path"]: out["md5"] for entry in lock.values() for out in entry.get("outs", [])}
-    before = {
-        dep["path"]: dep["md5"]
-        for entry in base.yaml(DVC_LOCK).get("stages", {}).values()
-        for dep in entry.get("deps", [])
-    }
+    made = {out.path: out.md5 for run in head.lock.stages.values() for out in run.outs}
     found = []
-    for path in revision.declared("metrics", "plots"):
-        actual = revision.md5(path)
+    for path in head.pipeline.declared("metrics", "plots"):
+        actual = head.md5(path)
         if actual != made.get(path):
-            what = "missing" if actual is None else "not what dvc.lock recorded"
+            what = "missing" if actual is None else f"not what {DVC_LOCK} recorded"
             found.append(f"{path} is {what}")
-    for name, stage in revision.yaml(DVC_YAML).get("stages", {}).items():
-        if name not in lock:
-            found.append(f"stage {name} has never run: it is not in dvc.lock")
-            continue
-        for part in redefined(stage, lock[name]):
-            found.append(f"stage {name} ran with other {part} than {DVC_YAML} has")
-        for dep in lock[name].get("deps", []):
-            path = dep["path"]
-            expected = made.get(path) or revision.md5(path)
-            if expected is None:
-                stale = before.get(path) == dep["md5"] and edited(path, base, revision)
-            else:
-                stale = expected != dep["md5"]
-            if stale:
-                found.append(f"stage {name} ran with another {path}")
-        for key, value in lock[name].get("params", {}).get(PARAMS, {}).items():
-            if params.get(key) != value:
-                found.append(f"stage {name} ran with another {key} in {PARAMS}")
+    for name, stage in head.pipeline.stages.items():
+        if name in head.lock.stages:
+            run = head.lock.stages[name]
+            other = [f"other {part} than {DVC_YAML} has" for part in redefined(stage, run)]
+            other += [f"another {what}" for what in outdated(run, made, head, base)]
+            found += [f"stage {name} ran with {what}" for what in other]
+        else:
+            found.append(f"stage {name} has never run: it is not in {DVC_LOCK}")
     return found
 
 
-def metrics(revision: Revision) -> dict[str, dict]:
-    """Metrics file -> its values, for every file that dvc.yaml declares and the commit has."""
-    values = {path: revision.json(path) for path in revision.declared("metrics")}
-    return {path: value for path, value in values.items() if value is not None}
+def outdated(run: Run, made: dict[str, str], head: Revision, base: Revision) -> list[str]:
+    """Dependencies and parameters of `head` that are not those of a stage's last run.
+
+    `made` maps the outputs of all stages to their MD5. A folder may hold files that Git ignores,
+    so that its hash cannot be had from a commit: one whose committed files changed since `base`
+    must have another hash than at `base`.
+    """
+    before = {dep.path: dep.md5 for run in base.lock.stages.values() for dep in run.deps}
+    found = []
+    for dep in run.deps:
+        expected = made.get(dep.path) or head.md5(dep.path)
+        if expected is None:
+            stale = before.get(dep.path) == dep.md5 and edited(dep.path, base, head)
+        else:
+            stale = expected != dep.md5
+        if stale:
+            found.append(dep.path)
+    recorded = run.params.get(PARAMS, {})
+    return found + [
+        f"{key} in {PARAMS}" for key, value in recorded.items() if head.params.get(key) != value
+    ]
 
 
 def judge(base: Revision, head: Revision) -> tuple[int, list[str]]:
     """Exit status and the lines that explain it."""
     notices = []
-    limits = base.yaml(LIMITS)
+    limits = base.yaml(GATE, LIMITS)
     if not limits:
-        notices.append(f"notice: no {LIMITS} at {base.name}; the limits are HEAD's own")
-        limits = head.yaml(LIMITS)
+        notices.append(f"notice: no {GATE} at {base.name}; the limits are HEAD's own")
+        limits = head.yaml(GATE, LIMITS)
     if not limits:
-        raise ValueError(f"{LIMITS}: no limits, neither at {base.name} nor at HEAD; write some")
-    check_limits(limits)
-    before, now = metrics(base), metrics(head)
+        raise ToolError(f"{GATE}: no limits, neither at {base.name} nor at HEAD; write some")
+    before, now = base.metrics, head.metrics
     if EVAL not in before:
         notices.append(f"notice: {base.name} has no {EVAL} yet; there is nothing to compare with")
         if not now:
             return 0, [*notices, "gate: passed: neither revision has metrics"]
-    if unjudged := unvouched(head, base):
-        lines = [f"not vouched for: {line}; run dvc repro and commit" for line in unjudged]
-        return 2, [*notices, *lines, "gate: FAILED: dvc.lock does not vouch for these metrics"]
-    if unequal := unequal_sets(before.get(EVAL, {}), now.get(EVAL, {})):
-        lines = [f"not comparable: {line}" for line in unequal]
+    if found := inconsistent(head, base):
+        lines = [f"not consistent: {line}; run dvc repro and commit" for line in found]
+        return 2, [*notices, *lines, f"gate: FAILED: {DVC_LOCK} recorded other results than these"]
+    old, new = before.get(EVAL, {}), now.get(EVAL, {})
+    if unequal := unequal_sets(old, new):
+        lines = [f"{EVAL}: {key} is {new.get(key)}, but {old[key]} at the base" for key in unequal]
+        lines = [f"not comparable: {line}" for line in lines]
         return 2, [*notices, *lines, "gate: FAILED: the evaluation sets differ"]
     if found := not_finite(now) + broken_limits(limits, before, now):
         lines = [f"broken: {line}" for line in found]
         return 1, [*notices, *lines, f"gate: FAILED: {len(found)} broken"]
+    notices.append(f"notice: metrics are consistent with {DVC_LOCK}; only a run can confirm both")
     count = sum(map(len, limits.values()))
-    return 0, [*notices, f"gate: passed: {count} metrics within the limits of {LIMITS}"]
+    return 0, [*notices, f"gate: passed: {count} metrics within the limits of {GATE}"]
 
 
 def main() -> None:
@@ -205,12 +190,13 @@ def main() -> None:
     try:
         base, head = Revision(arguments.base), Revision("HEAD")
         status, lines = judge(base, head)
-    except (LookupError, ValueError) as error:
+        uncommitted = git("status", "--porcelain", "--", "metrics", DVC_LOCK, PARAMS)
+    except ToolError as error:
         fail("gate", f"FAILED: {error}")
-    print(f"gate: {head.commit[:10]} against {base.name} ({base.commit[:10]})")
-    if git("status", "--porcelain", "metrics", DVC_LOCK, PARAMS).stdout:
+    print(f"gate: {head.commit[:10]} against {printable(base.name)} ({base.commit[:10]})")
+    if uncommitted:
         print("notice: uncommitted changes are not judged")
-    print("\n".join(lines))
+    print("\n".join(map(printable, lines)))
     sys.exit(status)
 
 

@@ -16,22 +16,54 @@ import sys
 from datetime import date
 from importlib import metadata
 from pathlib import Path
+from typing import Annotated, Any, TypeGuard
 
-from tools.gate import is_number, metrics
-from tools.revision import PARAMS, Revision, fail, git
+from pydantic import Field, TypeAdapter
+
+from tools.gate import EVAL, SET_KEYS, is_number
+from tools.revision import Revision, git
+from tools.schemas import Part
+from tools.screen import ToolError, fail
 
 RESULT = Path("benchmarks/results/noise.json")
 # Repeats the others.
 SUMMARY = "metrics/summary.json"
+DATA, COST = "metrics/data.json", "metrics/train_cost.json"
+# Luck itself, and what stops a run but changes none.
+NO_SETTINGS = ("seed", "plan")
 DVC = (sys.executable, "-m", "dvc")
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "dvc")
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
 STUDENT_T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
-def run_seed(seed: int) -> str:
-    """Run the committed pipeline with `seed`; the name of the experiment that holds the result."""
-    name = f"noise-{seed}"
+class Conditions(Part):
+    """What noise depends on: parameters by dotted names, and what metrics say of the data."""
+
+    params: dict[str, Any]
+    data: dict[str, Any]
+
+
+class Spread(Part):
+    noise_percent: Annotated[float, Field(ge=0)]
+
+
+class Noise(Part):
+    """What other tools read of RESULT."""
+
+    commit: str
+    device: str
+    seeds: list[int]
+    # Older versions of this tool did not write it.
+    measured_on: Conditions | None = None
+    metrics: dict[str, dict[str, Spread]]
+
+
+NOISE = TypeAdapter(Noise)
+
+
+def run_seed(seed: int, name: str) -> None:
+    """Run the committed pipeline with `seed` as the experiment `name`."""
     command = [
         *DVC,
         "exp",
@@ -44,8 +76,7 @@ def run_seed(seed: int) -> str:
         f"seed={seed}",
     ]
     if subprocess.run(command, check=False).returncode:
-        fail("noise", f"the run with seed {seed} failed; its message stands above")
-    return name
+        raise ToolError(f"the run with seed {seed} failed; its message stands above")
 
 
 def experiment(head: Revision, name: str) -> Revision:
@@ -69,38 +100,70 @@ def spreads(runs: list[dict[str, dict]]) -> dict[str, dict]:
     found: dict[str, dict] = {path: {} for path in runs[0] if path != SUMMARY}
     for path, keys in found.items():
         for key in runs[0][path]:
-            values = [v for run in runs if is_number(v := run.get(path, {}).get(key))]
+            values = [v for run in runs if is_finite(v := run.get(path, {}).get(key))]
             if len(values) == len(runs) and len(set(values)) > 1:
                 keys[key] = spread(values)
     return found
+
+
+def is_finite(value: Any) -> TypeGuard[int | float]:
+    return is_number(value) and math.isfinite(value)
+
+
+def conditions(revision: Revision) -> Conditions:
+    """What a run's noise depends on, in the words of JSON, so that a stored one compares equal."""
+    params = {
+        key: value
+        for key, value in revision.settings.items()
+        if key.partition(".")[0] not in NO_SETTINGS
+    }
+    data = {f"data.{key}": value for key, value in revision.metrics.get(DATA, {}).items()}
+    for key, value in revision.metrics.get(EVAL, {}).items():
+        if key.endswith(SET_KEYS):
+            data[f"eval.{key}"] = value
+    facts = json.dumps({"params": params, "data": data}, default=str)
+    return Conditions.model_validate_json(facts)
+
+
+def measure(head: Revision, names: dict[int, str]) -> dict:
+    """Run every seed as the experiment of its name, and say what came of all of them."""
+    for seed, name in names.items():
+        run_seed(seed, name)
+    runs = [head.metrics, *(experiment(head, name).metrics for name in names.values())]
+    return {
+        "command": " ".join(["python -m tools.noise", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "commit": head.commit,
+        "device": str(head.metrics.get(COST, {}).get("device")),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "seeds": [head.params.get("seed"), *names],
+        "measured_on": conditions(head).model_dump(),
+        "metrics": spreads(runs),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     seeds = parser.parse_args().seeds
-    head = Revision("HEAD")
-    if git("status", "--porcelain", "--untracked-files=no").stdout:
-        fail("noise", "commit your changes first: the noise is that of a commit")
-    committed = head.yaml(PARAMS)["seed"]
-    if committed in seeds or len(set(seeds)) != len(seeds) or not 2 <= len(seeds) <= 9:
-        fail("noise", f"give 2 to 9 different seeds other than {committed}, which is committed")
-    print(f"noise: {len(seeds)} runs beside the committed one, seeds {seeds}")
-    names = [run_seed(seed) for seed in seeds]
-    runs = [metrics(run) for run in (head, *(experiment(head, name) for name in names))]
-    result = {
-        "command": " ".join(["python -m tools.noise", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "commit": head.commit,
-        "device": runs[0]["metrics/train_cost.json"]["device"],
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-        "seeds": [committed, *seeds],
-        "metrics": spreads(runs),
-    }
+    names = {seed: f"noise-{seed}" for seed in seeds}
+    try:
+        head = Revision("HEAD")
+        if git("status", "--porcelain", "--untracked-files=no"):
+            raise ToolError("commit your changes first: the noise is that of a commit")
+        committed = head.params.get("seed")
+        if committed in seeds or len(names) != len(seeds) or not 2 <= len(seeds) <= 9:
+            raise ToolError(
+                f"give 2 to 9 different seeds other than {committed}, which is committed"
+            )
+        print(f"noise: {len(seeds)} runs beside the committed one, seeds {seeds}")
+        result = measure(head, names)
+    except ToolError as error:
+        fail("noise", str(error))
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    subprocess.run([*DVC, "exp", "remove", "--quiet", *names], check=True)
-    print(f"noise: written to {RESULT}; commit it")
+    print(f"noise: written to {RESULT}; commit it", flush=True)
+    sys.exit(subprocess.call([*DVC, "exp", "remove", "--quiet", *names.values()]))
 
 
 if __name__ == "__main__":

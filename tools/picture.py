@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from tools.revision import fail
+from tools.screen import fail
 
 REPORT = Path("metrics/report.html")
 PICTURE = Path("docs/report.png")

@@ -1,59 +1,95 @@
 """What a Git revision, or the workspace, says about the pipeline: read without checking it out."""
 
 import hashlib
-import json
+import os
+import posixpath
+import re
+import shlex
 import subprocess
-import sys
+from functools import cached_property
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, TypeVar
 
-from ruamel.yaml import YAML, YAMLError
-from ruamel.yaml.error import MarkedYAMLError
+from pydantic import TypeAdapter
+
+from tools import schemas
+from tools.screen import ToolError
 
 PARAMS, DVC_YAML, DVC_LOCK = "params.yaml", "dvc.yaml", "dvc.lock"
+T = TypeVar("T")
+_ABBREVIATED = r"[0-9a-f]{4,63}"
 
 
-def fail(tool: str, message: str) -> NoReturn:
-    """End with status 2, which says that nothing could be judged, and one line."""
-    print(f"{tool}: {message}", file=sys.stderr)
-    sys.exit(2)
+def git(*arguments: str) -> bytes:
+    """What Git prints. Raises ToolError with Git's own line, and what helps, when it fails."""
+    done = _run_git(*arguments)
+    if done.returncode:
+        raise ToolError(_failure(done))
+    return done.stdout
 
 
-def git(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["git", *arguments], capture_output=True, check=False)
+def _run_git(*arguments: str) -> subprocess.CompletedProcess:
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, check=False)
+    except FileNotFoundError:
+        raise ToolError("git is not installed; install it, as with: apt install git") from None
+    except OSError as error:
+        raise ToolError(f"git does not start: {error.strerror}; install it anew") from None
+
+
+def _failure(done: subprocess.CompletedProcess) -> str:
+    said = os.fsdecode(done.stderr).strip()
+    line = said.partition("\n")[0] or f"git {done.args[1]} ended with status {done.returncode}"
+    if trust := re.search(r"git config --global --add safe\.directory .+", said):
+        return f"{line}; if you trust who owns it: {trust[0]}"
+    if "not a git repository" in said:
+        return f"{line}; run it in the project's folder, in a clone of its repository"
+    return line
 
 
 class Revision:
-    """Files of one commit; of the workspace, whose `commit` is empty, when `name` is None.
+    """The project's files at one commit; those of the workspace when `name` is None.
 
-    Raises LookupError with one line if `name` is no commit that this clone has.
+    The project is the current folder, which may lie below the top of its repository. The
+    workspace has an empty `commit`. Raises ToolError if `name` is no commit that this clone has.
     """
 
     def __init__(self, name: str | None):
-        self.name = name or "the workspace"
-        self.commit = ""
-        self.files: set[str] = set()
-        if name is None:
-            return
-        found = git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
-        if found.returncode:
-            remote, _, branch = name.partition("/")
-            # With both sides of the colon, since a clone of one branch would else keep no name.
-            target = f"{remote} {branch}:refs/remotes/{name}"
-            fetch = f"git fetch {target}" if branch else "git fetch"
-            raise LookupError(
-                f"{name} is no revision of this clone; get it with `{fetch}`"
-                " (a shallow clone lacks history: git fetch --unshallow)"
-            )
-        self.commit = found.stdout.decode().strip()
-        tree = git("ls-tree", "-r", "-z", "--name-only", self.commit).stdout.decode()
-        self.files = set(tree.split("\0")) - {""}
+        self.name = "the workspace" if name is None else name
+        self.commit = "" if name is None else _commit(name)
+
+    @cached_property
+    def prefix(self) -> str:
+        """Where the project lies in its repository: empty at the top, else such as `below/`."""
+        return os.fsdecode(git("rev-parse", "--show-prefix")).removesuffix("\n")
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """Every file of the repository, named from its top -> Git's hash of its content.
+
+        Of the workspace all but ignored ones, without a hash.
+        """
+        if self.commit:
+            listed = git("ls-tree", "-r", "-z", "--full-tree", self.commit)
+            entries = [line.split("\t", 1) for line in os.fsdecode(listed).split("\0") if line]
+            return {file: about.split()[2] for about, file in entries}
+        kinds = ("--cached", "--others", "--exclude-standard")
+        listed = git("ls-files", "-z", "--full-name", *kinds, ":/")
+        return dict.fromkeys(os.fsdecode(listed).split("\0")[:-1], "")
+
+    def at(self, path: str) -> str:
+        """A path of the project as the repository names it."""
+        return posixpath.normpath(posixpath.join(self.prefix, path))
 
     def bytes(self, path: str) -> bytes | None:
         """The content of `path`, or None where there is no such file."""
-        if not self.commit:
+        if self.commit:
+            file = self.at(path)
+            return git("show", f"{self.commit}:{file}") if file in self.files else None
+        try:
             return Path(path).read_bytes() if Path(path).is_file() else None
-        return git("show", f"{self.commit}:{path}").stdout if path in self.files else None
+        except OSError as error:
+            raise ToolError(f"{path}: {error.strerror}; mend its permissions") from None
 
     def md5(self, path: str) -> str | None:
         """The hash by which DVC knows a file."""
@@ -64,44 +100,89 @@ class Revision:
         """`path` as Git names it in this revision, for messages."""
         return f"{self.name}:{path}" if self.commit else path
 
-    def yaml(self, path: str) -> dict:
-        """A YAML 1.2 mapping, read as DVC reads it; empty where there is no such file.
+    def yaml(self, path: str, schema: TypeAdapter[T]) -> T:
+        """A YAML file held to `schema`; where there is no such file, as if it were empty.
 
-        Raises ValueError naming the file and what is wrong with it.
-        """
-        try:
-            value = YAML(typ="safe", pure=True).load(self.bytes(path) or b"{}")
-        except MarkedYAMLError as error:
-            line = error.problem_mark.line + 1
-            raise ValueError(f"{self.where(path)}:{line}: not YAML: {error.problem}") from None
-        except YAMLError as error:
-            message = str(error).splitlines()[0]
-            raise ValueError(f"{self.where(path)}: not YAML: {message}") from None
-        if not isinstance(value, dict):
-            raise ValueError(f"{self.where(path)}: not a mapping")
-        return value
-
-    def json(self, path: str) -> dict | None:
-        """A JSON object, NaN and Infinity included; None where there is no such file.
-
-        Raises ValueError naming the file and what is wrong with it.
+        Raises ToolError naming the file and what is wrong with it.
         """
         content = self.bytes(path)
-        if content is None:
-            return None
-        try:
-            value = json.loads(content)
-        except ValueError as error:
-            raise ValueError(f"{self.where(path)}: not JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise ValueError(f"{self.where(path)}: not a JSON object")
-        return value
+        return schemas.read_yaml(b"{}" if content is None else content, schema, self.where(path))
 
-    def declared(self, *kinds: str) -> list[str]:
-        """Paths that dvc.yaml declares as outputs of `kinds` ("metrics", "plots"), in its order."""
-        return [
-            entry if isinstance(entry, str) else next(iter(entry))
-            for stage in self.yaml(DVC_YAML).get("stages", {}).values()
-            for kind in kinds
-            for entry in stage.get(kind, [])
-        ]
+    def json(self, path: str, schema: TypeAdapter[T]) -> T | None:
+        """A JSON file held to `schema`; None where there is no such file.
+
+        Raises ToolError naming the file and what is wrong with it.
+        """
+        content = self.bytes(path)
+        return None if content is None else schemas.read_json(content, schema, self.where(path))
+
+    @cached_property
+    def params(self) -> dict[str, Any]:
+        return self.yaml(PARAMS, schemas.PARAMS)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """params.yaml by dotted names, such as `lora.r`."""
+        return _flat(self.params)
+
+    @cached_property
+    def pipeline(self) -> schemas.Pipeline:
+        return self.yaml(DVC_YAML, schemas.PIPELINE)
+
+    @cached_property
+    def lock(self) -> schemas.Lock:
+        return self.yaml(DVC_LOCK, schemas.LOCK)
+
+    @cached_property
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """Metrics file -> its values, for every file that dvc.yaml declares and that is there."""
+        values = {
+            path: self.json(path, schemas.METRICS) for path in self.pipeline.declared("metrics")
+        }
+        return {path: value for path, value in values.items() if value is not None}
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {f"{prefix}{key}": value}
+        )
+    return found
+
+
+def _commit(name: str) -> str:
+    found = _run_git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+    if found.returncode == 1:
+        raise ToolError(f"{name or repr(name)} is no revision of this clone; {_how_to_get(name)}")
+    if found.returncode:
+        raise ToolError(_failure(found))
+    return found.stdout.decode().strip()
+
+
+def _how_to_get(name: str) -> str:
+    """The command that gets what this clone lacks, since it has one branch, or little history."""
+    remotes = git("remote").decode().split()
+    if not remotes:
+        return "it has no remote to get it from: git branch --all and git tag list what it has"
+    remote = "origin" if "origin" in remotes else remotes[0]
+    tracked = next((other for other in remotes if name.startswith(f"{other}/")), None)
+    if tracked:
+        # With both sides of the colon, since a clone of one branch would else keep no name.
+        branch = name.removeprefix(f"{tracked}/")
+        return _fetch(tracked, f"{branch}:refs/remotes/{name}")
+    if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name):
+        return _fetch(remote, name)
+    if _run_git("check-ref-format", "--branch", name).returncode or re.fullmatch(
+        _ABBREVIATED, name
+    ):
+        shallow = git("rev-parse", "--is-shallow-repository").strip() == b"true"
+        history = ["--unshallow"] if shallow else []
+        return _fetch(*history, remote, f"+refs/heads/*:refs/remotes/{remote}/*")
+    return f"{_fetch(remote, f'{name}:refs/heads/{name}')}, a tag{_fetch(remote, 'tag', name)[6:]}"
+
+
+def _fetch(*arguments: str) -> str:
+    return f"get it with `{shlex.join(['git', 'fetch', *arguments])}`"

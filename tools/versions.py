@@ -10,7 +10,9 @@ want renewed. Exit status: 0 all alike, 1 some differ, 2 nothing is recorded.
 import sys
 
 from stages.shared.provenance import versions
-from tools.revision import Revision, fail
+from tools.revision import Revision
+from tools.schemas import METRICS
+from tools.screen import ToolError, fail
 
 # Stage -> the file of metrics/ that says what it was made with, in the order that they run.
 RECORDS = {
@@ -33,8 +35,8 @@ def differences(recorded: dict, installed: dict[str, str]) -> list[str]:
 def main() -> None:
     workspace, installed = Revision(None), versions()
     try:
-        records = {stage: workspace.json(path) for stage, path in RECORDS.items()}
-    except ValueError as error:
+        records = {stage: workspace.json(path, METRICS) for stage, path in RECORDS.items()}
+    except ToolError as error:
         fail("versions", str(error))
     if not any(records.values()):
         fail("versions", "no stage has recorded its versions here; run: dvc repro")

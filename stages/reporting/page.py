@@ -113,13 +113,28 @@ def to_markdown(title: str, sections: list[Section]) -> str:
 
 def _md(text: str) -> str:
     """`text` as Markdown that shows exactly it, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>()#|~$&!])", r"\\\1", " ".join(clean(text).split()))
+    escaped = re.sub(r"([\\`*_{}\[\]<>()#|~$&!])", r"\\\1", _one_line(text))
+    # GitHub makes links of bare addresses too; those of mail it finds behind a backslash as well.
+    escaped = re.sub(r"(?i)(?=://)|(?<=www)(?=\.)", r"\\", escaped)
+    return re.sub(r"@(?=\S)", "@\u2060", escaped)
 
 
 def _md_cell(text: str) -> str:
-    if isinstance(text, Mono) and "`" not in text and "|" not in text:
-        return f"`{clean(text)}`" if text.strip() else ""
-    return _md(text)
+    # A bar is written `\|`, which leaves no way to write a backslash before one in code.
+    is_code = isinstance(text, Mono) and text.strip() and "\\|" not in text
+    return _code(text) if is_code else _md(text)
+
+
+def _code(text: str) -> str:
+    """`text` in a table cell as code, which no backtick and no bar inside can end."""
+    text = _one_line(text).replace("|", "\\|")
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    ticks, space = "`" * (longest + 1), " " if text[0] == "`" or text[-1] == "`" else ""
+    return f"{ticks}{space}{text}{space}{ticks}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(clean(text).split())
 
 
 def _fence(text: str) -> str:

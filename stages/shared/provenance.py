@@ -65,6 +65,9 @@ def _version(package: str) -> str:
 
 
 def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    """Its name with its numbers: a virtual machine's says little without them."""
+    first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+    facts = {k.strip(): v.strip() for k, _, v in (x.partition(":") for x in first.splitlines())}
+    name = facts.get("model name", platform.machine())
+    numbers = [f"{k} {facts[k]}" for k in ("cpu family", "model", "stepping") if k in facts]
+    return ", ".join([name, *numbers])

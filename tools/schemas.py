@@ -1,0 +1,217 @@
+"""What the tools read that DVC, a stage or a person wrote, held to a schema where it is read.
+
+A wrong type is one line that names the place. What the tools do not use is not looked at: DVC's
+files may hold more.
+"""
+
+import functools
+import json
+import reprlib
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
+
+from tools.screen import ToolError, cut
+
+# ruamel.yaml needs half a minute for more, and aliases make a small file endless.
+MOST_BYTES, MOST_VALUES = 1_000_000, 100_000
+T = TypeVar("T")
+
+
+class Entry(NamedTuple):
+    """`path`, or `path: {option: value}`, in a list of dvc.yaml."""
+
+    path: str
+    options: dict[str, Any]
+
+
+def _entry(value: Any) -> Entry:
+    if isinstance(value, dict) and len(value) == 1:
+        [(value, options)] = value.items()
+    else:
+        options = None
+    if not isinstance(value, str):
+        raise ValueError("must be a path, or one path with its options")
+    return Entry(value, options if isinstance(options, dict) else {})
+
+
+def _scalar(value: Any) -> Any:
+    if value is not None and not isinstance(value, int | float | str):
+        raise ValueError("must be a number or text")
+    # What Python adds and divides without end, a float does not hold.
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("must be a number of 64 bits")
+    return value
+
+
+# Files of DVC's cache are found by it, and deleted: it must be no path.
+Md5 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}(\.dir)?$")]
+Entries = list[Annotated[Entry, PlainValidator(_entry)]]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class Stage(Part):
+    """One of dvc.yaml; a template (foreach, matrix) has nothing of its own."""
+
+    cmd: Any = None
+    deps: Entries = []
+    params: Entries = []
+    outs: Entries = []
+    metrics: Entries = []
+    plots: Entries = []
+
+    def paths(self, *kinds: str) -> list[str]:
+        return [entry.path for kind in kinds for entry in getattr(self, kind)]
+
+
+class Pipeline(Part):
+    """dvc.yaml"""
+
+    stages: dict[str, Stage] = {}
+
+    def declared(self, *kinds: str) -> list[str]:
+        """Paths of the outputs of `kinds` ("metrics", "plots"), in the file's order."""
+        return [path for stage in self.stages.values() for path in stage.paths(*kinds)]
+
+
+class Stored(Part):
+    path: str
+    md5: Md5
+
+
+class Run(Part):
+    """What dvc.lock records of a stage's last run."""
+
+    cmd: Any = None
+    deps: list[Stored] = []
+    params: dict[str, dict[str, Any]] = {}
+    outs: list[Stored] = []
+
+
+class Lock(Part):
+    """dvc.lock"""
+
+    stages: dict[str, Run] = {}
+
+
+class Added(Part):
+    md5: Md5 | None = None
+
+
+class Tracked(Part):
+    """What `dvc add` writes, NAME.dvc."""
+
+    outs: list[Added] = []
+
+
+class Listed(Part):
+    """One file of a folder, as DVC's cache lists it."""
+
+    md5: Md5
+
+
+TRACKED, LISTING = TypeAdapter(Tracked), TypeAdapter(list[Listed])
+PIPELINE, LOCK = TypeAdapter(Pipeline), TypeAdapter(Lock)
+PARAMS = TypeAdapter(dict[str, Any])
+METRICS = TypeAdapter(dict[str, Annotated[Any, AfterValidator(_scalar)]])
+
+_RULES = {
+    "missing": "missing",
+    "too_short": "is empty",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping",
+    "list_type": "must be a list",
+    "string_type": "must be text",
+    "string_pattern_mismatch": "must be an MD5",
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "literal_error": "must be {expected}",
+    "value_error": "{error}",
+}
+
+
+def read_yaml(content: bytes, schema: TypeAdapter[T], where: str) -> T:
+    """YAML 1.2, read as DVC reads it. Raises ToolError with the line; `where` names the file."""
+    if len(content) > MOST_BYTES:
+        raise ToolError(f"{where}: more than {MOST_BYTES // 10**6} MB, too large for what it is")
+    try:
+        value = _load(content)
+    except MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ToolError(f"{where}{line}: not YAML: {error.problem}") from None
+    # Constructors of its types let through what Python says of a value.
+    except (YAMLError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        raise ToolError(f"{where}: not YAML: {_first_line(error)}") from None
+    except RecursionError:
+        raise ToolError(f"{where}: not YAML: nested too deeply") from None
+    if _is_endless(value):
+        raise ToolError(f"{where}: its aliases stand for more than {MOST_VALUES:,} values")
+    return checked(value, schema, where)
+
+
+@functools.cache
+def _load(content: bytes) -> Any:
+    """The same content is read once: revisions share most files. Leave what it gives as it is."""
+    return YAML(typ="safe", pure=True).load(content)
+
+
+def read_json(content: bytes, schema: TypeAdapter[T], where: str) -> T:
+    """JSON, NaN and Infinity included. Raises ToolError with the line; `where` names the file."""
+    try:
+        value = json.loads(content)
+    except RecursionError:
+        raise ToolError(f"{where}: not JSON: nested too deeply") from None
+    except ValueError as error:
+        raise ToolError(f"{where}: not JSON: {_first_line(error)}") from None
+    return checked(value, schema, where)
+
+
+def checked(value: Any, schema: TypeAdapter[T], where: str) -> T:
+    """`value` held to `schema`. Raises ToolError with the first fault and the number of others."""
+    try:
+        return schema.validate_python(value, strict=True)
+    except ValidationError as error:
+        first, *others = error.errors()
+        more = f" (and {len(others)} more)" if others else ""
+        raise ToolError(f"{where}: {_fault(first)}{more}") from None
+
+
+def _fault(error: ErrorDetails) -> str:
+    kind = error["type"]
+    place = [cut(str(part)) for part in error["loc"] if part != "[key]"]
+    rule = _RULES.get(kind, error["msg"]).format(**error.get("ctx", {}))
+    got = "" if kind in ("missing", "too_short") else f" (got {reprlib.repr(error['input'])})"
+    return ": ".join([*place, rule]) + got
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _is_endless(value: Any) -> bool:
+    waiting, seen = [value], 0
+    while waiting:
+        one = waiting.pop()
+        seen += 1
+        if seen > MOST_VALUES:
+            return True
+        if isinstance(one, dict):
+            waiting += one.values()
+        elif isinstance(one, list | set | tuple):
+            waiting += one
+    return False
