@@ -52,7 +52,7 @@ def interval(scores: Scores) -> tuple[float, float]:
 def set_metrics(prefix: str, rows: list[dict], base: Scores, tuned: Scores) -> dict:
     """Flat metrics of one held-out set. Bits per byte compare across tokenizers."""
     scored_bytes = sum(row["scored_bytes"] for row in rows)
-    metrics = {}
+    metrics: dict[str, float | str] = {}
     for name, scores in (("base", base), ("tuned", tuned)):
         low, high = interval(scores)
         metrics[f"{prefix}{name}_perplexity"] = scores.perplexity
@@ -159,7 +159,8 @@ def no_memory_to_score(weights: float) -> StageError:
 
 def evaluate(model, sets: dict[str, list[dict]]) -> tuple[dict, dict]:
     """Quality metrics of every held-out set, and what scoring them cost."""
-    metrics, tokens, started = {}, 0, time.monotonic()
+    metrics: dict[str, float | str] = {}
+    tokens, started = 0, time.monotonic()
     for prefix, rows in sets.items():
         tuned = score(model, rows)
         with model.disable_adapter():

@@ -186,7 +186,8 @@ def main() -> None:
     device = pick_device()
     # Row blocks are computed side by side: threads within one would only wait for each other.
     torch.set_num_threads(1)
-    sources, sums = read_sources(params.base), {}
+    sources = read_sources(params.base)
+    sums: dict[str, str] = {}
     where = f"{sources.weights.folder}, {params.dtype}, {device}"
     print(f"merge: {len(sources.updates)} updates onto {where}")
     with whole_folder(MERGED, sums=sums) as out:

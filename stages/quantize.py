@@ -107,7 +107,9 @@ def _quantize_constants(state: bnb.QuantState) -> None:
 
 def quantize(base: Path, out: Path, double_quant: bool) -> None:
     """Stream the weights of `base` into `out`, at most SHARD_BYTES in memory."""
-    wanted, shards, pending, size = linear_weights(base), [], {}, 0
+    wanted, size = linear_weights(base), 0
+    shards: list[dict[str, int]] = []
+    pending: dict[str, torch.Tensor] = {}
     sources, device = sorted(base.glob("*.safetensors")), pick_device()
 
     def flush() -> None:

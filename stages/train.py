@@ -91,7 +91,7 @@ def fit(trainer: Trainer, watchers: list, folder: Path) -> None:
     resumed = newest_complete(folder)
     # Or every collection looks through all that the libraries and the rows hold.
     gc.freeze()
-    trainer.train(resume_from_checkpoint=resumed and str(resumed))
+    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     checkpoints.raise_if_stopped()
 
 
@@ -123,7 +123,7 @@ def write_outputs(trainer: Trainer, progress: Progress, tokens: int) -> None:
 
 def write_adapter(trainer: Trainer, out: Path) -> None:
     """Save the adapter, float32, with bytes that depend on nothing but the run."""
-    trainer.model.save_pretrained(out, save_embedding_layers=False)
+    trainer.model.save_pretrained(str(out), save_embedding_layers=False)
     (out / "README.md").unlink(missing_ok=True)
     source = read_json(QUANTIZED / "source.json")
     config = read_json(out / "adapter_config.json")

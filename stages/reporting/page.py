@@ -5,6 +5,7 @@ Blocks hold plain text only. Whatever came from data or a model is escaped here:
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,10 +70,13 @@ class Answers:
     texts: list[tuple[str, str]]
 
 
+Block = Paragraph | Table | Chart | Figures | Marked | Answers
+
+
 @dataclass(frozen=True)
 class Section:
     title: str
-    blocks: list
+    blocks: Sequence[Block]
 
     def anchor(self) -> str:
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
@@ -80,8 +84,10 @@ class Section:
 
 def number(value) -> str:
     """A value as a person reads it: whole numbers with commas, others with 4 digits."""
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return {None: "none", True: "yes", False: "no"}.get(value, value)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or value is None:
+        return {None: "none", True: "yes", False: "no"}[value]
     if isinstance(value, int):
         return f"{value:,}"
     digits = f"{value:.4g}"
@@ -145,7 +151,7 @@ def _fence(text: str) -> str:
     return f"{ticks}text\n{text}\n{ticks}"
 
 
-def _markdown_block(block) -> str:
+def _markdown_block(block: Block) -> str:
     match block:
         case Paragraph():
             return _md(block.text)

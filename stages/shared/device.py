@@ -36,7 +36,8 @@ def _be_deterministic() -> None:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     # No stage reads memory that it did not write; filling it would cost a pass over each tensor.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    # (A property of the class that this module gives itself, which mypy does not see.)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # Its backward pass has no deterministic form.
     torch.backends.cuda.enable_cudnn_sdp(False)
 

@@ -91,7 +91,8 @@ def choose_attention(train: Train, config: PretrainedConfig, gpu: bool) -> str:
     kind, family = train.attention, config.model_type
     varlen = supports_varlen(config)
     # Some families cap the logits of their attention, and some are older than it.
-    sdpa = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa
+    # transformers types this mapping's values as pairs.
+    sdpa = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa  # type: ignore[attr-defined]
     if not {VARLEN: varlen, "sdpa": sdpa}.get(kind, True):
         raise StageError(f"train.attention: {kind} does not do what {family} needs; set auto")
     if kind == VARLEN and not gpu:

@@ -40,7 +40,8 @@ def provenance(device) -> dict[str, str | int]:
         "processor": _processor(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-    } | versions()
+        **versions(),
+    }
 
 
 def device_name(device) -> str:

@@ -302,7 +302,7 @@ def attention_working(shape: Shape, run: Training) -> float:
     """Bytes beyond what the attention half of a layer saved, at its backward pass."""
     a, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # The gradients of the stream, of the output, of q, k and v.
-    live = 2 * shape.hidden + 4 * a + 4 * k
+    live: float = 2 * shape.hidden + 4 * a + 4 * k
     if run.attention == "varlen":
         # FlashAttention 2 sums dq in fp32 and dk, dv for every query head first. Deterministic, it
         # has a dq for each share of a sequence's keys that fills the GPU (ATen, flash_api.cpp).

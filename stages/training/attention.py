@@ -5,6 +5,7 @@ never attend to each other and no token is padding. No build of flash-attn is ne
 """
 
 import inspect
+from typing import Any
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
@@ -47,12 +48,15 @@ def varlen_attention(
     if torch.is_autocast_enabled(device):
         # It knows the other attentions, and gives this one what LayerNorm left in float32.
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
-    options = {"scale": scaling, "window_size": (sliding_window - 1 if sliding_window else -1, 0)}
+    window = (sliding_window - 1 if sliding_window else -1, 0)
+    options: dict[str, Any] = {"scale": scaling, "window_size": window}
     # The kernel shares key heads by itself; newer versions of torch want to hear that it is meant.
     if _GQA:
         options["enable_gqa"] = True
+    assert max_length_q is not None  # transformers gives it with the bounds.
     length = int(max_length_q)
     out = varlen_attn(q, k, v, bounds, bounds, length, length, **options)
+    assert isinstance(out, torch.Tensor)  # A tuple only with return_aux.
     return out.view(batch, tokens, *out.shape[1:]), None
 
 

@@ -15,8 +15,10 @@ The gradients are those of PEFT's own layers up to roundings (tests/test_fast_pa
 """
 
 from collections import deque
+from collections.abc import Callable
 from contextlib import contextmanager
 from types import MethodType
+from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
@@ -49,10 +51,10 @@ class _Products:
     """LoRA linear layers that read the same input: their frozen weights, adapters and products."""
 
     def __init__(self, layers: list[LoraLayer], dequantize, ends_part: bool = False):
-        self.bases = [layer.get_base_layer() for layer in layers]
+        self.bases: list[Any] = [layer.get_base_layer() for layer in layers]
         self.dequantize = dequantize
-        self.a = [layer.lora_A["default"].weight for layer in layers]
-        self.b = [layer.lora_B["default"].weight for layer in layers]
+        self.a: list[torch.Tensor] = [m.lora_A.get_parameter("default.weight") for m in layers]
+        self.b: list[torch.Tensor] = [m.lora_B.get_parameter("default.weight") for m in layers]
         self.scales = [layer.scaling["default"] for layer in layers]
         self.ranks = [len(a) for a in self.a]
         # Whether the result is the last thing that a checkpointed part computes.
@@ -229,14 +231,15 @@ def fuse_lora(
     For training only: the adapter cannot be switched off afterwards. With `checkpointing`, layers
     of a known form checkpoint their two parts, in `stash` if given; others by their own method.
     """
-    dequantize, swiglu = dequantize_4bit, TorchSwiglu
+    dequantize: Callable[..., torch.Tensor] = dequantize_4bit
+    swiglu: type = TorchSwiglu
     if liger:
         from stages.training.kernels import LigerSwiglu, dequantize
 
         swiglu = LigerSwiglu
     modules = list(model.modules())
     layers = [m for m in modules if isinstance(m, LoraLayer)]
-    plain = plain_layers(model)
+    plain: list[Any] = plain_layers(model)
     ending = plain if checkpointing else []
     ends = {end for m in ending for end in (m.self_attn.o_proj, m.mlp.down_proj)}
     groups = [[getattr(m.self_attn, name) for name in ATTENTION_INPUTS] for m in plain]
@@ -246,7 +249,7 @@ def fuse_lora(
     for group in filter(None, groups):
         _read_together(group, _Products(group, dequantize, group[0] in ends))
     for mlp in filter(_is_swiglu_mlp, modules):
-        gate, up, down = (mlp.get_submodule(f"{part}_proj") for part in MLP_PARTS)
+        gate, up, down = (getattr(mlp, f"{part}_proj") for part in MLP_PARTS)
         gate_up = _Products([gate, up], dequantize)
         down = _Products([down], dequantize, down in ends)
         mlp.forward = MethodType(_mlp_forward(gate_up, down, swiglu), mlp)
@@ -255,7 +258,7 @@ def fuse_lora(
             slots = [stash.slot() if stash else None for _ in range(2)]
             layer.forward = MethodType(_two_parts(*slots), layer)
         if not plain:
-            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return len(layers)
 
@@ -307,7 +310,8 @@ def _read_together(layers: list[LoraLayer], products: _Products) -> None:
         return computed.popleft()
 
     for layer in layers:
-        layer.forward = MethodType(first if layer is layers[0] else other, layer)
+        compute = first if layer is layers[0] else other
+        layer.forward = MethodType(compute, layer)  # type: ignore[attr-defined]  # a Module too
 
 
 def _mlp_forward(gate_up: _Products, down: _Products, swiglu):

@@ -66,6 +66,7 @@ class Slot:
         stash.let_go(1)
         if self.buffer is None:
             stash.lock_memory()
+        assert self.buffer is not None  # Every slot of the stash has one now.
         try:
             buffer = self.buffer.result()
         except BaseException:
@@ -85,6 +86,7 @@ class Slot:
         self.set_out()
         if self.number:
             stash.slots[self.number - 1].set_out()
+        assert self.returning is not None  # `put` comes before `take`.
         tensor, arrived = self.returning
         self.returning = None
         torch.cuda.current_stream().wait_event(arrived)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import trl.trainer.utils
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
@@ -42,13 +42,16 @@ class Trainer(SFTTrainer):
     `tokens` counts those that were trained on, padding not counted.
     """
 
+    model: PeftModel
+    train_dataset: Dataset
     tokens = 0
 
     def __init__(self, **options):
         super().__init__(**options)
         self.remove_callback(PrinterCallback)
         # The tokens of every batch are counted on the host, where it is made ahead of its step.
-        collate, self.ahead = self.data_collator, deque()
+        self.ahead: deque[int] = deque()
+        collate = self.data_collator
 
         def counting(examples):
             self.ahead.append(sum(len(example["input_ids"]) for example in examples))
@@ -70,7 +73,7 @@ class Trainer(SFTTrainer):
 def lora_config(lora: Lora) -> LoraConfig:
     return LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number: PEFT divides it by r
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         bias="none",
@@ -196,5 +199,6 @@ def remember_parameters(model: torch.nn.Module) -> None:
         for parameter in trained:
             parameter.grad = None
 
-    model.train, model.zero_grad = train, zero_grad
-    model.parameters = lambda recurse=True: iter(parameters)
+    # This object's own, which mypy takes for a mistake.
+    model.train, model.zero_grad = train, zero_grad  # type: ignore[method-assign]
+    model.parameters = lambda recurse=True: iter(parameters)  # type: ignore[method-assign]

@@ -6,7 +6,7 @@ scored afterwards, in the same order (`scored_logits`), against that file.
 
 import math
 from dataclasses import dataclass
-from typing import BinaryIO
+from io import BufferedRandom
 
 import torch
 from peft import PeftModel
@@ -29,7 +29,7 @@ class Reference:
     tokens: int
     top: torch.Tensor  # most likely next token of every scored token, [tokens]
     every: int  # KL is over rows 0, every, 2 * every, …
-    cache: BinaryIO  # logits of the scored tokens of those rows, [n, vocabulary] float32
+    cache: BufferedRandom  # logits of the scored tokens of those rows, [n, vocabulary] float32
 
     @property
     def perplexity(self) -> float:
@@ -48,16 +48,16 @@ class Agreement:
     nonfinite: int
 
 
-def reference(model: PeftModel, rows: list[dict], cache: BinaryIO) -> Reference:
+def reference(model: PeftModel, rows: list[dict], cache: BufferedRandom) -> Reference:
     """Score `model` and write its logits to `cache`, an empty binary file."""
-    vocabulary = model.get_base_model().get_output_embeddings().weight.shape[0]
+    vocabulary = model.get_output_embeddings().weight.shape[0]
     tokens = sum(label >= 0 for row in rows for label in row["labels"][1:])
     every = max(1, math.ceil(tokens * vocabulary * 4 / MAX_CACHE_BYTES))
     losses, top = [], []
     for index, targets, logits in scored_logits(model, rows):
         losses.append(_nll(logits, targets))
         top.append(logits.argmax(-1).cpu())
-        cache.write(logits[index % every == 0].cpu().numpy())
+        cache.write(logits[index % every == 0].cpu().numpy().data)
     return Reference(math.fsum(losses) / tokens, tokens, torch.cat(top), every, cache)
 
 
@@ -72,7 +72,7 @@ def agreement(model, rows: list[dict], ref: Reference, device: torch.device) -> 
         done += len(logits)
         for kept in logits[index % ref.every == 0].split(KL_CHUNK):
             cached = torch.empty_like(kept, device="cpu")
-            ref.cache.readinto(cached.numpy())
+            ref.cache.readinto(cached.numpy().data)
             p = cached.to(kept.device, torch.float64).log_softmax(-1)
             divergences.append((p.exp() * (p - kept.double().log_softmax(-1))).sum(-1).cpu())
     kl = torch.cat(divergences)

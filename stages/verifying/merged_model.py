@@ -8,9 +8,10 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stages.shared.outputs import GB
 from stages.shared.process import StageError
@@ -47,9 +48,11 @@ def place_for(weights: Weights, longest: int, device: torch.device) -> torch.dev
 
 def load_merged(folder: Path, device: torch.device):
     """Load with transformers alone. Raises StageError for a key missing or left over."""
-    model, report = AutoModelForCausalLM.from_pretrained(
+    # Typed as the model alone, which it is without output_loading_info.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", device_map={"": device}, output_loading_info=True
     )
+    model, report = loaded
     for kind, keys in report.items():
         if keys:
             raise StageError(f"{folder}: {kind} when loading: {sorted(map(str, keys))[0]}; {AGAIN}")
@@ -78,7 +81,7 @@ def watched_activations(model: torch.nn.Module, device: torch.device) -> Iterato
 
 @contextmanager
 def streamed_layers(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     device: torch.device,
     weight_of: Callable[[str, torch.Tensor], torch.Tensor],
 ) -> Iterator[None]:
@@ -88,7 +91,8 @@ def streamed_layers(
     afterwards it is the stored one again, which the system keeps mapped from its file. On the CPU
     it computes in float32: 16-bit products are slow there.
     """
-    handles, stored = [], {}
+    handles = []
+    stored: dict[tuple[torch.nn.Module, str], torch.Tensor] = {}
     dtype = torch.float32 if device.type == "cpu" else model.dtype
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)

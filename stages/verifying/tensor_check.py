@@ -4,6 +4,8 @@ The expectation comes from the model as transformers and PEFT loaded it, so that
 merge itself is found, and named.
 """
 
+from typing import Any
+
 import bitsandbytes.functional as bnb
 import torch
 from peft import PeftModel
@@ -29,7 +31,7 @@ def check_tensors(
     with tqdm(total=total, unit="GB", desc="tensors", disable=None) as bar:
         for name in merged.names:
             found = merged.read(name).to(device)
-            module = modules.get(name.rpartition(".")[0])
+            module: Any = modules.get(name.rpartition(".")[0])
             updated = isinstance(module, LoraLayer) and name.endswith(".weight")
             if name in source.nf4:
                 weight = module.base_layer.weight if updated else module.weight
@@ -40,7 +42,7 @@ def check_tensors(
                 plain = source.read(name).to(device, dtype)
             # In place, as PEFT merges: the sum is rounded once.
             delta = module.get_delta_weight("default") if updated else None
-            expected = plain.clone().add_(delta) if updated else plain
+            expected = plain if delta is None else plain.clone().add_(delta)
             if not torch.equal(found, expected):
                 slack = rounding_slack(module) if updated else 0
                 fault = difference(found, expected, plain, slack)
@@ -59,7 +61,7 @@ def rounding_slack(module: LoraLayer) -> torch.Tensor:
     Another device sums the r terms in another order; each sum is off by at most r 2^-24 times
     the sum of the terms' magnitudes (Higham, Accuracy and Stability, section 3.1).
     """
-    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+    a, b = (half.get_parameter("default.weight") for half in (module.lora_A, module.lora_B))
     return (b.abs() @ a.abs()).mul_(abs(module.scaling["default"]) * 2 * len(a) * 2**-24)
 
 
