@@ -161,7 +161,7 @@ def end_tokens(folder: Path, known: int | list[int] | None) -> list[int]:
     if token is None:
         return ids
     end = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(token)
-    return ids if end in ids else [*ids, end]
+    return ids if end is None or end in ids else [*ids, end]
 
 
 def read_sources(kind: str) -> Sources:
