@@ -11,6 +11,7 @@ from stages.preparing.messages import Unusable
 
 # What a prompt ends with that opens the model's thought, or says that there is none.
 _OPENED = re.compile(r"<think>\s*(</think>\s*)?\Z")
+_EMPTY_THOUGHT = re.compile(r"(\s*<think>\s*</think>)?")
 # What a template raises about a row: raise_exception() and Python's own, as of "".index("a").
 TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError)
 
@@ -61,6 +62,12 @@ def _with_text_arguments(chat: Chat) -> Chat:
     return chat._replace(messages=messages)
 
 
+def _longest_end(text: str, prompt: str, place: int) -> str:
+    """The longest end of `text` that stands at `place` in `prompt`; empty for none."""
+    ends = (text[k:] for k in range(len(text)))
+    return next((end for end in ends if prompt.startswith(end, place)), "")
+
+
 def _after_header(before: str, history: str, prompt: str) -> int | None:
     """Where in `prompt`, whose earlier thoughts may be left out, the answer begins that `before`
     asks for: after as many headers of an answer."""
@@ -69,6 +76,26 @@ def _after_header(before: str, history: str, prompt: str) -> int | None:
     if not header or prompt.count(header) < bare.count(header):
         return None
     return len(header.join(prompt.split(header)[: bare.count(header)])) + len(header)
+
+
+def _thought_and_answer(message: dict, whole: str, prompt: str) -> str:
+    """What follows a prompt that opens a thought, where the template leaves out the answer's
+    (DeepSeek); empty if that is not why `whole` goes on otherwise."""
+    thought, _, words = message["content"].rpartition("</think>")
+    _, opened, thought = thought.partition("<think>")
+    if "reasoning_content" in message:
+        opened, thought = "<think>", message["reasoning_content"] + "\n"
+        words = "\n\n" + words
+    bare = _OPENED.sub("", prompt)
+    rest = whole[len(bare) :]
+    written = words if rest.startswith(words) else words.lstrip("\n")
+    if (
+        not opened
+        or prompt.endswith("</think>")
+        or not (whole.startswith(bare) and rest.startswith(written))
+    ):
+        return ""
+    return thought.lstrip("\n") + "</think>" + words + rest[len(written) :]
 
 
 def _printed(chat: Chat, whole: str) -> bool:
@@ -176,14 +203,17 @@ class Renderer:
         return applied([chat.messages for chat in chats]) if chats else []
 
     def _cut(self, chat: Chat, whole: str, prompt: str) -> Rendered | Unusable:
+        if not whole.startswith(prompt):
+            whole = prompt + _thought_and_answer(chat.messages[-1], whole, prompt)
         answer = whole[len(prompt) :]
-        if not whole.startswith(prompt) or not answer.strip():
+        if not answer.strip():
             return Unusable(
                 "template",
                 "the template writes the prompt differently once an answer follows, so no prompt "
-                "would be a row's beginning: set prepare.template to another .jinja file",
+                'would be a row\'s beginning: give the row {"enable_thinking": true} or false in '
+                "chat_template_kwargs if that decides it, or set another prepare.template",
             )
-        if lost := self._lost(chat, whole, answer):
+        if lost := self._lost(chat, whole, whole[len(_OPENED.sub("", prompt)) :]):
             return Unusable(
                 "template",
                 f"the template leaves out the {lost}: set prepare.template to a .jinja file that "
@@ -283,16 +313,25 @@ class Renderer:
         """The span from `start` in `prompt` of an answer that is the newest in `after`."""
         opening = before if after.startswith(before) else _OPENED.sub("", before)
         written = after[len(opening) :].rstrip()
-        end = next((t for t in self.special if written.endswith(t)), None)
-        if not after.startswith(opening) or end is None or start is None:
+        if start is None or not after.startswith(opening) or not written.endswith(self.special):
             return None
-        written = written.removesuffix(end)
-        parts = (written[k:] for k in range(len(written)))
-        part = next((part for part in parts if prompt.startswith(part, start)), None)
-        close = part and self.any_special.match(prompt, start + len(part))
-        if not close or message["content"].split("</think>")[-1].strip() not in part:
-            return None
-        return start, close.end()
+        words = message["content"].split("</think>")[-1].strip()
+        bare = self._without_marks(written)
+        # Nemotron puts an empty thought where it drops one.
+        for place in (start, _EMPTY_THOUGHT.match(prompt, start).end()):
+            if part := _longest_end(written, prompt, place):
+                end = place + len(part)
+            elif part := _longest_end(bare, prompt, place):
+                mark = self.any_special.match(prompt, place + len(part))
+                end = mark.end() if mark else place
+            if part and words in prompt[place:end]:
+                return start, end
+        return None
+
+    def _without_marks(self, text: str) -> str:
+        while mark := next((t for t in self.special if text.endswith(t)), None):
+            text = text.removesuffix(mark).rstrip()
+        return text
 
     def _finish(self, prompt: str, answer: str, spans: list, raw: bool = False) -> Rendered:
         """The answer cut after its end token, or given one."""
