@@ -6,12 +6,19 @@ from dataclasses import dataclass, replace
 
 import jinja2
 
+from stages.preparing.answers import (
+    EMPTY_THOUGHT,
+    OPENED,
+    after_header,
+    holds,
+    longest_end,
+    printed,
+    thought_and_answer,
+    with_text_arguments,
+)
 from stages.preparing.formats import Chat, Example, chat_of
 from stages.preparing.messages import Unusable
 
-# What a prompt ends with that opens the model's thought, or says that there is none.
-_OPENED = re.compile(r"<think>\s*(</think>\s*)?\Z")
-_EMPTY_THOUGHT = re.compile(r"(\s*<think>\s*</think>)?")
 # What a template raises about a row: raise_exception() and Python's own, as of "".index("a").
 TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError)
 
@@ -42,75 +49,6 @@ class Rendered:
 def _words(message: dict) -> str:
     """All that a template may write of a message."""
     return message["content"] if len(message) == 2 else json.dumps(message, ensure_ascii=False)
-
-
-def _arguments(chat: Chat) -> list[dict]:
-    """The arguments of every tool call that are an object."""
-    calls = [call for message in chat.messages for call in message.get("tool_calls", ())]
-    every = [call["function"].get("arguments") for call in calls]
-    return [arguments for arguments in every if arguments and isinstance(arguments, dict)]
-
-
-def _with_text_arguments(chat: Chat) -> Chat:
-    """The conversation for templates that take the arguments of a call as JSON text."""
-    messages = json.loads(json.dumps(chat.messages))
-    for message in messages:
-        for call in message.get("tool_calls", ()):
-            arguments = call["function"].get("arguments")
-            if isinstance(arguments, dict):
-                call["function"]["arguments"] = json.dumps(arguments, ensure_ascii=False)
-    return chat._replace(messages=messages)
-
-
-def _longest_end(text: str, prompt: str, place: int) -> str:
-    """The longest end of `text` that stands at `place` in `prompt`; empty for none."""
-    ends = (text[k:] for k in range(len(text)))
-    return next((end for end in ends if prompt.startswith(end, place)), "")
-
-
-def _after_header(before: str, history: str, prompt: str) -> int | None:
-    """Where in `prompt`, whose earlier thoughts may be left out, the answer begins that `before`
-    asks for: after as many headers of an answer."""
-    bare = _OPENED.sub("", before)
-    header = bare[len(history) :] if bare.startswith(history) else ""
-    if not header or prompt.count(header) < bare.count(header):
-        return None
-    return len(header.join(prompt.split(header)[: bare.count(header)])) + len(header)
-
-
-def _thought_and_answer(message: dict, whole: str, prompt: str) -> str:
-    """What follows a prompt that opens a thought, where the template leaves out the answer's
-    (DeepSeek); empty if that is not why `whole` goes on otherwise."""
-    thought, _, words = message["content"].rpartition("</think>")
-    _, opened, thought = thought.partition("<think>")
-    if "reasoning_content" in message:
-        opened, thought = "<think>", message["reasoning_content"] + "\n"
-        words = "\n\n" + words
-    bare = _OPENED.sub("", prompt)
-    rest = whole[len(bare) :]
-    written = words if rest.startswith(words) else words.lstrip("\n")
-    if (
-        not opened
-        or prompt.endswith("</think>")
-        or not (whole.startswith(bare) and rest.startswith(written))
-    ):
-        return ""
-    return thought.lstrip("\n") + "</think>" + words + rest[len(written) :]
-
-
-def _printed(chat: Chat, whole: str) -> bool:
-    """Whether the template wrote arguments as Python prints them, since it takes text."""
-    contents = "\n".join(message["content"] for message in chat.messages)
-    printed = map(str, _arguments(chat))
-    return any(whole.count(each) > contents.count(each) for each in printed)
-
-
-def _holds(text: str, part: str) -> bool:
-    """Whether `part` is in `text`, white space aside, or in quotes as Llama 3 has tool output."""
-    if part.strip() in text:
-        return True
-    text, quoted = "".join(text.split()), json.dumps(part, ensure_ascii=False)[1:-1]
-    return any("".join(each.split()) in text for each in (part, quoted))
 
 
 class Renderer:
@@ -167,20 +105,20 @@ class Renderer:
         except TEMPLATE_FAULTS:
             return [self._render_chat(chat) for chat in chats]
         return [
-            self._render_chat(chat) if _printed(chat, whole) else self._cut(chat, whole, prompt)
+            self._render_chat(chat) if printed(chat, whole) else self._cut(chat, whole, prompt)
             for chat, whole, prompt in zip(chats, *texts, strict=True)
         ]
 
     def _render_chat(self, chat: Chat) -> Rendered | Unusable:
         """One conversation, with the arguments of calls as objects or else as text."""
         faults = []
-        for form in (chat, _with_text_arguments(chat)):
+        for form in (chat, with_text_arguments(chat)):
             try:
                 (whole,), (prompt,) = self._texts([form])
             except TEMPLATE_FAULTS as error:
                 faults.append(error)
                 continue
-            if form is not chat or not _printed(chat, whole):
+            if form is not chat or not printed(chat, whole):
                 return self._cut(form, whole, prompt)
         # raise_exception() in a template raises the base class.
         reason = "roles" if type(faults[0]) is jinja2.TemplateError else "template"
@@ -204,7 +142,7 @@ class Renderer:
 
     def _cut(self, chat: Chat, whole: str, prompt: str) -> Rendered | Unusable:
         if not whole.startswith(prompt):
-            whole = prompt + _thought_and_answer(chat.messages[-1], whole, prompt)
+            whole = prompt + thought_and_answer(chat.messages[-1], whole, prompt)
         answer = whole[len(prompt) :]
         if not answer.strip():
             return Unusable(
@@ -213,7 +151,7 @@ class Renderer:
                 'would be a row\'s beginning: give the row {"enable_thinking": true} or false in '
                 "chat_template_kwargs if that decides it, or set another prepare.template",
             )
-        if lost := self._lost(chat, whole, whole[len(_OPENED.sub("", prompt)) :]):
+        if lost := self._lost(chat, whole, whole[len(OPENED.sub("", prompt)) :]):
             return Unusable(
                 "template",
                 f"the template leaves out the {lost}: set prepare.template to a .jinja file that "
@@ -239,7 +177,7 @@ class Renderer:
         """
         for number, message in enumerate(chat.messages, 1):
             last = number == len(chat.messages)
-            if (last or message["role"] != "assistant") and not _holds(
+            if (last or message["role"] != "assistant") and not holds(
                 answer if last else whole, message["content"]
             ):
                 return f"text of message {number} ({message['role']})"
@@ -288,7 +226,7 @@ class Renderer:
             after = self._apply([chat.first(i + 1)])[0]
             start = len(before)
             if asked and not prompt.startswith(before):
-                start = _after_header(before, self._apply([chat.first(i)])[0], prompt)
+                start = after_header(before, self._apply([chat.first(i)])[0], prompt)
         except TEMPLATE_FAULTS as error:
             said = " ".join(str(error).split())
             raise Unusable(
@@ -311,17 +249,17 @@ class Renderer:
         self, message: dict, before: str, after: str, prompt: str, start: int | None
     ) -> tuple[int, int] | None:
         """The span from `start` in `prompt` of an answer that is the newest in `after`."""
-        opening = before if after.startswith(before) else _OPENED.sub("", before)
+        opening = before if after.startswith(before) else OPENED.sub("", before)
         written = after[len(opening) :].rstrip()
         if start is None or not after.startswith(opening) or not written.endswith(self.special):
             return None
         words = message["content"].split("</think>")[-1].strip()
         bare = self._without_marks(written)
         # Nemotron puts an empty thought where it drops one.
-        for place in (start, _EMPTY_THOUGHT.match(prompt, start).end()):
-            if part := _longest_end(written, prompt, place):
+        for place in (start, EMPTY_THOUGHT.match(prompt, start).end()):
+            if part := longest_end(written, prompt, place):
                 end = place + len(part)
-            elif part := _longest_end(bare, prompt, place):
+            elif part := longest_end(bare, prompt, place):
                 mark = self.any_special.match(prompt, place + len(part))
                 end = mark.end() if mark else place
             if part and words in prompt[place:end]:
