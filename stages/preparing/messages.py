@@ -37,6 +37,7 @@ _KEYS = {
     "tool_call_id": "tool_call_id",
     "name": "name",
 }
+_CONTENT = {"content", "value"}
 # Keys that say whether a message is learned.
 _SWITCHES = ("weight", "train", "training", "trainable", "loss")
 
@@ -62,11 +63,10 @@ def conversation(
     before = None
     for number, turn in enumerate(turns, 1):
         at = f"message {number}"
-        left = {key: value for key, value in turn.items() if not _blank(value)}
+        left = {key: turn[key] for key in turn.keys() - _CONTENT if not _blank(turn[key])}
         role, name = _role(left, turn, at, where)
-        learned = _switched(left, role, f"{where}: {at}", unused)
+        learned = not left or _switched(left, role, f"{where}: {at}", unused)
         content = turn.get("content", turn.get("value"))
-        left = {key: value for key, value in left.items() if key not in ("content", "value")}
         if role == "system" and _blank(content):
             continue
         if before not in _FOLLOWS[role]:
@@ -76,17 +76,19 @@ def conversation(
         message = {"role": role}
         if name in ("function_call", "tool_call"):
             left["tool_calls"], content = content, None
-        for key, known in _KEYS.items():
-            if key in left and message.setdefault(known, left[key]) == left[key]:
+        for key in [key for key in _KEYS if key in left]:
+            if message.setdefault(_KEYS[key], left[key]) == left[key]:
                 del left[key]
-        _check_extras(message, at, where)
+        if len(message) > 1:
+            _check_extras(message, at, where)
         if isinstance(content, list):
             content = _joined(content, at, where)
         if content in (None, "", []) and "tool_calls" in message:
             content = ""
         else:
             content = checked_text(content, f"{at} ({role})", where)
-        unused.update(f"message key {key}" for key in left)
+        if left:
+            unused.update(f"message key {key}" for key in left)
         if not learned:
             silent.append(len(messages))
         messages.append(message | {"content": content})
