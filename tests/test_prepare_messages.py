@@ -7,14 +7,16 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from known_templates import TOOLS, ask, call, made_of, say, tell, template
+from known_templates import TOOLS, ask, call, made_of, make_tokenizer, say, tell, template
 from prepare_folder import jsonl, make_folder, pairs
+from transformers import AutoTokenizer
 
 from stages import prepare
 from stages.preparing.formats import chat_of, recognize
 from stages.preparing.messages import Unusable, conversation
 from stages.preparing.readers import read_file
 from stages.shared.process import StageError
+from stages.shared.rows import read_rows
 
 QUESTION, ANSWER = ask("q"), say("a")
 CALL = call("T0")
@@ -62,6 +64,29 @@ def test_tools_reach_the_template(row, tools):
     assert tokenizer.decode(made.ids) + "\n" == written
     prompt = tokenizer.apply_chat_template([QUESTION], tools=TOOLS, add_generation_prompt=True)
     assert made.ids[: made.prompt_tokens].tolist() == prompt["input_ids"]
+
+
+def test_rows_with_tools_go_through_the_stage(tmp_path, monkeypatch):
+    other = [{"type": "function", "function": TOOLS[0]["function"] | {"description": "Rain"}}]
+    # Of three rows two are equal; in the others the tools make the difference.
+    rows = [
+        {"messages": [ask(f"q{i}"), CALL], "tools": tools}
+        for i in range(8)
+        for tools in (TOOLS, other, TOOLS)
+    ]
+    tokenizer = make_tokenizer(template("qwen2_5"))
+    make_folder(tmp_path, {"a.jsonl": jsonl(rows)}, tokenizer, max_length=1000)
+    monkeypatch.chdir(tmp_path)
+    prepare.main()
+    metrics = json.loads((tmp_path / "metrics/data.json").read_text())
+    assert (metrics["duplicate_examples"], metrics["dropped_examples"]) == (8, 0)
+    saved = AutoTokenizer.from_pretrained(tmp_path / "data/prepared/tokenizer")
+    for made in read_rows(tmp_path / "data/prepared/train.arrow"):
+        row = rows[int(made["row"].partition(":")[2]) - 1]
+        prompt = saved.apply_chat_template(
+            row["messages"][:1], tools=row["tools"], add_generation_prompt=True
+        )
+        assert made["input_ids"][: made["prompt_tokens"]] == prompt["input_ids"]
 
 
 def test_functions_are_tools_by_their_older_name():
@@ -274,6 +299,10 @@ def test_two_thoughts_of_one_message_are_not_lost_in_silence():
     ("row", "expected"),
     [
         ({"system": "s", "messages": [QUESTION, ANSWER]}, ["s", "q", "a"]),
+        (
+            {"system": "s", "messages": [{"role": "system", "content": "s"}, QUESTION, ANSWER]},
+            ["s", "q", "a"],
+        ),
         ({"system_prompt": "s", "prompt": "q", "completion": "a"}, ["s", "q", "a"]),
         ({"instruction": "q", "context": "c", "response": "a"}, ["q\n\nc", "a"]),
         (
@@ -286,6 +315,12 @@ def test_two_thoughts_of_one_message_are_not_lost_in_silence():
 )
 def test_column_that_changes_the_meaning_is_used(row, expected):
     assert [message["content"] for message in example_of(row)] == expected
+
+
+def test_two_system_messages_are_not_one():
+    messages = [{"role": "system", "content": "other"}, QUESTION, ANSWER]
+    with pytest.raises(Unusable, match="message 2: system follows system"):
+        example_of({"system": "s", "messages": messages})
 
 
 def test_answer_that_is_labelled_bad_is_not_learned():

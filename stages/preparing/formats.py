@@ -162,8 +162,10 @@ class Format:
         """The row's conversation, and the places of messages that are not to be learned."""
         turns = self._system(row, where)
         if self.name in ("messages", "sharegpt"):
-            needed = COLUMNS[self.name][0][0]
-            turns += _list(row, self.columns[needed], where)
+            given = _list(row, self.columns[COLUMNS[self.name][0][0]], where)
+            text = given[0].get("content", given[0].get("value"))
+            # A column may repeat the system message of the conversation.
+            turns = given if turns and text == turns[0]["content"] else turns + given
             return conversation(turns, where, self.unused)
         if self.name == "prompt_completion":
             prompt, answer = self.columns["prompt"], self.columns["completion"]
@@ -207,7 +209,7 @@ class Format:
 
     def _given(self, row: dict, where: str) -> dict:
         """What the template is given beside the messages, as arguments of apply_chat_template."""
-        given = {}
+        given: dict = {}
         for standard in _GIVEN:
             name = self.columns[standard]
             value = decoded(row.get(name))
@@ -277,7 +279,8 @@ def recognize(name: str, columns: dict[str, str] | None, first: dict, where: str
                 f"{where}: no column {column!r} (prepare.columns.{standard}); "
                 f"the columns are {names_of(first)}"
             )
-    called = {c: own.get(c) or _name_in(first, c) for c in known}
+    # Who names columns gets those alone.
+    called = {c: own.get(c, c) if own else _name_in(first, c) for c in known}
     present = {c: column for c, column in called.items() if column in first}
     if name == "auto":
         name = _recognized(present, own, first, where)
