@@ -33,8 +33,9 @@ from transformers import AutoTokenizer
 
 from stages.preparing.contract import MOST_LEAKED, Drops, lengths_table, metrics_of, sample_of, show
 from stages.preparing.encoding import Encoder
-from stages.preparing.formats import Format, Unusable, names_of, recognize
-from stages.preparing.readers import files_to_read, read_file
+from stages.preparing.formats import Format, recognize
+from stages.preparing.messages import Unusable, names_of
+from stages.preparing.readers import files_to_read, read_file, split_of
 from stages.preparing.splitting import (
     Pools,
     Store,
@@ -56,7 +57,7 @@ LENGTHS = Path("metrics/lengths.csv")
 SAMPLES = 100
 
 
-def scan(names: list[str], params: Prepare, store: Store) -> tuple[Format, Drops]:
+def scan(names: list[str], dataset: Dataset, params: Prepare, store: Store) -> tuple[Format, Drops]:
     """Read every row of the files `names` in data/raw into `store`."""
     form, drops = None, Drops()
     size = sum((RAW / name).stat().st_size for name in names)
@@ -70,13 +71,29 @@ def scan(names: list[str], params: Prepare, store: Store) -> tuple[Format, Drops
                 form = recognize(params.format, params.columns, row, where)
                 print(f"prepare: {describe(form, row, params)}")
             drops.seen += 1
+            refuse_test_row(row, name, dataset, params, where)
             try:
                 store.add(name, line, form.example(row, where), group_of(row, params, where))
             except Unusable as why:
                 drops.add(where, why)
     drops.check()
     store.finish()
+    if form.unused:
+        counts = ", ".join(f"{key} ({count:,})" for key, count in sorted(form.unused.items()))
+        print(f"prepare: not used: {counts}")
     return form, drops
+
+
+def refuse_test_row(row: dict, name: str, dataset: Dataset, params: Prepare, where: str) -> None:
+    """Raise StageError for a row to train on that says itself it is of another split."""
+    split = row.get("split")
+    if not isinstance(split, str) or name == params.eval_file or split == dataset.split:
+        return
+    if split_of(split) in ("test", "validation"):
+        raise StageError(
+            f"{where}: its column 'split' says {split!r}, and it would be trained on: put such "
+            "rows into a file of their own, and name that in prepare.eval_file"
+        )
 
 
 def group_of(row: dict, params: Prepare, where: str) -> str:
@@ -198,7 +215,7 @@ def summary(metrics: dict, params: Prepare) -> str:
 def prepare(dataset: Dataset, params: Prepare, out: Path) -> tuple[dict, str, dict]:
     """Fill `out`; (metrics/data.json, metrics/lengths.csv, a row of the training set to show)."""
     store = Store(out)
-    form, unreadable = scan(files_to_read(RAW, dataset, params.eval_file), params, store)
+    form, unreadable = scan(files_to_read(RAW, dataset, params.eval_file), dataset, params, store)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     samples = [store.example(row) for row in range(min(len(store), SAMPLES))]
     print(f"prepare: {settle(tokenizer, params, form, samples)}")

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 from stages import prepare
 from stages.preparing import contract, writing
 from stages.preparing.contract import packed_bins, show
-from stages.preparing.splitting import prompt_and_rest
+from stages.preparing.formats import recognize
+from stages.preparing.splitting import Store, distinct, normal, prompt_and_rest, text_of
 from stages.shared.outputs import SUMS
 from stages.shared.process import StageError, sha256
 from stages.shared.rows import IGNORED, read_rows
@@ -219,24 +220,54 @@ def test_train_rows_takes_the_first_of_the_same_order(tmp_path, monkeypatch):
     assert metrics_in(tmp_path / "b")["unused_examples"] == 60 - len(every["train"]) - 2
 
 
-def test_duplicates_are_removed_whatever_their_case_and_spaces(tmp_path, monkeypatch):
+def test_duplicates_are_equal_to_the_letter(tmp_path, monkeypatch):
     rows = pairs(30)
+    # A row that differs in case or spaces teaches something else, and stays on its side.
     rows += [{**row, "prompt": row["prompt"].upper().replace(" ", "  ")} for row in rows[:7]]
-    # The same question with another answer is no duplicate, and stays on its side.
     rows += [{**row, "completion": "another"} for row in rows[:30]]
+    # What is no part of the example makes no other one.
+    rows += [{**row, "group": "x"} for row in rows[:5]]
     sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(rows)}, eval_rows=8)
-    assert metrics_in(tmp_path)["duplicate_examples"] == 7
+    assert metrics_in(tmp_path)["duplicate_examples"] == 5
     tokenizer = tokenizer_of(tmp_path)
-    assert not prompts(sets["train"], tokenizer) & prompts(sets["eval"], tokenizer)
+    asked = [{normal(text) for text in prompts(sets[name], tokenizer)} for name in SETS[:2]]
+    assert not asked[0] & asked[1]
 
 
-def test_answers_are_duplicates_whatever_their_case_and_lines():
-    question = {"role": "user", "content": "q"}
-    answers = ["É à\n  b", "é À b\n", "É à b c"]
-    rests = [
-        prompt_and_rest([question, {"role": "assistant", "content": answer}]) for answer in answers
+CASES = ["hello", "HELLO", "Hello", "hELLO", "word", "WORD", "Word", "wORD"]
+
+
+def test_task_about_case_keeps_every_row(tmp_path, monkeypatch):
+    rows = [{"prompt": f"Swap: {each}", "completion": each.swapcase()} for each in CASES]
+    rows += [{"prompt": f"z{i}", "completion": "q"} for i in range(6)]
+    run(tmp_path, monkeypatch, {"a.jsonl": jsonl(rows)})
+    assert metrics_in(tmp_path)["duplicate_examples"] == 0
+
+
+def test_what_a_row_is_split_by_knows_no_case():
+    chats = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+        for text in ("É à\n  b", "é À b\n", "É à b c")
     ]
-    assert rests[0] == rests[1] != rests[2]
+    keys = [prompt_and_rest(chat) for chat in chats]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def tool(description: str) -> dict:
+    return {"type": "function", "function": {"name": "f", "description": description}}
+
+
+def test_rows_that_differ_in_tools_alone_are_no_duplicates(tmp_path):
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    store = Store(tmp_path)
+    for i, description in enumerate(["one", "two", "one"]):
+        row = {"messages": chat, "tools": [tool(description)]}
+        example = recognize("auto", None, row, "a:1").example(row, "a:1")
+        store.add("a", i, example, "")
+    store.finish()
+    assert distinct(store, np.arange(3)).tolist() == [0, 1]
+    assert len(set(store.prompts)) == 1
+    assert "two" in text_of(store.example(1))
 
 
 def test_rows_that_all_ask_the_same_are_said_to(tmp_path, monkeypatch):

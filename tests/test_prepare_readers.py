@@ -18,7 +18,8 @@ from prepare_folder import make_folder
 
 from stages import prepare
 from stages.preparing import readers
-from stages.preparing.formats import Unusable, recognize
+from stages.preparing.formats import recognize
+from stages.preparing.messages import Unusable
 from stages.preparing.readers import files_to_read, read_file
 from stages.shared.params import Dataset
 from stages.shared.process import StageError
@@ -375,7 +376,7 @@ def test_columns_that_were_named_are_taken_whatever_else_is_there(name):
 
 
 def test_named_column_that_the_format_has_not_is_refused():
-    with pytest.raises(StageError, match=r"format messages has no 'prompt', only messages$"):
+    with pytest.raises(StageError, match=r"format messages has no 'prompt', only messages, "):
         recognize("messages", {"prompt": "q"}, {"messages": [], "q": "p"}, "a:1")
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.ipc
 from tqdm import tqdm
 
-from stages.preparing.formats import REASONS, Unusable
+from stages.preparing.messages import REASONS, Unusable
 from stages.preparing.splitting import Store, asked_by
 from stages.preparing.writing import Written
 from stages.shared.process import StageError

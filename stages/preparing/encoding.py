@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.preparing.formats import Example, Unusable
+from stages.preparing.formats import Example
+from stages.preparing.messages import Unusable
 from stages.preparing.rendering import Rendered, Renderer
 from stages.shared.params import Prepare
 
@@ -82,13 +83,14 @@ class Encoder:
                 "template", "begins with BOS twice: remove it from the template or from the text"
             )
         learned = np.zeros(len(ids), bool)
-        learned[0 if self.loss_on == "all" else len(prompt) :] = True
+        learned[len(prompt) :] = row.learned
+        learned[: len(prompt)] = self.loss_on == "all"
         if row.spans:
             encoding = self.backend.encode(row.prompt, add_special_tokens=False)
             begins, ends = np.array(encoding.offsets).T
             for start, end in row.spans:
                 inside = (begins >= start) & (ends <= end) & (begins < ends)
-                learned[: len(prompt)] |= inside
+                learned[: len(prompt)][inside] = self.loss_on != "all"
         return self._fit(row, ids, learned, len(prompt))
 
     def _fit(self, row: Rendered, ids, learned, prompt_tokens: int) -> list | Unusable:

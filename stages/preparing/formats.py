@@ -1,67 +1,81 @@
 """Recognized formats: one raw row becomes one example.
 
-An example is JSON: a list of messages ({"role", "content", …}, the assistant's last), a text that
-is learned whole, or {"text", "answers"}, a conversation rendered already and the character spans
-of its answers.
+An example is JSON: a list of messages ({"role", "content", …}, the assistant's last), or
+{"messages", "given", "silent"} where a template is given more than messages (tools, documents,
+its own variables) or places of messages are not to be learned; a text that is learned whole; or
+{"text", "answers"}, a conversation rendered already and the character spans of its answers.
 """
 
 import difflib
-import json
+import inspect
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from stages.preparing.readers import MAX_ROW_BYTES, too_big
+from transformers import PreTrainedTokenizerBase
+
+from stages.preparing.messages import (
+    Unusable,
+    check_json,
+    checked_text,
+    conversation,
+    decoded,
+    kind,
+    names_of,
+)
 from stages.shared.process import StageError
 
+# Columns that reach the template beside the messages, by the names that transformers has.
+_GIVEN = ("tools", "documents", "chat_template_kwargs")
 # format -> (columns it needs, columns it may have)
 COLUMNS = {
-    "messages": (("messages",), ()),
-    "sharegpt": (("conversations",), ("system",)),
-    "prompt_completion": (("prompt", "completion"), ("system",)),
-    "alpaca": (("instruction", "output"), ("input", "system")),
+    "messages": (("messages",), ("system", *_GIVEN)),
+    "sharegpt": (("conversations",), ("system", *_GIVEN)),
+    "prompt_completion": (("prompt", "completion"), ("system", "label", *_GIVEN)),
+    "alpaca": (("instruction", "output"), ("input", "system", "history", *_GIVEN)),
     "text": (("text",), ()),
     "rendered": (("text",), ()),
+}
+# Names that mean the same in any data set: taken where the standard column is not there.
+_SAME = {
+    "system": ("system_prompt", "system_message"),
+    "input": ("context",),
+    "output": ("response",),
+    "tools": ("functions",),
 }
 # Names in well-known sets, offered in the message when no standard column is there.
 _OTHER_NAMES = {
     "prompt": ("question", "query", "problem", "instruction", "input", "request"),
     "completion": ("answer", "response", "output", "solution", "target", "reply"),
+    "instruction": ("prompt", "question", "query", "problem", "request"),
+    "output": ("completion", "answer", "solution", "target", "reply"),
     "messages": ("conversations", "conversation", "dialog", "dialogue", "chat"),
     "text": ("content", "document", "body"),
 }
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
-# What may come before each role.
-_FOLLOWS = {
-    "system": {None},
-    "user": {None, "system", "assistant"},
-    "assistant": {"user", "tool"},
-    "tool": {"assistant", "tool"},
-}
-# What chat templates read of a message beside role and content.
-_MESSAGE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
-# Why rows are dropped; each is a key of metrics/data.json, dropped_<reason>_examples.
-REASONS = ("empty", "roles", "special_token", "template", "too_long", "unlearnable")
-
+# Columns without which an answer would mean something else.
+_MEANING = ("input", "history")
+# What a row may not give a template: transformers' own arguments, which are no variables of it.
+_RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
 Example = list | str | dict
 
 
-class Unusable(Exception):
-    """A row that is dropped and counted: one of REASONS, and what to do."""
+class Chat(NamedTuple):
+    """A conversation: what the template is given, and places of messages not to be learned."""
 
-    def __init__(self, reason: str, message: str):
-        super().__init__(reason, message)
-        self.reason, self.message = reason, message
+    messages: list[dict]
+    given: dict
+    silent: list[int]
+
+    def first(self, count: int) -> "Chat":
+        return self._replace(messages=self.messages[:count])
+
+
+def chat_of(example: Example) -> Chat | None:
+    """The conversation that the example is; None for text."""
+    if isinstance(example, list):
+        return Chat(example, {}, [])
+    return Chat(**example) if isinstance(example, dict) and "messages" in example else None
 
 
 @dataclass(frozen=True)
@@ -125,6 +139,8 @@ class Format:
     name: str
     columns: dict[str, str]
     shape: Shape | None = None
+    # Keys of messages that are not used, counted while rows are read.
+    unused: Counter[str] = field(default_factory=Counter)
 
     def example(self, row: dict, where: str) -> Example:
         """The example of one row.
@@ -132,41 +148,89 @@ class Format:
         Raises Unusable for a row that is dropped (nothing in it, roles out of order), StageError
         for one that is not of this format at all.
         """
-        match self.name:
-            case "messages":
-                return _conversation(_list(row, self.columns["messages"], where), where)
-            case "sharegpt":
-                turns = _list(row, self.columns["conversations"], where)
-                messages = [_from_sharegpt(turn, where) for turn in turns]
-                return _conversation(self._system(row, where) + messages, where)
-            case "text":
-                return _text(row, self.columns["text"], where)
-            case "rendered":
-                return self._rendered(_text(row, self.columns["text"], where))
-            case "prompt_completion" if isinstance(row.get(self.columns["prompt"]), list):
-                prompt = _list(row, self.columns["prompt"], where)
-                answer = _list(row, self.columns["completion"], where)
-                return _conversation(self._system(row, where) + prompt + answer, where)
-            case "prompt_completion":
-                prompt = _text(row, self.columns["prompt"], where)
-                answer = _text(row, self.columns["completion"], where)
-            case "alpaca":
-                prompt = _text(row, self.columns["instruction"], where)
-                extra = self.columns["input"]
-                if row.get(extra) not in (None, ""):
-                    prompt += "\n\n" + _text(row, extra, where)
-                answer = _text(row, self.columns["output"], where)
-        return [
-            *self._system(row, where),
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": answer},
-        ]
+        if self.name == "text":
+            return _text(row, self.columns["text"], where)
+        if self.name == "rendered":
+            return self._rendered(_text(row, self.columns["text"], where))
+        messages, silent = self._messages(row, where)
+        given = self._given(row, where)
+        if given or silent:
+            return Chat(messages, given, silent)._asdict()
+        return messages
+
+    def _messages(self, row: dict, where: str) -> tuple[list[dict], list[int]]:
+        """The row's conversation, and the places of messages that are not to be learned."""
+        turns = self._system(row, where)
+        if self.name in ("messages", "sharegpt"):
+            given = _list(row, self.columns[COLUMNS[self.name][0][0]], where)
+            text = given[0].get("content", given[0].get("value"))
+            # A column may repeat the system message of the conversation.
+            turns = given if turns and text == turns[0]["content"] else turns + given
+            return conversation(turns, where, self.unused)
+        if self.name == "prompt_completion":
+            prompt, answer = self.columns["prompt"], self.columns["completion"]
+            if str(row.get(self.columns["label"])).lower() == "false":
+                raise Unusable(
+                    "unlearnable", "its label is false, an answer not to learn: delete it"
+                )
+            if isinstance(row.get(prompt), list):
+                turns += _list(row, prompt, where) + _list(row, answer, where)
+                return conversation(turns, where, self.unused)
+            asked = _text(row, prompt, where)
+        else:
+            answer, extra = self.columns["output"], self.columns["input"]
+            turns += self._history(row, where)
+            asked = _text(row, self.columns["instruction"], where)
+            if row.get(extra) not in (None, ""):
+                asked += "\n\n" + _text(row, extra, where)
+        turns.append({"role": "user", "content": asked})
+        return [*turns, {"role": "assistant", "content": _text(row, answer, where)}], []
 
     def _system(self, row: dict, where: str) -> list[dict]:
         name = self.columns["system"]
         if row.get(name) in (None, ""):
             return []
         return [{"role": "system", "content": _text(row, name, where)}]
+
+    def _history(self, row: dict, where: str) -> list[dict]:
+        """Earlier questions and answers, in pairs."""
+        name = self.columns["history"]
+        pairs = decoded(row.get(name)) or []
+        if not isinstance(pairs, list) or not all(
+            isinstance(pair, list) and len(pair) == 2 for pair in pairs
+        ):
+            raise StageError(f"{where}: {name!r} holds no list of [question, answer]; mend it")
+        roles = ("user", "assistant")
+        return [
+            {"role": role, "content": checked_text(text, name, where)}
+            for pair in pairs
+            for role, text in zip(roles, pair, strict=True)
+        ]
+
+    def _given(self, row: dict, where: str) -> dict:
+        """What the template is given beside the messages, as arguments of apply_chat_template."""
+        given: dict = {}
+        for standard in _GIVEN:
+            name = self.columns[standard]
+            value = decoded(row.get(name))
+            if value in (None, "", [], {}):
+                continue
+            variables = standard == "chat_template_kwargs"
+            each = [value] if variables else value
+            each = [decoded(one) for one in each] if isinstance(each, list) else [each, None]
+            if not all(isinstance(one, dict) for one in each):
+                belongs = "an object" if variables else "a list of objects"
+                raise StageError(
+                    f"{where}: {name!r} holds {kind(value)} where {belongs} belongs, which the "
+                    "template is given; mend or rename it"
+                )
+            check_json(each, f"{where}: {name!r}")
+            if name == "functions":
+                each = [{"type": "function", "function": one} for one in each]
+            given |= each[0] if variables else {standard: each}
+            if variables and (taken := sorted(_RESERVED & value.keys())):
+                raise StageError(f"{where}: {name!r} holds {taken[0]!r}, no variable of a template")
+        return given
 
     def _rendered(self, text: str) -> Example:
         if self.shape is None:
@@ -215,7 +279,9 @@ def recognize(name: str, columns: dict[str, str] | None, first: dict, where: str
                 f"{where}: no column {column!r} (prepare.columns.{standard}); "
                 f"the columns are {names_of(first)}"
             )
-    present = {c: own.get(c, c) for c in known if own.get(c, c) in first}
+    # Who names columns gets those alone.
+    called = {c: own.get(c, c) if own else _name_in(first, c) for c in known}
+    present = {c: column for c, column in called.items() if column in first}
     if name == "auto":
         name = _recognized(present, own, first, where)
     needed, optional = COLUMNS[name]
@@ -232,7 +298,7 @@ def recognize(name: str, columns: dict[str, str] | None, first: dict, where: str
                 f"columns are {names_of(first)}: name yours in prepare.columns: {{{column}: …}}"
             )
     # An optional column may come in a later row alone.
-    used = {column: own.get(column, column) for column in (*needed, *optional)}
+    used = {column: called[column] for column in (*needed, *optional)}
     shape = _shape_of(first[used["text"]]) if name == "rendered" else None
     return Format(name, used, shape)
 
@@ -245,34 +311,48 @@ def _recognized(present: dict[str, str], own: dict[str, str], first: dict, where
             match first.get(present.get("conversations")):
                 case [{"role": _}, *_] if name == "sharegpt":
                     continue
+            lost = [present[c] for c in _MEANING if c in present and c not in optional]
+            if name == "prompt_completion" and lost and not own:
+                raise StageError(
+                    f"{where}: format {name} would not use {lost[0]!r}; {_remedy(present, first)}, "
+                    "or name prompt and completion alone to leave it out"
+                )
             return name
+    raise StageError(
+        f"{where}: no known format has the columns {names_of(first)}; {_remedy(present, first)}"
+    )
+
+
+def _remedy(present: dict[str, str], first: dict) -> str:
+    """The setting of prepare.columns that keeps most columns."""
     guess = {
         standard: other
         for standard, others in _OTHER_NAMES.items()
-        for other in others
+        for other in reversed(others)
         if other in first
-    }
+    } | present
     fits = [
-        n for n, (needed, _) in COLUMNS.items() if all(c in {**present, **guess} for c in needed)
+        {c: guess[c] for c in (*needed, *optional) if c in guess}
+        for needed, optional in COLUMNS.values()
+        if all(c in guess for c in needed)
     ]
-    if fits:
-        pairs = {c: {**guess, **present}[c] for c in COLUMNS[fits[0]][0]}
-        remedy = "set prepare.columns: {" + ", ".join(f"{k}: {v}" for k, v in pairs.items()) + "}"
-    else:
-        remedy = "name yours in prepare.columns, such as {prompt: question, completion: answer}"
-    raise StageError(f"{where}: no known format has the columns {names_of(first)}; {remedy}")
+    if not fits:
+        return "name yours in prepare.columns, such as {prompt: question, completion: answer}"
+    # The first of those that keep as many.
+    pairs = max(fits, key=lambda pairs: len(set(pairs.values())))
+    return "set prepare.columns: {" + ", ".join(f"{k}: {v}" for k, v in pairs.items()) + "}"
+
+
+def _name_in(first: dict, standard: str) -> str:
+    """What the standard column is called in this data."""
+    names = (standard, *_SAME.get(standard, ()))
+    return next((name for name in names if name in first), standard)
 
 
 def _shape_of(text) -> Shape | None:
     if not isinstance(text, str):
         return None
     return next((shape for shape in SHAPES if shape.marker in text), None)
-
-
-def names_of(row: dict) -> str:
-    """Column names in one short line, whatever is in them."""
-    names = ", ".join(" ".join(str(name).split()) for name in row) or "none"
-    return names if len(names) <= 200 else names[:200] + "…"
 
 
 def _value(row: dict, column: str, where: str):
@@ -285,100 +365,12 @@ def _text(row: dict, column: str, where: str) -> str:
     return checked_text(_value(row, column, where), column, where)
 
 
-def checked_text(value, name: str, where: str) -> str:
-    """`value` if it is text that can be learned; `name` is what to call it in the message."""
-    if value is None:
-        raise Unusable("empty", f"{name!r} is null: fill it in or delete the row")
-    if not isinstance(value, str):
-        raise StageError(f"{where}: {name!r} holds {_kind(value)} where text belongs; quote it")
-    if len(value) > MAX_ROW_BYTES:
-        raise too_big(where)
-    if "\0" in value:
-        raise StageError(f"{where}: {name!r} holds a NUL character; remove it")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise StageError(
-            f"{where}: {name!r} holds half a surrogate pair (\\u{ord(value[error.start]):04x}); "
-            "write the whole character"
-        ) from None
-    if not value or value.isspace():
-        raise Unusable("empty", f"{name!r} is empty: fill it in or delete the row")
-    return value
-
-
-def _kind(value) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return f"a number ({value!s:.20})"
-    return {list: "a list", dict: "an object"}.get(type(value), type(value).__name__)
-
-
 def _list(row: dict, column: str, where: str) -> list[dict]:
     value = _value(row, column, where)
     if value is None or value == []:
         raise Unusable("empty", f"{column!r} is empty: fill it in or delete the row")
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
-        what = "text" if isinstance(value, str) else _kind(value)
-        raise StageError(f"{where}: {column!r} holds {what} where a list of messages belongs")
+        raise StageError(
+            f"{where}: {column!r} holds {kind(value)} where a list of messages belongs"
+        )
     return value
-
-
-def _from_sharegpt(turn: dict, where: str) -> dict:
-    for key in ("from", "value"):
-        if key not in turn:
-            raise StageError(f"{where}: a turn without {key!r}; it has {names_of(turn)}")
-    role = turn["from"]
-    if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
-        raise Unusable("roles", f"unknown role {role!r}: use {', '.join(_SHAREGPT_ROLES)}")
-    return {"role": _SHAREGPT_ROLES[role], "content": turn["value"]}
-
-
-def _conversation(turns: list[dict], where: str) -> list[dict]:
-    """Checked messages with the keys that templates read."""
-    messages, before = [], None
-    for number, turn in enumerate(turns, 1):
-        if "role" not in turn:
-            raise StageError(f"{where}: message {number} has no 'role'; it has {names_of(turn)}")
-        role = turn["role"]
-        if not isinstance(role, str) or role not in _FOLLOWS:
-            raise Unusable(
-                "roles", f"message {number}: unknown role {role!r}: use {', '.join(_FOLLOWS)}"
-            )
-        if before not in _FOLLOWS[role]:
-            after = f"follows {before}" if before else "comes first"
-            raise Unusable("roles", f"message {number}: {role} {after}: mend or delete the row")
-        message = {"role": role}
-        # Parquet gives every message every key: an empty list of calls is no call.
-        message |= {key: turn[key] for key in _MESSAGE_KEYS if turn.get(key)}
-        content = turn.get("content")
-        if isinstance(content, list):
-            content = _joined(content, number, where)
-        if content in (None, "") and "tool_calls" in message:
-            content = ""
-        else:
-            content = checked_text(content, f"message {number} ({role})", where)
-        if len(message) > 1:
-            _check_extras(message, f"{where}: message {number}")
-        messages.append(message | {"content": content})
-        before = role
-    if before != "assistant":
-        raise Unusable("roles", f"ends with {before}: the last message must be the assistant's")
-    return messages
-
-
-def _check_extras(message: dict, where: str) -> None:
-    """Tool calls and the like must be JSON with whole characters; a Parquet file can hold more."""
-    try:
-        json.dumps(message, ensure_ascii=False).encode()
-    except (TypeError, UnicodeEncodeError) as error:
-        raise StageError(f"{where}: a tool call that is no JSON ({error}); mend it") from None
-
-
-def _joined(parts: list, number: int, where: str) -> str:
-    """The text of a content given in parts, such as [{"type": "text", "text": "Hi"}]."""
-    for part in parts:
-        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            raise StageError(f"{where}: message {number} has a part that is not text; remove it")
-    return "".join(part["text"] for part in parts)

@@ -366,9 +366,16 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH, use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, row
+                    yield number, {name: _without_nulls(value) for name, value in row.items()}
     except (UnicodeDecodeError, *_DAMAGED) as error:
         raise _damaged(path, error) from None
+
+
+def _without_nulls(value):
+    """A value of a column without the nulls that Arrow puts where an object lacks a key."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 _READERS = {

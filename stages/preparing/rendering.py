@@ -2,14 +2,23 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jinja2
 
-from stages.preparing.formats import Example, Unusable
+from stages.preparing.answers import (
+    EMPTY_THOUGHT,
+    OPENED,
+    after_header,
+    holds,
+    longest_end,
+    printed,
+    thought_and_answer,
+    with_text_arguments,
+)
+from stages.preparing.formats import Chat, Example, chat_of
+from stages.preparing.messages import Unusable
 
-# Keys of a message in which models' reasoning is kept apart from the answer.
-_REASONING = ("reasoning_content", "thinking")
 # What a template raises about a row: raise_exception() and Python's own, as of "".index("a").
 TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError)
 
@@ -23,7 +32,8 @@ def bos_of(tokenizer) -> str:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A row as text: `answer` ends with `end`, `spans` are earlier answers within `prompt`.
+    """A row as text: `answer` ends with `end`. `spans` of `prompt` are learned too, or with
+    loss_on: all are what is not; `learned` says whether the answer is.
 
     With `raw` nothing is rendered: the prompt is the BOS at most, and the answer is the text.
     """
@@ -33,19 +43,12 @@ class Rendered:
     end: str
     spans: list[tuple[int, int]]
     raw: bool
+    learned: bool = True
 
 
 def _words(message: dict) -> str:
     """All that a template may write of a message."""
     return message["content"] if len(message) == 2 else json.dumps(message, ensure_ascii=False)
-
-
-def _holds(text: str, part: str) -> bool:
-    """Whether `part` is in `text`, white space aside, or in quotes as Llama 3 has tool output."""
-    if part.strip() in text:
-        return True
-    text, quoted = "".join(text.split()), json.dumps(part, ensure_ascii=False)[1:-1]
-    return any("".join(each.split()) in text for each in (part, quoted))
 
 
 class Renderer:
@@ -63,14 +66,13 @@ class Renderer:
 
     def render(self, examples: list[Example]) -> list[Rendered | Unusable]:
         """The text of each example, or why it is dropped."""
-        refused = [self._special_in(example) for example in examples]
-        chats = [
-            e for e, no in zip(examples, refused, strict=True) if isinstance(e, list) and not no
-        ]
-        made = iter(self._render_chats(chats))
+        chats = [chat_of(example) for example in examples]
+        refused = [self._special_in(*each) for each in zip(examples, chats, strict=True)]
+        pairs = zip(chats, refused, strict=True)
+        made = iter(self._render_chats([chat for chat, no in pairs if chat and not no]))
         return [
-            no or (next(made) if isinstance(example, list) else self._render_text(example))
-            for example, no in zip(examples, refused, strict=True)
+            no or (next(made) if chat else self._render_text(example))
+            for example, chat, no in zip(examples, chats, refused, strict=True)
         ]
 
     def _render_text(self, example: str | dict) -> Rendered:
@@ -83,11 +85,11 @@ class Renderer:
         spans = earlier if self.loss_on == "assistant" else []
         return self._finish(text[:start], text[start:end], spans)
 
-    def _special_in(self, example: Example) -> Unusable | None:
+    def _special_in(self, example: Example, chat: Chat | None) -> Unusable | None:
         """A mark such as <|im_end|> in somebody's words would end a turn that they did not end."""
-        if isinstance(example, dict):
-            return None
-        texts = [example] if isinstance(example, str) else map(_words, example)
+        texts = [example] if isinstance(example, str) else []
+        if chat:
+            texts = [*map(_words, chat.messages), json.dumps(chat.given, ensure_ascii=False)]
         for found in filter(None, map(self.any_special.search, texts)):
             return Unusable(
                 "special_token",
@@ -96,110 +98,178 @@ class Renderer:
             )
         return None
 
-    def _render_chats(self, chats: list[list[dict]]) -> list[Rendered | Unusable]:
-        """Whole conversations and their prompts, by the template; one by one if any fails."""
-        if not chats:
-            return []
+    def _render_chats(self, chats: list[Chat]) -> list[Rendered | Unusable]:
+        """Conversations as text, in one call; one by one those that the template cannot take so."""
         try:
-            whole = self._apply(chats)
-            prompts = self._apply([chat[:-1] for chat in chats], prompt=True)
-        except TEMPLATE_FAULTS as error:
-            if len(chats) == 1:
-                # raise_exception() in a template raises the base class.
-                reason = "roles" if type(error) is jinja2.TemplateError else "template"
-                said = " ".join(str(error).split())
-                return [Unusable(reason, f"the template refuses it ({said}): mend the row")]
-            return [self._render_chats([chat])[0] for chat in chats]
-        return [self._cut(*each) for each in zip(chats, whole, prompts, strict=True)]
+            texts = self._texts(chats)
+        except TEMPLATE_FAULTS:
+            return [self._render_chat(chat) for chat in chats]
+        return [
+            self._render_chat(chat) if printed(chat, whole) else self._cut(chat, whole, prompt)
+            for chat, whole, prompt in zip(chats, *texts, strict=True)
+        ]
 
-    def _apply(self, chats: list[list[dict]], prompt: bool = False) -> list[str]:
-        return self.tokenizer.apply_chat_template(
-            chats, tokenize=False, add_generation_prompt=prompt
-        )
+    def _render_chat(self, chat: Chat) -> Rendered | Unusable:
+        """One conversation, with the arguments of calls as objects or else as text."""
+        faults = []
+        for form in (chat, with_text_arguments(chat)):
+            try:
+                (whole,), (prompt,) = self._texts([form])
+            except TEMPLATE_FAULTS as error:
+                faults.append(error)
+                continue
+            if form is not chat or not printed(chat, whole):
+                return self._cut(form, whole, prompt)
+        # raise_exception() in a template raises the base class.
+        reason = "roles" if type(faults[0]) is jinja2.TemplateError else "template"
+        said = " ".join(str(faults[0]).split())
+        return Unusable(reason, f"the template refuses it ({said}): mend the row")
 
-    def _cut(self, chat: list[dict], whole: str, prompt: str) -> Rendered | Unusable:
+    def _texts(self, chats: list[Chat]) -> tuple[list[str], list[str]]:
+        """Whole conversations, and the prompts for their last answers."""
+        prompts = [chat.first(-1) for chat in chats]
+        return self._apply(chats), self._apply(prompts, prompt=True)
+
+    def _apply(self, chats: list[Chat], prompt: bool = False) -> list[str]:
+        def applied(messages: list, **given) -> list[str]:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompt, **given
+            )
+
+        if any(chat.given for chat in chats):
+            return [applied([chat.messages], **chat.given)[0] for chat in chats]
+        return applied([chat.messages for chat in chats]) if chats else []
+
+    def _cut(self, chat: Chat, whole: str, prompt: str) -> Rendered | Unusable:
+        if not whole.startswith(prompt):
+            whole = prompt + thought_and_answer(chat.messages[-1], whole, prompt)
         answer = whole[len(prompt) :]
-        if not whole.startswith(prompt) or not answer.strip():
+        if not answer.strip():
             return Unusable(
                 "template",
                 "the template writes the prompt differently once an answer follows, so no prompt "
-                "would be a row's beginning: set prepare.template to another .jinja file",
+                'would be a row\'s beginning: give the row {"enable_thinking": true} or false in '
+                "chat_template_kwargs if that decides it, or set another prepare.template",
             )
-        if lost := self._lost(chat, whole, answer):
+        if lost := self._lost(chat, whole, whole[len(OPENED.sub("", prompt)) :]):
             return Unusable(
                 "template",
                 f"the template leaves out the {lost}: set prepare.template to a .jinja file that "
                 "writes it, or take it out of the row",
             )
-        spans = []
-        if self.loss_on == "assistant":
-            try:
-                spans = self._earlier_answers(chat, prompt)
-            except Unusable as unusable:
-                return unusable
-        return self._finish(prompt, answer, spans)
+        try:
+            spans = self._spans(chat, prompt)
+        except Unusable as unusable:
+            return unusable
+        learned = len(chat.messages) - 1 not in chat.silent
+        if not learned and not spans and self.loss_on != "all":
+            return Unusable(
+                "unlearnable",
+                "its answer is marked as not to be learned: delete it, or set prepare.loss_on: "
+                "assistant if earlier ones are",
+            )
+        return replace(self._finish(prompt, answer, spans), learned=learned)
 
-    def _lost(self, chat: list[dict], whole: str, answer: str) -> str | None:
+    def _lost(self, chat: Chat, whole: str, answer: str) -> str | None:
         """What the row would lack without a word, as many templates know no system and no tools.
 
         Not looked for are the earlier answers, of which templates drop the reasoning on purpose.
         """
-        for number, message in enumerate(chat, 1):
-            last = number == len(chat)
-            if (last or message["role"] != "assistant") and not _holds(
+        for number, message in enumerate(chat.messages, 1):
+            last = number == len(chat.messages)
+            if (last or message["role"] != "assistant") and not holds(
                 answer if last else whole, message["content"]
             ):
                 return f"text of message {number} ({message['role']})"
-            for key in ("tool_calls", *_REASONING) if last else ("tool_calls",):
-                if key not in message:
-                    continue
-                less = {k: v for k, v in message.items() if k != key}
-                try:
-                    if self._apply([[*chat[: number - 1], less, *chat[number:]]])[0] != whole:
-                        continue
-                except TEMPLATE_FAULTS:
-                    continue
-                return f"{key} of message {number}"
+            for key in ("tool_calls", "reasoning_content") if last else ("tool_calls",):
+                less = [*chat.messages]
+                less[number - 1] = {k: v for k, v in message.items() if k != key}
+                if key in message and self._writes(chat._replace(messages=less), whole):
+                    return f"{key} of message {number}"
+        for key in chat.given.keys() & {"tools", "documents"}:
+            less = {k: v for k, v in chat.given.items() if k != key}
+            if self._writes(chat._replace(given=less), whole):
+                return key
         return None
 
-    def _earlier_answers(self, chat: list[dict], prompt: str) -> list[tuple[int, int]]:
-        """Character spans in `prompt` of every answer but the last, with their end tokens.
+    def _writes(self, chat: Chat, text: str) -> bool:
+        try:
+            return self._apply([chat])[0] == text
+        except TEMPLATE_FAULTS:
+            return False
 
-        An answer begins where the prompt for it ends. It ends where the conversation up to it
-        ends, or, with a template that writes the newest answer in another way than earlier ones
-        (Qwen 3 drops their reasoning), at the end token that follows.
+    def _spans(self, chat: Chat, prompt: str) -> list[tuple[int, int]]:
+        """Character spans in `prompt` of what Rendered says of them, their end marks too."""
+        everything = self.loss_on == "all"
+        return [
+            self._span(chat, i, prompt)
+            for i, message in enumerate(chat.messages[:-1])
+            if (everything and i in chat.silent)
+            or (
+                self.loss_on == "assistant"
+                and message["role"] == "assistant"
+                and i not in chat.silent
+            )
+        ]
+
+    def _span(self, chat: Chat, i: int, prompt: str) -> tuple[int, int]:
+        """Where message `i` stands in `prompt`.
+
+        An answer begins where the prompt for it ends, and is written as when it was the newest,
+        but for two things: templates drop the thought of earlier answers (Qwen 3), or end them
+        with another mark (gpt-oss).
         """
-        spans = []
-        for i, message in enumerate(chat[:-1]):
-            if message["role"] != "assistant":
-                continue
-            try:
-                before = self._apply([chat[:i]], prompt=True)[0]
-                after = self._apply([chat[: i + 1]])[0]
-            except TEMPLATE_FAULTS as error:
-                said = " ".join(str(error).split())
-                raise Unusable(
-                    "template",
-                    f"the template refuses the part up to message {i + 1} ({said}): set "
-                    "prepare.loss_on: completion, or another template",
-                ) from None
-            start, end = len(before), len(after)
-            if not prompt.startswith(after) and "tool_calls" not in message:
-                found = self.any_special.search(prompt, start)
-                end = found.end() if found else start
-            part = prompt[start:end].rstrip()
-            if not (
-                prompt.startswith(before)
-                and message["content"].strip() in part
-                and part.endswith(self.special)
-            ):
-                raise Unusable(
-                    "template",
-                    f"the template writes message {i + 1} differently once the conversation goes "
-                    "on, or does not end it: set prepare.loss_on: completion, or another template",
-                )
-            spans.append((start, start + len(part)))
-        return spans
+        message = chat.messages[i]
+        asked = message["role"] == "assistant"
+        try:
+            before = self._apply([chat.first(i)], prompt=asked)[0] if i else ""
+            after = self._apply([chat.first(i + 1)])[0]
+            start = len(before)
+            if asked and not prompt.startswith(before):
+                start = after_header(before, self._apply([chat.first(i)])[0], prompt)
+        except TEMPLATE_FAULTS as error:
+            said = " ".join(str(error).split())
+            raise Unusable(
+                "template",
+                f"the template refuses the part up to message {i + 1} ({said}): set "
+                "prepare.loss_on: completion, or another template",
+            ) from None
+        if not asked and prompt.startswith(after) and after.startswith(before):
+            return len(before), len(after)
+        span = self._written(message, before, after, prompt, start) if asked else None
+        if span is None:
+            raise Unusable(
+                "template",
+                f"the template writes message {i + 1} differently once the conversation goes "
+                "on, or does not end it: set prepare.loss_on: completion, or another template",
+            )
+        return span
+
+    def _written(
+        self, message: dict, before: str, after: str, prompt: str, start: int | None
+    ) -> tuple[int, int] | None:
+        """The span from `start` in `prompt` of an answer that is the newest in `after`."""
+        opening = before if after.startswith(before) else OPENED.sub("", before)
+        written = after[len(opening) :].rstrip()
+        if start is None or not after.startswith(opening) or not written.endswith(self.special):
+            return None
+        words = message["content"].split("</think>")[-1].strip()
+        bare = self._without_marks(written)
+        # Nemotron puts an empty thought where it drops one.
+        for place in (start, EMPTY_THOUGHT.match(prompt, start).end()):
+            if part := longest_end(written, prompt, place):
+                end = place + len(part)
+            elif part := longest_end(bare, prompt, place):
+                mark = self.any_special.match(prompt, place + len(part))
+                end = mark.end() if mark else place
+            if part and words in prompt[place:end]:
+                return start, end
+        return None
+
+    def _without_marks(self, text: str) -> str:
+        while mark := next((t for t in self.special if text.endswith(t)), None):
+            text = text.removesuffix(mark).rstrip()
+        return text
 
     def _finish(self, prompt: str, answer: str, spans: list, raw: bool = False) -> Rendered:
         """The answer cut after its end token, or given one."""

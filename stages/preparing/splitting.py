@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.preparing.formats import Example
+from stages.preparing.formats import Example, chat_of
 from stages.shared.params import Prepare
 from stages.shared.process import StageError
 
@@ -37,24 +37,31 @@ _PERMUTATIONS = 128
 
 def prompt_and_rest(example: Example) -> tuple[str, str]:
     """What a row is split by, the first thing asked, and the rest of it, both normalized."""
-    if isinstance(example, str):
-        return normal(example), ""
-    if isinstance(example, dict):
-        start = example["answers"][0][0] if example["answers"] else len(example["text"])
-        return normal(example["text"][:start]), normal(example["text"][start:])
-    first = next((i for i, m in enumerate(example) if m["role"] == "user"), 0)
-    rest = [
+    chat = chat_of(example)
+    if chat is None:
+        text = example if isinstance(example, str) else example["text"]
+        answers = [] if isinstance(example, str) else example["answers"]
+        start = answers[0][0] if answers else len(text)
+        return normal(text[:start]), normal(text[start:])
+    messages = chat.messages
+    first = next((i for i, m in enumerate(messages) if m["role"] == "user"), 0)
+    rest: list = [
         m | {"content": normal(m["content"])} if len(m) > 2 else normal(m["content"])
-        for i, m in enumerate(example)
+        for i, m in enumerate(messages)
         if i != first
     ]
-    return normal(example[first]["content"]), json.dumps(rest)
+    return normal(messages[first]["content"]), json.dumps(rest)
 
 
-def _text_of(example: Example) -> str:
-    if isinstance(example, list):
-        return "\n".join(message["content"] for message in example)
-    return example if isinstance(example, str) else example["text"]
+def text_of(example: Example) -> str:
+    """The words by which rows are nearly the same; a template is given more than contents."""
+    chat = chat_of(example)
+    if chat is None:
+        return example if isinstance(example, str) else example["text"]
+    beside = [chat.given] * bool(chat.given)
+    beside += [{k: m[k] for k in m if k != "content"} for m in chat.messages if len(m) > 2]
+    contents = [message["content"] for message in chat.messages]
+    return "\n".join(contents + [json.dumps(each) for each in beside])
 
 
 def normal(text: str) -> str:
@@ -69,13 +76,17 @@ def hash64(text: str) -> int:
 
 
 class Store:
-    """Examples on disk, in a file without a name that a killed stage leaves nothing of, and 40
-    bytes of each in memory: the columns below, uint64 [N] and uint32 [N]."""
+    """Examples on disk, in a file without a name that a killed stage leaves nothing of, and 48
+    bytes of each in memory: the columns below, uint64 [N] and uint32 [N].
+
+    `prompts` and `wholes` are hashes of normalized text, which decide where a row goes; `exacts`
+    are of what the model would see.
+    """
 
     def __init__(self, folder: Path):
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._ends = array("Q", [0])
-        self._columns = {name: array("Q") for name in ("prompts", "wholes", "groups")}
+        self._columns = {name: array("Q") for name in ("prompts", "wholes", "exacts", "groups")}
         self._columns |= {"files": array("I"), "lines": array("I")}
         self._group_keys: dict[str, int] = {}
         self.paths: list[str] = []
@@ -85,11 +96,12 @@ class Store:
         key = hash64(prompt)
         if not self.paths or self.paths[-1] != path:
             self.paths.append(path)
-        self._ends.append(self._ends[-1] + self._file.write(json.dumps(example).encode()))
+        text = json.dumps(example)
+        self._ends.append(self._ends[-1] + self._file.write(text.encode()))
         if group not in self._group_keys:
             self._group_keys[group] = hash64(group)
         whole, groups = hash64(f"{key} {rest}"), self._group_keys[group]
-        values = (key, whole, groups, len(self.paths) - 1, line)
+        values = (key, whole, hash64(text), groups, len(self.paths) - 1, line)
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
 
@@ -116,12 +128,12 @@ class Store:
 
 def hash_order(store: Store, rows: np.ndarray) -> np.ndarray:
     """`rows` sorted by the hash of the prompt, then of the whole row."""
-    return rows[np.lexsort((store.wholes[rows], store.prompts[rows]))]
+    return rows[np.lexsort((store.exacts[rows], store.wholes[rows], store.prompts[rows]))]
 
 
 def distinct(store: Store, rows: np.ndarray) -> np.ndarray:
-    """`rows` without those whose normalized text came before."""
-    _, first = np.unique(store.wholes[rows], return_index=True)
+    """`rows` without those that came before, letter by letter."""
+    _, first = np.unique(store.exacts[rows], return_index=True)
     return rows[np.sort(first)]
 
 
@@ -132,7 +144,7 @@ def near_duplicates(store: Store, rows: Iterable[int]) -> np.ndarray:
 
     index, near = MinHashLSH(threshold=NEAR_DUPLICATE, num_perm=_PERMUTATIONS), []
     for row in rows:
-        words = normal(_text_of(store.example(row))).split()
+        words = normal(text_of(store.example(row))).split()
         runs = {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
         sketch = MinHash(num_perm=_PERMUTATIONS, seed=1)
         sketch.update_batch([run.encode() for run in runs])

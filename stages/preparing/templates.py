@@ -5,7 +5,8 @@ from pathlib import Path
 
 import jinja2
 
-from stages.preparing.formats import Example, Format, read_rendered
+from stages.preparing.formats import Example, Format, chat_of, read_rendered
+from stages.preparing.messages import Unusable
 from stages.preparing.rendering import TEMPLATE_FAULTS, Rendered, Renderer, bos_of
 from stages.shared.params import Prepare
 from stages.shared.process import StageError
@@ -45,8 +46,8 @@ def settle(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> 
     text, said = _template(tokenizer, params, form, samples)
     if "strftime_now" in text:
         text, said = _FIXED_DATE + text, f"{said} with a fixed date"
-    tokenizer.chat_template = text
-    made = Renderer(tokenizer, params.loss_on).render(samples)
+    made, tokenizer.chat_template, thoughts = _thinking(tokenizer, params, text, samples)
+    said += thoughts
     ends = [row.end for row in made if isinstance(row, Rendered)]
     if ends and ends[0] != tokenizer.eos_token:
         tokenizer.eos_token = ends[0]
@@ -78,7 +79,26 @@ def _template(tokenizer, params: Prepare, form: Format, samples: list[Example]) 
             "the tokenizer has no chat template (a base model?); set prepare.template to "
             "templates/chatml.jinja, or to plain text with {prompt} in it"
         )
-    return tokenizer.get_chat_template(), "the tokenizer's chat template"
+    tools = any(chat and chat.given.get("tools") for chat in map(chat_of, samples))
+    # Some tokenizers have a template of their own for tools.
+    return tokenizer.get_chat_template(tools=tools or None), "the tokenizer's chat template"
+
+
+def _thinking(
+    tokenizer, params: Prepare, text: str, samples: list[Example]
+) -> tuple[list[Rendered | Unusable], str, str]:
+    """(rows, template, what was changed) with the template's own default for thoughts, or with
+    the other where a prompt opens a thought that most answers lack, or the other way round."""
+    tries = []
+    for value in ("", "false", "true"):
+        setting = f"{{%- set enable_thinking = enable_thinking | default({value}) -%}}"
+        changed, said = (setting + text, f", enable_thinking {value}") if value else (text, "")
+        tokenizer.chat_template = changed
+        made = Renderer(tokenizer, params.loss_on).render(samples)
+        tries.append((made, changed, said))
+        if "enable_thinking" not in text or all(isinstance(row, Rendered) for row in made):
+            break
+    return max(tries, key=lambda each: sum(isinstance(row, Rendered) for row in each[0]))
 
 
 def _from_file(tokenizer, template: str) -> str:
@@ -100,9 +120,11 @@ def _from_file(tokenizer, template: str) -> str:
 
 def _with_bos(tokenizer, template: str, samples: list[Example]) -> str:
     """The template with the BOS that the tokenizer would have put before plain text."""
-    for chat in samples:
+    for chat in filter(None, map(chat_of, samples)):
         try:
-            made = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+            made = tokenizer.apply_chat_template(
+                chat.messages, chat_template=template, tokenize=False, **chat.given
+            )
         except TEMPLATE_FAULTS:
             continue
         return template if made.startswith(bos_of(tokenizer)) else "{{ bos_token }}" + template

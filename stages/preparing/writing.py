@@ -15,7 +15,7 @@ import pyarrow.ipc
 from tqdm import tqdm
 
 from stages.preparing.encoding import Encoder
-from stages.preparing.formats import Unusable
+from stages.preparing.messages import Unusable
 from stages.preparing.splitting import Store
 from stages.shared.process import end_with_parent
 from stages.shared.rows import IGNORED, SCHEMA

@@ -1,0 +1,219 @@
+"""The turns of a conversation as messages that chat templates read, checked.
+
+Every data set names roles and keys in its own way. What stands here maps them; a key that is
+left over is counted, so that nothing is lost without a word.
+"""
+
+import json
+from collections import Counter
+
+from stages.preparing.readers import MAX_ROW_BYTES, too_big
+from stages.shared.process import StageError
+
+# Why rows are dropped; each is a key of metrics/data.json, dropped_<reason>_examples.
+REASONS = ("empty", "roles", "special_token", "template", "too_long", "unlearnable")
+_NAMES = {
+    "system": ("system", "developer"),
+    "user": ("user", "human"),
+    "assistant": ("assistant", "gpt", "model", "chatgpt", "function_call", "tool_call"),
+    "tool": ("tool", "observation", "function_response", "function", "ipython"),
+}
+_ROLES = {name: role for role, names in _NAMES.items() for name in names}
+# What may come before each role.
+_FOLLOWS = {
+    "system": {None},
+    "user": {None, "system", "assistant"},
+    "assistant": {"user", "tool"},
+    "tool": {"assistant", "tool"},
+}
+# Keys that chat templates read, by the names that data sets have for them. The first three are
+# one thing to transformers, which gives a template each of them.
+_KEYS = {
+    "reasoning_content": "reasoning_content",
+    "reasoning": "reasoning_content",
+    "thinking": "reasoning_content",
+    "tool_calls": "tool_calls",
+    "function_call": "tool_calls",
+    "tool_call_id": "tool_call_id",
+    "name": "name",
+}
+_CONTENT = {"content", "value"}
+# Keys that say whether a message is learned.
+_SWITCHES = ("weight", "train", "training", "trainable", "loss")
+
+
+class Unusable(Exception):
+    """A row that is dropped and counted: one of REASONS, and what to do."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(reason, message)
+        self.reason, self.message = reason, message
+
+
+def conversation(
+    turns: list[dict], where: str, unused: Counter[str]
+) -> tuple[list[dict], list[int]]:
+    """(messages, places of those that are not to be learned) of turns with role and content, or
+    with from and value. Keys that no template reads are counted in `unused`.
+
+    Raises Unusable for turns out of order or without text, StageError for what is no turn.
+    """
+    messages: list[dict] = []
+    silent: list[int] = []
+    before = None
+    for number, turn in enumerate(turns, 1):
+        at = f"message {number}"
+        left = {key: turn[key] for key in turn.keys() - _CONTENT if not _blank(turn[key])}
+        role, name = _role(left, turn, at, where)
+        learned = not left or _switched(left, role, f"{where}: {at}", unused)
+        content = turn.get("content", turn.get("value"))
+        if role == "system" and _blank(content):
+            continue
+        if before not in _FOLLOWS[role]:
+            after = f"follows {before}" if before else "comes first"
+            raise Unusable("roles", f"{at}: {role} {after}: mend or delete the row")
+        before = role
+        message = {"role": role}
+        if name in ("function_call", "tool_call"):
+            left["tool_calls"], content = content, None
+        for key in [key for key in _KEYS if key in left]:
+            if message.setdefault(_KEYS[key], left[key]) == left[key]:
+                del left[key]
+        if len(message) > 1:
+            _check_extras(message, at, where)
+        if isinstance(content, list):
+            content = _joined(content, at, where)
+        if content in (None, "", []) and "tool_calls" in message:
+            content = ""
+        else:
+            content = checked_text(content, f"{at} ({role})", where)
+        if left:
+            unused.update(f"message key {key}" for key in left)
+        if not learned:
+            silent.append(len(messages))
+        messages.append(message | {"content": content})
+    if before != "assistant":
+        raise Unusable("roles", f"ends with {before}: the last message must be the assistant's")
+    return messages, silent
+
+
+def _blank(value) -> bool:
+    """Whether it is as if the key were not there: Parquet gives every message every key."""
+    return value in (None, "", [], {}) or (isinstance(value, str) and value.isspace())
+
+
+def _role(left: dict, turn: dict, at: str, where: str) -> tuple[str, str]:
+    """The role and its name in the data, taken out of `left`."""
+    if "from" in turn and "role" not in turn:
+        if "value" not in turn and "content" not in turn and "tool_calls" not in turn:
+            raise StageError(f"{where}: {at}: a turn without 'value'; it has {names_of(turn)}")
+    elif "role" not in turn:
+        raise StageError(f"{where}: {at} has no 'role'; it has {names_of(turn)}")
+    name = left.pop("role", None) or left.pop("from", None)
+    if not isinstance(name, str) or name not in _ROLES:
+        raise Unusable("roles", f"{at}: unknown role {name!r}: use {', '.join(_ROLES)}")
+    return _ROLES[name], name
+
+
+def _switched(left: dict, role: str, where: str, unused: Counter[str]) -> bool:
+    """Whether the message is to be learned, as the switches in `left` have it."""
+    learned = True
+    for key in _SWITCHES:
+        value = left.pop(key, None)
+        if value not in (None, 0, 1):
+            raise StageError(f"{where}: {key!r} holds {kind(value)} where 0 or 1 belongs")
+        learned = learned and value != 0
+        if value and role != "assistant":
+            unused[f"message key {key} of role {role}"] += 1
+    return learned
+
+
+def _check_extras(message: dict, at: str, where: str) -> None:
+    """Check what stands beside the content, with the arguments of calls decoded in place."""
+    thought = "reasoning_content"
+    if thought in message:
+        message[thought] = checked_text(message[thought], f"{thought} of {at}", where)
+    if "tool_calls" in message:
+        calls = decoded(message["tool_calls"])
+        calls = calls if isinstance(calls, list) else [calls]
+        if not all(isinstance(call, dict) for call in calls):
+            raise Unusable("roles", f"{at}: a tool call that is no JSON object: mend the row")
+        message["tool_calls"] = [_call(call, at) for call in calls]
+    check_json(message, f"{where}: {at}: a tool call")
+
+
+def _call(call: dict, at: str) -> dict:
+    """The call as transformers writes it, with arguments as an object also if they are text."""
+    function = call.get("function")
+    if not isinstance(function, dict):
+        function = {key: call[key] for key in ("name", "arguments") if key in call}
+        call = {"type": "function"} | {k: v for k, v in call.items() if k not in function}
+    if "arguments" in function:
+        arguments = decoded(function["arguments"] or {})
+        if isinstance(arguments, str) and arguments.lstrip().startswith("{"):
+            raise Unusable("roles", f"{at}: arguments that are broken JSON: mend or delete the row")
+        function = function | {"arguments": arguments}
+    return call | {"function": function}
+
+
+def decoded(value):
+    """What JSON text of an object or array stands for; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def check_json(value, what: str) -> None:
+    """Hold `value` to be JSON with whole characters; a Parquet file can hold more."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (TypeError, UnicodeEncodeError) as error:
+        raise StageError(f"{what} that is no JSON ({error}); mend it") from None
+
+
+def names_of(row: dict) -> str:
+    """Column names in one short line, whatever is in them."""
+    names = ", ".join(" ".join(str(name).split()) for name in row) or "none"
+    return names if len(names) <= 200 else names[:200] + "…"
+
+
+def checked_text(value, name: str, where: str) -> str:
+    """`value` if it is text that can be learned; `name` is what to call it in the message."""
+    if value is None:
+        raise Unusable("empty", f"{name!r} is null: fill it in or delete the row")
+    if not isinstance(value, str):
+        raise StageError(f"{where}: {name!r} holds {kind(value)} where text belongs; quote it")
+    if len(value) > MAX_ROW_BYTES:
+        raise too_big(where)
+    if "\0" in value:
+        raise StageError(f"{where}: {name!r} holds a NUL character; remove it")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise StageError(
+            f"{where}: {name!r} holds half a surrogate pair (\\u{ord(value[error.start]):04x}); "
+            "write the whole character"
+        ) from None
+    if not value or value.isspace():
+        raise Unusable("empty", f"{name!r} is empty: fill it in or delete the row")
+    return value
+
+
+def kind(value) -> str:
+    """What a value is, in words, where it cannot be taken."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return f"a number ({value!s:.20})"
+    return {list: "a list", dict: "an object", str: "text"}.get(type(value), type(value).__name__)
+
+
+def _joined(parts: list, at: str, where: str) -> str:
+    """The text of a content given in parts, such as [{"type": "text", "text": "Hi"}]."""
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            raise StageError(f"{where}: {at} has a part that is not text; remove it")
+    return "".join(part["text"] for part in parts)
