@@ -2,10 +2,14 @@
 
 import bz2
 import csv
+import errno
 import gzip
 import io
 import json
 import lzma
+import os
+import time
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -137,6 +141,121 @@ def test_lines_are_those_of_an_editor(name, data, expected, tmp_path):
     path = tmp_path / name
     path.write_bytes(data)
     assert [line for line, _ in read_file(path)] == expected
+
+
+@pytest.mark.parametrize("packer", [p for p in PACKERS if p])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_compression_is_told_by_the_content(name, packer, tmp_path):
+    """Browsers and `curl --output` keep the name that the address had."""
+    rows = [{"prompt": f"p{i}", "completion": "c"} for i in range(3)]
+    path = tmp_path / name
+    path.write_bytes(PACKERS[packer](WRITERS[name](rows)))
+    assert [row for _, row in read_file(path)] == rows
+
+
+@pytest.mark.parametrize("packer", ["", ".gz"])
+def test_parquet_is_not_held_in_memory(packer, tmp_path, monkeypatch):
+    """Not even where all of it is one row group."""
+    monkeypatch.setattr(readers, "_PARQUET_BATCH", 10)
+    text = "".join(map(chr, range(33, 127))) * 100
+    rows = [{"prompt": f"{i}", "completion": text} for i in range(4000)]
+    sink, path = io.BytesIO(), tmp_path / f"a.parquet{packer}"
+    pq.write_table(pa.Table.from_pylist(rows), sink, use_dictionary=False, compression="none")
+    size = sink.tell()
+    path.write_bytes(gzip.compress(sink.getvalue(), 1) if packer else sink.getvalue())
+    before, held, count = pa.total_allocated_bytes(), 0, 0
+    tracemalloc.start()
+    for _ in read_file(path):
+        count += 1
+        if count % 10 == 1:
+            held = max(held, pa.total_allocated_bytes() - before)
+    held += tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == len(rows)
+    assert held < size / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("a.csv", b'prompt,completion\rp,"c\rd"\rq,e\r', [(2, "p", "c\rd"), (4, "q", "e")]),
+        ("a.csv", b"prompt,completion\rp,c", [(2, "p", "c")]),
+        (
+            "a.jsonl",
+            b'\xef\xbb\xbf{"prompt": "p", "completion": "c"}\r\r'
+            b'{"prompt": "q", "completion": "e"}\r',
+            [(1, "p", "c"), (3, "q", "e")],
+        ),
+        # A blank behind every separator of the header is one behind those of the rows.
+        ("a.csv", b'prompt, completion\np, c\nq," e"\n', [(2, "p", "c"), (3, "q", " e")]),
+        ("a.csv", b'"prompt", "completion"\n"p,\nr", "c, d"\nq, e\n',
+         [(2, "p,\nr", "c, d"), (4, "q", "e")]),
+        ("a.csv", b"prompt ,completion \np, c\n", [(2, "p", " c")]),
+    ],
+)  # fmt: skip
+def test_rows_of_odd_line_ends_and_separators(name, data, expected, tmp_path, monkeypatch):
+    path = tmp_path / name
+    path.write_bytes(data)
+    for chunk in (1, 7, 1 << 20):
+        monkeypatch.setattr(readers, "_CHUNK", chunk)
+        found = [(line, row["prompt"], row["completion"]) for line, row in read_file(path)]
+        assert found == expected
+
+
+def test_a_row_without_an_end_is_not_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 100)
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"prompt,completion\rp," + b"c" * 5000)
+    with pytest.raises(StageError, match=r"a.csv:2: a row of more than"):
+        list(read_file(path))
+
+
+def test_many_columns_are_checked_once_each(tmp_path):
+    """With a comparison of each name with all others this takes minutes."""
+    names = [f"c{i}" for i in range(100_000)]
+    path = tmp_path / "a.csv"
+    path.write_text(",".join(names) + "\n" + ",".join("x" * len(names)) + "\n")
+    started = time.monotonic()
+    ((_, row),) = read_file(path)
+    assert list(row) == names
+    path = tmp_path / "a.jsonl"
+    path.write_text("{" + ",".join(f'"{name}": 1' for name in [*names, names[-1]]) + "}\n")
+    with pytest.raises(StageError, match=r"the key 'c99999' stands twice"):
+        list(read_file(path))
+    path = tmp_path / "a.parquet"
+    names = names[:4000]
+    pq.write_table(pa.table([pa.array(["x"])] * len(names), names=names), path)
+    ((_, row),) = read_file(path)
+    assert list(row) == names
+    assert time.monotonic() - started < 10
+
+
+def test_maps_of_parquet_are_objects(tmp_path):
+    kind = pa.list_(pa.map_(pa.string(), pa.string()))
+    turns = [[("role", "user"), ("content", "q")], [("role", "assistant"), ("content", "a")]]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"messages": pa.array([turns], kind)}), path)
+    ((line, row),) = read_file(path)
+    example = recognize("auto", None, row, "a:1").example(row, "a:1")
+    assert (line, example) == (
+        1,
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+    )
+    pq.write_table(pa.table({"messages": pa.array([turns, [turns[0] * 2]], kind)}), path)
+    with pytest.raises(StageError, match=r"rows 1 to 2: a map has the key 'role' twice; keep one"):
+        list(read_file(path))
+
+
+def test_fault_of_the_disk_is_not_laid_to_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet.gz"
+    path.write_bytes(gzip.compress(as_parquet([{"prompt": "a"}])))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(readers.shutil, "copyfileobj", full)
+    with pytest.raises(OSError, match="No space left"):
+        list(read_file(path))
 
 
 HUB = {"source": "hub", "id": "a/b", "revision": "main", "config": None, "split": None}
