@@ -102,9 +102,13 @@ def describe(form: Format, row: dict, params: Prepare) -> str:
     return f"format {form.name}{shape}, columns {', '.join(used)}{rest}"
 
 
-def remove_duplicates(store: Store, params: Prepare) -> tuple[np.ndarray, np.ndarray, dict]:
-    """(rows to split or train on, rows of the evaluation file, counts of what was removed)."""
-    held = store.in_file(params.eval_file)
+def remove_duplicates(
+    store: Store, held: np.ndarray, params: Prepare
+) -> tuple[np.ndarray, np.ndarray, dict]:
+    """(rows to split or train on, rows of the evaluation file, counts of what was removed).
+
+    held: bool [N], which rows the evaluation file has.
+    """
     rows, given = distinct(store, np.flatnonzero(~held)), distinct(store, np.flatnonzero(held))
     counts = {"duplicate_examples": len(store) - len(rows) - len(given)}
     near = rows[:0]
@@ -198,11 +202,12 @@ def summary(metrics: dict, params: Prepare) -> str:
 def prepare(dataset: Dataset, params: Prepare, out: Path) -> tuple[dict, str, dict]:
     """Fill `out`; (metrics/data.json, metrics/lengths.csv, a row of the training set to show)."""
     store = Store(out)
-    form, unreadable = scan(files_to_read(RAW, dataset, params.eval_file), params, store)
+    names, given_names = files_to_read(RAW, dataset, params.eval_file)
+    form, unreadable = scan(names + given_names, params, store)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     samples = [store.example(row) for row in range(min(len(store), SAMPLES))]
     print(f"prepare: {settle(tokenizer, params, form, samples)}")
-    rows, given, counts = remove_duplicates(store, params)
+    rows, given, counts = remove_duplicates(store, store.in_files(given_names), params)
     pools = make_pools(store, rows, given, params)
     sets, unused = write_sets(store, pools, Encoder(tokenizer, params), params, out)
     about = write_about(out, tokenizer, form, params, sets)

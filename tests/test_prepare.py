@@ -281,6 +281,14 @@ def test_evaluation_file_is_the_held_out_set(tmp_path, monkeypatch):
     assert (len(sets["train"]), len(sets["eval"])) == (20, 5)
 
 
+def test_shards_of_a_test_set_are_held_out_together(tmp_path, monkeypatch):
+    files = {"train-00000-of-00001.jsonl": jsonl(pairs(20))}
+    tests = {f"test-0000{i}-of-00002.jsonl": jsonl(pairs(3, start=90 + 3 * i)) for i in range(2)}
+    sets = run(tmp_path, monkeypatch, files | tests, eval_file="test-*.jsonl", eval_rows=100)
+    assert {row["row"].split(":")[0] for row in sets["eval"]} == set(tests)
+    assert (len(sets["train"]), len(sets["eval"])) == (20, 6)
+
+
 def test_row_that_leaks_into_the_evaluation_file_is_refused(tmp_path, monkeypatch):
     leaked = [{**row, "completion": "another"} for row in pairs(3, start=4)]
     files = {"a.jsonl": jsonl(pairs(20)), "b.jsonl": jsonl(leaked)}

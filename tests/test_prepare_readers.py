@@ -279,6 +279,13 @@ configs:
 ---
 """
 UNSPLIT = "---\nconfigs:\n- {config_name: x, data_files: '**.csv'}\n---\n"
+CHAT = [
+    "data/test_sft-00000-of-00001.parquet",
+    "data/train_gen-00000-of-00001.parquet",
+    "data/train_sft-00000-of-00002.parquet",
+    "data/train_sft-00001-of-00002.parquet",
+]
+TESTS = ["test-00000-of-00002.parquet", "test-00001-of-00002.parquet"]
 SHARDS = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-00000.parquet"]
 
 
@@ -308,6 +315,15 @@ SHARDS = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-
             ["data/two.parquet"],
         ),
         (["other.parquet"], CARD, HUB | {"config": "other"}, None, ["other.parquet"]),
+        # Each split that the library writes is one of its own, also without a card.
+        (CHAT, "", HUB | {"split": "train_sft"}, None, CHAT[2:4]),
+        (CHAT[2:], "", HUB, None, CHAT[2:4]),
+        ([*CHAT, *SHARDS], "", HUB, None, SHARDS[:2]),
+        (["x_train-00000-of-00001.csv"], "", HUB, None, ["x_train-00000-of-00001.csv"]),
+        # A test set in shards.
+        ([*SHARDS[:2], *TESTS], "", {}, "test-*", [*SHARDS[:2], *TESTS]),
+        ([*SHARDS[:2], *TESTS], "", HUB, "test-*.parquet", [*SHARDS[:2], *TESTS]),
+        (["a[1].csv", "b.csv"], "", {}, "a[1].csv", ["b.csv", "a[1].csv"]),
         # What fetch_data takes by the card, prepare finds by it.
         (["data/a.csv", "data/b.csv"], DEEP, HUB, None, ["data/a.csv"]),
         (["data/a.csv", "b.csv"], UNSPLIT, HUB, None, ["b.csv", "data/a.csv"]),
@@ -317,7 +333,9 @@ def test_files_of_a_split(files, card, dataset, eval_file, expected, tmp_path):
     write(tmp_path, files, card)
     local = {"source": "local", "id": "data/source/x", "revision": None, "config": None}
     section = Dataset(**{**local, "split": None, **dataset})
-    assert files_to_read(tmp_path, section, eval_file) == expected
+    chosen, given = files_to_read(tmp_path, section, eval_file)
+    assert chosen + given == expected
+    assert bool(given) == (eval_file is not None)
 
 
 @pytest.mark.parametrize(
@@ -335,8 +353,22 @@ def test_files_of_a_split(files, card, dataset, eval_file, expected, tmp_path):
             ["train.csv", "test.csv"],
             "",
             {"source": "local"},
-            "test.csv stands beside train.csv; name",
+            "test.csv stands beside train.csv; name it in prepare.eval_file, or take it out of the",
         ),
+        (
+            [*SHARDS[:2], *TESTS],
+            "",
+            {"source": "local"},
+            r"beside train-00000-of-00002.parquet; name test-\*.parquet in prepare.eval_file, or",
+        ),
+        (CHAT, "", HUB, "no file of split train; there is test_sft, train_gen, train_sft$"),
+        (
+            CHAT[1:],
+            "",
+            {"source": "local"},
+            "data/train_gen-00000-of-00001.parquet stands beside data/train_sft-00001-of-00002.p",
+        ),
+        (CHAT[::3], "", {"source": "local"}, "data/test_sft-00000-of-00001.parquet stands beside"),
     ],
 )
 def test_no_file_of_a_split(files, card, dataset, message, tmp_path):

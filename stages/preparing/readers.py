@@ -39,11 +39,13 @@ _COMPRESSED = {
     ".zst": lambda path: io.BufferedReader(pa.input_stream(str(path), compression="zstd")),
 }
 # How files of one split are named, as the datasets library reads names.
-_SPLITS = {
+_SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+# As the library names what it writes; all before the numbers is the split.
+_SHARD = re.compile(r"(?P<split>\w+)-\d{5}-of-(?P<count>\d{5})")
 # How their content begins, whatever a download called the file.
 _MAGIC = {
     ".gz": re.compile(rb"\x1f\x8b"),
@@ -69,27 +71,49 @@ def kind_of(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in _READERS else None
 
 
-def files_to_read(folder: Path, dataset: Dataset, eval_file: str | None) -> list[str]:
-    """Names of the files in `folder` to read: those of the split, and the evaluation file last."""
+def files_to_read(
+    folder: Path, dataset: Dataset, eval_file: str | None
+) -> tuple[list[str], list[str]]:
+    """Names of the files in `folder`: those to split or train on, and the held-out set's."""
     names = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
         if path.is_file() and kind_of(path) and path != folder / "source.json"
     )
-    if eval_file is not None and eval_file not in names:
+    given = [] if eval_file is None else matching(names, [eval_file])
+    if eval_file in names:
+        given = [eval_file]
+    elif eval_file is not None and not given:
         near = difflib.get_close_matches(eval_file, names, 1, 0) or ["no data file"]
         raise StageError(f"prepare.eval_file: no file {eval_file} in {folder}; there is {near[0]}")
-    others = [name for name in names if name != eval_file]
+    others = [name for name in names if name not in given]
     chosen = _of_split(folder, others, dataset) if dataset.source == "hub" else others
     if not chosen:
         raise StageError(f"{folder}: no data file; name another source in dataset.id")
-    aside = [name for name in chosen if split_of(name) in ("test", "validation")]
-    if len(aside) < len(chosen) and aside and dataset.source != "hub":
+    if dataset.source != "hub":
+        _check_together(folder, chosen)
+    return chosen, given
+
+
+def _check_together(folder: Path, names: list[str]) -> None:
+    """Raise StageError for files of several splits: who put them there may not want them mixed."""
+    splits = {name: split_of(name) for name in names}
+    aside = [name for name in names if _word_of(name) in ("test", "validation")]
+    if aside and len(aside) < len(names):
+        other = next(name for name in names if name not in aside)
+        shards = [name for name in aside if splits[name] == splits[aside[0]]]
+        pattern = _SHARD.sub(r"\g<split>-*", aside[0]) if len(shards) > 1 else "it"
         raise StageError(
-            f"{folder}: {aside[0]} stands beside {next(n for n in chosen if n not in aside)}; name "
-            "it in prepare.eval_file, or take it out of the folder"
+            f"{folder}: {aside[0]} stands beside {other}; name {pattern} in prepare.eval_file, or "
+            f"take {'them' if len(shards) > 1 else 'it'} out of the folder"
         )
-    return chosen + [eval_file] * (eval_file is not None)
+    sharded = {splits[name]: name for name in names if splits[name] and _SHARD.search(name)}
+    if len(sharded) > 1:
+        first, second, *_ = sharded.values()
+        raise StageError(
+            f"{folder}: {first} stands beside {second}, and they are of two splits; take one of "
+            "them out of the folder, or rename them alike to train on both"
+        )
 
 
 def _of_split(folder: Path, names: list[str], dataset: Dataset) -> list[str]:
@@ -101,8 +125,10 @@ def _of_split(folder: Path, names: list[str], dataset: Dataset) -> list[str]:
         chosen = matching(names, listed.get(wanted, []))
     else:
         chosen = [name for name in names if split_of(name) == wanted]
-        if not chosen and dataset.split is None:
-            chosen = [name for name in names if split_of(name) is None]
+        for word in ("train", None) if dataset.split is None and not chosen else ():
+            alike = [name for name in names if _word_of(name) == word]
+            if len({split_of(name) for name in alike}) == 1:
+                chosen = chosen or alike
     if not chosen:
         there = splits or sorted({split_of(name) or name for name in names})
         raise StageError(f"dataset.split: no file of split {wanted}; there is {', '.join(there)}")
@@ -110,9 +136,17 @@ def _of_split(folder: Path, names: list[str], dataset: Dataset) -> list[str]:
 
 
 def split_of(name: str) -> str | None:
-    """The split that a file's name or folder speaks of: `test` for data/test-00000.parquet."""
+    """The split that a file's name or folder speaks of: `test` for data/test-00000.parquet, and
+    `test_sft` for data/test_sft-00000-of-00002.parquet, as the datasets library has it."""
+    word, shard = _word_of(name), _SHARD.search(name)
+    if word is None or shard is None or shard["split"] in _SPLIT_WORDS[word]:
+        return word
+    return shard["split"]
+
+
+def _word_of(name: str) -> str | None:
     words = re.split(r"[^a-z]+", name.lower())
-    return next((split for split, called in _SPLITS.items() if set(called) & set(words)), None)
+    return next((s for s, called in _SPLIT_WORDS.items() if set(called) & set(words)), None)
 
 
 def read_file(path: Path) -> Iterator[tuple[int, dict]]:
