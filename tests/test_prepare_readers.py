@@ -489,6 +489,25 @@ def test_row_becomes_messages(row, columns, expected):
     assert [(message["role"], message["content"]) for message in example] == expected
 
 
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+@pytest.mark.parametrize(
+    "store",
+    [json.dumps, lambda turns: {key: [turn[key] for turn in turns] for key in turns[0]}],
+    ids=["JSON text", "a list for each key"],
+)
+def test_turns_may_be_stored_otherwise(column, store):
+    role, content = ("role", "content") if column == "messages" else ("from", "value")
+    turns = [{role: "user", content: "[p]"}, {role: "assistant", content: "c"}]
+    row = {column: store(turns)}
+    example = recognize("auto", None, row, "a:1").example(row, "a:1")
+    expected = [{"role": "user", "content": "[p]"}, {"role": "assistant", "content": "c"}]
+    assert example == expected
+    half = {"prompt": store(turns[:1]), "completion": store(turns[1:])}
+    form = recognize("auto", None, half, "a:1")
+    if isinstance(half["prompt"], dict) and column == "messages":
+        assert form.example(half, "a:1") == expected
+
+
 @pytest.mark.parametrize("name", ["auto", "alpaca"])
 def test_optional_column_may_come_in_a_later_row_alone(name):
     form = recognize(name, None, {"instruction": "i", "output": "o"}, "a:1")
@@ -503,7 +522,12 @@ def test_zero_in_an_optional_column_is_no_empty_one():
         recognize("auto", None, row, "a:1").example(row, "a:1")
 
 
-@pytest.mark.parametrize("turns", [{"from": "human"}, [1], [None], 5, True, [["x"]]])
+RAGGED = {"from": ["human"], "value": ["q", "a"]}
+
+
+@pytest.mark.parametrize(
+    "turns", [{"from": "human"}, {}, RAGGED, [1], [None], 5, True, [["x"]], "["]
+)
 def test_conversations_that_are_no_list_of_turns_are_refused(turns):
     row = {"conversations": turns}
     with pytest.raises(

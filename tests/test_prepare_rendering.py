@@ -5,6 +5,7 @@ from itertools import groupby
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2 import Environment
@@ -175,6 +176,20 @@ def test_any_character_may_stand_in_a_plain_template():
     encoder = encoder_of("llama-3", template=template)
     text = encoder.tokenizer.decode(encoded(encoder, CHAT[:2]).ids)
     assert text.startswith("<|begin_of_text|>" + template.replace("{prompt}", "hello az"))
+
+
+def test_backslash_and_n_in_a_plain_template_is_refused_with_what_works():
+    for quoted in ("'Q: {prompt}\\nA: \"é\"'", "Q:\\n {prompt}\\n"):
+        with pytest.raises(StageError, match="double quotes make it one: ") as caught:
+            encoder_of("llama-3", template=yaml.safe_load(quoted))
+        meant = yaml.safe_load(str(caught.value).partition("make it one: ")[2])
+        assert "\\n" not in meant
+        text = encoder_of("llama-3", template=meant).tokenizer.apply_chat_template(
+            CHAT[:1], tokenize=False
+        )
+        assert text == "<|begin_of_text|>" + meant.replace("{prompt}", "hello az") + (
+            "" if meant.endswith("\n") else "\n"
+        )
 
 
 def test_template_file_gets_the_bos_of_the_tokenizer(tmp_path, monkeypatch):

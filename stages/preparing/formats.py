@@ -143,7 +143,7 @@ class Format:
                 return _text(row, self.columns["text"], where)
             case "rendered":
                 return self._rendered(_text(row, self.columns["text"], where))
-            case "prompt_completion" if isinstance(row.get(self.columns["prompt"]), list):
+            case "prompt_completion" if isinstance(row.get(self.columns["prompt"]), list | dict):
                 prompt = _list(row, self.columns["prompt"], where)
                 answer = _list(row, self.columns["completion"], where)
                 return _conversation(self._system(row, where) + prompt + answer, where)
@@ -242,7 +242,7 @@ def _recognized(present: dict[str, str], own: dict[str, str], first: dict, where
         if set(needed) <= present.keys() and own.keys() <= {*needed, *optional}:
             if name == "text" and _shape_of(first[present["text"]]):
                 return "rendered"
-            match first.get(present.get("conversations")):
+            match _turns(first.get(present.get("conversations"))):
                 case [{"role": _}, *_] if name == "sharegpt":
                     continue
             return name
@@ -316,12 +316,26 @@ def _kind(value) -> str:
 
 
 def _list(row: dict, column: str, where: str) -> list[dict]:
-    value = _value(row, column, where)
+    value = _turns(_value(row, column, where))
     if value is None or value == []:
         raise Unusable("empty", f"{column!r} is empty: fill it in or delete the row")
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         what = "text" if isinstance(value, str) else _kind(value)
         raise StageError(f"{where}: {column!r} holds {what} where a list of messages belongs")
+    return value
+
+
+def _turns(value):
+    """`value` with the turns as objects where they came as JSON text or as one list for each key,
+    {"role": ["user", …], "content": ["Hi", …]}."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    lists = list(value.values()) if isinstance(value, dict) else []
+    if all(isinstance(each, list) for each in lists) and len(set(map(len, lists))) == 1:
+        return [dict(zip(value, turn, strict=True)) for turn in zip(*lists, strict=True)]
     return value
 
 

@@ -156,6 +156,11 @@ def _writes(tokenizer, template: str, form: Format, sample: dict) -> bool:
 
 def _plain_template(tokenizer, template: str) -> str:
     """Plain text around {prompt} as a chat template; the answer never sticks to its last word."""
+    if (meant := template.replace("\\n", "\n")) != template:
+        raise StageError(
+            "prepare.template: holds a backslash and an n where a line break is meant; in "
+            f"params.yaml double quotes make it one: {_quoted(meant)}"
+        )
     before, after = template.split("{prompt}")
     after += "" if after[-1:].isspace() else "\n"
     bos = "{{ bos_token }}" if bos_of(tokenizer) else ""
