@@ -52,6 +52,12 @@ from stages.shared.sets import SET_NAMES, held_out_sets
 
 METRICS = Path("metrics/data.json")
 LENGTHS = Path("metrics/lengths.csv")
+# Why rows are in no set, as the metrics name it and in words.
+UNUSED = {
+    "beyond_train_rows": "beyond train_rows",
+    "beyond_eval_rows": "beyond eval_rows",
+    "margin": "between the held-out rows and the others, so that rows you add move none",
+}
 # Rows by which the template and its end token are judged.
 SAMPLES = 100
 
@@ -185,11 +191,14 @@ def write_about(out: Path, tokenizer, form: Format, params: Prepare, sets: dict)
 def summary(metrics: dict, params: Prepare) -> str:
     counts = {called: metrics[f"{name}_examples"] for name, called in SET_NAMES.items()}
     kept = [f"{called} {count:,}" for called, count in counts.items() if count]
+    unused = {said: metrics[f"unused_{name}_examples"] for name, said in UNUSED.items()}
+    reasons = ", ".join(f"{count:,} {said}" for said, count in unused.items() if count)
+    reasons = f" ({reasons})" if reasons else ""
     said = (
         f"prepare: {metrics['rows_in']:,} rows: {', '.join(kept)}; dropped "
         f"{metrics['dropped_examples']:,}, duplicates {metrics['duplicate_examples']:,}, "
-        f"unused {metrics['unused_examples']:,}; {metrics['train_tokens']:,} tokens to train on, "
-        f"{metrics['learned_token_share_percent']:.0f} % of them learned"
+        f"unused {metrics['unused_examples']:,}{reasons}; {metrics['train_tokens']:,} tokens to "
+        f"train on, {metrics['learned_token_share_percent']:.0f} % of them learned"
     )
     if metrics["eval_examples"] < params.eval_rows and not params.eval_file:
         said += (
@@ -211,7 +220,7 @@ def prepare(dataset: Dataset, params: Prepare, out: Path) -> tuple[dict, str, di
     pools = make_pools(store, rows, given, params)
     sets, unused = write_sets(store, pools, Encoder(tokenizer, params), params, out)
     about = write_about(out, tokenizer, form, params, sets)
-    metrics = metrics_of(store, sets, counts, [unreadable, unused], params.max_length)
+    metrics = metrics_of(store, sets, counts, [unreadable, unused], params)
     return metrics, lengths_table(sets["train"].lengths, params.max_length), about["sample"]
 
 

@@ -211,12 +211,35 @@ def test_second_run_gives_the_same_bytes(tmp_path, monkeypatch):
     assert sums[0] == sums[1]
 
 
-def test_train_rows_takes_the_first_of_the_same_order(tmp_path, monkeypatch):
+def test_train_rows_takes_the_first_of_the_same_order(tmp_path, monkeypatch, capsys):
     some = run(tmp_path / "a", monkeypatch, {"a.jsonl": jsonl(pairs(60))}, train_rows=10)
     every = run(tmp_path / "b", monkeypatch, {"a.jsonl": jsonl(pairs(60))})
     assert some["train"] == every["train"][:10]
-    assert metrics_in(tmp_path / "a")["unused_examples"] == 60 - 10 - 2
-    assert metrics_in(tmp_path / "b")["unused_examples"] == 60 - len(every["train"]) - 2
+    for name, sets in (("a", some), ("b", every)):
+        metrics = metrics_in(tmp_path / name)
+        assert metrics["unused_examples"] == 60 - len(sets["train"]) - 2
+        assert metrics["unused_beyond_train_rows_examples"] == len(every["train"]) - len(
+            sets["train"]
+        )
+        # Half as many as are held out.
+        assert metrics["unused_margin_examples"] == 1
+    assert "(47 beyond train_rows, 1 between the held-out rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_rows_that_no_set_needs_are_counted_by_their_reason(given, tmp_path, monkeypatch):
+    files = {"a.jsonl": jsonl(pairs(100)), "b.jsonl": jsonl(pairs(10, start=200))}
+    files = files if given else {"a.jsonl": files["a.jsonl"]}
+    options = {"eval_rows": 4, "eval_file": "b.jsonl"} if given else {"eval_rows": 12}
+    run(tmp_path, monkeypatch, files, group_by=None if given else "group", **options)
+    metrics = metrics_in(tmp_path)
+    reasons = {name: metrics[f"unused_{name}_examples"] for name in prepare.UNUSED}
+    assert sum(reasons.values()) == metrics["unused_examples"]
+    # Ten rows in the file; or two groups of ten to score, and one more aside with the margin.
+    margin = 0 if given else 10 + 6
+    assert reasons == {
+        "beyond_train_rows": 0, "beyond_eval_rows": 6 if given else 8, "margin": margin
+    }  # fmt: skip
 
 
 def test_duplicates_are_removed_whatever_their_case_and_spaces(tmp_path, monkeypatch):

@@ -52,11 +52,15 @@ class Part:
 
 @dataclass
 class Written:
-    """What one file holds: `rows` as of Part but with numbers in the store."""
+    """What one file holds: `rows` as of Part but with numbers in the store.
+
+    candidates: how many were looked at; left: how many were not, since it had its rows.
+    """
 
     rows: np.ndarray
     learned: int
     candidates: int
+    left: int
 
     @property
     def lengths(self) -> np.ndarray:
@@ -97,7 +101,7 @@ def write_set(
                 seen += int(part.rows[-1, 0]) + 1
                 break
             seen += len(chunk)
-    return Written(np.concatenate(made), learned, seen)
+    return Written(np.concatenate(made), learned, seen, len(candidates) - seen)
 
 
 def _parts(
