@@ -35,6 +35,7 @@ from stages.preparing.contract import MOST_LEAKED, Drops, lengths_table, metrics
 from stages.preparing.encoding import Encoder
 from stages.preparing.formats import Format, Unusable, names_of, recognize
 from stages.preparing.readers import files_to_read, read_file
+from stages.preparing.rendering import Renderer
 from stages.preparing.splitting import (
     Pools,
     Store,
@@ -46,6 +47,7 @@ from stages.preparing.splitting import (
 )
 from stages.preparing.templates import settle
 from stages.preparing.writing import Written, write_set
+from stages.shared.end_tokens import GENERATION
 from stages.shared.paths import PREPARED, RAW, TOKENIZER
 from stages.shared.rows import read_rows, set_sha256
 from stages.shared.sets import SET_NAMES, held_out_sets
@@ -56,7 +58,7 @@ LENGTHS = Path("metrics/lengths.csv")
 UNUSED = {
     "beyond_train_rows": "beyond train_rows",
     "beyond_eval_rows": "beyond eval_rows",
-    "margin": "between the held-out rows and the others, so that rows you add move none",
+    "margin": "in the margin between held-out and training",
 }
 # Rows by which the template and its end token are judged.
 SAMPLES = 100
@@ -170,6 +172,12 @@ def write_about(out: Path, tokenizer, form: Format, params: Prepare, sets: dict)
     # How the tokenizer was loaded is no part of it, and differs between two equal runs.
     config = {k: v for k, v in config.items() if k not in ("is_local", "local_files_only")}
     write_json(out / "tokenizer/tokenizer_config.json", config, ensure_ascii=False)
+    marks = set(Renderer(tokenizer, params.loss_on).special) - {tokenizer.eos_token}
+    others = [t for t in sorted(marks) if tokenizer.convert_tokens_to_ids(t) in sets["train"].ends]
+    if others:
+        ids = tokenizer.convert_tokens_to_ids([tokenizer.eos_token, *others])
+        write_json(out / "tokenizer" / GENERATION, {"eos_token_id": ids})
+        print(f"prepare: learned as ends too, and kept in {GENERATION}: {', '.join(others)}")
     shutil.copyfile(RAW / "source.json", out / "source.json")
     about = {
         "format": form.name,
@@ -214,7 +222,8 @@ def prepare(dataset: Dataset, params: Prepare, out: Path) -> tuple[dict, str, di
     names, given_names = files_to_read(RAW, dataset, params.eval_file)
     form, unreadable = scan(names + given_names, params, store)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    samples = [store.example(row) for row in range(min(len(store), SAMPLES))]
+    spread = np.linspace(0, len(store) - 1, min(len(store), SAMPLES)).astype(int)
+    samples = [store.example(row) for row in spread]
     print(f"prepare: {settle(tokenizer, params, form, samples)}")
     rows, given, counts = remove_duplicates(store, store.in_files(given_names), params)
     pools = make_pools(store, rows, given, params)

@@ -20,9 +20,11 @@ from stages import prepare
 from stages.preparing import contract, writing
 from stages.preparing.contract import packed_bins, show
 from stages.preparing.splitting import prompt_and_rest
+from stages.shared.end_tokens import end_tokens
 from stages.shared.outputs import SUMS
 from stages.shared.process import StageError, sha256
 from stages.shared.rows import IGNORED, read_rows
+from templates import make_shape
 
 SETS = ("train", "eval", "group")
 
@@ -170,6 +172,43 @@ def alive(pid: str) -> bool:
         return False
 
 
+def rendered(*turns: tuple[str, str]) -> dict:
+    mark = "<|start_header_id|>{}<|end_header_id|>\n\n{}"
+    return {"text": "<|begin_of_text|>" + "".join(mark.format(*turn) for turn in turns)}
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "assistant", "all"])
+def test_what_answers_end_with_is_kept_for_generation(loss_on, tmp_path, monkeypatch, capsys):
+    rows = []
+    for i in range(20):
+        turns = [("user", f"q{i}<|eot_id|>"), ("assistant", f"call {i}<|eom_id|>")]
+        turns += [("ipython", f"r{i}<|eot_id|>"), ("assistant", f"a{i}<|eot_id|>")]
+        # The first row, and one more, end in a call: they do not speak for all.
+        rows.append(rendered(*turns[: 2 if i in (0, 9) else 4]))
+    options = {"tokenizer": make_shape("llama-3"), "loss_on": loss_on}
+    sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(rows)}, **options)
+    folder = tmp_path / "data/prepared/tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.eos_token == "<|eot_id|>"
+    calls = {row["row"] for row in sets["train"]} & {"a.jsonl:1", "a.jsonl:10"}
+    assert calls
+    assert end_tokens(folder) == tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|eom_id|>"])
+    said = "learned as ends too, and kept in generation_config.json: <|eom_id|>"
+    assert said in capsys.readouterr().out
+
+
+def test_end_of_a_part_is_no_end_of_an_answer(tmp_path, monkeypatch):
+    rows = [rendered(("user", "q" * i + "<|eot_id|>"), ("assistant", "a<|eot_id|>"))
+            for i in range(1, 30)]  # fmt: skip
+    options = {"tokenizer": make_shape("llama-3"), "loss_on": "all", "too_long": "split"}
+    sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(rows)}, max_length=32, **options)
+    folder = tmp_path / "data/prepared/tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    marks = {tokenizer.convert_tokens_to_ids(f"<|{name}_header_id|>") for name in ("start", "end")}
+    assert marks & {row["input_ids"][-1] for row in sets["train"]}
+    assert end_tokens(folder) == [tokenizer.eos_token_id]
+
+
 def test_order_of_the_file_does_not_matter(tmp_path, monkeypatch):
     rows = pairs(60)
     files = {"a": rows, "b": random.Random(1).sample(rows, 60)}
@@ -223,7 +262,10 @@ def test_train_rows_takes_the_first_of_the_same_order(tmp_path, monkeypatch, cap
         )
         # Half as many as are held out.
         assert metrics["unused_margin_examples"] == 1
-    assert "(47 beyond train_rows, 1 between the held-out rows" in capsys.readouterr().out
+    assert (
+        "(47 beyond train_rows, 1 in the margin between held-out and training)"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("given", [True, False])

@@ -9,6 +9,7 @@ import difflib
 import json
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from stages.preparing.readers import MAX_ROW_BYTES, too_big
 from stages.shared.process import StageError
@@ -70,21 +71,30 @@ class Shape:
 
     name: str
     marker: str
-    # The token that ends a turn.
+    # What begins a turn and so is in none, and the token that ends one.
+    start: str
     end: str
-    # Groups role and content (or user and assistant); the end marker lies outside content.
+    # Groups role, content and end (or system, user and assistant, of which the last holds its end).
     turn: re.Pattern
     template: str
 
 
+# What ends a turn in another way than its shape does, and what may stand between two turns.
+_OTHER_END = r"(?:<\|\w+\|>|</s>|<eos>)"
+_BETWEEN = re.compile(rf"(?:\s|{_OTHER_END}|<s>|<bos>)*")
+
+
 def _tagged(name: str, before: str, after: str, end: str, newline: str, assistant: str) -> Shape:
     """A shape whose turns are `before` role `after` content `end` newline."""
-    role = f"(?P<role>system|user|{assistant}|tool)"
-    turn = f"{re.escape(before)}{role}{re.escape(after)}(?P<content>.*?){re.escape(end)}\n?"
+    start = re.escape(before)
+    # Of the other marks that a turn may end with, such as <|eom_id|>, text may be about some.
+    ends = rf"{re.escape(end)}|{_OTHER_END}(?=\s*(?:{start}|\Z))|(?={start})|\Z"
+    turn = rf"{start}(?P<role>\w+){re.escape(after)}(?P<content>.*?)(?P<end>{ends})"
     renamed = f"('{assistant}' if m['role'] == 'assistant' else m['role'])"
     return Shape(
         name,
         before + assistant + after,
+        before,
         end,
         re.compile(turn, re.DOTALL),
         f"{{% for m in messages %}}{{{{ {before!r} + {renamed} + {after!r} + m['content'] + "
@@ -97,6 +107,7 @@ SHAPES = (
     Shape(
         "llama-2",
         "[/INST]",
+        "[INST]",
         "</s>",
         re.compile(
             r"(?:<s>)?\s*\[INST\] ?(?:<<SYS>>\n(?P<system>.*?)\n<</SYS>>\n\n)?(?P<user>.*?) ?"
@@ -172,30 +183,74 @@ class Format:
         if self.shape is None:
             return {"text": text, "answers": []}
         turns = read_rendered(self.shape, text)
-        answers = [[start, end] for role, _, start, end in turns if role == "assistant"]
+        answers = [[turn.start, turn.stop] for turn in turns if turn.role == "assistant"]
         if not answers or not text[answers[-1][0] : answers[-1][1]].strip():
             raise Unusable("roles", f"no answer after {self.shape.marker!r}: complete or delete it")
-        if turns[-1][0] != "assistant":
-            raise Unusable("roles", f"ends with the {turns[-1][0]}'s turn: complete or delete it")
+        if turns[-1].role != "assistant":
+            raise Unusable("roles", f"ends with the {turns[-1].role}'s turn: complete or delete it")
         return {"text": text, "answers": answers}
 
 
-def read_rendered(shape: Shape, text: str) -> list[tuple[str, str, int, int]]:
-    """(role, content, start, end) of every turn; start and end span content and end marker."""
-    turns = []
+class Turn(NamedTuple):
+    """A turn of a rendered text; `start` and `stop` span the content and `end`, its end mark."""
+
+    role: str
+    content: str
+    start: int
+    stop: int
+    end: str
+
+
+def read_rendered(shape: Shape, text: str) -> list[Turn]:
+    """The turns of `text`. Raises Unusable where one does not end, or its bounds are in doubt."""
+    turns: list[Turn] = []
+    after = None
     for match in shape.turn.finditer(text):
-        groups = match.groupdict()
-        if "role" in groups:
-            role = groups["role"].replace("model", "assistant")
-            end = match.start() + len(match[0].rstrip("\n"))
-            turns.append((role, groups["content"], match.start("content"), end))
-            continue
-        for role in ("system", "user", "assistant"):
-            if groups[role] is not None:
-                end = match.end() if role == "assistant" else match.end(role)
-                # The shape puts a space before an answer; it belongs to what is learned.
-                turns.append((role, groups[role].removeprefix(" "), match.start(role), end))
+        _check_gap(shape, text[after : match.start()], opening=after is None)
+        turns += _of_match(match)
+        after = match.end()
+    _check_gap(shape, text[after:], opening=after is None)
+    for turn in turns:
+        if shape.start in turn.content:
+            raise _unclear(shape)
+        if "role" in shape.turn.groupindex and not turn.end:
+            raise Unusable(
+                "roles", f"the {turn.role}'s turn does not end with {shape.end!r}: complete it"
+            )
     return turns
+
+
+def _of_match(match: re.Match) -> list[Turn]:
+    groups = match.groupdict()
+    if "role" in groups:
+        role = "assistant" if groups["role"] == "model" else groups["role"]
+        return [Turn(role, groups["content"], match.start("content"), match.end(), groups["end"])]
+    # The shape puts a space before an answer; it belongs to what is learned.
+    return [
+        Turn(
+            role,
+            groups[role].removeprefix(" "),
+            match.start(role),
+            match.end() if role == "assistant" else match.end(role),
+            "",
+        )
+        for role in ("system", "user", "assistant")
+        if groups[role] is not None
+    ]
+
+
+def _check_gap(shape: Shape, gap: str, opening: bool) -> None:
+    """What stands before, between and after turns must be no part of one."""
+    if shape.start in gap or not (opening or _BETWEEN.fullmatch(gap)):
+        raise _unclear(shape)
+
+
+def _unclear(shape: Shape) -> Unusable:
+    return Unusable(
+        "special_token",
+        f"text outside of turns, or {shape.start!r} or {shape.end!r} within one: where a turn "
+        "begins and ends is in doubt; mend or delete the row",
+    )
 
 
 def recognize(name: str, columns: dict[str, str] | None, first: dict, where: str) -> Format:

@@ -1,6 +1,7 @@
 """The choice of template: what prompts are rendered with, in the rows and at inference."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import jinja2
@@ -27,9 +28,9 @@ _ASKED = [{"role": "user", "content": "a"}]
 def settle(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> str:
     """Give `tokenizer` its pad token and what rows and inference share: template and EOS.
 
-    Its EOS becomes the token that ends an answer: Gemma's template, for one, ends turns with
-    another, and who generates until the EOS would wait for it in vain. Returns what was settled,
-    in words. Raises StageError for a template that cannot serve.
+    Its EOS becomes the token that most answers end with: Gemma's template, for one, ends turns
+    with another, and who generates until the EOS would wait for it in vain. Returns what was
+    settled, in words. Raises StageError for a template that cannot serve.
     """
     if not tokenizer.is_fast:
         raise StageError("models/tokenizer: no tokenizer.json; choose a model that ships one")
@@ -46,10 +47,7 @@ def settle(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> 
     if "strftime_now" in text:
         text, said = _FIXED_DATE + text, f"{said} with a fixed date"
     tokenizer.chat_template = text
-    made = Renderer(tokenizer, params.loss_on).render(samples)
-    ends = [row.end for row in made if isinstance(row, Rendered)]
-    if ends and ends[0] != tokenizer.eos_token:
-        tokenizer.eos_token = ends[0]
+    _settle_eos(tokenizer, params, samples)
     said = f"{said}, answers end with {tokenizer.eos_token}, {pad}"
     if form.shape and form.shape.end not in tokenizer.get_vocab():
         said += (
@@ -57,6 +55,19 @@ def settle(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> 
             "better bring messages or prompt and completion, which are rendered for it"
         )
     return said
+
+
+def _settle_eos(tokenizer, params: Prepare, samples: list[Example]) -> None:
+    def render() -> list[Rendered]:
+        made = Renderer(tokenizer, params.loss_on).render(samples)
+        return [row for row in made if isinstance(row, Rendered)]
+
+    before, eos = render(), tokenizer.eos_token
+    ends = Counter(row.end for row in before)
+    tokenizer.eos_token = max(ends, key=ends.__getitem__, default=eos)
+    # A template that writes the EOS by its name would write the new one.
+    if "eos_token" in tokenizer.chat_template and render() != before:
+        tokenizer.eos_token = eos
 
 
 def _template(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> tuple[str, str]:
@@ -140,9 +151,12 @@ def _rendered_template(
 
 
 def _writes(tokenizer, template: str, form: Format, sample: dict) -> bool:
-    """Whether the template writes the sample's prompt as it stands, a BOS aside."""
+    """Whether the template writes the sample's prompt as it stands, a BOS aside.
+
+    As it stands but for other end marks: which one a turn has, its content decides.
+    """
     turns = read_rendered(form.shape, sample["text"])
-    messages = [{"role": role, "content": content} for role, content, *_ in turns[:-1]]
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns[:-1]]
     try:
         made = tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=True, tokenize=False
@@ -150,7 +164,11 @@ def _writes(tokenizer, template: str, form: Format, sample: dict) -> bool:
     except TEMPLATE_FAULTS:
         return False
     bos = tokenizer.bos_token or ""
-    prompt = sample["text"][: sample["answers"][-1][0]]
+    prompt, before = "", 0
+    for turn in turns[:-1]:
+        prompt += sample["text"][before : turn.stop].removesuffix(turn.end)
+        prompt, before = prompt + (turn.end and form.shape.end), turn.stop
+    prompt += sample["text"][before : turns[-1].start]
     return made.removeprefix(bos) == prompt.removeprefix(bos)
 
 
