@@ -16,10 +16,11 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -32,7 +33,7 @@ from stages.shared.process import DISK_FAULTS, StageError
 MAX_ROW_BYTES = 16_000_000
 _CHUNK = 1 << 20
 _PARQUET_BATCH = 1000
-_COMPRESSED = {
+_COMPRESSED: dict[str, Callable[..., Any]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
@@ -244,8 +245,8 @@ def _ended(file: BinaryIO) -> Iterator[bytes]:
         yield from lines
         return
     while rest:
-        *lines, rest = rest.split(b"\r")
-        yield from (line + b"\r" for line in lines)
+        *whole, rest = rest.split(b"\r")
+        yield from (line + b"\r" for line in whole)
         if len(rest) > MAX_ROW_BYTES or not (chunk := file.read(_CHUNK)):
             yield from [rest] * bool(rest)
             return
@@ -254,8 +255,7 @@ def _ended(file: BinaryIO) -> Iterator[bytes]:
 
 def _twice(names: Sequence[str]) -> str | None:
     """The first name that stands there twice. Of many names each is looked at once."""
-    seen: set[str] = set()
-    return next((name for name in names if name in seen or seen.add(name)), None)
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def too_big(where: str) -> StageError:
@@ -462,7 +462,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
     number = 0
     try:
         with _open(path) as packed, tempfile.TemporaryFile() as unpacked:
-            source = path
+            source = str(path)
             if _compression(path):
                 # Parquet is read from its end, so it goes to disk, without a name there.
                 shutil.copyfileobj(packed, unpacked, _CHUNK)
@@ -488,7 +488,7 @@ def _rows(path: Path, before: int, batch: pa.RecordBatch) -> list[dict]:
         raise StageError(f"{path}: {place}: a map has the key {key} twice; keep one") from None
 
 
-_READERS = {
+_READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict]]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,

@@ -16,7 +16,7 @@ def end_tokens(folder: Path, known: int | list[int] | None = None) -> list[int]:
     config = read_json(folder / "tokenizer_config.json")
     token = config.get("eos_token")
     token = token["content"] if isinstance(token, dict) else token
-    learned = []
+    learned: list = []
     if token is not None:
         learned = [Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(token)]
     if (folder / GENERATION).exists():
