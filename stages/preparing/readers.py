@@ -167,10 +167,10 @@ def read_file(path: Path) -> Iterator[tuple[int, dict]]:
             raise StageError(f"{path}: {remedy}")
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         raise StageError(f"{path}: a web page, not data; download the file itself")
-    found = False
-    for found in _READERS[kind](path):
-        yield found
-    if not found:
+    row = None
+    for row in _READERS[kind](path):
+        yield row
+    if row is None:
         raise StageError(f"{path}: no row in the file; fetch it again or leave it out")
 
 
