@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 
 from stages.shared.adapter import check_adapter_sums, read_adapter
 from stages.shared.device import memory_metrics, pick_device, reset_peaks
+from stages.shared.end_tokens import end_tokens
 from stages.shared.model import load_adapter, load_base
 from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
 from stages.shared.provenance import device_name, provenance
@@ -66,8 +67,8 @@ def set_metrics(prefix: str, rows: list[dict], base: Scores, tuned: Scores) -> d
 
 
 @torch.no_grad()
-def answers(model, tokenizer, rows: list[dict]) -> list[str]:
-    """Greedy answers to the rows' prompts, at most ANSWER_TOKENS each."""
+def answers(model, tokenizer, rows: list[dict], ends: list[int]) -> list[str]:
+    """Greedy answers to the rows' prompts, up to one of `ends` or ANSWER_TOKENS each."""
     prompts = [row["input_ids"][: row["prompt_tokens"]] for row in rows]
     width = max(map(len, prompts))
     # Generation continues at the right end, so prompts are padded on the left.
@@ -82,13 +83,15 @@ def answers(model, tokenizer, rows: list[dict]) -> list[str]:
         top_p=None,
         top_k=None,
         use_cache=True,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
     )
     return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
 
 
-def samples(model, tokenizer, sets: dict[str, list[dict]], count: int) -> list[dict]:
+def samples(
+    model, tokenizer, sets: dict[str, list[dict]], count: int, ends: list[int]
+) -> list[dict]:
     """The first held-out prompts of each set, `count` in all, answered by base and tuned.
 
     Rows without a prompt (plain text, later parts of a split row) cannot be answered.
@@ -101,9 +104,9 @@ def samples(model, tokenizer, sets: dict[str, list[dict]], count: int) -> list[d
     if not chosen:
         return []
     rows = [row for _, row in chosen]
-    tuned = answers(model, tokenizer, rows)
+    tuned = answers(model, tokenizer, rows, ends)
     with model.disable_adapter():
-        base = answers(model, tokenizer, rows)
+        base = answers(model, tokenizer, rows, ends)
     return [
         {
             "row": row["row"],
@@ -138,7 +141,8 @@ def main() -> None:
         metrics, cost = evaluate(model, sets)
         # An adapter from elsewhere may bring no tokenizer; the rows were made with this one.
         tokenizer = AutoTokenizer.from_pretrained(PREPARED / "tokenizer")
-        texts = samples(model, tokenizer, sets, params.evaluate.samples)
+        ends = end_tokens(PREPARED / "tokenizer")
+        texts = samples(model, tokenizer, sets, params.evaluate.samples, ends)
     except torch.cuda.OutOfMemoryError:
         raise no_memory_to_score(weights or 0.0) from None
     write_text(Path("metrics/samples.jsonl"), "".join(json.dumps(text) + "\n" for text in texts))

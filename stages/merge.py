@@ -27,11 +27,11 @@ if __name__ == "__main__":
     begin("merge")
 
 import torch
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from stages.shared.adapter import WEIGHTS, Update, check_adapter_sums, read_adapter
 from stages.shared.device import memory_metrics, pick_device
+from stages.shared.end_tokens import end_tokens
 from stages.shared.merging import check_rounding, merged_rows
 from stages.shared.paths import ADAPTER, BASE, MERGED, QUANTIZED
 from stages.shared.provenance import provenance
@@ -147,21 +147,9 @@ def write_companions(out: Path, base: Path, adapter: Path, dtype: torch.dtype) -
     else:
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = {key: config[key] for key in ids if config.get(key) is not None}
-    if ends := end_tokens(out, generation.get("eos_token_id")):
+    if ends := end_tokens(tokenizer, generation.get("eos_token_id")):
         generation["eos_token_id"] = ends
     write_json(out / "generation_config.json", generation, sort_keys=True)
-
-
-def end_tokens(folder: Path, known: int | list[int] | None) -> list[int]:
-    """The known end tokens and the tokenizer's, which the tuned model ends its answers with."""
-    ids = known if isinstance(known, list) else [] if known is None else [known]
-    config = read_json(folder / "tokenizer_config.json")
-    token = config.get("eos_token")
-    token = token["content"] if isinstance(token, dict) else token
-    if token is None:
-        return ids
-    end = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(token)
-    return ids if end is None or end in ids else [*ids, end]
 
 
 def read_sources(kind: str) -> Sources:

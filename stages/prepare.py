@@ -36,6 +36,7 @@ from stages.preparing.encoding import Encoder
 from stages.preparing.formats import Format, recognize
 from stages.preparing.messages import Unusable, names_of
 from stages.preparing.readers import files_to_read, read_file, split_of
+from stages.preparing.rendering import Renderer
 from stages.preparing.splitting import (
     Pools,
     Store,
@@ -47,18 +48,27 @@ from stages.preparing.splitting import (
 )
 from stages.preparing.templates import settle
 from stages.preparing.writing import Written, write_set
+from stages.shared.end_tokens import GENERATION
 from stages.shared.paths import PREPARED, RAW, TOKENIZER
 from stages.shared.rows import read_rows, set_sha256
 from stages.shared.sets import SET_NAMES, held_out_sets
 
 METRICS = Path("metrics/data.json")
 LENGTHS = Path("metrics/lengths.csv")
+# Why rows are in no set, as the metrics name it and in words.
+UNUSED = {
+    "beyond_train_rows": "beyond train_rows",
+    "beyond_eval_rows": "beyond eval_rows",
+    "margin": "in the margin between held-out and training",
+}
 # Rows by which the template and its end token are judged.
 SAMPLES = 100
 
 
-def scan(names: list[str], dataset: Dataset, params: Prepare, store: Store) -> tuple[Format, Drops]:
-    """Read every row of the files `names` in data/raw into `store`."""
+def scan(
+    names: list[str], given: list[str], dataset: Dataset, params: Prepare, store: Store
+) -> tuple[Format, Drops]:
+    """Read every row of the files `names` into `store`; `given` are those to evaluate on."""
     form, drops = None, Drops()
     size = sum((RAW / name).stat().st_size for name in names)
     files = "1 file" if len(names) == 1 else f"{len(names)} files"
@@ -71,7 +81,8 @@ def scan(names: list[str], dataset: Dataset, params: Prepare, store: Store) -> t
                 form = recognize(params.format, params.columns, row, where)
                 print(f"prepare: {describe(form, row, params)}")
             drops.seen += 1
-            refuse_test_row(row, name, dataset, params, where)
+            if name not in given:
+                refuse_test_row(row, dataset, where)
             try:
                 store.add(name, line, form.example(row, where), group_of(row, params, where))
             except Unusable as why:
@@ -84,10 +95,10 @@ def scan(names: list[str], dataset: Dataset, params: Prepare, store: Store) -> t
     return form, drops
 
 
-def refuse_test_row(row: dict, name: str, dataset: Dataset, params: Prepare, where: str) -> None:
+def refuse_test_row(row: dict, dataset: Dataset, where: str) -> None:
     """Raise StageError for a row to train on that says itself it is of another split."""
     split = row.get("split")
-    if not isinstance(split, str) or name == params.eval_file or split == dataset.split:
+    if not isinstance(split, str) or split == dataset.split:
         return
     if split_of(split) in ("test", "validation"):
         raise StageError(
@@ -119,9 +130,13 @@ def describe(form: Format, row: dict, params: Prepare) -> str:
     return f"format {form.name}{shape}, columns {', '.join(used)}{rest}"
 
 
-def remove_duplicates(store: Store, params: Prepare) -> tuple[np.ndarray, np.ndarray, dict]:
-    """(rows to split or train on, rows of the evaluation file, counts of what was removed)."""
-    held = store.in_file(params.eval_file)
+def remove_duplicates(
+    store: Store, held: np.ndarray, params: Prepare
+) -> tuple[np.ndarray, np.ndarray, dict]:
+    """(rows to split or train on, rows of the evaluation file, counts of what was removed).
+
+    held: bool [N], which rows the evaluation file has.
+    """
     rows, given = distinct(store, np.flatnonzero(~held)), distinct(store, np.flatnonzero(held))
     counts = {"duplicate_examples": len(store) - len(rows) - len(given)}
     near = rows[:0]
@@ -177,6 +192,12 @@ def write_about(out: Path, tokenizer, form: Format, params: Prepare, sets: dict)
     # How the tokenizer was loaded is no part of it, and differs between two equal runs.
     config = {k: v for k, v in config.items() if k not in ("is_local", "local_files_only")}
     write_json(out / "tokenizer/tokenizer_config.json", config, ensure_ascii=False)
+    marks = set(Renderer(tokenizer, params.loss_on).special) - {tokenizer.eos_token}
+    others = [t for t in sorted(marks) if tokenizer.convert_tokens_to_ids(t) in sets["train"].ends]
+    if others:
+        ids = tokenizer.convert_tokens_to_ids([tokenizer.eos_token, *others])
+        write_json(out / "tokenizer" / GENERATION, {"eos_token_id": ids})
+        print(f"prepare: learned as ends too, and kept in {GENERATION}: {', '.join(others)}")
     shutil.copyfile(RAW / "source.json", out / "source.json")
     about = {
         "format": form.name,
@@ -198,11 +219,14 @@ def write_about(out: Path, tokenizer, form: Format, params: Prepare, sets: dict)
 def summary(metrics: dict, params: Prepare) -> str:
     counts = {called: metrics[f"{name}_examples"] for name, called in SET_NAMES.items()}
     kept = [f"{called} {count:,}" for called, count in counts.items() if count]
+    unused = {said: metrics[f"unused_{name}_examples"] for name, said in UNUSED.items()}
+    reasons = ", ".join(f"{count:,} {said}" for said, count in unused.items() if count)
+    reasons = f" ({reasons})" if reasons else ""
     said = (
         f"prepare: {metrics['rows_in']:,} rows: {', '.join(kept)}; dropped "
         f"{metrics['dropped_examples']:,}, duplicates {metrics['duplicate_examples']:,}, "
-        f"unused {metrics['unused_examples']:,}; {metrics['train_tokens']:,} tokens to train on, "
-        f"{metrics['learned_token_share_percent']:.0f} % of them learned"
+        f"unused {metrics['unused_examples']:,}{reasons}; {metrics['train_tokens']:,} tokens to "
+        f"train on, {metrics['learned_token_share_percent']:.0f} % of them learned"
     )
     if metrics["eval_examples"] < params.eval_rows and not params.eval_file:
         said += (
@@ -215,15 +239,17 @@ def summary(metrics: dict, params: Prepare) -> str:
 def prepare(dataset: Dataset, params: Prepare, out: Path) -> tuple[dict, str, dict]:
     """Fill `out`; (metrics/data.json, metrics/lengths.csv, a row of the training set to show)."""
     store = Store(out)
-    form, unreadable = scan(files_to_read(RAW, dataset, params.eval_file), dataset, params, store)
+    names, given_names = files_to_read(RAW, dataset, params.eval_file)
+    form, unreadable = scan(names + given_names, given_names, dataset, params, store)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    samples = [store.example(row) for row in range(min(len(store), SAMPLES))]
+    spread = np.linspace(0, len(store) - 1, min(len(store), SAMPLES)).astype(int)
+    samples = [store.example(row) for row in spread]
     print(f"prepare: {settle(tokenizer, params, form, samples)}")
-    rows, given, counts = remove_duplicates(store, params)
+    rows, given, counts = remove_duplicates(store, store.in_files(given_names), params)
     pools = make_pools(store, rows, given, params)
     sets, unused = write_sets(store, pools, Encoder(tokenizer, params), params, out)
     about = write_about(out, tokenizer, form, params, sets)
-    metrics = metrics_of(store, sets, counts, [unreadable, unused], params.max_length)
+    metrics = metrics_of(store, sets, counts, [unreadable, unused], params)
     return metrics, lengths_table(sets["train"].lengths, params.max_length), about["sample"]
 
 

@@ -99,6 +99,16 @@ BAD_INPUTS = [
     ),
     Bad("UTF-16 JSON", "a.json", "[{}]".encode("utf-16"), "a.json:1: UTF-16 text; save"),
     Bad("Latin-1 JSON", "a.json", b'[\n{"a": "\xe9"}]', "a.json:2: not UTF-8 (byte 0xe9)"),
+    # Other kinds of file under the name of text
+    Bad("Parquet as JSONL", "a.jsonl", parquet(pa.table({"prompt": ["a"]})), "a Parquet file by i"),
+    Bad("zip as CSV", "a.csv", b"PK\x03\x04" + b"\xff" * 9, "a.csv: a zip archive, as .xlsx is"),
+    Bad("picture as JSON", "a.json", b"\x89PNG\r\n\x1a\n\0", "a.json:1: binary data where text"),
+    Bad(
+        "compressed twice",
+        "a.jsonl.gz",
+        gzip.compress(gzip.compress(rows(GOOD))),
+        "a.jsonl.gz:1: binary data where text belongs; another kind of file, or compressed twice?",
+    ),
     # JSON
     Bad(
         "array not closed", "a.json", b'[{"prompt": "a", "completion": "b"}', "the array is not clo"
@@ -140,6 +150,12 @@ BAD_INPUTS = [
     ),
     # CSV and TSV
     Bad("quote not closed", "a.csv", b'prompt,completion\na,"b\nc,d\n', "a.csv:2: broken quoting"),
+    Bad(
+        "carriage return inside",
+        "a.csv",
+        b"prompt,completion\na,b\rc\n",
+        "a.csv:2: a carriage return within the line; put quotes around the field that holds it",
+    ),
     Bad("quote inside", "a.csv", b'prompt,completion\na,"b"c"\n', "a.csv:2: broken quoting"),
     Bad(
         "field too many", "a.csv", b"prompt,completion\na,b\nc,d,e\n", "a.csv:3: 3 fields where the"

@@ -34,6 +34,7 @@ class Shape:
     sentencepiece: bool = False
     system: bool = True  # whether the template takes a system message
     plain: list[str] = field(default_factory=list)  # added tokens that are not special
+    rstrip: list[str] = field(default_factory=list)  # special ones that swallow what blanks follow
 
 
 _LLAMA_2 = (
@@ -89,6 +90,11 @@ _SMOLLM = (
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+_PHI_3 = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
 # No mark ends an answer.
 _BARE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}"
@@ -110,6 +116,7 @@ SHAPES = {
             "<|start_header_id|>",
             "<|end_header_id|>",
             "<|eot_id|>",
+            "<|eom_id|>",
             "<|finetune_right_pad_id|>",
         ],
         "<|begin_of_text|>",
@@ -145,6 +152,16 @@ SHAPES = {
         "<|im_end|>",
         pad="<|im_end|>",
     ),
+    "phi-3": Shape(
+        _PHI_3,
+        ["<unk>", "<|endoftext|>"],
+        None,
+        "<|endoftext|>",
+        "<|end|>",
+        pad="<|endoftext|>",
+        sentencepiece=True,
+        rstrip=["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+    ),
     "bare": Shape(_BARE, ["<unk>", "</s>"], None, "</s>", "</s>"),
 }
 
@@ -153,8 +170,10 @@ def make_shape(name: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a shape, with its chat template."""
     shape = SHAPES[name]
     tokenizer = _sentencepiece(shape) if shape.sentencepiece else _byte_level(shape)
-    for text in shape.special:
-        tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False)])
+    for text in (*shape.special, *shape.rstrip):
+        strips = text in shape.rstrip
+        added = AddedToken(text, special=True, normalized=False, rstrip=strips)
+        tokenizer.add_special_tokens([added])
     for text in shape.plain:
         tokenizer.add_tokens([AddedToken(text, special=False, normalized=False)])
     if shape.adds_bos:

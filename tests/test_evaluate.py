@@ -67,20 +67,29 @@ def test_the_interval_holds_the_perplexity_and_repeats():
 def test_padding_on_the_left_does_not_change_an_answer(tuned):
     model, tokenizer = tuned
     rows = rows_of(tokenizer)
-    together = answers(model, tokenizer, rows)
-    assert together == [answers(model, tokenizer, [row])[0] for row in rows]
+    together = answers(model, tokenizer, rows, [2])
+    assert together == [answers(model, tokenizer, [row], [2])[0] for row in rows]
+
+
+def test_answer_ends_at_each_end_token(tuned):
+    model, tokenizer = tuned
+    row = rows_of(tokenizer)[0]
+    whole = answers(model, tokenizer, [row], [2])[0]
+    every = answers(model, tokenizer, [row], list(range(model.config.vocab_size)))[0]
+    assert whole.startswith(every)
+    assert len(every) < len(whole)
 
 
 def test_samples_answer_the_same_prompts_by_base_and_tuned(tuned):
     model, tokenizer = tuned
     rows = rows_of(tokenizer)
     promptless = rows[0] | {"prompt_tokens": 0}
-    found = samples(model, tokenizer, {"": [promptless, *rows], "group_": rows[1:]}, 3)
+    found = samples(model, tokenizer, {"": [promptless, *rows], "group_": rows[1:]}, 3, [2])
     assert [s["prompt"] for s in found] == [PROMPTS[0], PROMPTS[1], PROMPTS[2]]
     assert [s["set"] for s in found] == ["held-out row", "held-out group", "held-out group"]
     assert all(s["reference"] == "ok" for s in found)
     assert any(s["base"] != s["tuned"] for s in found)
-    assert samples(model, tokenizer, {"": rows}, 0) == []
+    assert samples(model, tokenizer, {"": rows}, 0, [2]) == []
 
 
 def test_running_out_of_memory_is_one_line(finished, tmp_path):

@@ -115,6 +115,16 @@ def test_shard_is_what_safetensors_writes(tmp_path):
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
+def test_all_that_the_rows_end_with_ends_an_answer_of_the_merged_model(llama, monkeypatch):
+    """prepare leaves the ends beside the tokenizer, and train takes them along."""
+    adapter = llama / "models/adapter"
+    (adapter / "generation_config.json").write_text('{"eos_token_id": [2, 1]}')
+    write_sums(adapter)
+    run(merge, llama, monkeypatch)
+    generation = json.loads((llama / "models/merged/generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2, 1]
+
+
 def test_folder_serves_alone(llama, monkeypatch, capsys):
     edit_json(llama / "models/base/generation_config.json", eos_token_id=0, top_p=0.9)
     write_sums(llama / "models/base")

@@ -21,9 +21,11 @@ from stages.preparing import contract, writing
 from stages.preparing.contract import packed_bins, show
 from stages.preparing.formats import recognize
 from stages.preparing.splitting import Store, distinct, normal, prompt_and_rest, text_of
+from stages.shared.end_tokens import end_tokens
 from stages.shared.outputs import SUMS
 from stages.shared.process import StageError, sha256
 from stages.shared.rows import IGNORED, read_rows
+from templates import make_shape
 
 SETS = ("train", "eval", "group")
 
@@ -171,6 +173,43 @@ def alive(pid: str) -> bool:
         return False
 
 
+def rendered(*turns: tuple[str, str]) -> dict:
+    mark = "<|start_header_id|>{}<|end_header_id|>\n\n{}"
+    return {"text": "<|begin_of_text|>" + "".join(mark.format(*turn) for turn in turns)}
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "assistant", "all"])
+def test_what_answers_end_with_is_kept_for_generation(loss_on, tmp_path, monkeypatch, capsys):
+    rows = []
+    for i in range(20):
+        turns = [("user", f"q{i}<|eot_id|>"), ("assistant", f"call {i}<|eom_id|>")]
+        turns += [("ipython", f"r{i}<|eot_id|>"), ("assistant", f"a{i}<|eot_id|>")]
+        # The first row, and one more, end in a call: they do not speak for all.
+        rows.append(rendered(*turns[: 2 if i in (0, 9) else 4]))
+    options = {"tokenizer": make_shape("llama-3"), "loss_on": loss_on}
+    sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(rows)}, **options)
+    folder = tmp_path / "data/prepared/tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.eos_token == "<|eot_id|>"
+    calls = {row["row"] for row in sets["train"]} & {"a.jsonl:1", "a.jsonl:10"}
+    assert calls
+    assert end_tokens(folder) == tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|eom_id|>"])
+    said = "learned as ends too, and kept in generation_config.json: <|eom_id|>"
+    assert said in capsys.readouterr().out
+
+
+def test_end_of_a_part_is_no_end_of_an_answer(tmp_path, monkeypatch):
+    rows = [rendered(("user", "q" * i + "<|eot_id|>"), ("assistant", "a<|eot_id|>"))
+            for i in range(1, 30)]  # fmt: skip
+    options = {"tokenizer": make_shape("llama-3"), "loss_on": "all", "too_long": "split"}
+    sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(rows)}, max_length=32, **options)
+    folder = tmp_path / "data/prepared/tokenizer"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    marks = {tokenizer.convert_tokens_to_ids(f"<|{name}_header_id|>") for name in ("start", "end")}
+    assert marks & {row["input_ids"][-1] for row in sets["train"]}
+    assert end_tokens(folder) == [tokenizer.eos_token_id]
+
+
 def test_order_of_the_file_does_not_matter(tmp_path, monkeypatch):
     rows = pairs(60)
     files = {"a": rows, "b": random.Random(1).sample(rows, 60)}
@@ -212,12 +251,38 @@ def test_second_run_gives_the_same_bytes(tmp_path, monkeypatch):
     assert sums[0] == sums[1]
 
 
-def test_train_rows_takes_the_first_of_the_same_order(tmp_path, monkeypatch):
+def test_train_rows_takes_the_first_of_the_same_order(tmp_path, monkeypatch, capsys):
     some = run(tmp_path / "a", monkeypatch, {"a.jsonl": jsonl(pairs(60))}, train_rows=10)
     every = run(tmp_path / "b", monkeypatch, {"a.jsonl": jsonl(pairs(60))})
     assert some["train"] == every["train"][:10]
-    assert metrics_in(tmp_path / "a")["unused_examples"] == 60 - 10 - 2
-    assert metrics_in(tmp_path / "b")["unused_examples"] == 60 - len(every["train"]) - 2
+    for name, sets in (("a", some), ("b", every)):
+        metrics = metrics_in(tmp_path / name)
+        assert metrics["unused_examples"] == 60 - len(sets["train"]) - 2
+        assert metrics["unused_beyond_train_rows_examples"] == len(every["train"]) - len(
+            sets["train"]
+        )
+        # Half as many as are held out.
+        assert metrics["unused_margin_examples"] == 1
+    assert (
+        "(47 beyond train_rows, 1 in the margin between held-out and training)"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_rows_that_no_set_needs_are_counted_by_their_reason(given, tmp_path, monkeypatch):
+    files = {"a.jsonl": jsonl(pairs(100)), "b.jsonl": jsonl(pairs(10, start=200))}
+    files = files if given else {"a.jsonl": files["a.jsonl"]}
+    options = {"eval_rows": 4, "eval_file": "b.jsonl"} if given else {"eval_rows": 12}
+    run(tmp_path, monkeypatch, files, group_by=None if given else "group", **options)
+    metrics = metrics_in(tmp_path)
+    reasons = {name: metrics[f"unused_{name}_examples"] for name in prepare.UNUSED}
+    assert sum(reasons.values()) == metrics["unused_examples"]
+    # Ten rows in the file; or two groups of ten to score, and one more aside with the margin.
+    margin = 0 if given else 10 + 6
+    assert reasons == {
+        "beyond_train_rows": 0, "beyond_eval_rows": 6 if given else 8, "margin": margin
+    }  # fmt: skip
 
 
 def test_duplicates_are_equal_to_the_letter(tmp_path, monkeypatch):
@@ -310,6 +375,14 @@ def test_evaluation_file_is_the_held_out_set(tmp_path, monkeypatch):
     sets = run(tmp_path, monkeypatch, files, eval_file="test.jsonl", eval_rows=100)
     assert {row["row"].split(":")[0] for row in sets["eval"]} == {"test.jsonl"}
     assert (len(sets["train"]), len(sets["eval"])) == (20, 5)
+
+
+def test_shards_of_a_test_set_are_held_out_together(tmp_path, monkeypatch):
+    files = {"train-00000-of-00001.jsonl": jsonl(pairs(20))}
+    tests = {f"test-0000{i}-of-00002.jsonl": jsonl(pairs(3, start=90 + 3 * i)) for i in range(2)}
+    sets = run(tmp_path, monkeypatch, files | tests, eval_file="test-*.jsonl", eval_rows=100)
+    assert {row["row"].split(":")[0] for row in sets["eval"]} == set(tests)
+    assert (len(sets["train"]), len(sets["eval"])) == (20, 6)
 
 
 def test_row_that_leaks_into_the_evaluation_file_is_refused(tmp_path, monkeypatch):

@@ -2,10 +2,14 @@
 
 import bz2
 import csv
+import errno
 import gzip
 import io
 import json
 import lzma
+import os
+import time
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -140,6 +144,121 @@ def test_lines_are_those_of_an_editor(name, data, expected, tmp_path):
     assert [line for line, _ in read_file(path)] == expected
 
 
+@pytest.mark.parametrize("packer", [p for p in PACKERS if p])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_compression_is_told_by_the_content(name, packer, tmp_path):
+    """Browsers and `curl --output` keep the name that the address had."""
+    rows = [{"prompt": f"p{i}", "completion": "c"} for i in range(3)]
+    path = tmp_path / name
+    path.write_bytes(PACKERS[packer](WRITERS[name](rows)))
+    assert [row for _, row in read_file(path)] == rows
+
+
+@pytest.mark.parametrize("packer", ["", ".gz"])
+def test_parquet_is_not_held_in_memory(packer, tmp_path, monkeypatch):
+    """Not even where all of it is one row group."""
+    monkeypatch.setattr(readers, "_PARQUET_BATCH", 10)
+    text = "".join(map(chr, range(33, 127))) * 100
+    rows = [{"prompt": f"{i}", "completion": text} for i in range(4000)]
+    sink, path = io.BytesIO(), tmp_path / f"a.parquet{packer}"
+    pq.write_table(pa.Table.from_pylist(rows), sink, use_dictionary=False, compression="none")
+    size = sink.tell()
+    path.write_bytes(gzip.compress(sink.getvalue(), 1) if packer else sink.getvalue())
+    before, held, count = pa.total_allocated_bytes(), 0, 0
+    tracemalloc.start()
+    for _ in read_file(path):
+        count += 1
+        if count % 10 == 1:
+            held = max(held, pa.total_allocated_bytes() - before)
+    held += tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == len(rows)
+    assert held < size / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("a.csv", b'prompt,completion\rp,"c\rd"\rq,e\r', [(2, "p", "c\rd"), (4, "q", "e")]),
+        ("a.csv", b"prompt,completion\rp,c", [(2, "p", "c")]),
+        (
+            "a.jsonl",
+            b'\xef\xbb\xbf{"prompt": "p", "completion": "c"}\r\r'
+            b'{"prompt": "q", "completion": "e"}\r',
+            [(1, "p", "c"), (3, "q", "e")],
+        ),
+        # A blank behind every separator of the header is one behind those of the rows.
+        ("a.csv", b'prompt, completion\np, c\nq," e"\n', [(2, "p", "c"), (3, "q", " e")]),
+        ("a.csv", b'"prompt", "completion"\n"p,\nr", "c, d"\nq, e\n',
+         [(2, "p,\nr", "c, d"), (4, "q", "e")]),
+        ("a.csv", b"prompt ,completion \np, c\n", [(2, "p", " c")]),
+    ],
+)  # fmt: skip
+def test_rows_of_odd_line_ends_and_separators(name, data, expected, tmp_path, monkeypatch):
+    path = tmp_path / name
+    path.write_bytes(data)
+    for chunk in (1, 7, 1 << 20):
+        monkeypatch.setattr(readers, "_CHUNK", chunk)
+        found = [(line, row["prompt"], row["completion"]) for line, row in read_file(path)]
+        assert found == expected
+
+
+def test_a_row_without_an_end_is_not_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 100)
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"prompt,completion\rp," + b"c" * 5000)
+    with pytest.raises(StageError, match=r"a.csv:2: a row of more than"):
+        list(read_file(path))
+
+
+def test_many_columns_are_checked_once_each(tmp_path):
+    """With a comparison of each name with all others this takes minutes."""
+    names = [f"c{i}" for i in range(100_000)]
+    path = tmp_path / "a.csv"
+    path.write_text(",".join(names) + "\n" + ",".join("x" * len(names)) + "\n")
+    started = time.monotonic()
+    ((_, row),) = read_file(path)
+    assert list(row) == names
+    path = tmp_path / "a.jsonl"
+    path.write_text("{" + ",".join(f'"{name}": 1' for name in [*names, names[-1]]) + "}\n")
+    with pytest.raises(StageError, match=r"the key 'c99999' stands twice"):
+        list(read_file(path))
+    path = tmp_path / "a.parquet"
+    names = names[:4000]
+    pq.write_table(pa.table([pa.array(["x"])] * len(names), names=names), path)
+    ((_, row),) = read_file(path)
+    assert list(row) == names
+    assert time.monotonic() - started < 10
+
+
+def test_maps_of_parquet_are_objects(tmp_path):
+    kind = pa.list_(pa.map_(pa.string(), pa.string()))
+    turns = [[("role", "user"), ("content", "q")], [("role", "assistant"), ("content", "a")]]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"messages": pa.array([turns], kind)}), path)
+    ((line, row),) = read_file(path)
+    example = recognize("auto", None, row, "a:1").example(row, "a:1")
+    assert (line, example) == (
+        1,
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+    )
+    pq.write_table(pa.table({"messages": pa.array([turns, [turns[0] * 2]], kind)}), path)
+    with pytest.raises(StageError, match=r"rows 1 to 2: a map has the key 'role' twice; keep one"):
+        list(read_file(path))
+
+
+def test_fault_of_the_disk_is_not_laid_to_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet.gz"
+    path.write_bytes(gzip.compress(as_parquet([{"prompt": "a"}])))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(readers.shutil, "copyfileobj", full)
+    with pytest.raises(OSError, match="No space left"):
+        list(read_file(path))
+
+
 HUB = {"source": "hub", "id": "a/b", "revision": "main", "config": None, "split": None}
 CARD = """---
 configs:
@@ -161,6 +280,13 @@ configs:
 ---
 """
 UNSPLIT = "---\nconfigs:\n- {config_name: x, data_files: '**.csv'}\n---\n"
+CHAT = [
+    "data/test_sft-00000-of-00001.parquet",
+    "data/train_gen-00000-of-00001.parquet",
+    "data/train_sft-00000-of-00002.parquet",
+    "data/train_sft-00001-of-00002.parquet",
+]
+TESTS = ["test-00000-of-00002.parquet", "test-00001-of-00002.parquet"]
 SHARDS = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-00000.parquet"]
 
 
@@ -190,6 +316,15 @@ SHARDS = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-
             ["data/two.parquet"],
         ),
         (["other.parquet"], CARD, HUB | {"config": "other"}, None, ["other.parquet"]),
+        # Each split that the library writes is one of its own, also without a card.
+        (CHAT, "", HUB | {"split": "train_sft"}, None, CHAT[2:4]),
+        (CHAT[2:], "", HUB, None, CHAT[2:4]),
+        ([*CHAT, *SHARDS], "", HUB, None, SHARDS[:2]),
+        (["x_train-00000-of-00001.csv"], "", HUB, None, ["x_train-00000-of-00001.csv"]),
+        # A test set in shards.
+        ([*SHARDS[:2], *TESTS], "", {}, "test-*", [*SHARDS[:2], *TESTS]),
+        ([*SHARDS[:2], *TESTS], "", HUB, "test-*.parquet", [*SHARDS[:2], *TESTS]),
+        (["a[1].csv", "b.csv"], "", {}, "a[1].csv", ["b.csv", "a[1].csv"]),
         # What fetch_data takes by the card, prepare finds by it.
         (["data/a.csv", "data/b.csv"], DEEP, HUB, None, ["data/a.csv"]),
         (["data/a.csv", "b.csv"], UNSPLIT, HUB, None, ["b.csv", "data/a.csv"]),
@@ -199,7 +334,9 @@ def test_files_of_a_split(files, card, dataset, eval_file, expected, tmp_path):
     write(tmp_path, files, card)
     local = {"source": "local", "id": "data/source/x", "revision": None, "config": None}
     section = Dataset(**{**local, "split": None, **dataset})
-    assert files_to_read(tmp_path, section, eval_file) == expected
+    chosen, given = files_to_read(tmp_path, section, eval_file)
+    assert chosen + given == expected
+    assert bool(given) == (eval_file is not None)
 
 
 @pytest.mark.parametrize(
@@ -217,8 +354,22 @@ def test_files_of_a_split(files, card, dataset, eval_file, expected, tmp_path):
             ["train.csv", "test.csv"],
             "",
             {"source": "local"},
-            "test.csv stands beside train.csv; name",
+            "test.csv stands beside train.csv; name it in prepare.eval_file, or take it out of the",
         ),
+        (
+            [*SHARDS[:2], *TESTS],
+            "",
+            {"source": "local"},
+            r"beside train-00000-of-00002.parquet; name test-\*.parquet in prepare.eval_file, or",
+        ),
+        (CHAT, "", HUB, "no file of split train; there is test_sft, train_gen, train_sft$"),
+        (
+            CHAT[1:],
+            "",
+            {"source": "local"},
+            "data/train_gen-00000-of-00001.parquet stands beside data/train_sft-00001-of-00002.p",
+        ),
+        (CHAT[::3], "", {"source": "local"}, "data/test_sft-00000-of-00001.parquet stands beside"),
     ],
 )
 def test_no_file_of_a_split(files, card, dataset, message, tmp_path):
@@ -339,6 +490,25 @@ def test_row_becomes_messages(row, columns, expected):
     assert [(message["role"], message["content"]) for message in example] == expected
 
 
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+@pytest.mark.parametrize(
+    "store",
+    [json.dumps, lambda turns: {key: [turn[key] for turn in turns] for key in turns[0]}],
+    ids=["JSON text", "a list for each key"],
+)
+def test_turns_may_be_stored_otherwise(column, store):
+    role, content = ("role", "content") if column == "messages" else ("from", "value")
+    turns = [{role: "user", content: "[p]"}, {role: "assistant", content: "c"}]
+    row = {column: store(turns)}
+    example = recognize("auto", None, row, "a:1").example(row, "a:1")
+    expected = [{"role": "user", "content": "[p]"}, {"role": "assistant", "content": "c"}]
+    assert example == expected
+    half = {"prompt": store(turns[:1]), "completion": store(turns[1:])}
+    form = recognize("auto", None, half, "a:1")
+    if isinstance(half["prompt"], dict) and column == "messages":
+        assert form.example(half, "a:1") == expected
+
+
 @pytest.mark.parametrize("name", ["auto", "alpaca"])
 def test_optional_column_may_come_in_a_later_row_alone(name):
     form = recognize(name, None, {"instruction": "i", "output": "o"}, "a:1")
@@ -353,7 +523,12 @@ def test_zero_in_an_optional_column_is_no_empty_one():
         recognize("auto", None, row, "a:1").example(row, "a:1")
 
 
-@pytest.mark.parametrize("turns", [{"from": "human"}, [1], [None], 5, True, [["x"]]])
+RAGGED = {"from": ["human"], "value": ["q", "a"]}
+
+
+@pytest.mark.parametrize(
+    "turns", [{"from": "human"}, {}, RAGGED, [1], [None], 5, True, [["x"]], "["]
+)
 def test_conversations_that_are_no_list_of_turns_are_refused(turns):
     row = {"conversations": turns}
     with pytest.raises(

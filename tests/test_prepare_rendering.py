@@ -2,9 +2,12 @@
 
 from functools import cache
 from itertools import groupby
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import trl
+import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2 import Environment
@@ -178,6 +181,20 @@ def test_any_character_may_stand_in_a_plain_template():
     assert text.startswith("<|begin_of_text|>" + template.replace("{prompt}", "hello az"))
 
 
+def test_backslash_and_n_in_a_plain_template_is_refused_with_what_works():
+    for quoted in ("'Q: {prompt}\\nA: \"é\"'", "Q:\\n {prompt}\\n"):
+        with pytest.raises(StageError, match="double quotes make it one: ") as caught:
+            encoder_of("llama-3", template=yaml.safe_load(quoted))
+        meant = yaml.safe_load(str(caught.value).partition("make it one: ")[2])
+        assert "\\n" not in meant
+        text = encoder_of("llama-3", template=meant).tokenizer.apply_chat_template(
+            CHAT[:1], tokenize=False
+        )
+        assert text == "<|begin_of_text|>" + meant.replace("{prompt}", "hello az") + (
+            "" if meant.endswith("\n") else "\n"
+        )
+
+
 def test_template_file_gets_the_bos_of_the_tokenizer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "templates").mkdir()
@@ -244,6 +261,58 @@ def test_eos_becomes_what_ends_an_answer(shape):
     assert encoder_of(shape, TEXT, "az").tokenizer.eos_token == SHAPES[shape].eos
 
 
+@pytest.mark.parametrize("model", ["phi3", "phi3_5"])
+def test_marks_that_swallow_blanks_are_learned_as_trl_does(model):
+    """Phi 3 has a further end token behind the last answer, which its template writes as EOS."""
+    folder = Path(trl.__file__).parent / "chat_templates"
+    chat = [{**m, "content": m["content"].strip()} for m in CHAT * 2]
+
+    def edit(tokenizer):
+        tokenizer.chat_template = (folder / f"{model}.jinja").read_text()
+
+    encoder = encoder_of("phi-3", sample=chat, edit=edit, loss_on="assistant")
+    row = encoded(encoder, chat)
+    theirs = encoder.tokenizer.apply_chat_template(
+        chat,
+        chat_template=(folder / f"{model}_training.jinja").read_text(),
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    assert row.ids.tolist() == theirs["input_ids"]
+    assert row.learned.tolist() == [bool(each) for each in theirs["assistant_masks"]]
+    assert learned_parts(encoder, row)[0] == "first\naz<|end|>"
+    assert encoder.tokenizer.eos_token == "<|endoftext|>"
+
+
+def calls_end_otherwise(tokenizer):
+    tokenizer.add_tokens(["<|call|>"], special_tokens=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message['content'] + '<|im_end|>'",
+        "(message['tool_calls'] | tojson + '<|call|>' if message.tool_calls else "
+        "message['content'] + '<|im_end|>')",
+    )
+
+
+def test_commonest_end_becomes_eos():
+    tokenizer = make_shape("smollm")
+    calls_end_otherwise(tokenizer)
+    values = {"template": "chat", "loss_on": "completion", "max_length": 4000, "too_long": "drop"}
+    settle(tokenizer, SimpleNamespace(**values), MESSAGES, [[CHAT[0], CALL], CHAT[:2], CHAT])
+    assert tokenizer.eos_token == "<|im_end|>"
+    settle(tokenizer, SimpleNamespace(**values), MESSAGES, [[CHAT[0], CALL]] * 2 + [CHAT])
+    assert tokenizer.eos_token == "<|call|>"
+
+
+def test_eos_that_the_template_writes_stays():
+    """Another would take its place in every answer that does not end in a call."""
+    tokenizer = make_shape("smollm")
+    calls_end_otherwise(tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace("'] + '<|im_end|>'", "'] + eos_token")
+    values = {"template": "chat", "loss_on": "completion", "max_length": 4000, "too_long": "drop"}
+    settle(tokenizer, SimpleNamespace(**values), MESSAGES, [[CHAT[0], CALL]] * 2 + [CHAT])
+    assert tokenizer.eos_token == "<|im_end|>"
+
+
 def test_end_token_is_learned_where_it_pads_too():
     encoder = encoder_of("smollm")
     assert encoder.tokenizer.pad_token_id == encoder.tokenizer.eos_token_id
@@ -297,6 +366,80 @@ def test_rendered_text_is_not_rendered_again(shape, own, loss_on):
         )
     ]
     assert row.ids[: row.prompt_tokens].tolist() == prompt_ids(encoder.tokenizer, messages)
+
+
+def llama_3(*turns: tuple[str, str]) -> str:
+    marks = "<|start_header_id|>{}<|end_header_id|>\n\n{}"
+    return "<|begin_of_text|>" + "".join(marks.format(*turn) for turn in turns)
+
+
+CALLED = llama_3(
+    ("user", "az?<|eot_id|>"),
+    ("assistant", "call az<|eom_id|>"),
+    ("ipython", "az is <|x|> ok<|eot_id|>"),
+    ("assistant", "ok<|eot_id|>"),
+)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["with template", "base model"])
+def test_turn_that_ends_otherwise_is_learned_up_to_its_end(own):
+    form = recognize("auto", None, {"text": CALLED}, "a:1")
+    sample = form.example({"text": CALLED}, "a:1")
+    edit = None if own else lambda tokenizer: setattr(tokenizer, "chat_template", None)
+    encoder = encoder_of("llama-3", form, sample, edit, loss_on="assistant")
+    row = encoded(encoder, sample)
+    assert learned_parts(encoder, row) == ["call az<|eom_id|>", "ok<|eot_id|>"]
+    assert encoder.tokenizer.decode(row.ids) == CALLED
+    assert encoder.tokenizer.eos_token == "<|eot_id|>"
+
+
+CHATML = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+LLAMA_2 = "<s>[INST] q [/INST] a </s>"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (CHATML.replace("a<|im_end|>", "a"), "the assistant's turn does not end with '<|im_end|>'"),
+        (CHATML.replace("q<|im_end|>", "q"), "the user's turn does not end with '<|im_end|>'"),
+        (CHATML.replace("a<|im_end|>", "a") + CHATML, "the assistant's turn does not end with"),
+        (CHATML + "<|im_start|>assistant\n", "the assistant's turn does not end with"),
+        (CHATML.replace("q", "what is <|im_start|>, please"), "or '<|im_start|>' or"),
+        (
+            CHATML.replace("q", "what is <|im_end|>, please"),
+            "'<|im_end|>' within one: where a turn",
+        ),
+        (CHATML.replace("user", "user, dear"), "where a turn begins and ends is in doubt; mend or"),
+        (CHATML + "more", "text outside of turns"),
+        (CHATML + "more" + CHATML, "text outside of turns"),
+        (LLAMA_2.replace("q", "what is [INST]?"), "'[INST]' or '</s>' within one"),
+        (LLAMA_2.replace("a ", "[INST] it is "), "text outside of turns, or '[INST]'"),
+        (LLAMA_2.replace("a ", "<s>struck</s> is HTML"), "text outside of turns"),
+        (LLAMA_2 + "more", "text outside of turns"),
+    ],
+)
+def test_text_whose_turns_are_in_doubt_is_dropped(text, message):
+    form = recognize("auto", None, {"text": text}, "a:1")
+    with pytest.raises(Unusable) as caught:
+        form.example({"text": text}, "a:1")
+    assert message in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        CHATML + "<|endoftext|>",
+        "<|begin_of_text|>" + CHATML.strip() + CHATML,
+        CHATML.replace("a<|im_end|>", "a <|pad|> is </s> and <|im_sep|> b <eos>"),
+        CHATML.replace("q<|im_end|>", "q<|endoftext|>"),
+        "<bos>" + LLAMA_2 + "\n" + LLAMA_2 + "</s>",
+    ],
+)
+def test_text_whose_turns_are_clear_is_taken(text):
+    example = recognize("auto", None, {"text": text}, "a:1").example({"text": text}, "a:1")
+    parts = [text[start:end].split() for start, end in example["answers"]]
+    assert all(len(part) in (1, 2, 8) and part[0][0] == "a" for part in parts)
+    assert all(part[-1].endswith(">") for part in parts)
 
 
 @pytest.mark.parametrize(("shape", "known"), [("llama-2", True), ("qwen", False)])

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from stages.preparing.messages import REASONS, Unusable
 from stages.preparing.splitting import Store, asked_by
 from stages.preparing.writing import Written
+from stages.shared.params import Prepare
 from stages.shared.process import StageError
 from stages.shared.rows import IGNORED
 from stages.shared.sets import SET_NAMES
@@ -82,12 +83,34 @@ def packed_bins(lengths: np.ndarray, size: int) -> int:
     return bins
 
 
+def unused_of(sets: dict[str, Written], unused: int, given: bool) -> dict[str, int]:
+    """The `unused` rows by their reason: beyond train_rows, beyond eval_rows, and the split's
+    margin, which stands between what is held out and what is trained on.
+
+    given: whether the held-out rows came in a file of their own.
+    """
+    # Without such a file, those that the held-out set had no need of are trained on.
+    held_out = sum(
+        w.left for name, w in sets.items() if name == "group" or (given and name == "eval")
+    )
+    beyond = {"train_rows": sets["train"].left, "eval_rows": held_out}
+    return {
+        "unused_examples": unused,
+        **{f"unused_beyond_{limit}_examples": count for limit, count in beyond.items()},
+        "unused_margin_examples": unused - sum(beyond.values()),
+    }
+
+
 def metrics_of(
-    store: Store, sets: dict[str, Written], counts: dict[str, int], drops: list[Drops], size: int
+    store: Store,
+    sets: dict[str, Written],
+    counts: dict[str, int],
+    drops: list[Drops],
+    params: Prepare,
 ) -> dict:
     """metrics/data.json. Rows of the store that are in no set and not dropped are unused.
 
-    counts: duplicates of both kinds; size: prepare.max_length.
+    counts: duplicates of both kinds.
     """
     dropped = sum((each.counts for each in drops), Counter())
     sources = {name: np.unique(written.rows[:, 0]) for name, written in sets.items()}
@@ -101,7 +124,8 @@ def metrics_of(
     metrics["leaked_examples"] = len(asked_by(store, sources["train"], held_out))
     metrics["dropped_examples"] = dropped.total()
     metrics |= {f"dropped_{reason}_examples": dropped[reason] for reason in REASONS}
-    metrics["unused_examples"] = rows_in - used - sum(counts.values()) - dropped.total()
+    unused = rows_in - used - sum(counts.values()) - dropped.total()
+    metrics |= unused_of(sets, unused, params.eval_file is not None)
     metrics["split_examples"] = sum(len(w.rows) for w in sets.values()) - used
     metrics["truncated_examples"] = sum(int(w.rows[:, 4].sum()) for w in sets.values())
     for name in SET_NAMES:
@@ -114,7 +138,8 @@ def metrics_of(
         value = np.percentile(train.lengths, share, method="inverted_cdf")
         metrics[f"length_p{share}"] = int(value)
     metrics["length_max"] = int(train.lengths.max())
-    metrics["packing_efficiency_percent"] = 100 * tokens / (packed_bins(train.lengths, size) * size)
+    packed = packed_bins(train.lengths, params.max_length) * params.max_length
+    metrics["packing_efficiency_percent"] = 100 * tokens / packed
     return metrics
 
 

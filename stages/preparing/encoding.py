@@ -86,12 +86,22 @@ class Encoder:
         learned[len(prompt) :] = row.learned
         learned[: len(prompt)] = self.loss_on == "all"
         if row.spans:
-            encoding = self.backend.encode(row.prompt, add_special_tokens=False)
-            begins, ends = np.array(encoding.offsets).T
+            begins, ends = self._bounds(row.prompt)
             for start, end in row.spans:
                 inside = (begins >= start) & (ends <= end) & (begins < ends)
                 learned[: len(prompt)][inside] = self.loss_on != "all"
         return self._fit(row, ids, learned, len(prompt))
+
+    def _bounds(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Where each token of `text` begins and ends, int [T]: a mark without the white space
+        around it, which a token with lstrip or rstrip swallows (Phi 3 has such)."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        begins, ends = np.array(encoding.offsets).T
+        for i in np.flatnonzero(np.isin(encoding.ids, list(self.end_ids))):
+            mark = text[begins[i] : ends[i]]
+            begins[i] += len(mark) - len(mark.lstrip())
+            ends[i] -= len(mark) - len(mark.rstrip())
+        return begins, ends
 
     def _fit(self, row: Rendered, ids, learned, prompt_tokens: int) -> list | Unusable:
         """The row cut to max_length as too_long says. Only the last part holds the end token."""

@@ -84,21 +84,30 @@ class Shape:
 
     name: str
     marker: str
-    # The token that ends a turn.
+    # What begins a turn and so is in none, and the token that ends one.
+    start: str
     end: str
-    # Groups role and content (or user and assistant); the end marker lies outside content.
+    # Groups role, content and end (or system, user and assistant, of which the last holds its end).
     turn: re.Pattern
     template: str
 
 
+# What ends a turn in another way than its shape does, and what may stand between two turns.
+_OTHER_END = r"(?:<\|\w+\|>|</s>|<eos>)"
+_BETWEEN = re.compile(rf"(?:\s|{_OTHER_END}|<s>|<bos>)*")
+
+
 def _tagged(name: str, before: str, after: str, end: str, newline: str, assistant: str) -> Shape:
     """A shape whose turns are `before` role `after` content `end` newline."""
-    role = f"(?P<role>system|user|{assistant}|tool)"
-    turn = f"{re.escape(before)}{role}{re.escape(after)}(?P<content>.*?){re.escape(end)}\n?"
+    start = re.escape(before)
+    # Of the other marks that a turn may end with, such as <|eom_id|>, text may be about some.
+    ends = rf"{re.escape(end)}|{_OTHER_END}(?=\s*(?:{start}|\Z))|(?={start})|\Z"
+    turn = rf"{start}(?P<role>\w+){re.escape(after)}(?P<content>.*?)(?P<end>{ends})"
     renamed = f"('{assistant}' if m['role'] == 'assistant' else m['role'])"
     return Shape(
         name,
         before + assistant + after,
+        before,
         end,
         re.compile(turn, re.DOTALL),
         f"{{% for m in messages %}}{{{{ {before!r} + {renamed} + {after!r} + m['content'] + "
@@ -111,6 +120,7 @@ SHAPES = (
     Shape(
         "llama-2",
         "[/INST]",
+        "[INST]",
         "</s>",
         re.compile(
             r"(?:<s>)?\s*\[INST\] ?(?:<<SYS>>\n(?P<system>.*?)\n<</SYS>>\n\n)?(?P<user>.*?) ?"
@@ -173,7 +183,7 @@ class Format:
                 raise Unusable(
                     "unlearnable", "its label is false, an answer not to learn: delete it"
                 )
-            if isinstance(row.get(prompt), list):
+            if isinstance(row.get(prompt), list | dict):
                 turns += _list(row, prompt, where) + _list(row, answer, where)
                 return conversation(turns, where, self.unused)
             asked = _text(row, prompt, where)
@@ -236,30 +246,74 @@ class Format:
         if self.shape is None:
             return {"text": text, "answers": []}
         turns = read_rendered(self.shape, text)
-        answers = [[start, end] for role, _, start, end in turns if role == "assistant"]
+        answers = [[turn.start, turn.stop] for turn in turns if turn.role == "assistant"]
         if not answers or not text[answers[-1][0] : answers[-1][1]].strip():
             raise Unusable("roles", f"no answer after {self.shape.marker!r}: complete or delete it")
-        if turns[-1][0] != "assistant":
-            raise Unusable("roles", f"ends with the {turns[-1][0]}'s turn: complete or delete it")
+        if turns[-1].role != "assistant":
+            raise Unusable("roles", f"ends with the {turns[-1].role}'s turn: complete or delete it")
         return {"text": text, "answers": answers}
 
 
-def read_rendered(shape: Shape, text: str) -> list[tuple[str, str, int, int]]:
-    """(role, content, start, end) of every turn; start and end span content and end marker."""
-    turns = []
+class Turn(NamedTuple):
+    """A turn of a rendered text; `start` and `stop` span the content and `end`, its end mark."""
+
+    role: str
+    content: str
+    start: int
+    stop: int
+    end: str
+
+
+def read_rendered(shape: Shape, text: str) -> list[Turn]:
+    """The turns of `text`. Raises Unusable where one does not end, or its bounds are in doubt."""
+    turns: list[Turn] = []
+    after = None
     for match in shape.turn.finditer(text):
-        groups = match.groupdict()
-        if "role" in groups:
-            role = groups["role"].replace("model", "assistant")
-            end = match.start() + len(match[0].rstrip("\n"))
-            turns.append((role, groups["content"], match.start("content"), end))
-            continue
-        for role in ("system", "user", "assistant"):
-            if groups[role] is not None:
-                end = match.end() if role == "assistant" else match.end(role)
-                # The shape puts a space before an answer; it belongs to what is learned.
-                turns.append((role, groups[role].removeprefix(" "), match.start(role), end))
+        _check_gap(shape, text[after : match.start()], opening=after is None)
+        turns += _of_match(match)
+        after = match.end()
+    _check_gap(shape, text[after:], opening=after is None)
+    for turn in turns:
+        if shape.start in turn.content:
+            raise _unclear(shape)
+        if "role" in shape.turn.groupindex and not turn.end:
+            raise Unusable(
+                "roles", f"the {turn.role}'s turn does not end with {shape.end!r}: complete it"
+            )
     return turns
+
+
+def _of_match(match: re.Match) -> list[Turn]:
+    groups = match.groupdict()
+    if "role" in groups:
+        role = "assistant" if groups["role"] == "model" else groups["role"]
+        return [Turn(role, groups["content"], match.start("content"), match.end(), groups["end"])]
+    # The shape puts a space before an answer; it belongs to what is learned.
+    return [
+        Turn(
+            role,
+            groups[role].removeprefix(" "),
+            match.start(role),
+            match.end() if role == "assistant" else match.end(role),
+            "",
+        )
+        for role in ("system", "user", "assistant")
+        if groups[role] is not None
+    ]
+
+
+def _check_gap(shape: Shape, gap: str, opening: bool) -> None:
+    """What stands before, between and after turns must be no part of one."""
+    if shape.start in gap or not (opening or _BETWEEN.fullmatch(gap)):
+        raise _unclear(shape)
+
+
+def _unclear(shape: Shape) -> Unusable:
+    return Unusable(
+        "special_token",
+        f"text outside of turns, or {shape.start!r} or {shape.end!r} within one: where a turn "
+        "begins and ends is in doubt; mend or delete the row",
+    )
 
 
 def recognize(name: str, columns: dict[str, str] | None, first: dict, where: str) -> Format:
@@ -308,7 +362,7 @@ def _recognized(present: dict[str, str], own: dict[str, str], first: dict, where
         if set(needed) <= present.keys() and own.keys() <= {*needed, *optional}:
             if name == "text" and _shape_of(first[present["text"]]):
                 return "rendered"
-            match first.get(present.get("conversations")):
+            match _turns(first.get(present.get("conversations"))):
                 case [{"role": _}, *_] if name == "sharegpt":
                     continue
             lost = [present[c] for c in _MEANING if c in present and c not in optional]
@@ -366,11 +420,21 @@ def _text(row: dict, column: str, where: str) -> str:
 
 
 def _list(row: dict, column: str, where: str) -> list[dict]:
-    value = _value(row, column, where)
+    value = _turns(_value(row, column, where))
     if value is None or value == []:
         raise Unusable("empty", f"{column!r} is empty: fill it in or delete the row")
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise StageError(
             f"{where}: {column!r} holds {kind(value)} where a list of messages belongs"
         )
+    return value
+
+
+def _turns(value):
+    """`value` with the turns as objects where they came as JSON text or as one list for each key,
+    {"role": ["user", …], "content": ["Hi", …]}."""
+    value = decoded(value)
+    lists = list(value.values()) if isinstance(value, dict) else []
+    if all(isinstance(each, list) for each in lists) and len(set(map(len, lists))) == 1:
+        return [dict(zip(value, turn, strict=True)) for turn in zip(*lists, strict=True)]
     return value

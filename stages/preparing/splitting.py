@@ -118,9 +118,9 @@ class Store:
         start, end = self._ends[row], self._ends[row + 1]
         return json.loads(os.pread(self._file.fileno(), end - start, start))
 
-    def in_file(self, name: str | None) -> np.ndarray:
-        """bool [N]: which rows come from the file `name`."""
-        return np.isin(self.files, [i for i, path in enumerate(self.paths) if path == name])
+    def in_files(self, names: list[str]) -> np.ndarray:
+        """bool [N]: which rows come from the files `names`."""
+        return np.isin(self.files, [i for i, path in enumerate(self.paths) if path in names])
 
     def where(self, row: int) -> str:
         return f"{self.paths[self.files[row]]}:{self.lines[row]}"

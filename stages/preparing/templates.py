@@ -1,12 +1,12 @@
 """The choice of template: what prompts are rendered with, in the rows and at inference."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import jinja2
 
 from stages.preparing.formats import Example, Format, chat_of, read_rendered
-from stages.preparing.messages import Unusable
 from stages.preparing.rendering import TEMPLATE_FAULTS, Rendered, Renderer, bos_of
 from stages.shared.params import Prepare
 from stages.shared.process import StageError
@@ -28,9 +28,9 @@ _ASKED = [{"role": "user", "content": "a"}]
 def settle(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> str:
     """Give `tokenizer` its pad token and what rows and inference share: template and EOS.
 
-    Its EOS becomes the token that ends an answer: Gemma's template, for one, ends turns with
-    another, and who generates until the EOS would wait for it in vain. Returns what was settled,
-    in words. Raises StageError for a template that cannot serve.
+    Its EOS becomes the token that most answers end with: Gemma's template, for one, ends turns
+    with another, and who generates until the EOS would wait for it in vain. Returns what was
+    settled, in words. Raises StageError for a template that cannot serve.
     """
     if not tokenizer.is_fast:
         raise StageError("models/tokenizer: no tokenizer.json; choose a model that ships one")
@@ -46,11 +46,9 @@ def settle(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> 
     text, said = _template(tokenizer, params, form, samples)
     if "strftime_now" in text:
         text, said = _FIXED_DATE + text, f"{said} with a fixed date"
-    made, tokenizer.chat_template, thoughts = _thinking(tokenizer, params, text, samples)
+    tokenizer.chat_template, thoughts = _thinking(tokenizer, params, text, samples)
+    _settle_eos(tokenizer, params, samples)
     said += thoughts
-    ends = [row.end for row in made if isinstance(row, Rendered)]
-    if ends and ends[0] != tokenizer.eos_token:
-        tokenizer.eos_token = ends[0]
     said = f"{said}, answers end with {tokenizer.eos_token}, {pad}"
     if form.shape and form.shape.end not in tokenizer.get_vocab():
         said += (
@@ -58,6 +56,19 @@ def settle(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> 
             "better bring messages or prompt and completion, which are rendered for it"
         )
     return said
+
+
+def _settle_eos(tokenizer, params: Prepare, samples: list[Example]) -> None:
+    def render() -> list[Rendered]:
+        made = Renderer(tokenizer, params.loss_on).render(samples)
+        return [row for row in made if isinstance(row, Rendered)]
+
+    before, eos = render(), tokenizer.eos_token
+    ends = Counter(row.end for row in before)
+    tokenizer.eos_token = max(ends, key=ends.__getitem__, default=eos)
+    # A template that writes the EOS by its name would write the new one.
+    if "eos_token" in tokenizer.chat_template and render() != before:
+        tokenizer.eos_token = eos
 
 
 def _template(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> tuple[str, str]:
@@ -84,10 +95,8 @@ def _template(tokenizer, params: Prepare, form: Format, samples: list[Example]) 
     return tokenizer.get_chat_template(tools=tools or None), "the tokenizer's chat template"
 
 
-def _thinking(
-    tokenizer, params: Prepare, text: str, samples: list[Example]
-) -> tuple[list[Rendered | Unusable], str, str]:
-    """(rows, template, what was changed) with the template's own default for thoughts, or with
+def _thinking(tokenizer, params: Prepare, text: str, samples: list[Example]) -> tuple[str, str]:
+    """(template, what was changed) with the template's own default for thoughts, or with
     the other where a prompt opens a thought that most answers lack, or the other way round."""
     tries = []
     for value in ("", "false", "true"):
@@ -95,10 +104,10 @@ def _thinking(
         changed, said = (setting + text, f", enable_thinking {value}") if value else (text, "")
         tokenizer.chat_template = changed
         made = Renderer(tokenizer, params.loss_on).render(samples)
-        tries.append((made, changed, said))
-        if "enable_thinking" not in text or all(isinstance(row, Rendered) for row in made):
+        tries.append((sum(isinstance(row, Rendered) for row in made), changed, said))
+        if "enable_thinking" not in text or tries[-1][0] == len(samples):
             break
-    return max(tries, key=lambda each: sum(isinstance(row, Rendered) for row in each[0]))
+    return max(tries, key=lambda each: each[0])[1:]
 
 
 def _from_file(tokenizer, template: str) -> str:
@@ -162,9 +171,12 @@ def _rendered_template(
 
 
 def _writes(tokenizer, template: str, form: Format, sample: dict) -> bool:
-    """Whether the template writes the sample's prompt as it stands, a BOS aside."""
+    """Whether the template writes the sample's prompt as it stands, a BOS aside.
+
+    As it stands but for other end marks: which one a turn has, its content decides.
+    """
     turns = read_rendered(form.shape, sample["text"])
-    messages = [{"role": role, "content": content} for role, content, *_ in turns[:-1]]
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns[:-1]]
     try:
         made = tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=True, tokenize=False
@@ -172,12 +184,21 @@ def _writes(tokenizer, template: str, form: Format, sample: dict) -> bool:
     except TEMPLATE_FAULTS:
         return False
     bos = tokenizer.bos_token or ""
-    prompt = sample["text"][: sample["answers"][-1][0]]
+    prompt, before = "", 0
+    for turn in turns[:-1]:
+        prompt += sample["text"][before : turn.stop].removesuffix(turn.end)
+        prompt, before = prompt + (turn.end and form.shape.end), turn.stop
+    prompt += sample["text"][before : turns[-1].start]
     return made.removeprefix(bos) == prompt.removeprefix(bos)
 
 
 def _plain_template(tokenizer, template: str) -> str:
     """Plain text around {prompt} as a chat template; the answer never sticks to its last word."""
+    if (meant := template.replace("\\n", "\n")) != template:
+        raise StageError(
+            "prepare.template: holds a backslash and an n where a line break is meant; in "
+            f"params.yaml double quotes make it one: {_quoted(meant)}"
+        )
     before, after = template.split("{prompt}")
     after += "" if after[-1:].isspace() else "\n"
     bos = "{{ bos_token }}" if bos_of(tokenizer) else ""

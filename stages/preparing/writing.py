@@ -49,14 +49,27 @@ class Part:
             [(place, why) for place, why in self.unusable if place < last],
         )  # fmt: skip
 
+    def ends(self) -> set[int]:
+        """Ids of the last tokens of what is learned, where no cut made them the last."""
+        # The first token of a row is never learned, so no run goes on into the next row.
+        last = self.learned & ~np.append(self.learned[1:], False)
+        last[np.cumsum(self.rows[:, 1])[self.rows[:, 4] == 1] - 1] = False
+        return set(np.unique(self.ids[last]).tolist())
+
 
 @dataclass
 class Written:
-    """What one file holds: `rows` as of Part but with numbers in the store."""
+    """What one file holds: `rows` as of Part but with numbers in the store.
+
+    candidates: how many were looked at; left: how many were not, since it had its rows;
+    ends: ids of the tokens after which something that is learned ends.
+    """
 
     rows: np.ndarray
     learned: int
     candidates: int
+    left: int
+    ends: set[int]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -76,6 +89,7 @@ def write_set(
     drop(row, why) is called for each candidate that is left out on the way.
     """
     made, learned, seen, rows = [np.zeros((0, 5), np.int64)], 0, 0, 0
+    ends: set[int] = set()
     wanted = len(candidates) if limit is None else min(limit, len(candidates))
     with (
         pa.OSFile(str(path), "wb") as sink,
@@ -92,12 +106,13 @@ def write_set(
             made.append(part.rows.astype(np.int64))
             made[-1][:, 0] = chunk[part.rows[:, 0]]
             rows, learned = rows + len(part.rows), learned + int(part.learned.sum())
+            ends |= part.ends()
             bar.update(len(part.rows))
             if limit is not None and rows == limit:
                 seen += int(part.rows[-1, 0]) + 1
                 break
             seen += len(chunk)
-    return Written(np.concatenate(made), learned, seen)
+    return Written(np.concatenate(made), learned, seen, len(candidates) - seen, ends)
 
 
 def _parts(
