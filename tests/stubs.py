@@ -43,6 +43,10 @@ for dep in [*DEPS, __file__]:
 params = load_params().model_dump() if GUARDED else yaml.safe_load(Path("params.yaml").read_text())
 digest.update(repr([params[key] for key in PARAMS]).encode())
 content = digest.hexdigest()
+if GUARDED and "STUB_FAILS" in os.environ:
+    from stages.shared.process import StageError
+
+    raise StageError("told to fail")
 while GUARDED and Path(os.environ["STUB_LOG"] + "." + NAME).exists():
     time.sleep(0.01)
 
@@ -69,6 +73,24 @@ for metric in METRICS:
     text(Path(metric), json.dumps(values))
 for plot in PLOTS:
     text(Path(plot), "step,loss\\n1," + content[:4] + "\\n")
+
+
+class Lingering:
+    """Halts the process where Python takes itself apart."""
+
+    def __del__(self, path=os.environ["STUB_LOG"] + "." + NAME + ".end", sleep=time.sleep, os=os):
+        print("at its end", flush=True)
+        while os.access(path, os.F_OK):
+            sleep(0.01)
+
+
+if GUARDED and Path(os.environ["STUB_LOG"] + "." + NAME + ".end").exists():
+    import atexit
+
+    kept = Lingering()
+    if "STUB_AT_EXIT" in os.environ:
+        # In a callback of a library, as of torch, that runs before those of begin.
+        atexit.register(Lingering.__del__, kept)
 '''
 
 

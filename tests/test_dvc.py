@@ -12,8 +12,12 @@ from pathlib import Path
 import pytest
 import stubs
 import yaml
+from dvc.exceptions import ReproductionError
 from dvc.repo import Repo
 from stubs import PIPELINE, commit, must, run
+from tiny import ROOT
+
+from tools.recover import broken
 
 ALL = list(PIPELINE)
 AFTER_TRAIN = ["train", "evaluate", "merge", "verify", "export"]
@@ -181,20 +185,24 @@ def test_clone_without_a_remote_compares_its_metrics(fresh, log, tmp_path):
     assert "| metrics/eval.json | value |" in " ".join(shown.split())
 
 
+def start(folder: Path, *command: str, **env: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        # nohup, and a shell's `&`, leave signals ignored in all that they start.
+        ("env", "--default-signal", *command),
+        cwd=folder,
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
 @contextlib.contextmanager
 def paused(folder: Path, log: Path, stage: str, *command: str, **env: str):
     """`dvc repro` (or another command) halted in the middle of `stage`; then let it go on."""
     with halted(log, stage):
-        process = subprocess.Popen(
-            # nohup, and a shell's `&`, leave signals ignored in all that they start.
-            ("env", "--default-signal", *(command or ("dvc", "repro"))),
-            cwd=folder,
-            env=os.environ | {"STUB_GUARDED": "1"} | env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        process = start(folder, *(command or ("dvc", "repro")), STUB_GUARDED="1", **env)
         while stage not in log.read_text().split():
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.01)
@@ -266,6 +274,23 @@ def test_outputs_of_before_come_back_with_the_commands_printed(fresh, log):
     assert must(fresh, "git", "status", "--porcelain", "--", "metrics", "params.yaml") == ""
 
 
+def test_every_stage_fails_in_its_own_words(repository, log, tmp_path, monkeypatch, capfd):
+    """Each once, through dvc, in one line and the advice: the last one first, so that each can."""
+    folder = tmp_path / "repository"
+    shutil.copytree(repository, folder, symlinks=True)
+    monkeypatch.setenv("STUB_GUARDED", "1")
+    monkeypatch.setenv("STUB_FAILS", "1")
+    for name in reversed(ALL):
+        with contextlib.chdir(folder), Repo() as repo, pytest.raises(ReproductionError):
+            repo.reproduce(name, single_item=True, force=True)
+        told = capfd.readouterr().err.splitlines()
+        assert told == [
+            f"{name}: told to fail",
+            f"{name}: have the earlier outputs back with: "
+            "git checkout params.yaml dvc.lock metrics && dvc checkout",
+        ]
+
+
 @pytest.mark.parametrize(
     ("number", "shell"),
     [
@@ -285,6 +310,29 @@ def test_stage_ends_with_dvc(fresh, log, number, shell):
     assert not (fresh / "models/adapter").exists()
     # Nothing is in the way of the next run.
     assert reproduce(fresh, log) == AFTER_TRAIN
+
+
+@pytest.mark.parametrize("where", ["Python's own end", "what a library does at exit"])
+def test_interrupt_at_the_end_of_a_stage_is_heard(fresh, log, where):
+    """Ctrl-C when all is written: it is recorded, nothing follows, and nothing is run again."""
+    change(fresh, "stages/train.py", 1)
+    gate = Path(f"{log}.train.end")
+    gate.touch()
+    env = {"STUB_GUARDED": "1"} | ({"STUB_AT_EXIT": "1"} if where.startswith("what") else {})
+    process = start(fresh, "dvc", "repro", **env)
+    said = ""
+    while "at its end" not in said:
+        said = process.stdout.readline()
+    # To the whole group, as from a terminal.
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.1)
+    gate.unlink()
+    said = process.communicate()[0]
+    assert "evaluate: interrupted while the stage before it ended; dvc repro goes on" in said
+    assert "Traceback" not in said
+    assert process.returncode == 255
+    assert log.read_text().split() == ["train"]
+    assert reproduce(fresh, log) == AFTER_TRAIN[1:]
 
 
 def child_of(pid: int) -> int:
@@ -453,6 +501,102 @@ def test_added_data_is_content_of_the_project(fresh):
     data.unlink()
     must(fresh, "dvc", "checkout", "-q")
     assert data.read_text() == "{}\n"
+
+
+def recover(folder: Path) -> str:
+    return must(folder, "python", "-m", "tools.recover")
+
+
+DEAD = {"pid": 2**22 + 1, "cmd": "dvc repro"}
+# A number that somebody else has by now: this process runs another command.
+TAKEN = {"pid": os.getpid(), "cmd": "dvc repro"}
+RWLOCKS = {
+    "empty": ("", "was broken, removed"),
+    "cut": (json.dumps({"write": {"models/adapter": DEAD}})[:-9], "was broken, removed"),
+    "odd": ('{"write": {"models/adapter": 3}}', "was broken, removed"),
+    "dead": (json.dumps({"read": {"stages/train.py": [DEAD]}}), "processes that are gone, mended"),
+    "taken": (json.dumps({"write": {"data/raw": TAKEN}}), "processes that are gone, mended"),
+}
+
+
+def test_list_of_busy_paths_is_mended(fresh, log):
+    """Each as a kill of dvc, or an end of its container, leaves it."""
+    change(fresh, "seed", 3)
+    for content, said in RWLOCKS.values():
+        (fresh / ".dvc/tmp/rwlock").write_text(content)
+        assert recover(fresh) == f"recover: .dvc/tmp/rwlock {'named ' * ('gone' in said)}{said}\n"
+        assert recover(fresh) == ""
+    assert reproduce(fresh, log) == STALE["seed"]
+
+
+def test_list_of_busy_paths_of_a_living_dvc_stays(fresh, log):
+    change(fresh, "stages/train.py", 1)
+    with paused(fresh, log, "train") as process:
+        listed = (fresh / ".dvc/tmp/rwlock").read_text()
+        assert str(process.pid) in listed
+        assert recover(fresh) == ""
+        assert (fresh / ".dvc/tmp/rwlock").read_text() == listed
+    assert process.returncode == 0, process.stdout.read()
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_work_that_a_broken_lock_file_recorded_is_not_done_again(fresh, log, committed):
+    """DVC writes dvc.lock in place: killed meanwhile, it leaves it empty or cut off."""
+    if not committed:
+        must(fresh, "git", "rm", "-q", "--cached", "dvc.lock")
+    change(fresh, "lora", 5)
+    assert reproduce(fresh, log) == STALE["lora"]
+    made, lock = (fresh / "models/release/data.bin").read_text(), fresh / "dvc.lock"
+    whole = lock.read_bytes()
+    for size in (0, 4096):
+        lock.write_bytes(whole[:size])
+        said = recover(fresh)
+        assert said.startswith(f"recover: dvc.lock is {'cut off' if size else 'empty'}; moved to ")
+        assert ("Git's is in its place" in said) == committed
+        assert recover(fresh) == ""
+        assert reproduce(fresh, log) == []
+        assert (fresh / "models/release/data.bin").read_text() == made
+        assert lock.read_bytes() == whole
+
+
+def test_lock_file_cut_at_any_byte_is_noticed_or_says_nothing_false(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    whole = (repository / "dvc.lock").read_bytes()
+    assert broken(whole, whole) is None
+    full = yaml.safe_load(whole)["stages"]
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
+    for size in {*range(0, len(whole), 997), *ends[-40:-1]}:
+        if broken(whole[:size], whole):
+            continue
+        for name, stage in yaml.safe_load(whole[:size])["stages"].items():
+            pairs = zip(stage["outs"], full[name]["outs"], strict=True)
+            assert all(out.items() <= entry.items() for out, entry in pairs)
+
+
+def test_what_dvc_left_half_written_is_no_obstacle(fresh, log):
+    """As `make repro` runs it; tests/chaos does more of it."""
+    change(fresh, "evaluate", 7)
+    killed = ("python", str(ROOT / "tests/chaos/dvc_killed.py"))
+    for path, at, size, left in (
+        (".dvc/tmp/rwlock", "1", "0", 0),
+        ("dvc.lock", "1", "4096", 4096),
+        ("dvc.lock", "1", "0", 0),
+    ):
+        done = run(fresh, *killed, path, at, size, "repro", STUB_GUARDED="1")
+        assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+        assert (fresh / path).stat().st_size in range(left, left + 200)
+        assert recover(fresh) != ""
+    assert reproduce(fresh, log) == ["export"]
+    assert must(fresh, "git", "status", "--porcelain", "--", "models", "data") == ""
+
+
+def test_conflict_in_the_lock_file_is_for_its_owner(fresh):
+    lock = fresh / "dvc.lock"
+    lock.write_text(lock.read_text().replace("stages:\n", "<<<<<<< HEAD\nstages:\n", 1))
+    before = lock.read_text()
+    done = run(fresh, "python", "-m", "tools.recover")
+    assert (done.returncode, lock.read_text()) == (1, before)
+    assert done.stderr.startswith("recover: dvc.lock has a merge conflict; take one side")
 
 
 def test_repair_of_no_stage(fresh):

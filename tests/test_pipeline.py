@@ -21,6 +21,8 @@ SCHEMA = "stages/shared/params.py"
 PATHS = "stages/shared/paths.py"
 # No stage depends on them: a new parameter, or another stage's new path, makes nothing stale.
 UNDECLARED = {SCHEMA, PATHS}
+# What stages tell each other and dvc while they run; no result depends on it.
+OWN_FILES = {"stages/shared/process.py", "stages/shared/interrupts.py"}
 SHARED_PATHS = {name: path for name, path in vars(shared_paths).items() if name.isupper()}
 # Only named to the user, by the message that a package is not installed.
 PINS = [PurePosixPath("requirements-default.lock")]
@@ -135,7 +137,7 @@ def test_path_constants_are_declared(name):
     stage = STAGES[name]
     declared = [PurePosixPath(p) for p in [*stage["deps"], *outs(stage)]]
     # params.yaml and dvc.yaml are read by every stage: DVC knows by section and by stage.
-    for file in code(name) - UNDECLARED - {"stages/shared/process.py"}:
+    for file in code(name) - UNDECLARED - OWN_FILES:
         for path in named_paths(file):
             # A folder that holds outs of several stages is followed by a name in the code.
             known = path.as_posix() in ("metrics", "data", "models") or path in PINS

@@ -1,8 +1,10 @@
 """The stage as a whole: which row goes where, what is counted, and bytes that stay the same."""
 
 import json
+import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -131,8 +133,8 @@ def test_killed_stage_takes_its_workers_along(tmp_path, delay):
     code = (
         "import os, time; from stages import prepare; from stages.preparing import writing\n"
         "os.sched_getaffinity = lambda _: {0, 1}\n"
-        "begin = writing._begin_worker\n"
-        f"writing._begin_worker = lambda *args: (time.sleep({delay}), begin(*args))\n"
+        "work = writing._work\n"
+        f"writing._work = lambda *args: (time.sleep({delay}), work(*args))\n"
         "prepare.main()"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
@@ -150,6 +152,58 @@ def test_killed_stage_takes_its_workers_along(tmp_path, delay):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert not (tmp_path / "data/prepared").exists()
+
+
+def sends_half(pipe):
+    """Die in the middle of a result: the length says more than there is."""
+    os.write(pipe.fileno(), b"\0\0\1\0half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+DEATHS = {
+    "SIGKILL": lambda pipe: os.kill(os.getpid(), signal.SIGKILL),
+    "SIGTERM": lambda pipe: os.kill(os.getpid(), signal.SIGTERM),
+    "status 3": lambda pipe: os._exit(3),
+    "SIGKILL in a result": sends_half,
+}
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_worker_that_dies_ends_the_stage_in_a_line(tmp_path, monkeypatch, death):
+    """Killed by the system, which is out of memory, or by a fault of the tokenizer's code."""
+    begin, encode, pipes = writing._work, writing._encode, []
+    monkeypatch.setattr(writing, "_WORTH_WORKERS", 10)
+    monkeypatch.setattr(writing, "_CHUNK", 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+
+    def work(chunks, pipe, stage):
+        pipes.append(pipe)
+        begin(chunks, pipe, stage)
+
+    def dying(chunk):
+        # One of the workers, in the middle; the other has work left.
+        if pipes and len(chunk) == 8 and 40 in chunk:
+            DEATHS[death](pipes[0])
+        return encode(chunk)
+
+    monkeypatch.setattr(writing, "_work", work)
+    monkeypatch.setattr(writing, "_encode", dying)
+    started = time.monotonic()
+    with pytest.raises(StageError, match="a worker process ended before its work") as refused:
+        run(tmp_path, monkeypatch, {"a.jsonl": jsonl(pairs(200))}, eval_rows=8)
+    assert f"({death.split()[0] if 'result' in death else death})" in str(refused.value)
+    assert time.monotonic() - started < 20
+    assert not multiprocessing.active_children()
+    assert not (tmp_path / "data/prepared").exists()
+
+
+def test_fault_in_a_worker_is_told_with_its_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "_WORTH_WORKERS", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(writing, "_encode", lambda chunk: {}["no such key"])
+    with pytest.raises(KeyError, match="no such key") as raised:
+        run(tmp_path, monkeypatch, {"a.jsonl": jsonl(pairs(40))}, eval_rows=8)
+    assert "test_prepare.py" in raised.value.__notes__[0]
 
 
 def test_odd_rendered_rows_are_taken_as_they_are(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import yaml
 from tiny import ROOT
 
 from stages.shared import process
+from stages.shared.interrupts import NOTE, interrupted_before, note_interrupt
 from stages.shared.outputs import (
     SUMS,
     check_space,
@@ -128,6 +129,29 @@ def test_damage_of_the_sums_themselves(tmp_path, damage, said):
         check_sums(folder, "merge")
     assert "repair it with: python -m tools.repair merge" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+ODD_NAMES = ["a\nb", "c\\d", "\\n", "e\rf", "u\u2028v", "w\x85x", "\x0b\x0c\x1c", "ä b", "\\\\\n"]
+
+
+def test_odd_names_are_listed_as_sha256sum_does(tmp_path):
+    for name in ODD_NAMES:
+        (tmp_path / name).write_text(name)
+    write_sums(tmp_path)
+    check_sums(tmp_path, "fetch_data")
+    subprocess.run(["sha256sum", "--check", "--strict", "--quiet", SUMS], cwd=tmp_path, check=True)
+    names = [os.fsencode(name) for name in sorted(ODD_NAMES)]
+    theirs = subprocess.run(["sha256sum", "--", *names], cwd=tmp_path, capture_output=True)
+    assert (tmp_path / SUMS).read_bytes() == theirs.stdout
+    flip(tmp_path / "a\nb")
+    with pytest.raises(StageError, match="is damaged"):
+        check_sums(tmp_path, "fetch_data")
+
+
+def test_name_that_is_no_text_is_refused_with_it(tmp_path):
+    (tmp_path / os.fsdecode(b"a\xff.jsonl")).touch()
+    with pytest.raises(StageError, match=r"the name 'a\\udcff.jsonl' is no UTF-8 text; rename"):
+        write_sums(tmp_path)
 
 
 def break_off(out: Path, text: str, key: str | None = None) -> None:
@@ -332,6 +356,16 @@ def test_faults_of_the_surroundings_are_one_line(error, said, capsys):
     assert told.count("\n") == 1
 
 
+def test_no_fault_in_finding_the_advice_is_shown(tmp_path, monkeypatch, capsys):
+    """dvc.lock, dvc.yaml or the cache may be what is broken."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_STAGE", "train")
+    for broken in ("", "stages: [", "stages: 3\n", "stages: {train: {outs: [{path: 1}]}}\n"):
+        (tmp_path / "dvc.lock").write_text(broken)
+        process._report("train", StageError, StageError("no"), None)
+        assert capsys.readouterr().err == "train: no\n"
+
+
 def test_fault_of_the_code_keeps_its_traceback(capsys):
     try:
         _ = {}["key"]
@@ -442,12 +476,69 @@ def test_stage_may_have_no_parameters(tmp_path, monkeypatch):
 def test_code_edited_during_the_imports_is_noticed(workspace):
     """The process may have read the old file or the new one."""
     script = workspace / "stages/fetch_data.py"
-    os.utime(script, (2e9, 2e9))
+    edit(script, "begin(", "import os; os.utime(__file__); begin(")
     stage = quick.Stage("fetch_data", workspace)
     assert stage.wait() == 1
     assert stage.said == (
         "fetch_data: stages/fetch_data.py was edited while this stage started; run it again\n"
     )
+
+
+def test_code_from_before_the_clock_was_set_back_is_no_edit(workspace):
+    for file in (workspace / "stages").rglob("*.py"):
+        os.utime(file, (2e9, 2e9))
+    quick.run("fetch_data", workspace)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (
+            lambda: Path("dvc.lock").write_text("schema: '2.0'\nstages:\n  a:\n    md5: 01"),
+            "dvc.lock is cut off; mend it with: python -m tools.recover",
+        ),
+        (lambda: Path("dvc.lock").touch(), "dvc.lock is cut off; mend it"),
+        (note_interrupt, "interrupted while the stage before it ended; dvc repro goes on from"),
+        (lambda: Path("{a}").mkdir() or os.chdir("{a}"), "DVC cannot keep files below a path"),
+    ],
+    ids=["cut", "empty", "interrupted", "braces"],
+)
+def test_stage_that_dvc_would_not_record_does_not_begin(tmp_path, monkeypatch, spoil, said):
+    monkeypatch.chdir(tmp_path)
+    spoil()
+    # Run by hand, it is nobody's concern.
+    process._check_dvc()
+    monkeypatch.setenv("DVC_STAGE", "train")
+    with pytest.raises(StageError, match=said):
+        process._check_dvc()
+
+
+def test_note_of_another_dvc_is_nothing_to_this_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    note_interrupt()
+    said = NOTE.read_text().split("\n")
+    NOTE.write_text("\n".join([f"{os.getppid()} 1", *said[1:]]))
+    assert not interrupted_before()
+
+
+def test_second_press_of_ctrl_c_ends_what_does_not_stop():
+    code = (
+        "import threading, time; from stages.shared.interrupts import hear_interrupts\n"
+        "hear_interrupts()\n"
+        "threading.Thread(target=time.sleep, args=(600,)).start()\n"
+        "try: print('begun', flush=True); time.sleep(600)\n"
+        "except KeyboardInterrupt: print('heard', flush=True)\n"
+    )
+    process = subprocess.Popen(
+        ["env", "--default-signal", sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for word in ("begun", "heard"):
+        assert process.stdout.readline() == f"{word}\n"
+        process.send_signal(signal.SIGINT)
+    assert process.wait(30) == -signal.SIGINT
 
 
 def test_arguments_are_refused(workspace):

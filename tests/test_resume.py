@@ -16,8 +16,9 @@ from prepared import make_prepared_workspace
 from ruamel.yaml import YAML
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from stages.shared.interrupts import NOTE, interrupted_before
 from stages.shared.outputs import write_sums
 from stages.shared.process import StageError
 from stages.training.checkpoints import SIGNALS, Checkpoints, newest_complete
@@ -175,6 +176,40 @@ def test_ignored_signal_stays_ignored(tmp_path):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_signal_in_the_last_step_stops_what_follows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state, control = TrainerState(global_step=3, max_steps=3), TrainerControl()
+    early, late = Checkpoints(tmp_path), Checkpoints(tmp_path)
+    early._stop(signal.SIGTERM, None)
+    assert not interrupted_before()
+    early.on_step_end(None, state, control)
+    early.raise_if_stopped()
+    assert interrupted_before()
+    NOTE.unlink()
+    late.on_step_end(None, state, control)
+    assert not interrupted_before()
+    late._stop(signal.SIGTERM, None)
+    late.raise_if_stopped()
+    assert interrupted_before()
+
+
+def test_second_press_of_ctrl_c_ends_training_at_once(tmp_path, monkeypatch, capfd):
+    killed, clock = [], [100.0]
+    monkeypatch.setattr("stages.training.checkpoints.kill_oneself", killed.append)
+    monkeypatch.setattr("stages.training.checkpoints.time.monotonic", lambda: clock[0])
+    checkpoints = Checkpoints(tmp_path)
+    for after in (0, 0.01, 0.5):
+        clock[0] = 100 + after
+        checkpoints._stop(signal.SIGINT, None)
+    assert killed == []
+    assert capfd.readouterr().err == (
+        "train: stops when this step is complete; Ctrl-C again ends it now\n"
+    )
+    clock[0] = 102
+    checkpoints._stop(signal.SIGINT, None)
+    assert killed == [signal.SIGINT]
 
 
 def flip(file: Path) -> None:

@@ -1,13 +1,15 @@
 """Chosen rows to an Arrow file, by worker processes on whose number no byte depends."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
-from collections import deque
+import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -17,13 +19,16 @@ from tqdm import tqdm
 from stages.preparing.encoding import Encoder
 from stages.preparing.messages import Unusable
 from stages.preparing.splitting import Store
-from stages.shared.process import end_with_parent
+from stages.shared.interrupts import end_with_parent
+from stages.shared.process import StageError
 from stages.shared.rows import IGNORED, SCHEMA
 
 # Rows in a task and in a record batch: the bytes of a file depend on it.
 _CHUNK = 512
 # With fewer rows to make, starting workers takes longer than they save.
 _WORTH_WORKERS = 4000
+# Chunks that each worker has been given.
+_IN_FLIGHT = 3
 # What forked workers inherit.
 _job: dict = {}
 
@@ -125,29 +130,79 @@ def _parts(
     if wanted < _WORTH_WORKERS or workers == 1:
         yield from ((chunk, _encode(chunk)) for chunk in chunks)
         return
+    yield from zip(chunks, _encode_in_processes(chunks, workers), strict=True)
+
+
+def _encode_in_processes(chunks: list[np.ndarray], workers: int) -> Iterator[Part]:
+    """The part of each chunk, in order, made by `workers` forked processes.
+
+    Each has a pipe of its own, which ends with it: however a worker dies, also in the middle of
+    a result, that is noticed here. A pool's shared queue would be waited for without an end.
+    """
     context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, context, _begin_worker, (os.getpid(),))
+    processes, given = {}, 0
+    busy: dict[Connection, int] = {}
+    done: dict[int, Part] = {}
     try:
-        waiting = deque()
-        for chunk in chunks:
-            waiting.append((chunk, pool.submit(_encode, chunk)))
+        for _ in range(workers):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(chunks, there, os.getpid()), daemon=True)
+            process.start()
+            there.close()
+            processes[here], busy[here] = process, 0
+        for wanted in range(len(chunks)):
             # So many are in flight that no worker waits, and memory stays bounded.
-            if len(waiting) > 2 * workers:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        for done, future in waiting:
-            yield done, future.result()
+            while given < min(wanted + _IN_FLIGHT * workers, len(chunks)):
+                pipe = min(busy, key=busy.__getitem__)
+                # A dead one is noticed below.
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.send(given)
+                given, busy[pipe] = given + 1, busy[pipe] + 1
+            while wanted not in done:
+                for ready in wait(list(busy)):
+                    pipe = cast(Connection, ready)
+                    number, part = _receive(pipe, processes[pipe])
+                    if isinstance(part, BaseException):
+                        raise part
+                    done[number], busy[pipe] = part, busy[pipe] - 1
+            yield done.pop(wanted)
     finally:
-        pool.shutdown(cancel_futures=True)
+        for process in processes.values():
+            process.kill()
+            process.join()
 
 
-def _begin_worker(stage: int) -> None:
-    """Leave signals to the stage, process `stage`, and end when it ends, however it does."""
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, signal.SIG_IGN)
+def _receive(pipe: Connection, process: multiprocessing.process.BaseProcess) -> tuple:
+    """What a worker sent; StageError when it died instead."""
+    try:
+        return pipe.recv()
+    except (EOFError, OSError):
+        process.join()
+    code = process.exitcode or 0
+    by = signal.Signals(-code).name if code < 0 else f"status {code}"
+    raise StageError(
+        f"a worker process ended before its work ({by}); when memory ran out, close other programs "
+        "or use one processor core (taskset -c 0 dvc repro), and run it again"
+    )
+
+
+def _work(chunks: list[np.ndarray], pipe: Connection, stage: int) -> None:
+    """Encode the chunks whose numbers come through `pipe`; end when process `stage` ends."""
+    # Ctrl-C reaches every process of the terminal's group, and the stage ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)
     if os.getppid() != stage:
         os._exit(1)
+    while True:
+        number = pipe.recv()
+        made: Part | Exception
+        try:
+            made = _encode(chunks[number])
+        except Exception as error:
+            # Where it happened does not travel with it.
+            error.add_note(traceback.format_exc())
+            made = error
+        pipe.send((number, made))
 
 
 def _encode(chunk: np.ndarray) -> Part:

@@ -16,6 +16,8 @@ from stages.shared.process import StageError, check_inputs, note_writing, sha256
 
 SUMS = "SHA256SUMS"
 GB = 1e9  # bytes
+# sha256sum writes a name with one of these so, and a backslash before the line.
+_ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 
 
 @contextmanager
@@ -112,13 +114,18 @@ def link_or_copy(source: Path, target: Path) -> None:
 def write_sums(folder: Path, known: dict[str, str] | None = None) -> None:
     """Write SHA256SUMS (the format of sha256sum) over every other file of `folder`.
 
-    `known` holds sums, by name, that need not be computed.
+    `known` holds sums, by name, that need not be computed. Raises StageError at a name that is
+    no UTF-8 text.
     """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / SUMS)
     lines = []
     for file in files:
         name = file.relative_to(folder).as_posix()
-        lines.append(f"{(known or {}).get(name) or sha256(file)}  {name}\n")
+        if any("\udc80" <= character <= "\udcff" for character in name):
+            raise StageError(f"{folder}: the name {name!a} is no UTF-8 text; rename the file")
+        escaped = name.translate(str.maketrans(_ESCAPES))
+        mark = "\\" if escaped != name else ""
+        lines.append(f"{mark}{(known or {}).get(name) or sha256(file)}  {escaped}\n")
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
@@ -138,10 +145,11 @@ def check_sums(folder: Path, stage: str, weights: bool = True) -> None:
         raise StageError(f"{folder / SUMS} is missing; {repair}") from None
     except UnicodeDecodeError:
         raise StageError(f"{folder / SUMS} is damaged; {repair}") from None
-    for line in text.splitlines():
-        if not (match := re.fullmatch("([0-9a-f]{64})  (.+)", line)):
+    # Not splitlines, to which U+2028 in a name is an end too.
+    for line in filter(None, text.split("\n")):
+        if not (match := re.fullmatch(r"(\\?)([0-9a-f]{64})  (.+)", line)):
             raise StageError(f"{folder / SUMS} is damaged; {repair}")
-        listed[match[2]] = match[1]
+        listed[_unescaped(match[3]) if match[1] else match[3]] = match[2]
     found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {SUMS}
     if odd := sorted(listed.keys() ^ found):
         what = f"is not in {folder / SUMS}" if odd[0] in found else "is missing"
@@ -153,6 +161,11 @@ def check_sums(folder: Path, stage: str, weights: bool = True) -> None:
         for file, digest in zip(files, pool.map(sha256, files), strict=True):
             if digest != listed[file.relative_to(folder).as_posix()]:
                 raise StageError(f"{file} is damaged (its SHA-256 differs); {repair}")
+
+
+def _unescaped(name: str) -> str:
+    plain = {escaped[1]: character for character, escaped in _ESCAPES.items()}
+    return re.sub(r"\\(.)", lambda match: plain.get(match[1], match[0]), name)
 
 
 def check_space(folder: Path, size: int, what: str) -> None:

@@ -5,10 +5,11 @@ other ones would be recorded under a false name, so `stages/shared/outputs.py` c
 stage's inputs with those at its beginning before it writes.
 """
 
-import ctypes
+import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import logging
 import os
 import signal
@@ -19,6 +20,13 @@ import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
+
+from stages.shared.interrupts import (
+    end_with_parent,
+    hear_interrupts,
+    interrupted_before,
+    process_ticks,
+)
 
 # YAMLError too, since params is where a Python without the packages is noticed.
 from stages.shared.params import PARAMS, YAMLError, keep_params, load_params, read_yaml
@@ -32,7 +40,6 @@ DISK_FAULTS = {
     errno.EPERM: "mend its permissions (chown, chmod) and run it again",
     errno.EROFS: "make it writable and run it again",
 }
-_PR_SET_PDEATHSIG = 1
 _begun: dict = {}
 
 
@@ -48,6 +55,7 @@ def begin(name: str) -> None:
     """
     load_params()
     sys.excepthook = lambda kind, error, trace: _report(name, kind, error, trace)
+    hear_interrupts()
     if sys.argv[1:]:
         raise StageError(f"takes no arguments, but was given {sys.argv[1]}; change params.yaml")
     for variable, value in {
@@ -60,6 +68,9 @@ def begin(name: str) -> None:
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }.items():
         os.environ.setdefault(variable, value)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr does: a file's name need not be text, nor the terminal's encoding have it.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not sys.stderr.isatty():
         # Bars are for terminals; in a log each step of one would be a line.
         os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
@@ -68,6 +79,7 @@ def begin(name: str) -> None:
     for library in ("bitsandbytes", "liger_kernel"):
         logging.getLogger(library).setLevel(logging.ERROR)
     _end_with_dvc()
+    _check_dvc()
     entry = _entry(name)
     _check_writable(entry)
     _begun["lock"] = lock(Path(".dvc/tmp") / f"{name}.lock", name)
@@ -76,7 +88,8 @@ def begin(name: str) -> None:
     # The process's start is known to a tick of 10 ms, and Python reads no module that soon.
     started = _process_start() + 0.02
     for path in _begun["inputs"]:
-        if path.endswith(".py") and os.stat(path).st_mtime > started:
+        # What lies in the future was written before somebody set the clock back.
+        if path.endswith(".py") and started < os.stat(path).st_mtime <= time.time():
             raise StageError(f"{path} was edited while this stage started; run it again")
 
 
@@ -142,6 +155,12 @@ def _entry(name: str) -> dict:
     return read_yaml(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
 
 
+def _outs(entry: dict, *kinds: str) -> list[str]:
+    """Paths of the outputs of `kinds`, which dvc.yaml gives bare or with options."""
+    outs = [out for kind in kinds for out in entry.get(kind, [])]
+    return [out if isinstance(out, str) else next(iter(out)) for out in outs]
+
+
 def _inputs(name: str) -> dict:
     """The stage's entry in dvc.yaml, its parameter sections by value and its files by content."""
     entry = _entry(name)
@@ -163,23 +182,13 @@ def _inputs(name: str) -> dict:
 
 def _check_writable(entry: dict) -> None:
     """Raise the OSError at once that a stage would meet when it writes after hours."""
-    for kind in ("outs", "metrics", "plots"):
-        for out in entry.get(kind, []):
-            path = Path(out if isinstance(out, str) else next(iter(out)))
-            for folder in (path, path.parent):
-                if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
-                    # A read-only disk refuses its owner too.
-                    writable = os.statvfs(folder).f_flag & os.ST_RDONLY == 0
-                    number = errno.EACCES if writable else errno.EROFS
-                    raise OSError(number, os.strerror(number), str(folder))
-
-
-def end_with_parent(number: signal.Signals) -> None:
-    """Have signal `number` sent to this process when the one that started it ends, as by SIGKILL.
-
-    The parent may have ended before: check that after the call.
-    """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    for path in map(Path, _outs(entry, "outs", "metrics", "plots")):
+        for folder in (path, path.parent):
+            if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
+                # A read-only disk refuses its owner too.
+                writable = os.statvfs(folder).f_flag & os.ST_RDONLY == 0
+                number = errno.EACCES if writable else errno.EROFS
+                raise OSError(number, os.strerror(number), str(folder))
 
 
 def _end_with_dvc() -> None:
@@ -194,10 +203,26 @@ def _end_with_dvc() -> None:
         raise StageError("dvc ended before the stage began")
 
 
+def _check_dvc() -> None:
+    """Raise StageError where DVC would not record what this stage makes, or was told to stop."""
+    if "DVC_STAGE" not in os.environ:
+        return
+    if interrupted_before():
+        raise StageError("interrupted while the stage before it ended; dvc repro goes on from here")
+    if set("{}") & set(os.getcwd()):
+        raise StageError(
+            f"{os.getcwd()}: DVC cannot keep files below a path with braces; move the project"
+        )
+    lock = Path("dvc.lock")
+    # A hash that is cut off would have DVC run what is there.
+    if lock.exists() and not lock.read_bytes().endswith(b"\n"):
+        raise StageError("dvc.lock is cut off; mend it with: python -m tools.recover")
+
+
 def _process_start() -> float:
-    """Seconds since the epoch when this process started, to 10 ms (proc(5), field 22)."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    """Seconds since the epoch when this process started, to 10 ms."""
+    started = process_ticks(os.getpid()) / os.sysconf("SC_CLK_TCK")
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - started
     return time.time() - age
 
 
@@ -217,35 +242,43 @@ def _disk_fault(error: BaseException) -> str | None:
 def _report(
     name: str, kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    if issubclass(kind, KeyboardInterrupt):
-        message = "interrupted"
-    elif issubclass(kind, StageError):
-        message = str(error)
-    elif fault := _disk_fault(error):
-        message = fault
-    elif isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("stages"):
-        message = (
-            f"{sys.executable} has no module {error.name}; activate the project's environment "
-            "first: . .venv/bin/activate"
-        )
-    elif kind.__name__ == "OutOfMemoryError":
-        message = (
-            "out of GPU memory; see with nvidia-smi who else uses it, or run this stage on the "
-            f"CPU: CUDA_VISIBLE_DEVICES= dvc repro {name}"
-        )
-    elif issubclass(kind, MemoryError) or "can't allocate memory" in str(error):
-        message = "out of memory (RAM); close other programs or take a smaller model or batch"
-    else:
+    message = _message(name, kind, error)
+    if message is None:
         sys.__excepthook__(kind, error, trace)
         return
     print(f"{name}: {message}", file=sys.stderr)
-    # DVC removed the outputs before it started the stage.
-    if "DVC_STAGE" in os.environ and "DVC_EXP_NAME" not in os.environ and _in_cache(name):
-        print(
-            f"{name}: have the earlier outputs back with: git checkout params.yaml dvc.lock "
-            "metrics && dvc checkout",
-            file=sys.stderr,
+    # The advice is an extra: no fault of ours in finding it may hide what was said.
+    with contextlib.suppress(Exception):
+        # DVC removed the outputs before it started the stage.
+        if "DVC_STAGE" in os.environ and "DVC_EXP_NAME" not in os.environ and _in_cache(name):
+            print(
+                f"{name}: have the earlier outputs back with: git checkout params.yaml dvc.lock "
+                "metrics && dvc checkout",
+                file=sys.stderr,
+            )
+
+
+def _message(name: str, kind: type[BaseException], error: BaseException) -> str | None:
+    """The fault in a line, or None where it is the code's and needs its traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        return "interrupted"
+    if issubclass(kind, StageError):
+        return str(error)
+    if fault := _disk_fault(error):
+        return fault
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("stages"):
+        return (
+            f"{sys.executable} has no module {error.name}; activate the project's environment "
+            "first: . .venv/bin/activate"
         )
+    if kind.__name__ == "OutOfMemoryError":
+        return (
+            "out of GPU memory; see with nvidia-smi who else uses it, or run this stage on the "
+            f"CPU: CUDA_VISIBLE_DEVICES= dvc repro {name}"
+        )
+    if issubclass(kind, MemoryError) or "can't allocate memory" in str(error):
+        return "out of memory (RAM); close other programs or take a smaller model or batch"
+    return None
 
 
 def _in_cache(name: str) -> bool:
@@ -260,5 +293,5 @@ def _in_cache(name: str) -> bool:
         return False
     cache = Path(found.stdout.strip()) / "files/md5"
     # Metrics and plots are in git and have no object.
-    kept = [md5s[path] for path in _entry(name).get("outs", []) if path in md5s]
+    kept = [md5s[path] for path in _outs(_entry(name), "outs") if path in md5s]
     return bool(kept) and all((cache / md5[:2] / md5[2:]).exists() for md5 in kept)

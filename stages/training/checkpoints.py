@@ -17,6 +17,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+from stages.shared.interrupts import kill_oneself, note_interrupt
 from stages.shared.outputs import SUMS, check_space, check_sums, sync_folder, write_sums
 from stages.shared.process import StageError, check_inputs, lock, sha256
 from stages.training.paged import page_again
@@ -24,6 +25,8 @@ from stages.training.paged import page_again
 KEPT = 2
 # A kill costs at most this much work. The variable exists for tests that kill often.
 SECONDS = float(os.environ.get("CHECKPOINT_SECONDS", "600"))
+# A signal that comes again sooner is the same press of Ctrl-C, or the same end of dvc.
+ONE_PRESS_SECONDS = 1.0
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 # In the order in which they are caught: whoever waits for SIGTERM to be may send any.
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
@@ -88,12 +91,15 @@ class Checkpoints(TrainerCallback):
     """Saves every SECONDS and on SIGTERM, SIGINT or SIGHUP; seals each checkpoint with its sums.
 
     A signal only sets a flag: it usually comes twice, and the step at hand ends first. One that
-    comes during the last step, or later, changes nothing: all that is left is to write.
+    comes during the last step, or later, lets this stage write what is left and the next one not
+    begin. A second Ctrl-C ends the stage at once, whatever it does.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.stopped_by: int | None = None
+        self.signaled_at: float | None = None
+        self.trained = False
 
     def check_space(self, trainable: int) -> None:
         """Raise StageError when the disk has no room for what so many parameters lead to."""
@@ -110,11 +116,26 @@ class Checkpoints(TrainerCallback):
                 signal.signal(number, self._stop)
 
     def _stop(self, number, frame):
-        self.stopped_by = number
+        now = time.monotonic()
+        first = self.signaled_at is None
+        self.signaled_at = self.signaled_at or now
+        if number == signal.SIGINT and now - self.signaled_at > ONE_PRESS_SECONDS:
+            kill_oneself(number)
+        if self.trained:
+            note_interrupt()
+        else:
+            self.stopped_by = number
+        if number == signal.SIGINT and first:
+            what = b"its outputs are" if self.trained else b"this step is"
+            # Python's own buffer of the output may be in use below this handler.
+            os.write(2, b"train: stops when " + what + b" complete; Ctrl-C again ends it now\n")
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == state.max_steps:
-            self.stopped_by = None
+            self.trained = True
+            if self.stopped_by:
+                self.stopped_by = None
+                note_interrupt()
         elif self.stopped_by or time.monotonic() - self.saved_at >= SECONDS:
             control.should_save = True
             control.should_training_stop = bool(self.stopped_by)

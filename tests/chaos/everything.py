@@ -1,12 +1,15 @@
 """Disturb the pipeline in every way that is known; write benchmarks/results/chaos.json.
 
-    make chaos
+    make chaos                  # all parts, one after the other
+    make chaos PART=writes      # one of them, of the names in MINUTES; others keep their results
 
-Kills every stage of a tiny pipeline at chosen and random instants, and `dvc repro` itself, runs
-what was killed again, and compares every output but timings byte for byte with an undisturbed
-run. Then gives stages the malformed parameters and data that the tests keep.
+Kills every stage of a tiny pipeline at chosen and random instants, `dvc repro` itself at a moment
+and while it writes, the workers of prepare and the queue, runs what was killed again, and compares
+every output but timings byte for byte with an undisturbed run. Then gives stages the malformed
+parameters and data that the tests keep.
 """
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -18,7 +21,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import bad_inputs
 import bad_params
@@ -31,6 +36,8 @@ from tiny import ROOT, make_workspace
 RESULT = ROOT / "benchmarks/results/chaos.json"
 SEED = 8
 CHOSEN, AT_RANDOM = 12, 12
+# About what each part takes on two quiet cores.
+MINUTES = {"stages": 9, "dvc": 20, "workers": 10, "writes": 15, "queue": 10, "inputs": 3}
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "dvc")
 
 
@@ -83,49 +90,98 @@ def try_bad_inputs(finished: Path, folder: Path) -> list[bool]:
 
 
 def report(kill: kills.Kill) -> None:
-    word = "identical" if kill.identical else "LOST"
-    note = word if kill.counted else f"{word}, too late to count"
-    print(f"{kill.stage}: killed {kill.instant}: {note}", flush=True)
+    words = ["identical" if kill.identical else "LOST"]
+    words += ["STUCK"] * kill.stuck + ["TRACEBACK"] * kill.traceback
+    words += ["not counted"] * (not kill.counted)
+    print(f"{kill.stage}: killed {kill.instant}: {', '.join(words)}", flush=True)
 
 
-def main() -> None:
-    started = time.monotonic()
-    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    for role in ("AUTHOR", "COMMITTER"):
-        os.environ |= {f"GIT_{role}_NAME": "chaos", f"GIT_{role}_EMAIL": "chaos@example.com"}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        finished = finish(folder / "finished")
-        found = []
-        for kill in kills.rounds(finished, folder / "killed", CHOSEN, AT_RANDOM, SEED):
-            report(kill)
-            found.append(kill)
-        for kill in through_dvc.kill_in_every_stage(folder / "dvc", SEED):
-            report(kill)
-            found.append(kill)
-        params = try_bad_params(finished)
-        inputs = try_bad_inputs(finished, folder / "bad")
-    counted = [kill for kill in found if kill.counted]
-    lost = [kill for kill in found if not kill.identical]
-    result = {
+def of_kills(found: Iterable[kills.Kill]) -> dict:
+    """What a part of kills adds to the result."""
+    all_ = []
+    for kill in found:
+        report(kill)
+        all_.append(kill)
+    counted = [kill for kill in all_ if kill.counted]
+    return {
         "kills": len(counted),
         "identical": sum(kill.identical for kill in counted),
+        "lost": sum(not kill.identical for kill in all_),
+        "stuck": sum(kill.stuck for kill in all_),
+        "tracebacks": sum(kill.traceback for kill in all_),
+        "kills_by_stage": Counter(kill.stage for kill in counted),
+        "instants": [f"{kill.stage}: {kill.instant}" for kill in counted],
+        "too_late_to_count": len(all_) - len(counted),
+    }
+
+
+def of_inputs(folder: Path) -> dict:
+    finished = finish(folder / "finished")
+    params, inputs = try_bad_params(finished), try_bad_inputs(finished, folder / "bad")
+    return {
         "bad_params": len(params),
         "bad_inputs": len(inputs),
         "clear_errors": sum(params) + sum(inputs),
-        "lost": len(lost),
-        "kills_by_stage": Counter(kill.stage for kill in counted),
-        "instants": [f"{kill.stage}: {kill.instant}" for kill in counted],
-        "too_late_to_count": len(found) - len(counted),
-        "minutes": round((time.monotonic() - started) / 60, 1),
-        "command": "make chaos",
-        "seed": SEED,
-        "date": datetime.date.today().isoformat(),
-        "device": f"CPU, {len(os.sched_getaffinity(0))} cores, {platform.machine()}",
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({k: v for k, v in result.items() if k != "instants"}, indent=1))
-    if lost or sum(params) < len(params) or sum(inputs) < len(inputs):
-        sys.exit("chaos: something was lost, or an error was not clear")
+
+
+def of_part(name: str, folder: Path) -> dict:
+    started = time.monotonic()
+    if name == "inputs":
+        made = of_inputs(folder)
+    elif name == "stages":
+        finished = finish(folder / "finished")
+        made = of_kills(kills.rounds(finished, folder / "killed", CHOSEN, AT_RANDOM, SEED))
+    else:
+        made = of_kills(through_dvc.parts(folder, SEED)[name])
+    made["minutes"] = round((time.monotonic() - started) / 60, 1)
+    made["date"] = datetime.date.today().isoformat()
+    return made
+
+
+def total(parts: dict[str, dict]) -> dict:
+    """The results of all parts, added up by key; the latest date."""
+    sums: dict[str, Any] = {}
+    for part in parts.values():
+        for key, value in part.items():
+            if key == "date":
+                sums[key] = max(sums.get(key, ""), value)
+            elif isinstance(value, dict):
+                sums[key] = sums.get(key, {}) | value
+            else:
+                sums[key] = value + sums[key] if key in sums else value
+    return sums
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(MINUTES)}; all when none is named")
+    names = parser.parse_args().parts or list(MINUTES)
+    if unknown := set(names) - set(MINUTES):
+        parser.error(
+            f"no part is called {', '.join(sorted(unknown))}; there are {', '.join(MINUTES)}"
+        )
+    minutes = sum(MINUTES[name] for name in names)
+    print(f"chaos: {', '.join(names)}: about {minutes} minutes on two quiet cores", flush=True)
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for role in ("AUTHOR", "COMMITTER"):
+        os.environ |= {f"GIT_{role}_NAME": "chaos", f"GIT_{role}_EMAIL": "chaos@example.com"}
+    before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    parts = before.get("parts", {})
+    for name in names:
+        with tempfile.TemporaryDirectory() as scratch:
+            parts[name] = of_part(name, Path(scratch))
+        result = total(parts) | {
+            "command": "make chaos",
+            "seed": SEED,
+            "device": f"CPU, {len(os.sched_getaffinity(0))} cores, {platform.machine()}",
+            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "parts": parts,
+        }
+        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    shown = {key: value for key, value in result.items() if key not in ("instants", "parts")}
+    print(json.dumps(shown, indent=1))
+    faults = [result.get(key, 0) for key in ("lost", "stuck", "tracebacks")]
+    tried = result.get("bad_params", 0) + result.get("bad_inputs", 0)
+    if any(faults) or result.get("clear_errors", 0) < tried:
+        sys.exit("chaos: something was lost, stuck or told with a traceback")

@@ -29,7 +29,11 @@ class Kill:
     # "before change 12 (os.rename models/.adapter.partial)" or "after 0.431 s"
     instant: str
     counted: bool
-    identical: bool
+    identical: bool = False
+    # A run after it failed, or did not come to its end.
+    stuck: bool = False
+    # Something printed one.
+    traceback: bool = False
 
 
 def stages(folder: Path) -> dict[str, list[str]]:

@@ -1,0 +1,151 @@
+"""Mend what DVC leaves behind when it is killed while it writes a file of its own.
+
+    python -m tools.recover
+
+DVC writes .dvc/tmp/rwlock and dvc.lock in place: killed in between, it leaves them empty or cut
+off. A broken rwlock goes, and so do its entries of processes that are gone. A broken dvc.lock is
+replaced by the one that Git has; what was computed since then `dvc repro` takes from its run
+cache. Nothing is done where nothing is broken, or while another `dvc` writes. `make repro` begins
+with it.
+"""
+
+import fcntl
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from ruamel.yaml import YAML, YAMLError
+
+TMP = Path(".dvc/tmp")
+RWLOCK, DVC_LOCK, DVC_YAML = TMP / "rwlock", Path("dvc.lock"), Path("dvc.yaml")
+HASH = re.compile(r"[0-9a-f]{32}(\.dir)?")
+
+
+@contextmanager
+def held(path: Path):
+    """Yield whether the lock `path` is ours: DVC takes the same one before it writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield True
+        except BlockingIOError:
+            yield False
+
+
+def recover_rwlock() -> None:
+    """Leave in DVC's list of busy paths those alone that a living `dvc` holds."""
+    if not RWLOCK.exists():
+        return
+    try:
+        before = json.loads(RWLOCK.read_text(encoding="utf-8"))
+        writers, readers = before.get("write", {}), before.get("read", {})
+        alive = {"write": {path: by for path, by in writers.items() if lives(by)}}
+        reading = {path: [by for by in all_ if lives(by)] for path, all_ in readers.items()}
+        alive["read"] = {path: all_ for path, all_ in reading.items() if all_}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        print(f"recover: {RWLOCK} was broken, removed", flush=True)
+        RWLOCK.unlink()
+        return
+    if alive != {"write": writers, "read": readers}:
+        print(f"recover: {RWLOCK} named processes that are gone, mended", flush=True)
+        replace(RWLOCK, json.dumps(alive).encode())
+
+
+def lives(holder: dict) -> bool:
+    """Whether the process `pid` that DVC noted still runs the command `cmd`, its sys.argv.
+
+    By itself the number says little: it is used again, in containers soon.
+    """
+    try:
+        words = Path(f"/proc/{int(holder['pid'])}/cmdline").read_bytes().split(b"\0")[:-1]
+    except OSError:
+        return False
+    arguments = holder["cmd"].partition(" ")[2]
+    return os.fsdecode(b" ".join(words)).endswith(arguments)
+
+
+def recover_dvc_lock() -> None:
+    """Put Git's dvc.lock in the place of one that is broken; without one, DVC makes it anew."""
+    if not DVC_LOCK.exists():
+        return
+    content, kept = DVC_LOCK.read_bytes(), in_git()
+    if b"\n<<<<<<< " in content:
+        sys.exit(
+            "recover: dvc.lock has a merge conflict; take one side, and dvc repro does the rest: "
+            "git checkout --theirs dvc.lock"
+        )
+    if not (why := broken(content, kept)):
+        return
+    aside = TMP / "dvc.lock.broken"
+    os.replace(DVC_LOCK, aside)
+    done = f"moved to {aside}"
+    if kept is not None and not broken(kept, None):
+        replace(DVC_LOCK, kept)
+        done += ", Git's is in its place"
+    print(f"recover: dvc.lock {why}; {done}; dvc repro takes what is computed from its cache")
+
+
+def broken(content: bytes, kept: bytes | None) -> str | None:
+    """What is wrong with a dvc.lock, cut off at any byte; None where nothing is.
+
+    kept  the one in Git, whose stages and outputs must be there as far as dvc.yaml has them
+    """
+    if not content.strip():
+        return "is empty"
+    if not content.endswith(b"\n"):
+        return "is cut off"
+    try:
+        recorded = outs_of(content)
+        before = outs_of(kept) if kept else {}
+        stages = YAML(typ="safe").load(DVC_YAML)["stages"]
+    except (YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError, ValueError):
+        return "is broken"
+    for name in before.keys() & stages.keys():
+        declared = {
+            out if isinstance(out, str) else next(iter(out))
+            for kind in ("outs", "metrics", "plots")
+            for out in stages[name].get(kind, [])
+        }
+        if name not in recorded or (before[name] & declared) - recorded[name]:
+            return f"is cut off before the end of {name}"
+    return None
+
+
+def outs_of(content: bytes) -> dict[str, set[str]]:
+    """The outputs that a dvc.lock records for each stage; ValueError where a hash is not whole."""
+    stages = YAML(typ="safe").load(content.decode())["stages"]
+    for stage in stages.values():
+        for entry in stage.get("deps", []) + stage.get("outs", []):
+            if "md5" in entry and not HASH.fullmatch(entry["md5"]):
+                raise ValueError(entry["path"])
+    return {name: {out["path"] for out in stage.get("outs", [])} for name, stage in stages.items()}
+
+
+def in_git() -> bytes | None:
+    """dvc.lock as it was last added or committed."""
+    found = subprocess.run(["git", "show", ":./dvc.lock"], capture_output=True, check=False)
+    return found.stdout if found.returncode == 0 else None
+
+
+def replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def main() -> None:
+    if not DVC_YAML.exists():
+        sys.exit("recover: dvc.yaml: not found; run it in the project's folder")
+    with held(TMP / "lock") as ours, held(TMP / "rwlock.lock") as guarded:
+        if ours and guarded:
+            recover_rwlock()
+            recover_dvc_lock()
+
+
+if __name__ == "__main__":
+    main()
