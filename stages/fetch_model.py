@@ -79,6 +79,7 @@ def copy_tokenizer(base: Path, section: Model, out: Path) -> None:
     record = read_json(base / "source.json")
     for name in record["files"]:
         if ".safetensors" not in name:
+            (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(base / name, out / name)
     write_source(out, section, record["commit"], record["license"], record["files"])
 
@@ -93,7 +94,7 @@ def main() -> None:
         else:
             convert(section, base)
         copy_tokenizer(base, section, tokenizer)
-    size = sum(path.stat().st_size for path in BASE.iterdir())
+    size = sum(path.stat().st_size for path in BASE.rglob("*"))
     print(f"fetch_model: {size / 1e9:.2f} GB in {BASE}")
 
 

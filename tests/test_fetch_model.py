@@ -19,7 +19,8 @@ from stages.shared.sources import Folder
 
 COMMIT = "c" * 40
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-TOKENIZER = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+NAMED = "additional_chat_templates/tool_use.jinja"
+TOKENIZER = [NAMED, "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,8 @@ def tiny(tmp_path_factory):
     (folder / "LICENSE").write_text("Apache")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     (folder / "original").mkdir()
+    (folder / "additional_chat_templates").mkdir()
+    (folder / NAMED).write_text("tools")
     for name in (
         "consolidated.safetensors",
         "original/model.safetensors",
@@ -72,10 +75,8 @@ def test_the_stage_takes_what_a_model_needs_and_nothing_else(tiny, tmp_path, mon
     base, tokenizer = workspace / "models/base", workspace / "models/tokenizer"
     about = ["LICENSE", "config.json", "generation_config.json", *TOKENIZER]
     fetched = [*about, *SHARDS, "model.safetensors.index.json"]
-    assert sorted(p.name for p in base.iterdir()) == sorted([*fetched, "SHA256SUMS", "source.json"])
-    assert sorted(p.name for p in tokenizer.iterdir()) == sorted(
-        [*about, "SHA256SUMS", "source.json"]
-    )
+    assert names(base) == {*fetched, "SHA256SUMS", "source.json"}
+    assert names(tokenizer) == {*about, "SHA256SUMS", "source.json"}
     assert all((base / name).read_bytes() == (tiny / name).read_bytes() for name in fetched)
     assert sorted(p.name for p in (workspace / "models").iterdir()) == ["base", "tokenizer"]
     check_sums(base, "fetch_model")
@@ -88,6 +89,10 @@ def test_the_stage_takes_what_a_model_needs_and_nothing_else(tiny, tmp_path, mon
         "commit": None,
         "license": "apache-2.0",
     }
+
+
+def names(folder) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def edit(name: str, **changes):
