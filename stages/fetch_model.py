@@ -19,6 +19,7 @@ if __name__ == "__main__":
     begin("fetch_model")
 
 from stages.fetching.model_files import check_config, check_weights, small_files, weight_files
+from stages.fetching.model_sizes import check_sizes, declared_shapes
 from stages.shared.paths import BASE, TOKENIZER
 from stages.shared.sources import (
     Folder,
@@ -36,11 +37,13 @@ def fetch(source: Repository | Folder, section: Model, out: Path) -> None:
     names = small_files(source.files, section.id)
     source.get(names, out)
     check_config(out, section.id)
+    shapes = declared_shapes(out, section.id)
     weights = weight_files(out, source.files, section.id)
     size = sum(source.files[name] for name in weights)
     print(f"fetch_model: fetching {len(weights)} files of {section.id}, {size / 1e9:.2f} GB")
     source.get(weights, out)
     check_weights(out, weights, section.id)
+    check_sizes(out, weights, shapes, section.id)
     keep_only(out, names + weights)
     write_source(out, section, source.commit, source.license, source.sums)
 

@@ -19,6 +19,7 @@ import torch
 
 from stages.planning.planning import Rows, cheapest_change, describe, read_rows
 from stages.planning.shapes import read_model
+from stages.planning.token_ids import check_token_ids
 from stages.shared import vram
 from stages.shared.paths import PREPARED, TOKENIZER
 
@@ -97,6 +98,7 @@ def main() -> None:
     check_sums(TOKENIZER, "fetch_model")
     check_sums(PREPARED, "prepare")
     config, shape = read_model(TOKENIZER)
+    check_token_ids(config, PREPARED)
     rows = read_rows(PREPARED)
     run = describe(config, shape, params, rows)
     prediction = vram.predict(shape, run)

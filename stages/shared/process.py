@@ -162,10 +162,18 @@ def _inputs(name: str) -> dict:
 
 
 def _check_writable(entry: dict) -> None:
-    """Raise the OSError at once that a stage would meet when it writes after hours."""
+    """Raise at once what a stage would meet when it has run for hours: OSError or StageError."""
     for kind in ("outs", "metrics", "plots"):
         for out in entry.get(kind, []):
             path = Path(out if isinstance(out, str) else next(iter(out)))
+            target = path.parent.resolve()
+            if not target.is_relative_to(Path.cwd()):
+                # DVC says so too, when the stage has run.
+                raise StageError(
+                    f"{path.parent} leads to {target}, outside the project, where DVC keeps no "
+                    "outputs; put the whole project on that disk, or the cache alone: "
+                    "dvc cache dir --local DIRECTORY"
+                )
             for folder in (path, path.parent):
                 if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
                     # A read-only disk refuses its owner too.
