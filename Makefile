@@ -9,7 +9,7 @@ READY := .venv/ready
 # dvc.yaml says `python`: it must be the environment's.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help env repro test test-browser lint fix compare gate noise experiments chaos
+.PHONY: help env repro test test-browser test-serving lint fix compare gate noise experiments chaos
 help:  ## Show this list.
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -33,6 +33,15 @@ test: $(READY)  ## Run the tests.
 
 test-browser: $(READY)  ## Open the report and the plots in Chromium with the network denied.
 	@pytest tests/browser/check_report.py
+
+# Two libraries of one name: each in an environment of its own.
+.serving/%/ready: requirements.lock
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$(grep -o '^torch==[^ ]*' $<)" "transformers==$*.*"
+	@touch $@
+
+test-serving: $(READY) .serving/4.57/ready .serving/5/ready  ## Load releases in transformers 4.57 and 5, apart from the project.
+	@pytest tests/serving/check_release.py
 
 chaos: $(READY)  ## Kill the pipeline 400 times, about an hour; 3 to 20 minutes of it: make chaos PART=writes
 	@python -m tests.chaos $(PART)

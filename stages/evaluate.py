@@ -27,6 +27,7 @@ from stages.shared.adapter import check_adapter_sums, read_adapter
 from stages.shared.device import memory_metrics, pick_device, reset_peaks
 from stages.shared.end_tokens import end_tokens
 from stages.shared.model import load_adapter, load_base
+from stages.shared.named_base import check_named_base
 from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
 from stages.shared.provenance import device_name, provenance
 from stages.shared.rows import read_rows, set_sha256
@@ -129,6 +130,7 @@ def main() -> None:
     check_adapter_sums(ADAPTER)
     # Named here what PEFT would load in part or fail on.
     read_adapter(ADAPTER, Weights(QUANTIZED).shapes)
+    check_named_base(ADAPTER, QUANTIZED)
     sets = {prefix: read_rows(file) for prefix, file in held_out_sets().items()}
     device = pick_device()
     base = load_base(QUANTIZED, device)

@@ -29,8 +29,8 @@ if __name__ == "__main__":
     begin("export")
 
 from stages.reporting.model_card import model_card
-from stages.reporting.page import Section, to_html, to_markdown
-from stages.reporting.report import sections
+from stages.reporting.page import to_html, to_markdown
+from stages.reporting.report import report
 from stages.reporting.results import Results, memory_parts, summary, title
 from stages.shared.paths import MERGED, PREPARED, TOKENIZER
 
@@ -87,11 +87,11 @@ def _csv(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def write_release(heading: str, content: list[Section], results: Results) -> int:
+def write_release(results: Results) -> int:
     """Write the folder to take away; how many files of the merged model are in it."""
     with whole_folder(RELEASE) as out:
         files = link_files(MERGED, out)
-        (out / "README.md").write_text(model_card(heading, results, content), encoding="utf-8")
+        (out / "README.md").write_text(model_card(results), encoding="utf-8")
     return files
 
 
@@ -101,10 +101,10 @@ def main() -> None:
         check_sums(folder, stage)
     results = read_results(params, MERGED)
     print(f"export: releasing {results.release_gb:.2f} GB from {MERGED}, linked, with its card")
-    heading, content = title(results), sections(results)
-    files = write_release(heading, content, results)
+    files = write_release(results)
     parts = memory_parts(results.plan, results.train_cost)
     write_text(METRICS / "memory.csv", csv_text(parts))
+    heading, content = title(results), report(results)
     write_text(METRICS / "report.md", to_markdown(heading, content))
     write_text(METRICS / "report.html", to_html(heading, content))
     write_metrics(METRICS / "summary.json", summary(results))

@@ -91,7 +91,7 @@ def fetch(source: Repository | Folder, section: Dataset, out: Path) -> None:
         print(f"fetch_data: left out: {shown}")
     source.get(names, out)
     keep_only(out, about + names)
-    write_source(out, section, source.commit, source.license, source.sums)
+    write_source(out, section, source.commit, source.license, source.sums, source.private)
 
 
 def extract(section: Dataset, out: Path) -> None:

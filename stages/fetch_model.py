@@ -19,6 +19,7 @@ if __name__ == "__main__":
     begin("fetch_model")
 
 from stages.fetching.model_files import check_config, check_weights, small_files, weight_files
+from stages.fetching.model_sizes import check_sizes, declared_shapes
 from stages.shared.paths import BASE, TOKENIZER
 from stages.shared.sources import (
     Folder,
@@ -36,11 +37,13 @@ def fetch(source: Repository | Folder, section: Model, out: Path) -> None:
     names = small_files(source.files, section.id)
     source.get(names, out)
     check_config(out, section.id)
+    shapes = declared_shapes(out, section.id)
     weights = weight_files(out, source.files, section.id)
     size = sum(source.files[name] for name in weights)
     print(f"fetch_model: fetching {len(weights)} files of {section.id}, {size / 1e9:.2f} GB")
     source.get(weights, out)
     check_weights(out, weights, section.id)
+    check_sizes(out, weights, shapes, section.id)
     keep_only(out, names + weights)
     write_source(out, section, source.commit, source.license, source.sums)
 
@@ -79,6 +82,7 @@ def copy_tokenizer(base: Path, section: Model, out: Path) -> None:
     record = read_json(base / "source.json")
     for name in record["files"]:
         if ".safetensors" not in name:
+            (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(base / name, out / name)
     write_source(out, section, record["commit"], record["license"], record["files"])
 
@@ -93,7 +97,7 @@ def main() -> None:
         else:
             convert(section, base)
         copy_tokenizer(base, section, tokenizer)
-    size = sum(path.stat().st_size for path in BASE.iterdir())
+    size = sum(path.stat().st_size for path in BASE.rglob("*"))
     print(f"fetch_model: {size / 1e9:.2f} GB in {BASE}")
 
 

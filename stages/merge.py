@@ -3,11 +3,11 @@
     python -m stages.merge
 
 Reads models/quantized (`merge.base: dequantized`) or models/base (`original`) and models/adapter.
-Writes models/merged: safetensors files named as the base's, config, generation config, tokenizer,
-chat template and licence, and merge.json, which says what was done.
+Writes models/merged: safetensors files named as the base's, what serving reads beside them (config,
+generation config, tokenizer, chat template, licence), and merge.json, which says what was done. An
+adapter that brings no tokenizer gets that of data/prepared.
 """
 
-import shutil
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -29,28 +29,16 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
+from stages.merging.companions import tokenizer_folder, write_companions
 from stages.shared.adapter import WEIGHTS, Update, check_adapter_sums, read_adapter
 from stages.shared.device import memory_metrics, pick_device
-from stages.shared.end_tokens import end_tokens
 from stages.shared.merging import check_rounding, merged_rows
-from stages.shared.paths import ADAPTER, BASE, MERGED, QUANTIZED
+from stages.shared.named_base import check_named_base
+from stages.shared.paths import ADAPTER, BASE, MERGED, PREPARED, QUANTIZED
 from stages.shared.provenance import provenance
 from stages.shared.weights import INDEX, SINGLE, Weights, write_shard
 
 COST = Path("metrics/merge_cost.json")
-TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
-# A tokenizer without them needs slower code than this pipeline's.
-NEEDED = ("tokenizer.json", "tokenizer_config.json")
-LICENCES = ("licen[cs]e*", "notice*", "copying*", "use_policy*")
 
 
 class Sources(NamedTuple):
@@ -121,37 +109,6 @@ def write_weights(
     }
 
 
-def write_companions(out: Path, base: Path, adapter: Path, dtype: torch.dtype) -> None:
-    """Write what serving needs beside weights: configs, tokenizer, chat template, licence."""
-    own = all((adapter / name).exists() for name in NEEDED)
-    tokenizer = adapter if own else base
-    for name in NEEDED:
-        if not (tokenizer / name).exists():
-            raise StageError(
-                f"{base} has no {name} and {adapter} brings no tokenizer; copy the files of "
-                "data/prepared/tokenizer into it, then: dvc commit --force train && dvc repro"
-            )
-    if not own:
-        print(f"merge: {adapter} brings no tokenizer, so the base's is used")
-    files = [tokenizer / name for name in TOKENIZER_FILES if (tokenizer / name).exists()]
-    files += [f for f in base.iterdir() if any(Path(f.name.lower()).match(p) for p in LICENCES)]
-    for file in files:
-        shutil.copyfile(file, out / file.name)
-    config = read_json(base / "config.json")
-    for key in ("quantization_config", "torch_dtype"):
-        config.pop(key, None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    write_json(out / "config.json", config, sort_keys=True)
-    if (base / "generation_config.json").exists():
-        generation = read_json(base / "generation_config.json")
-    else:
-        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-        generation = {key: config[key] for key in ids if config.get(key) is not None}
-    if ends := end_tokens(tokenizer, generation.get("eos_token_id")):
-        generation["eos_token_id"] = ends
-    write_json(out / "generation_config.json", generation, sort_keys=True)
-
-
 def read_sources(kind: str) -> Sources:
     """The checked sources; `kind` says onto which base, as `merge.base` does."""
     if kind == "dequantized":
@@ -165,7 +122,9 @@ def read_sources(kind: str) -> Sources:
     for name in quantized.names:
         shards.setdefault(base.files[name].name, []).append(name)
     weights = quantized if kind == "dequantized" else base
-    return Sources(weights, shards, read_adapter(ADAPTER, quantized.shapes))
+    updates = read_adapter(ADAPTER, quantized.shapes)
+    check_named_base(ADAPTER, BASE)
+    return Sources(weights, shards, updates)
 
 
 def main() -> None:
@@ -176,11 +135,12 @@ def main() -> None:
     torch.set_num_threads(1)
     sources = read_sources(params.base)
     sums: dict[str, str] = {}
+    tokenizer = tokenizer_folder(ADAPTER, PREPARED)
     where = f"{sources.weights.folder}, {params.dtype}, {device}"
     print(f"merge: {len(sources.updates)} updates onto {where}")
     with whole_folder(MERGED, sums=sums) as out:
         counts = write_weights(out, sources, dtype, device, sums)
-        write_companions(out, BASE, ADAPTER, dtype)
+        write_companions(out, BASE, tokenizer, dtype)
         record = params.model_dump() | {"adapter_sha256": sha256(ADAPTER / WEIGHTS)} | counts
         write_json(out / "merge.json", record, sort_keys=True)
     cost = {"merge_seconds": time.monotonic() - started} | memory_metrics()

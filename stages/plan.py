@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import torch
 
 from stages.planning import workload
+from stages.planning.token_ids import check_token_ids
 from stages.shared import vram
 from stages.shared.paths import PREPARED, TOKENIZER
 
@@ -96,6 +97,7 @@ def main() -> None:
     check_sums(TOKENIZER, "fetch_model")
     check_sums(PREPARED, "prepare")
     config, shape = workload.read_model(TOKENIZER)
+    check_token_ids(config, PREPARED)
     rows = workload.read_lengths(PREPARED)
     run = workload.planned_training(config, shape, params, rows)
     prediction = vram.predict(shape, run)

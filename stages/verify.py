@@ -6,8 +6,8 @@ Reads models/merged, models/quantized, models/base, models/adapter and data/prep
 models/verify.ok and metrics/verify.json, and only when every check has passed:
 - tensor names, shapes and types are the base's and `merge.dtype`, and so is config.json;
 - every tensor is what PEFT itself computes for it, within one rounding;
-- transformers loads the folder with no key missing or left over, and its tokenizer gives the ids
-  that were trained on and evaluated;
+- transformers loads the folder with no key missing or left over; its tokenizer renders and splits
+  the held-out texts as that of the rows does, and its generation ends where an answer does;
 - on the held-out rows perplexity is within `verify.max_perplexity_change_percent` of the base
   with the adapter, and no value overflows.
 """
@@ -34,12 +34,7 @@ from stages.shared.rows import read_rows
 from stages.shared.sets import held_out_sets
 from stages.shared.weights import Weights
 from stages.verifying.agreement import Reference, agreement, reference
-from stages.verifying.folder_check import (
-    check_companions,
-    check_headers,
-    check_record,
-    check_tokenizer,
-)
+from stages.verifying.folder_check import check_companions, check_headers, check_record
 from stages.verifying.merged_model import (
     load_merged,
     place_for,
@@ -47,14 +42,18 @@ from stages.verifying.merged_model import (
     watched_activations,
 )
 from stages.verifying.tensor_check import check_tensors
+from stages.verifying.tokenizer_check import check_tokenizer
 
 VERDICT = Path("models/verify.ok")
 METRICS = Path("metrics/verify.json")
 FLOAT16_MAX = 65504
 
 
-def check_inputs(params) -> None:
-    """Everything that files tell before a model is loaded. Raises StageError."""
+def check_inputs(params) -> list[dict]:
+    """Everything that files tell before a model is loaded. Returns the held-out rows.
+
+    Raises StageError.
+    """
     # What is damaged on disk is told apart from what was merged wrong: the remedies differ.
     made = {BASE: "fetch_model", QUANTIZED: "quantize", PREPARED: "prepare", MERGED: "merge"}
     for folder, stage in made.items():
@@ -62,7 +61,9 @@ def check_inputs(params) -> None:
     check_adapter_sums(ADAPTER)
     check_record(MERGED, ADAPTER, params.merge.base, params.merge.dtype)
     check_companions(MERGED, BASE, params.merge.dtype)
-    check_tokenizer(MERGED, PREPARED / "tokenizer", ADAPTER)
+    rows = read_rows(held_out_sets()[""])
+    check_tokenizer(MERGED, PREPARED / "tokenizer", ADAPTER, rows)
+    return rows
 
 
 def scores(model, rows: list[dict], ref: Reference, device: torch.device) -> dict:
@@ -162,8 +163,7 @@ def verify(params, rows: list[dict], device: torch.device) -> dict:
 
 def main() -> None:
     params, device = load_params(), pick_device()
-    check_inputs(params)
-    rows = read_rows(held_out_sets()[""])
+    rows = check_inputs(params)
     print(f"verify: {MERGED} against {QUANTIZED} + {ADAPTER}, {len(rows)} rows, on {device}")
     metrics = verify(params, rows, device)
     write_metrics(METRICS, metrics)

@@ -208,6 +208,7 @@ VALUES = {
     },
     "merge.dtype": {"fp16": "must be 'float16' or 'bfloat16' (got 'fp16')"},
     "verify.max_perplexity_change_percent": {"0": "must be more than 0 (got 0)"},
+    "export.rows_in_card": {"yes": "must be 'public', 'always' or 'never' (got 'yes')"},
     "verify.compare_bases": {"no": "must be true or false (got 'no')"},
 }
 

@@ -31,6 +31,8 @@ def make_sources(root: Path, arch: str = "llama", nf4: bool = True, lora=None, *
     models = root / "models"
     make_model(models / "base", arch, **base)
     (models / "base" / "LICENSE").write_text("Free for all.\n")
+    source = {"source": "local", "id": "tiny", "commit": None, "files": {}}
+    (models / "base" / "source.json").write_text(json.dumps(source))
     write_sums(models / "base")
     if nf4:
         model = AutoModelForCausalLM.from_pretrained(
@@ -56,6 +58,7 @@ def make_adapter(base: Path, folder: Path, seed: int = 1, scale: float = 0.05, *
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=scale)
     model.save_pretrained(folder)
+    edit_json(folder / "adapter_config.json", base_model_name_or_path="models/base")
     make_tokenizer(folder)
     write_sums(folder)
 

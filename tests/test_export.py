@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html import unescape
 
 import pytest
@@ -21,7 +22,8 @@ from tiny import PARAMS, ROOT
 from stages import export
 from stages.reporting import page
 from stages.reporting.charts import WIDTH
-from stages.reporting.report import sections
+from stages.reporting.model_card import model_card
+from stages.reporting.report import report, sections
 from stages.reporting.results import MEMORY_PARTS, Results, summary
 from stages.shared.outputs import write_sums
 
@@ -351,6 +353,70 @@ def test_card_metadata(exported):
     assert card.base_model is None
     values = {result.dataset_split: result.metric_value for result in card.eval_results}
     assert values == {"held-out rows": 12.7104, "held-out groups": 14.62}
+
+
+ROW = "The account of Ada L. is overdrawn."
+PLACES = {"model": "/home/quinn/llm/tiny", "dataset": "data/source/quinn/accounts.jsonl"}
+
+
+def local_results(exported, monkeypatch, wish):
+    """Of a model and a data set of this machine."""
+    read = results(exported, monkeypatch)
+    params = dict(read.params) | {"export": {"rows_in_card": wish}}
+    for kind, id in PLACES.items():
+        params[kind] = {"source": "local", "id": id, "revision": None}
+    params["prepare"] = params["prepare"] | {"eval_file": "quinn/held-out.jsonl"}
+    source = {"source": "local", "revision": None, "commit": None, "license": None}
+    about = {kind: source | {"id": id} for kind, id in PLACES.items()}
+    sample = dict.fromkeys(("set", "prompt", "reference", "base", "tuned"), ROW)
+    return replace(
+        read,
+        params=params,
+        prepared=read.prepared | {"sample": {"row": "quinn/7", "pieces": [[ROW, True]]}},
+        model_source=about["model"] | {"files": {"config.json": "c" * 64}},
+        data_source=about["dataset"] | {"files": {"quinn/accounts.jsonl": "d" * 64}},
+        samples=[sample | {"row": "quinn/9"}],
+    )
+
+
+@pytest.mark.parametrize("wish", ["public", "never", "always"])
+def test_card_shows_no_rows_and_no_places_of_a_local_data_set(exported, monkeypatch, wish):
+    found = local_results(exported, monkeypatch, wish)
+    card = model_card(found)
+    for text in (*PLACES.values(), "data/source", "accounts.jsonl", "held-out.jsonl", "/home"):
+        assert text not in card
+    assert "# tiny tuned on local data" in card
+    assert (ROW in card) == (wish == "always")
+    if wish != "always":
+        assert "quinn" not in card
+    # The report is whole and says so first.
+    whole = page.to_markdown("t", report(found))
+    assert whole.count(ROW) == 6
+    assert all(f"`{place}`" in whole for place in PLACES.values())
+    assert whole.split("\n\n")[2].startswith("This page holds rows of the data")
+    assert "This page holds" not in card
+
+
+@pytest.mark.parametrize(
+    ("source", "wish", "shown"),
+    [
+        ({"source": "pypi"}, "public", True),
+        ({"source": "pypi"}, "never", False),
+        ({"source": "hub"}, "public", True),
+        ({"source": "hub", "private": True}, "public", False),
+        ({"source": "hub", "private": True}, "always", True),
+        ({"source": "local"}, "public", False),
+    ],
+)
+def test_rows_of_public_data_are_in_the_card(exported, monkeypatch, source, wish, shown):
+    read = results(exported, monkeypatch)
+    found = replace(
+        read,
+        params=read.params | {"export": {"rows_in_card": wish}},
+        data_source=read.data_source | source,
+    )
+    card = model_card(found)
+    assert (SHOWN_HOSTILE in card, "Answers to held-out prompts" in card) == (shown, shown)
 
 
 def test_card_names_a_base_and_data_of_the_hub(tmp_path):

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from hub_server import Hub, Repo
+from safetensors.torch import load_file, save_file
 from test_hub import NO_SOCKETS, environment, make_package
 from tiny import CHATML, make_model, make_tokenizer, make_workspace
 
@@ -19,7 +20,8 @@ from stages.shared.sources import Folder
 
 COMMIT = "c" * 40
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-TOKENIZER = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+NAMED = "additional_chat_templates/tool_use.jinja"
+TOKENIZER = [NAMED, "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,8 @@ def tiny(tmp_path_factory):
     (folder / "LICENSE").write_text("Apache")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     (folder / "original").mkdir()
+    (folder / "additional_chat_templates").mkdir()
+    (folder / NAMED).write_text("tools")
     for name in (
         "consolidated.safetensors",
         "original/model.safetensors",
@@ -72,10 +76,8 @@ def test_the_stage_takes_what_a_model_needs_and_nothing_else(tiny, tmp_path, mon
     base, tokenizer = workspace / "models/base", workspace / "models/tokenizer"
     about = ["LICENSE", "config.json", "generation_config.json", *TOKENIZER]
     fetched = [*about, *SHARDS, "model.safetensors.index.json"]
-    assert sorted(p.name for p in base.iterdir()) == sorted([*fetched, "SHA256SUMS", "source.json"])
-    assert sorted(p.name for p in tokenizer.iterdir()) == sorted(
-        [*about, "SHA256SUMS", "source.json"]
-    )
+    assert names(base) == {*fetched, "SHA256SUMS", "source.json"}
+    assert names(tokenizer) == {*about, "SHA256SUMS", "source.json"}
     assert all((base / name).read_bytes() == (tiny / name).read_bytes() for name in fetched)
     assert sorted(p.name for p in (workspace / "models").iterdir()) == ["base", "tokenizer"]
     check_sums(base, "fetch_model")
@@ -88,6 +90,10 @@ def test_the_stage_takes_what_a_model_needs_and_nothing_else(tiny, tmp_path, mon
         "commit": None,
         "license": "apache-2.0",
     }
+
+
+def names(folder) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def edit(name: str, **changes):
@@ -203,6 +209,38 @@ REFUSED = {
         f"tiny: {INDEX} names pytorch_model.bin, which is not there as safetensors",
     ),
     "shard cut short": (cut, f"tiny: {SHARDS[1]} is damaged or cut short ("),
+    "attention": (
+        edit("config.json", attn_implementation="kernels-community/flash-attn2"),
+        "tiny: config.json: attn_implementation is 'kernels-community/flash-attn2', which train.at",
+    ),
+    "attention of a part": (
+        edit("config.json", text_config={"_attn_implementation": "eager"}),
+        "tiny: config.json: _attn_implementation is 'eager', which train.attention decides here; m",
+    ),
+    "padding": (
+        edit("config.json", pad_token_id=260),
+        "tiny: config.json: pad_token_id 260 has no row in the embeddings, which have 260 (vocab",
+    ),
+    "no such model": (
+        edit("config.json", hidden_act="nothing"),
+        "tiny: no model can be made of config.json: ",
+    ),
+    "other width": (
+        edit("config.json", intermediate_size=160),
+        "tiny: model.layers.0.mlp.down_proj.weight is 64 x 128 in the weights and 64 x 160 by con",
+    ),
+    "other vocabulary": (
+        edit("config.json", vocab_size=300),
+        "tiny: model.embed_tokens.weight is 260 x 64 in the weights and 300 x 64 by config.json; ",
+    ),
+    "more layers": (
+        edit("config.json", num_hidden_layers=3),
+        "tiny: the weights have 2 layers (model.layers.…) and config.json says 3; one of the two",
+    ),
+    "fewer layers": (
+        edit("config.json", num_hidden_layers=1),
+        "tiny: the weights have 2 layers (model.layers.…) and config.json says 1; one of the two",
+    ),
     "shards swapped": (swap_shards, f"tiny: {INDEX} says "),
 }
 
@@ -223,7 +261,8 @@ def test_code_that_transformers_has_taken_in_is_not_needed(copy, tmp_path):
 
 
 def test_one_file_is_preferred_to_shards_as_transformers_does(copy, tmp_path):
-    shutil.copy(copy / SHARDS[0], copy / "model.safetensors")
+    whole = {name: tensor for shard in SHARDS for name, tensor in load_file(copy / shard).items()}
+    save_file(whole, copy / "model.safetensors")
     fetch(copy, tmp_path / "out")
     weights = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors*"))
     assert weights == ["model.safetensors"]

@@ -1,5 +1,6 @@
 """The Hub through the real huggingface_hub, against a server of our own, in other processes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,13 +8,22 @@ import sys
 import time
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 from hub_server import Hub, Repo
 from tiny import ROOT
 
 from stages.shared.dataset_card import read_card
 from stages.shared.process import StageError
-from stages.shared.sources import Folder, check_name, copy_license, license_in, package
+from stages.shared.sources import (
+    Folder,
+    Repository,
+    check_name,
+    copy_license,
+    license_in,
+    package,
+    write_source,
+)
 
 A, B = "a" * 40, "b" * 40
 BIG = bytes(range(256)) * 100_000
@@ -276,6 +286,22 @@ def test_the_guard_against_sockets_works(tmp_path):
         "http://127.0.0.1:9", tmp_path, f"model owner/x {A}", PYTHONPATH=no_sockets(tmp_path)
     ).communicate(timeout=60)
     assert "a socket was opened" in text
+
+
+@pytest.mark.parametrize(
+    ("private", "gated", "expected"),
+    [(False, False, None), (True, False, True), (False, "auto", True)],
+)
+def test_the_record_says_when_not_everybody_may_read(
+    private, gated, expected, tmp_path, monkeypatch
+):
+    info = SimpleNamespace(sha="c" * 40, siblings=[], card_data=None)
+    info.private, info.gated = private, gated
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: info)
+    repository = Repository("dataset", "org/rows", "main")
+    section = SimpleNamespace(source="hub", id="org/rows", revision="main")
+    write_source(tmp_path, section, repository.commit, None, {}, repository.private)
+    assert json.loads((tmp_path / "source.json").read_text()).get("private") is expected
 
 
 def test_links(tmp_path):

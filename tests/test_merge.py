@@ -17,8 +17,16 @@ from stages.shared import weights
 from stages.shared.outputs import SUMS, check_sums, write_sums
 from stages.shared.process import StageError, sha256
 from stages.shared.weights import Weights
-from tests.merging import edit_json, edit_tensors, in_memory, make_sources, run, tensors
-from tests.tiny import CHATML, ROOT
+from tests.merging import (
+    edit_json,
+    edit_tensors,
+    in_memory,
+    make_prepared,
+    make_sources,
+    run,
+    tensors,
+)
+from tests.tiny import CHATML, ROOT, make_tokenizer
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 SOURCES = {
@@ -167,7 +175,7 @@ def test_adapter_from_elsewhere(llama, monkeypatch, capsys):
             file.unlink()
     edit_tensors(adapter / ADAPTER, lambda t: t.update({k: v.bfloat16() for k, v in t.items()}))
     shutil.copy(ROOT / "tests/tiny.py", adapter / "training_args.bin")
-    make_tokenizer_of(llama / "models/base")
+    make_prepared(llama)
     run(merge, llama, monkeypatch)
     expected, found = (
         in_memory(llama / "models", "dequantized", torch.float16),
@@ -177,32 +185,24 @@ def test_adapter_from_elsewhere(llama, monkeypatch, capsys):
     assert not (llama / "models/merged/training_args.bin").exists()
     said = capsys.readouterr().out
     assert "models/adapter has no SHA256SUMS: an adapter from elsewhere" in said
-    assert "models/adapter brings no tokenizer, so the base's is used" in said
+    assert "models/adapter brings no tokenizer, so that of the rows is used" in said
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_half_a_tokenizer_is_none(name, llama, monkeypatch):
-    """Older tools saved a slow one, some bases lack a part."""
-    adapter, base = llama / "models/adapter", llama / "models/base"
+    """Older tools saved a slow one."""
+    adapter, prepared = llama / "models/adapter", llama / "data/prepared"
     (adapter / SUMS).unlink()
     (adapter / name).unlink()
-    make_tokenizer_of(base)
+    make_prepared(llama)
+    make_tokenizer(prepared / "tokenizer", chat_template="rows")
+    write_sums(prepared)
     run(merge, llama, monkeypatch)
-    merged = (llama / "models/merged" / name).read_bytes()
-    assert merged == (base / name).read_bytes()
-    (base / name).unlink()
-    write_sums(base)
-    with pytest.raises(
-        StageError, match=rf"models/base has no {name} and models/adapter brings no"
-    ):
+    merged = AutoTokenizer.from_pretrained(llama / "models/merged")
+    assert merged.chat_template == "rows"
+    (prepared / "tokenizer" / name).write_text("")
+    with pytest.raises(StageError, match=rf"data/prepared/tokenizer/{name} is damaged .* prepare"):
         run(merge, llama, monkeypatch)
-
-
-def make_tokenizer_of(folder: Path) -> None:
-    from tests.tiny import make_tokenizer
-
-    make_tokenizer(folder)
-    write_sums(folder)
 
 
 @pytest.mark.parametrize("base", ["base", "quantized"])
@@ -375,7 +375,8 @@ def test_refuses_damaged_sources(llama, monkeypatch):
 )
 def test_refuses_damaged_companions(name, kind, llama, monkeypatch):
     """They would go into the merged model as they are."""
-    make_tokenizer_of(llama / "models/base")
+    make_tokenizer(llama / "models/base")
+    write_sums(llama / "models/base")
     file = llama / "models/base" / name
     file.write_text(file.read_text().replace("e", "c", 1))
     with pytest.raises(StageError, match=rf"models/base/{name} is damaged .* fetch_model"):

@@ -5,16 +5,18 @@ import json
 import pyarrow as pa
 import pytest
 import yaml
+from transformers import AutoConfig
 
 from stages import plan
 from stages.planning import workload
+from stages.planning.token_ids import check_token_ids
 from stages.planning.workload import Lengths, match_targets, planned_training, read_model
 from stages.shared import vram
 from stages.shared.outputs import write_sums
 from stages.shared.params import Params
 from stages.shared.process import StageError
 from stages.shared.rows import SCHEMA
-from tests.tiny import PARAMS, make_model
+from tests.tiny import PARAMS, make_model, make_tokenizer
 
 
 def params_of(**sections) -> Params:
@@ -60,11 +62,11 @@ def mistral(tmp_path_factory):
 ROWS = Lengths(tokens=[100, 2000, 300, 1500], learned=[50, 1000, 100, 20], max_length=2048)
 
 
-def write_rows(prepared, rows):
-    prepared.mkdir(parents=True)
+def write_rows(prepared, rows, chunk=None):
+    prepared.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist(
         [
-            {"row": str(i), "input_ids": ids, "labels": labels, "prompt_tokens": 1}
+            {"row": f"rows.jsonl:{i}", "input_ids": ids, "labels": labels, "prompt_tokens": 1}
             | {"scored_bytes": 1}
             for i, (ids, labels) in enumerate(rows)
         ],
@@ -74,7 +76,7 @@ def write_rows(prepared, rows):
         pa.OSFile(str(prepared / "train.arrow"), "wb") as file,
         pa.ipc.new_stream(file, SCHEMA) as out,
     ):
-        out.write_table(table)
+        out.write_table(table, max_chunksize=chunk)
     (prepared / "prepared.json").write_text(json.dumps({"max_length": 64}))
 
 
@@ -175,6 +177,41 @@ def test_rows_beyond_the_positions_of_the_model_are_said(tiny):
     )
 
 
+@pytest.mark.parametrize(("size", "chunk"), [(261, 100), (260, 100), (260, 3)])
+def test_a_token_beyond_the_embeddings_is_refused_where_it_is_used(
+    size, chunk, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "prepared"
+    rows = [([1, 2, 3], [1, 2, 3])] * 4 + [([1, 260], [1, 260]), ([2], [2])]
+    write_rows(folder, rows, chunk)
+    added = make_tokenizer(folder / "tokenizer")
+    added.add_tokens("<new>")
+    added.save_pretrained(folder / "tokenizer")
+    config = AutoConfig.for_model("llama", vocab_size=size)
+    if size > 260:
+        check_token_ids(config, folder)
+        assert capsys.readouterr().out == ""
+        return
+    with pytest.raises(StageError) as error:
+        check_token_ids(config, folder)
+    assert str(error.value) == (
+        "rows.jsonl:4: has the token '<new>', which is 260, and the embeddings have 260 rows "
+        "(vocab_size); take it out of the data or the template (prepare.template), or choose "
+        "another model"
+    )
+    write_rows(folder, rows[:4])
+    check_token_ids(config, folder)
+    assert capsys.readouterr().out == (
+        "plan: warning: the tokenizer knows 1 tokens that no row of the data has, such as "
+        "'<new>', which is 260, and the embeddings have 260 rows (vocab_size): a prompt with one "
+        "of them would stop the model\n"
+    )
+    added.pad_token = "<new>"
+    added.save_pretrained(folder / "tokenizer")
+    with pytest.raises(StageError, match="rows are padded with <new>, which is 260, and the"):
+        check_token_ids(config, folder)
+
+
 def test_the_stage_writes_the_promised_keys_and_a_constant_verdict(
     tokenizer, tmp_path, monkeypatch, capsys
 ):
@@ -182,6 +219,7 @@ def test_the_stage_writes_the_promised_keys_and_a_constant_verdict(
     (tmp_path / "models").mkdir()
     (tmp_path / "models/tokenizer").symlink_to(tokenizer)
     write_rows(tmp_path / "data/prepared", [([1, 2, 3], [-100, 2, 3])] * 20)
+    make_tokenizer(tmp_path / "data/prepared/tokenizer")
     for folder in (tokenizer, tmp_path / "data/prepared"):
         write_sums(folder)
     (tmp_path / "params.yaml").write_text(PARAMS.read_text())

@@ -623,6 +623,10 @@ def test_answer_rewritten_in_a_longer_conversation_is_not_learned_wrongly():
     ("edit", "message"),
     [
         (lambda t: setattr(t, "chat_template", None), "no chat template .* templates/chatml.jinja"),
+        (
+            lambda t: setattr(t, "chat_template", {"tool_use": "a", "rag": "b"}),
+            "chat templates are tool_use, rag and none is the default; .* in prepare.template",
+        ),
         (lambda t: setattr(t, "eos_token", None), "no EOS token"),
     ],
 )

@@ -43,8 +43,9 @@ READS = [
     for dep in stage["deps"]
     if dep in MAKERS
     and not Path(dep).suffix
-    # merge takes the base's weights only with merge.base: original (tests/test_merge.py).
-    and (name, dep) != ("merge", "models/base")
+    # merge takes the base's weights only with merge.base: original, and the rows' tokenizer only
+    # where the adapter brings none (tests/test_merge.py).
+    and (name, dep) not in {("merge", "models/base"), ("merge", "data/prepared")}
 ]
 
 
@@ -302,6 +303,22 @@ def files(folder: Path) -> set[str]:
     return {path.as_posix() for path in found if path.parts[0] not in skipped}
 
 
+def test_a_folder_on_another_disk_is_refused_before_the_work(tmp_path, monkeypatch):
+    """DVC refuses it too, when the night is over: its path leads out of the repository."""
+    project, disk = tmp_path / "project", tmp_path / "disk"
+    for folder in (project / "large", disk):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(project)
+    (project / "models").symlink_to("large")
+    entry = {"outs": ["models/base"], "metrics": [{"metrics/x.json": {"cache": False}}]}
+    process._check_writable(entry)
+    (project / "models").unlink()
+    (project / "models").symlink_to(disk)
+    with pytest.raises(StageError) as error:
+        process._check_writable(entry)
+    assert str(error.value).startswith(f"models leads to {disk}, outside the project, where DVC")
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_folder_that_may_not_be_written_is_refused_before_the_work(workspace, name):
     out = next(out for out in MAKERS if MAKERS[out] == name)
@@ -446,8 +463,8 @@ def test_value_that_stands_there_during_the_imports_alone_is_not_computed_with(w
     )
     edit(
         script,
-        "    source, shards, updates = read",
-        "    Path('params.yaml').write_text(kept)\n    source, shards, updates = read",
+        "    sources, sums = read",
+        "    Path('params.yaml').write_text(kept)\n    sources, sums = read",
     )
     os.utime(script, (1e9, 1e9))
     before = params.read_text()

@@ -12,6 +12,7 @@ ROOMS = {
     "planning": {"plan"},
     "training": {"train"},
     "evaluating": {"evaluate"},
+    "merging": {"merge"},
     "verifying": {"verify"},
     "reporting": {"export"},
 }

@@ -21,6 +21,7 @@ from tests.merging import (
     run,
     tensors,
 )
+from tests.tiny import CHATML
 
 ATTENTION = "model.layers.0.self_attn"
 
@@ -212,6 +213,14 @@ FOLDERS = [
         lambda m: edit_json(m / "config.json", rms_norm_eps=1e-3),
         "config.json: rms_norm_eps is 0.00",
     ),
+    (
+        lambda m: edit_json(m / "generation_config.json", eos_token_id=[1]),
+        "eos_token_id lacks 2 (<|im_end|>), which ends an answer; merge it again",
+    ),
+    (
+        lambda m: edit_json(m / "generation_config.json", top_p=0.5),
+        "generation_config.json: top_p is 0.5 and must be None; merge it again",
+    ),
     (truncate, f"{shard(4)}: cannot be read"),
     (lambda m: (m / shard(1)).unlink(), f"{shard(1)}: cannot be read"),
     (lambda m: edit_json(m / "merge.json", base="original"), "merged with base original, not deq"),
@@ -293,11 +302,24 @@ def add_token(tokenizer):
     tokenizer["added_tokens"].append(token)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [(permute, "(2 tokens differ; "), (add_token, "has '<new>' as 260 and that of the held-out")],
-)
-def test_refuses_a_tokenizer_that_gives_other_ids(change, message, project, monkeypatch):
+def lowercase(tokenizer):
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+
+
+def show_bytes(tokenizer):
+    tokenizer["decoder"] = None
+
+
+TOKENIZERS = [
+    (permute, "(2 tokens differ; "),
+    (add_token, "has '<new>' as 260 and that of the held-out"),
+    (lowercase, "splits a text as ["),
+    (show_bytes, "shows an answer as "),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), TOKENIZERS, ids=[row[1][:9] for row in TOKENIZERS])
+def test_refuses_a_tokenizer_that_says_other_things(change, message, project, monkeypatch):
     """An adapter from elsewhere brings its own."""
     file = project / "models/adapter/tokenizer.json"
     (project / "models/adapter" / SUMS).unlink()
@@ -308,6 +330,24 @@ def test_refuses_a_tokenizer_that_gives_other_ids(change, message, project, monk
     found = refusal(project, monkeypatch)
     assert message in found
     assert "delete the tokenizer's files from models/adapter, then: dvc commit --force" in found
+
+
+def test_refuses_another_template_or_end_and_takes_the_rows_own(project, monkeypatch):
+    adapter = project / "models/adapter"
+    (adapter / SUMS).unlink()
+    (adapter / "chat_template.jinja").write_text(CHATML.replace("user", "human") + "!")
+    run(merge, project, monkeypatch)
+    found = refusal(project, monkeypatch)
+    assert "renders a prompt as '!' and that of the held-out rows as ''; delete" in found
+    edit_json(adapter / "tokenizer_config.json", eos_token="<pad>")
+    run(merge, project, monkeypatch)
+    found = refusal(project, monkeypatch)
+    assert "ends with <pad> and that of the held-out rows with <|im_end|>; delete" in found
+    for file in adapter.iterdir():
+        if not file.name.startswith("adapter_"):
+            file.unlink()
+    run(merge, project, monkeypatch)
+    run(verify, project, monkeypatch)
 
 
 SCORES = {

@@ -1,6 +1,7 @@
 """Which files of a model are fetched, and what a model must be for this pipeline."""
 
 import fnmatch
+import re
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
@@ -10,9 +11,11 @@ from stages.shared.outputs import read_json
 from stages.shared.process import StageError
 from stages.shared.sources import check_name
 
-# Beside the weights, from the top folder: config, tokenizer, template, licence. No README, and
-# nothing that could run.
-_SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "licen[cs]e*", "notice*")
+# Beside the weights: config, tokenizer, templates, processors, licence. No README, and nothing that
+# could run.
+_SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "licen[cs]e*", "notice*", "use_policy*")
+# Of all folders but the top one.
+_TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
@@ -34,7 +37,7 @@ def small_files(files: dict[str, int], id: str) -> list[str]:
     return [
         name
         for name in files
-        if "/" not in name
+        if ("/" not in name or _TEMPLATES.fullmatch(name))
         and any(fnmatch.fnmatchcase(name.lower(), pattern) for pattern in _SMALL)
         and (not name.endswith(".index.json") or name == INDEX)
         and not (name == INDEX and SINGLE in files)

@@ -85,7 +85,13 @@ def _template(tokenizer, params: Prepare, form: Format, samples: list[Example]) 
         return text, f"template {template}"
     if template != "chat":
         return _plain_template(tokenizer, template), "plain template"
-    if not tokenizer.chat_template:
+    own = _own_template(tokenizer)
+    if not own and isinstance(tokenizer.chat_template, dict):
+        raise StageError(
+            f"the tokenizer's chat templates are {', '.join(tokenizer.chat_template)} and none is "
+            "the default; copy the one to use into templates/ and name it in prepare.template"
+        )
+    if not own:
         raise StageError(
             "the tokenizer has no chat template (a base model?); set prepare.template to "
             "templates/chatml.jinja, or to plain text with {prompt} in it"
@@ -108,6 +114,12 @@ def _thinking(tokenizer, params: Prepare, text: str, samples: list[Example]) -> 
         if "enable_thinking" not in text or tries[-1][0] == len(samples):
             break
     return max(tries, key=lambda each: each[0])[1:]
+
+
+def _own_template(tokenizer) -> str | None:
+    """The template that the model came with; others of its may be for tools or documents."""
+    own = tokenizer.chat_template
+    return own.get("default") if isinstance(own, dict) else own
 
 
 def _from_file(tokenizer, template: str) -> str:
@@ -147,7 +159,7 @@ def _rendered_template(
 
     The text is not rendered again: the template is what prompts at inference are rendered with.
     """
-    own = tokenizer.chat_template and tokenizer.get_chat_template()
+    own = _own_template(tokenizer)
     if form.shape is None:
         return own or "", "text as it stands, all of it learned"
     text = samples[0]["text"]

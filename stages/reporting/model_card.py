@@ -1,12 +1,21 @@
-"""The model card of models/release: the report's content behind the metadata the Hub reads."""
+"""The model card of models/release: what everybody may see of the report, with the Hub's metadata.
+
+The folder is uploaded and handed on: names of files and folders of this machine stay out of the
+card, and so do rows of data that is not public.
+"""
+
+from dataclasses import replace
+from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from stages.reporting.page import Section, to_markdown
-from stages.reporting.results import Results, scored_sets
+from stages.reporting.page import to_markdown
+from stages.reporting.report import sections
+from stages.reporting.results import Results, scored_sets, title
 
 # Left out of the card: of no use to whoever only wants to use the model.
 LEFT_OUT = ("Memory",)
+LOCAL_DATA = "local data"
 
 HOW_TO_LOAD = """\
 ## How to use it
@@ -31,8 +40,31 @@ print(tokenizer.decode(output[0][inputs["input_ids"].shape[1]:], skip_special_to
 """
 
 
-def model_card(title: str, results: Results, sections: list[Section]) -> str:
+def shows_rows(results: Results) -> bool:
+    """Whether the card may hold rows, by export.rows_in_card and where the data is from."""
+    data, wish = results.data_source, results.params["export"]["rows_in_card"]
+    public = data["source"] in ("hub", "pypi") and not data.get("private")
+    return wish == "always" or (wish == "public" and public)
+
+
+def without_places(results: Results) -> Results:
+    """The results with what names a place on this machine replaced."""
+    model, data = results.model_source, results.data_source
+    params = {key: results.params[key] for key in ("model", "dataset", "prepare")}
+    if model["source"] == "local":
+        name = Path(model["id"]).name
+        model, params["model"] = model | {"id": name}, params["model"] | {"id": name}
+    if data["source"] == "local":
+        data = data | {"id": LOCAL_DATA, "files": {}}
+        params["dataset"] = params["dataset"] | {"id": LOCAL_DATA}
+        if params["prepare"]["eval_file"]:
+            params["prepare"] = params["prepare"] | {"eval_file": LOCAL_DATA}
+    return replace(results, params=results.params | params, model_source=model, data_source=data)
+
+
+def model_card(results: Results) -> str:
     """README.md with YAML metadata; ids that the Hub does not know stay out of the metadata."""
+    results, rows = without_places(results), shows_rows(results)
     base, data = results.model_source, results.data_source
     tags = (
         ["lora", "dvc"]
@@ -40,7 +72,7 @@ def model_card(title: str, results: Results, sections: list[Section]) -> str:
         else ["qlora", "lora", "dvc"]
     )
     card = ModelCardData(
-        model_name=title,
+        model_name=title(results),
         base_model=base["id"] if base["source"] == "hub" else None,
         datasets=[data["id"]] if data["source"] == "hub" and results.train else None,
         license=base["license"].lower() if base["license"] else None,
@@ -59,6 +91,6 @@ def model_card(title: str, results: Results, sections: list[Section]) -> str:
             for prefix, name in scored_sets(results).items()
         ],
     )
-    kept = [section for section in sections if section.title not in LEFT_OUT]
-    heading, _, rest = to_markdown(title, kept).partition("\n")
+    kept = [section for section in sections(results, rows) if section.title not in LEFT_OUT]
+    heading, _, rest = to_markdown(title(results), kept).partition("\n")
     return str(ModelCard(f"---\n{card.to_yaml()}\n---\n\n{heading}\n\n{HOW_TO_LOAD}{rest}"))

@@ -1,6 +1,7 @@
 """What the report says: pure functions from the pipeline's results to blocks of a page.
 
-The same sections become metrics/report.html, metrics/report.md and the model card.
+The same sections become metrics/report.html, metrics/report.md and, as far as they may be shown to
+everybody, the model card.
 """
 
 from stages.reporting import charts, provenance
@@ -12,17 +13,27 @@ from stages.shared.sets import SET_NAMES
 from stages.shared.vram import CARDS_GB, fitting_cards
 
 SHOWN_CHARACTERS = 2000
+WARNING = Paragraph(
+    "This page holds rows of the data, what models answered to them, and paths of this machine. "
+    "Show it to those who may see them; the model card of models/release is made for others."
+)
 
 
-def sections(results: Results) -> list[Section]:
-    """The whole report, in the order of what a reader asks."""
+def report(results: Results) -> list[Section]:
+    """The whole report, which says first that it is not for everybody."""
+    first, *others = sections(results)
+    return [Section(first.title, [WARNING, *first.blocks]), *others]
+
+
+def sections(results: Results, rows: bool = True) -> list[Section]:
+    """In the order of what a reader asks; without `rows`, none of the data's."""
     return [
         _result(results),
         provenance.what(results),
         _quality(results),
         *([_training(results), _memory(results)] if results.train else []),
-        _data(results),
-        _samples(results),
+        _data(results, rows),
+        *([_samples(results)] if rows else []),
         _merge(results),
         _cost(results),
         provenance.parameters(results.params),
@@ -116,7 +127,7 @@ def _memory_table(plan: dict, cost: dict, eval_cost: dict) -> Table:
     return Table(head, rows)
 
 
-def _data(results: Results) -> Section:
+def _data(results: Results, rows: bool) -> Section:
     prepared, sample = results.prepared, results.prepared["sample"]
     counts = [
         [SET_NAMES[name], *(number(values[key]) for key in ("rows", "tokens", "learned_tokens"))]
@@ -126,19 +137,18 @@ def _data(results: Results) -> Section:
         f"Rows were read as {prepared['format']} and rendered with the template "
         f"{prepared['template']}; loss is on: {prepared['loss_on']}."
     )
-    shown = f"One training row ({sample['row']}) as the model sees it; what is learned is marked:"
-    return Section(
-        "Data",
-        [
-            Paragraph(text),
-            Table(["Set", "Rows", "Tokens", "Learned tokens"], counts),
-            charts.lengths(results.lengths),
-            Paragraph("The data contract:"),
-            facts(results.data),
-            Paragraph(shown),
-            Marked([tuple(piece) for piece in sample["pieces"]]),
-        ],
-    )
+    blocks = [
+        Paragraph(text),
+        Table(["Set", "Rows", "Tokens", "Learned tokens"], counts),
+        charts.lengths(results.lengths),
+        Paragraph("The data contract:"),
+        facts(results.data),
+    ]
+    if rows:
+        shown = f"One training row ({sample['row']}) as the model sees it; what is learned is "
+        pieces = Marked([tuple(piece) for piece in sample["pieces"]])
+        blocks += [Paragraph(f"{shown}marked:"), pieces]
+    return Section("Data", blocks)
 
 
 def _samples(results: Results) -> Section:

@@ -182,6 +182,10 @@ class Verify(Section):
     compare_bases: bool
 
 
+class Export(Section):
+    rows_in_card: Literal["public", "always", "never"]
+
+
 class Params(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     model: Model
@@ -194,6 +198,7 @@ class Params(Section):
     evaluate: Evaluate
     merge: Merge
     verify: Verify
+    export: Export
 
 
 def known_keys(section: type[Section] = Params, prefix: str = "") -> list[str]:

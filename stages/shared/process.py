@@ -181,8 +181,16 @@ def _inputs(name: str) -> dict:
 
 
 def _check_writable(entry: dict) -> None:
-    """Raise the OSError at once that a stage would meet when it writes after hours."""
+    """Raise at once what a stage would meet when it has run for hours: OSError or StageError."""
     for path in map(Path, _outs(entry, "outs", "metrics", "plots")):
+        target = path.parent.resolve()
+        if not target.is_relative_to(Path.cwd()):
+            # DVC says so too, when the stage has run.
+            raise StageError(
+                f"{path.parent} leads to {target}, outside the project, where DVC keeps no "
+                "outputs; put the whole project on that disk, or the cache alone: "
+                "dvc cache dir --local DIRECTORY"
+            )
         for folder in (path, path.parent):
             if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK):
                 # A read-only disk refuses its owner too.

@@ -1,8 +1,9 @@
 """Where a model or a data set comes from: a Hugging Face repository, a folder, a Python package.
 
 `Repository` and `Folder` look alike to a stage: `files` (name -> bytes), `get(names, target)`,
-`commit`, `license`, and `sums` (name -> SHA-256, where `get` has taken it already). Only named
-files are fetched, and nothing of them is executed.
+`commit`, `license`, `sums` (name -> SHA-256, where `get` has taken it already), and `private`: not
+everybody may read it, or nobody was asked. Only named files are fetched, and nothing of them is
+executed.
 """
 
 import hashlib
@@ -37,6 +38,7 @@ class Folder:
         Raises StageError at a link that leads out of the folder, unless it is `trusted`.
         """
         self.root, self.commit = (root.parent if root.is_file() else root), commit
+        self.private = True
         self.files: dict[str, int] = {}
         self.sums: dict[str, str] = {}
         home = self.root.resolve()
@@ -69,6 +71,7 @@ class Repository:
             info = HfApi().repo_info(id, repo_type=kind, revision=revision, files_metadata=True)
         self.commit: str = info.sha
         self.license = license_in(info.card_data.to_dict()) if info.card_data else None
+        self.private = bool(info.private or info.gated)
         self._entries = {check_name(entry.rfilename, id): entry for entry in info.siblings}
         self.files = {name: entry.size for name, entry in self._entries.items()}
         self.sums: dict[str, str] = {}
@@ -258,10 +261,12 @@ def write_source(
     commit: str | None,
     license: str | None,
     sums: dict[str, str],
+    private: bool = False,
 ) -> None:
     """Write source.json: where the files of `folder` come from, and the SHA-256 of each.
 
-    `sums` holds those that are known; the others are taken here.
+    `sums` holds those that are known; the others are taken here. `private` is of interest where
+    the name does not say it: for the Hub.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): path for path in paths}
@@ -273,6 +278,8 @@ def write_source(
         "license": license,
         "files": {name: sums.get(name) or sha256(path) for name, path in files.items()},
     }
+    if private and section.source == "hub":
+        record["private"] = True
     write_json(folder / "source.json", record)
 
 

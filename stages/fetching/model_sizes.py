@@ -1,0 +1,90 @@
+"""Is config.json that of the weights? Where not, loading fails hours later, or makes some up."""
+
+import re
+from pathlib import Path
+
+from stages.shared.outputs import read_json
+from stages.shared.process import StageError
+
+_LAYER = re.compile(r"(.+\.)(\d+)\..+")
+_COPY = "mend it in a copy of the model, with model.source: local"
+
+
+def declared_shapes(folder: Path, id: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters that Transformers makes by `folder`/config.json.
+
+    Raises StageError for what no model can be made of, and for settings that are not the model's.
+    """
+    config = read_json(folder / "config.json")
+    _check_settings(config, id)
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            made = AutoConfig.from_pretrained(folder, local_files_only=True)
+            model = AutoModelForCausalLM.from_config(made)
+    except Exception as error:  # whatever a model's own code meets in its configuration
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise StageError(f"{id}: no model can be made of config.json: {reason}") from None
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _check_settings(config: dict, id: str) -> None:
+    parts = [config, *(v for k, v in config.items() if k.endswith("_config") and v)]
+    for part in filter(lambda part: isinstance(part, dict), parts):
+        for key in ("_attn_implementation", "attn_implementation"):
+            if part.get(key) is not None:
+                raise StageError(
+                    f"{id}: config.json: {key} is {part[key]!r}, which train.attention decides "
+                    f"here; {_COPY}"
+                )
+        pad, rows = part.get("pad_token_id"), part.get("vocab_size")
+        if isinstance(pad, int) and isinstance(rows, int) and not -rows <= pad < rows:
+            raise StageError(
+                f"{id}: config.json: pad_token_id {pad} has no row in the embeddings, which have "
+                f"{rows} (vocab_size); {_COPY}"
+            )
+
+
+def check_sizes(
+    folder: Path, files: list[str], declared: dict[str, tuple[int, ...]], id: str
+) -> None:
+    """Raise StageError when the weights in `files` have other shapes or layers than `declared`.
+
+    Tensors that Transformers renames or joins when it loads them are passed over.
+    """
+    from safetensors import safe_open
+
+    found = {}
+    for file in files:
+        with safe_open(folder / file, "pt") as tensors:
+            found |= {
+                name: tuple(tensors.get_slice(name).get_shape())
+                for name in tensors.keys()  # noqa: SIM118 (safe_open is not a dict)
+            }
+    for name in sorted(found.keys() & declared.keys()):
+        if found[name] != declared[name]:
+            raise StageError(
+                f"{id}: {name} is {_by(found[name])} in the weights and {_by(declared[name])} by "
+                "config.json; one of the two is of another model"
+            )
+    has, says = _layers(found), _layers(declared)
+    for prefix in sorted(has.keys() & says.keys()):
+        if has[prefix] != says[prefix]:
+            raise StageError(
+                f"{id}: the weights have {has[prefix]} layers ({prefix}…) and config.json says "
+                f"{says[prefix]}; one of the two is of another model"
+            )
+
+
+def _layers(names) -> dict[str, int]:
+    """How many layers each list of modules has, by what its names begin with."""
+    counts: dict[str, int] = {}
+    for prefix, number in (match.groups() for match in map(_LAYER.fullmatch, names) if match):
+        counts[prefix] = max(counts.get(prefix, 0), int(number) + 1)
+    return counts
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a single number"
