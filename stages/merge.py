@@ -10,12 +10,14 @@ chat template and licence, and merge.json, which says what was done.
 import shutil
 from pathlib import Path
 
+from stages.shared.libraries import load_libraries
 from stages.shared.outputs import check_space, check_sums, read_json, whole_folder, write_json
 from stages.shared.params import load_params
 from stages.shared.process import StageError, begin, sha256
 
 if __name__ == "__main__":
     begin("merge")
+    load_libraries("bitsandbytes")
 
 import torch
 from tokenizers import Tokenizer

@@ -11,12 +11,14 @@ bytes equal those of transformers' own save_pretrained of a model loaded in bflo
 import shutil
 from pathlib import Path
 
+from stages.shared.libraries import load_libraries
 from stages.shared.outputs import check_sums, link_or_copy, read_json, whole_folder, write_json
 from stages.shared.params import load_params
 from stages.shared.process import StageError, begin
 
 if __name__ == "__main__":
     begin("quantize")
+    load_libraries("bitsandbytes", "transformers.modeling_utils")
 
 import torch
 from accelerate import init_empty_weights

@@ -15,6 +15,7 @@ import shutil
 import time
 from pathlib import Path
 
+from stages.shared.libraries import load_libraries
 from stages.shared.outputs import (
     check_space,
     check_sums,
@@ -29,6 +30,7 @@ from stages.shared.process import begin, code_files, sha256
 
 if __name__ == "__main__":
     begin("train")
+    load_libraries("bitsandbytes", "datasets", "peft", "trl.trainer.sft_trainer")
 
 import torch
 from datasets import Dataset, disable_caching

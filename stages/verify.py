@@ -17,12 +17,14 @@ import math
 import tempfile
 from pathlib import Path
 
+from stages.shared.libraries import load_libraries
 from stages.shared.outputs import check_sums, read_json, write_metrics, write_text
 from stages.shared.params import load_params
 from stages.shared.process import StageError, begin, sha256
 
 if __name__ == "__main__":
     begin("verify")
+    load_libraries("bitsandbytes", "peft")
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
