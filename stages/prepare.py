@@ -13,6 +13,7 @@ decide which rows are duplicates, held out or trained on; only the chosen ones a
 import shutil
 from pathlib import Path
 
+from stages.shared.libraries import load_libraries
 from stages.shared.outputs import (
     check_sums,
     read_json,
@@ -26,6 +27,7 @@ from stages.shared.process import StageError, begin
 
 if __name__ == "__main__":
     begin("prepare")
+    load_libraries("transformers", without=["torch"])
 
 import numpy as np
 from tqdm import tqdm

@@ -12,6 +12,7 @@ import shutil
 import time
 from pathlib import Path
 
+from stages.shared.libraries import load_libraries
 from stages.shared.outputs import (
     check_sums,
     link_or_copy,
@@ -25,6 +26,7 @@ from stages.shared.process import StageError, begin
 
 if __name__ == "__main__":
     begin("quantize")
+    load_libraries("bitsandbytes", "transformers.modeling_utils")
 
 import torch
 from accelerate import init_empty_weights

@@ -11,12 +11,14 @@ import gc
 import shutil
 from pathlib import Path
 
+from stages.shared.libraries import load_libraries
 from stages.shared.outputs import check_sums, read_json, whole_folder, write_json, write_metrics
 from stages.shared.params import Params, load_params
 from stages.shared.process import begin, code_files, sha256
 
 if __name__ == "__main__":
     begin("train")
+    load_libraries("bitsandbytes", "datasets", "peft", "trl.trainer.sft_trainer")
 
 import torch
 from datasets import Dataset, disable_caching

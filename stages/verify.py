@@ -16,12 +16,14 @@ import gc
 import tempfile
 from pathlib import Path
 
+from stages.shared.libraries import load_libraries
 from stages.shared.outputs import check_sums, write_metrics, write_text
 from stages.shared.params import load_params
 from stages.shared.process import StageError, begin
 
 if __name__ == "__main__":
     begin("verify")
+    load_libraries("bitsandbytes", "peft")
 
 import torch
 

@@ -109,7 +109,7 @@ def check_weights(folder: Path, names: list[str], id: str) -> None:
     tensors = {}
     for name in names:
         try:
-            with safe_open(folder / name, "pt") as file:
+            with safe_open(folder / name, "np") as file:
                 tensors |= dict.fromkeys(file.keys(), name)
         except SafetensorError as error:
             raise StageError(f"{id}: {name} is damaged or cut short ({error})") from None

@@ -46,7 +46,9 @@ def lengths(table: pa.Table) -> tuple[list[int], list[int]]:
     """(tokens, learned tokens) of every row, without a Python object for each token."""
     tokens = token_counts(table)
     row = pc.list_parent_indices(table["labels"])
-    learned = pc.filter(row, pc.not_equal(pc.list_flatten(table["labels"]), IGNORED))
+    # Before it takes a Python value such as IGNORED, pyarrow imports pandas.
+    equal = pc.equal(pc.list_flatten(table["labels"]), pc.list_flatten(table["input_ids"]))
+    learned = pc.filter(row, equal)
     counts = {c["values"]: c["counts"] for c in pc.value_counts(learned).to_pylist()}
     return tokens, [counts.get(i, 0) for i in range(len(tokens))]
 
