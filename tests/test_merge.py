@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import merge
 from stages.shared import weights
+from stages.shared.end_tokens import end_tokens
 from stages.shared.outputs import SUMS, check_sums, write_sums
 from stages.shared.process import StageError, sha256
 from stages.shared.weights import Weights
@@ -131,6 +132,9 @@ def test_all_that_the_rows_end_with_ends_an_answer_of_the_merged_model(llama, mo
     run(merge, llama, monkeypatch)
     generation = json.loads((llama / "models/merged/generation_config.json").read_text())
     assert generation["eos_token_id"] == [2, 1]
+    # A token that tokenizer.json lacks is none that a model ends with.
+    edit_json(llama / "models/merged/tokenizer_config.json", eos_token="absent")
+    assert end_tokens(llama / "models/merged", 7) == [7, 2, 1]
 
 
 def test_folder_serves_alone(llama, monkeypatch, capsys):
