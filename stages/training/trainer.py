@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
 from stages.shared.fast_path import FastPath, plain_layers
@@ -64,6 +65,14 @@ class Trainer(SFTTrainer):
         self.tokens += self.ahead.popleft()
         output = model(**inputs, use_cache=False, fused_lm_head=True)
         return -output.log_probs.sum() / num_items_in_batch
+
+    def _get_train_sampler(self, train_dataset=None):
+        """As transformers does, told the lengths: it would decode every row to count its tokens."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(size, lengths=token_counts(rows.with_format("arrow")[:]))
 
     def floating_point_ops(self, inputs) -> int:
         """Not estimated: the estimate walks through all modules at every step."""
