@@ -575,7 +575,7 @@ def test_lock_file_cut_at_any_byte_is_noticed_or_says_nothing_false(repository, 
 
 def test_what_dvc_left_half_written_is_no_obstacle(fresh, log):
     """As `make repro` runs it; tests/chaos does more of it."""
-    change(fresh, "evaluate", 7)
+    change(fresh, "stages/evaluate.py", 7)
     killed = ("python", str(ROOT / "tests/chaos/dvc_killed.py"))
     for path, at, size, left in (
         (".dvc/tmp/rwlock", "1", "0", 0),

@@ -17,7 +17,7 @@ from stages.shared.process import StageError, check_inputs, note_writing, sha256
 SUMS = "SHA256SUMS"
 GB = 1e9  # bytes
 # sha256sum writes a name with one of these so, and a backslash before the line.
-_ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
+_ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r"})
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def write_sums(folder: Path, known: dict[str, str] | None = None) -> None:
         name = file.relative_to(folder).as_posix()
         if any("\udc80" <= character <= "\udcff" for character in name):
             raise StageError(f"{folder}: the name {name!a} is no UTF-8 text; rename the file")
-        escaped = name.translate(str.maketrans(_ESCAPES))
+        escaped = name.translate(_ESCAPES)
         mark = "\\" if escaped != name else ""
         lines.append(f"{mark}{(known or {}).get(name) or sha256(file)}  {escaped}\n")
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
@@ -164,7 +164,7 @@ def check_sums(folder: Path, stage: str, weights: bool = True) -> None:
 
 
 def _unescaped(name: str) -> str:
-    plain = {escaped[1]: character for character, escaped in _ESCAPES.items()}
+    plain = {escaped[1]: chr(code) for code, escaped in _ESCAPES.items()}
     return re.sub(r"\\(.)", lambda match: plain.get(match[1], match[0]), name)
 
 
