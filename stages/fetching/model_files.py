@@ -69,7 +69,7 @@ def check_config(folder: Path, id: str) -> None:
 
     config = _read_json(folder / "config.json", id)
     kind = config.get("model_type")
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(kind))
     remote = (config.get("auto_map") or {}).get("AutoModelForCausalLM", "").rpartition(".")[2]
     # Some repositories still name the code that Transformers has since taken in: same class.
     if config.get("auto_map") and (known is None or remote != known):
@@ -106,7 +106,7 @@ def check_weights(folder: Path, names: list[str], id: str) -> None:
     """Raise StageError when a file of weights is cut short or the index and the files differ."""
     from safetensors import SafetensorError, safe_open
 
-    tensors = {}
+    tensors: dict[str, str] = {}
     for name in names:
         try:
             with safe_open(folder / name, "np") as file:

@@ -224,7 +224,7 @@ def _check_complete(folder: Path, config: dict, updates: dict, shapes: dict) -> 
     for weight, shape in shapes.items():
         module = weight.removesuffix(".weight")
         if isinstance(targets, str):
-            named = re.fullmatch(targets, module)
+            named = re.fullmatch(targets, module) is not None
         else:
             named = any(module == t or module.endswith(f".{t}") for t in targets or ())
         if named and weight.endswith(".weight") and len(shape) == 2 and weight not in updates:

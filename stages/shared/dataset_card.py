@@ -31,8 +31,9 @@ def listed_files(card: dict, section: Dataset) -> dict[str | None, list[str]]:
 
     Empty where the card lists no configurations. Raises StageError when it lists others.
     """
-    listed = card.get("configs") if isinstance(card.get("configs"), list) else []
-    named = [entry for entry in listed if isinstance(entry, dict) and "config_name" in entry]
+    listed = card.get("configs")
+    entries = listed if isinstance(listed, list) else []
+    named = [entry for entry in entries if isinstance(entry, dict) and "config_name" in entry]
     configs = {str(entry["config_name"]): entry for entry in named}
     default = [n for n, c in configs.items() if c.get("default") or len(configs) == 1]
     wanted = section.config or next(iter(default), "default")
@@ -44,7 +45,8 @@ def listed_files(card: dict, section: Dataset) -> dict[str | None, list[str]]:
             )
         return {}
     inside = str(configs[wanted].get("data_dir") or "").strip("./")
-    files, found = configs[wanted].get("data_files") or "**", {}
+    files = configs[wanted].get("data_files") or "**"
+    found: dict[str | None, list[str]] = {}
     for each in files if isinstance(files, list) else [files]:
         entry = each if isinstance(each, dict) else {"path": each}
         split, paths = entry.get("split"), entry.get("path")
