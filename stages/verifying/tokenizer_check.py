@@ -107,4 +107,4 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> str:
 
 def split(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Sequence[str]]:
     """The tokens of each text as they are written, with what is put around a text."""
-    return [tokenizer.convert_ids_to_tokens(ids) for ids in tokenizer(texts)["input_ids"]]
+    return [list(tokenizer.convert_ids_to_tokens(ids)) for ids in tokenizer(texts)["input_ids"]]
