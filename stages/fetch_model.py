@@ -19,8 +19,7 @@ from stages.shared.process import StageError, begin
 
 if __name__ == "__main__":
     begin("fetch_model")
-    if load_params().model.source != "pypi":
-        load_libraries("transformers", without=["torch"])
+    load_libraries("transformers.modeling_utils")
 
 from stages.fetching.model_files import check_config, check_weights, small_files, weight_files
 from stages.fetching.model_sizes import check_sizes, declared_shapes

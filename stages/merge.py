@@ -26,7 +26,9 @@ from stages.shared.process import StageError, begin, sha256
 
 if __name__ == "__main__":
     begin("merge")
-    load_libraries("bitsandbytes", "transformers")
+    # Only a tokenizer is asked of it.
+    load_libraries("transformers", without=["torch"])
+    load_libraries("bitsandbytes")
 
 import torch
 from tqdm import tqdm

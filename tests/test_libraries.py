@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from tiny import PARAMS, ROOT, TINY_PARAMS
 
 from stages.shared.libraries import compiling_later, load_libraries
 
+STAGES = ROOT / "stages"
 # Runs stages' scripts up to main(), one after another, and lists what has been imported after each.
 START = """
 import json, sys
@@ -29,8 +31,10 @@ for name in sys.argv[1:]:
         dequantize_4bit(*quantize_4bit(torch.ones(64, 64), compress_statistics=True))
     print(json.dumps([name, sorted(key for key, module in sys.modules.items() if module)]))
 """
-# merge comes first: the others bring transformers, which takes a part of the compiler.
-HEAVY = ["merge", "plan", "quantize", "evaluate", "verify", "train"]
+HEAVY = ["fetch_model", "plan", "quantize", "evaluate", "verify", "train"]
+NEEDLESS = {"torch._inductor.compile_fx", "scipy.optimize"}
+# In these transformers finds no torch: they load a tokenizer and no model. What each writes.
+MODELLESS = {"merge": "models/merged", "prepare": "data/prepared"}
 
 
 def imported(folder, names: list[str]) -> dict[str, set[str]]:
@@ -50,20 +54,45 @@ def imported(folder, names: list[str]) -> dict[str, set[str]]:
     return {name: set(modules) for name, modules in lines}
 
 
-# Apart: transformers looks for torch once.
-@pytest.mark.parametrize("names", [["fetch_model"], ["fetch_data", "export", "prepare"]])
-def test_stages_without_tensors_import_no_torch(names, tmp_path):
+def test_stages_without_tensors_import_no_torch(tmp_path):
+    names = ["fetch_data", "export", "prepare"]
     found = imported(tmp_path, names)
-    assert "transformers" in found[names[-1]]
+    assert "transformers" in found["prepare"]
     assert [name for name in names if "torch" in found[name]] == []
 
 
-def test_stages_with_tensors_import_no_compiler(tmp_path):
+def test_merge_imports_no_compiler_and_no_models(tmp_path):
+    found = imported(tmp_path, ["merge"])["merge"]
+    assert {"bitsandbytes", "transformers"} <= found
+    assert found.isdisjoint({"torch._dynamo", "transformers.modeling_utils"})
+
+
+def test_stages_with_models_import_no_compiler(tmp_path):
     found = imported(tmp_path, HEAVY)
-    assert "bitsandbytes" in found["merge"]
-    assert "torch._dynamo" not in found["merge"]
-    needless = {"torch._inductor.compile_fx", "scipy.optimize"}
-    assert [name for name in HEAVY if needless & found[name]] == []
+    assert "bitsandbytes" in found["train"]
+    assert [name for name in HEAVY if NEEDLESS & found[name]] == []
+
+
+def test_every_stage_is_looked_at():
+    scripts = {file.stem: file.read_text(encoding="utf-8") for file in STAGES.glob("[a-z]*.py")}
+    assert set(scripts) == {*HEAVY, "merge", "fetch_data", "export", "prepare"}
+    hiding = {name for name, script in scripts.items() if 'without=["torch"]' in script}
+    assert hiding == set(MODELLESS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "out"), MODELLESS.items())
+def test_without_torch_transformers_does_the_same(name, out, finished, tmp_path):
+    """The finished workspace comes of processes in which transformers has found torch."""
+    folder = shutil.copytree(finished, tmp_path / "ws")
+    shutil.rmtree(folder / out)
+    command = [sys.executable, "-m", f"stages.{name}"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for file in (finished / out).rglob("*"):
+        if file.is_file():
+            same = folder / file.relative_to(finished)
+            assert same.read_bytes() == file.read_bytes(), same
 
 
 @pytest.fixture
