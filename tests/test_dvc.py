@@ -35,6 +35,7 @@ STALE = {
     "evaluate": ["evaluate", "export"],
     "merge": ["merge", "verify", "export"],
     "verify": ["verify", "export"],
+    "export": ["export"],
     "stages/fetch_model.py": [name for name in ALL if name != "fetch_data"],
     "stages/fetch_data.py": ["fetch_data", "prepare", "plan", *AFTER_TRAIN],
     "stages/prepare.py": ["prepare", "plan", *AFTER_TRAIN],

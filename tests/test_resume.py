@@ -25,7 +25,7 @@ from stages.training.checkpoints import SIGNALS, Checkpoints, newest_complete
 from stages.training.faults import EXPLODED_STEPS, MOVED_BY_STEP, Faults
 
 # Metrics of time and memory, which no two runs share.
-TIMINGS = {"metrics/train_cost.json"}
+TIMINGS = {"metrics/quantize_cost.json", "metrics/train_cost.json"}
 # Twelve steps or more each. Together: every schedule but the constant one, every batching,
 # a last accumulation that is not full, dropout, part of an epoch.
 VARIANTS = {
