@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ from typing import IO, Any
 
 # YAMLError too, since params is where a Python without the packages is noticed.
 from stages.shared.params import PARAMS, YAMLError, keep_params, load_params, read_yaml
+from stages.shared.screen import on_screen
 
 # What the disk refuses, and what its owner can do about it.
 DISK_FAULTS = {
@@ -236,9 +238,11 @@ def _report(
     elif issubclass(kind, MemoryError) or "can't allocate memory" in str(error):
         message = "out of memory (RAM); close other programs or take a smaller model or batch"
     else:
-        sys.__excepthook__(kind, error, trace)
+        for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
+            print(on_screen(line), file=sys.stderr)
         return
-    print(f"{name}: {message}", file=sys.stderr)
+    # Names and values of others are in it.
+    print(on_screen(f"{name}: {message}"), file=sys.stderr)
     # DVC removed the outputs before it started the stage.
     if "DVC_STAGE" in os.environ and "DVC_EXP_NAME" not in os.environ and _in_cache(name):
         print(
