@@ -280,7 +280,10 @@ REFUSED = [
         config(target_modules=["q_proj", "v_proj"]),
         "model.layers.0.mlp.down_proj has tensors and is not among the adapter's target_modules",
     ),
-    (config(layers_to_transform=[1]), "model.layers.0.mlp.down_proj has tensors and is not among"),
+    (
+        config(target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers"),
+        "model.layers.0.mlp.down_proj has tensors and is not among",
+    ),
     (config(exclude_modules="(.*a)*b|.*q_proj"), f"{Q} has tensors and is not among"),
     (lambda a: (a / ADAPTER).unlink(), "adapter_model.safetensors: cannot be read"),
     (

@@ -25,12 +25,17 @@ def _words(value: object) -> object:
     return str(value) if number else value
 
 
+def _mappings(value: object) -> object:
+    """Real cards have a word or two among their configurations."""
+    return [e for e in value if isinstance(e, dict)] if isinstance(value, list) else value
+
+
 Words = Annotated[str, BeforeValidator(_words)]
 
 
 class Files(Foreign):
     split: Words | None = None
-    path: Words | list[Words]
+    path: Words | list[Words] | None = None
 
 
 class Configuration(Foreign):
@@ -43,7 +48,7 @@ class Configuration(Foreign):
 class Card(Foreign):
     license: Words | list[Words] | None = None
     license_name: Words | list[Words] | None = None
-    configs: list[Configuration] | None = None
+    configs: Annotated[list[Configuration], BeforeValidator(_mappings)] | None = None
 
 
 def read_card(folder: Path) -> dict:
