@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 from stages.fetching.model_files import check_config, check_weights, small_files, weight_files
 from stages.shared.paths import BASE, TOKENIZER
+from stages.shared.screen import tell
 from stages.shared.sources import (
     Folder,
     Repository,
@@ -38,7 +39,7 @@ def fetch(source: Repository | Folder, section: Model, out: Path) -> None:
     check_config(out, section.id)
     weights = weight_files(out, source.files, section.id)
     size = sum(source.files[name] for name in weights)
-    print(f"fetch_model: fetching {len(weights)} files of {section.id}, {size / 1e9:.2f} GB")
+    tell(f"fetch_model: fetching {len(weights)} files of {section.id}, {size / 1e9:.2f} GB")
     source.get(weights, out)
     check_weights(out, weights, section.id)
     keep_only(out, names + weights)
@@ -54,7 +55,7 @@ def convert(section: Model, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    print(f"fetch_model: converting {files[0].name} to bfloat16 safetensors")
+    tell(f"fetch_model: converting {files[0].name} to bfloat16 safetensors")
     gguf = {"gguf_file": files[0].name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(files[0].parent, **gguf)
     model = AutoModelForCausalLM.from_pretrained(files[0].parent, dtype=torch.float32, **gguf)

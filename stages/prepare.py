@@ -33,7 +33,7 @@ from transformers import AutoTokenizer
 
 from stages.preparing.contract import MOST_LEAKED, Drops, lengths_table, metrics_of, sample_of, show
 from stages.preparing.encoding import Encoder
-from stages.preparing.formats import Format, Unusable, names_of, recognize
+from stages.preparing.formats import Example, Format, Unusable, names_of, recognize
 from stages.preparing.readers import files_to_read, read_file
 from stages.preparing.splitting import (
     Pools,
@@ -46,8 +46,10 @@ from stages.preparing.splitting import (
 )
 from stages.preparing.templates import settle
 from stages.preparing.writing import Written, write_set
+from stages.shared.bounded import bounded
 from stages.shared.paths import PREPARED, RAW, TOKENIZER
 from stages.shared.rows import read_rows, set_sha256
+from stages.shared.screen import on_screen, tell
 from stages.shared.sets import SET_NAMES, held_out_sets
 
 METRICS = Path("metrics/data.json")
@@ -61,14 +63,14 @@ def scan(names: list[str], params: Prepare, store: Store) -> tuple[Format, Drops
     form, drops = None, Drops()
     size = sum((RAW / name).stat().st_size for name in names)
     files = "1 file" if len(names) == 1 else f"{len(names)} files"
-    print(f"prepare: reading {size / 1e6:.2f} MB in {files}: {', '.join(names[:5])}")
+    tell(f"prepare: reading {size / 1e6:.2f} MB in {files}: {', '.join(names[:5])}")
     for name in names:
         path = RAW / name
-        for line, row in tqdm(read_file(path), name, unit=" rows", disable=None):
+        for line, row in tqdm(read_file(path), on_screen(name), unit=" rows", disable=None):
             where = f"{path}:{line}"
             if form is None:
                 form = recognize(params.format, params.columns, row, where)
-                print(f"prepare: {describe(form, row, params)}")
+                tell(f"prepare: {describe(form, row, params)}")
             drops.seen += 1
             try:
                 store.add(name, line, form.example(row, where), group_of(row, params, where))
@@ -195,13 +197,29 @@ def summary(metrics: dict, params: Prepare) -> str:
     return said
 
 
+def settle_bounded(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> str:
+    """`settle`, and what an Encoder asks of the tokenizer first, in a process that can be ended."""
+
+    def work() -> tuple:
+        said = settle(tokenizer, params, form, samples)
+        Encoder(tokenizer, params)
+        return said, tokenizer.chat_template, tokenizer.eos_token, tokenizer.pad_token
+
+    remedy = "set another prepare.template or take another model (a tokenizer can do it too)"
+    where = f"{TOKENIZER}: rendering and tokenizing the first rows"
+    said, template, eos, pad = bounded(work, where, remedy)
+    tokenizer.chat_template, tokenizer.eos_token, tokenizer.pad_token = template, eos, pad
+    return said
+
+
 def prepare(dataset: Dataset, params: Prepare, out: Path) -> tuple[dict, str, dict]:
     """Fill `out`; (metrics/data.json, metrics/lengths.csv, a row of the training set to show)."""
     store = Store(out)
     form, unreadable = scan(files_to_read(RAW, dataset, params.eval_file), params, store)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     samples = [store.example(row) for row in range(min(len(store), SAMPLES))]
-    print(f"prepare: {settle(tokenizer, params, form, samples)}")
+    said = settle_bounded(tokenizer, params, form, samples)
+    tell(f"prepare: {said}")
     rows, given, counts = remove_duplicates(store, params)
     pools = make_pools(store, rows, given, params)
     sets, unused = write_sets(store, pools, Encoder(tokenizer, params), params, out)

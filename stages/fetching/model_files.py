@@ -128,6 +128,7 @@ def _load(folder: Path, id: str) -> None:
     with _one_line(f"{id}: its tokenizer does not load"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         vocabulary, special = tokenizer.get_vocab(), tokenizer.all_special_tokens
+        tokenizer.decode(tokenizer.encode("Two words.\n"))
     if not tokenizer.is_fast:
         raise StageError(f"{id} has no fast tokenizer (tokenizer.json), which this pipeline needs")
     # Transformers makes an empty one when tokenizer.json is missing, and says nothing.

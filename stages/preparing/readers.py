@@ -42,6 +42,8 @@ _SPLITS = {
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+# What Arrow raises for a value that it has and Python cannot hold.
+_NO_PYTHON = (ArithmeticError, LookupError, ValueError, pa.ArrowException)
 _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, pa.ArrowException, OSError)
 
 
@@ -364,11 +366,51 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
                 if names.count(name) > 1:
                     raise StageError(f"{path}: the column {name!r} stands twice; rename one")
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH, use_threads=False):
-                for row in batch.to_pylist():
+                for row in _rows_of(batch, path, number):
                     number += 1
                     yield number, row
     except (UnicodeDecodeError, *_DAMAGED) as error:
         raise _damaged(path, error) from None
+
+
+class Unreadable:
+    """In the place of a value that Python cannot hold, such as a date after the year 9999.
+
+    Nothing is wrong while its column is not used. Used as text, it says so.
+    """
+
+    def __init__(self, where: str):
+        self.where = where
+
+    def __str__(self) -> str:
+        raise StageError(
+            f"{self.where} cannot be read (a date beyond the year 9999, a field twice, no UTF-8?); "
+            "store it as text"
+        )
+
+
+def _rows_of(batch: pa.RecordBatch, path: Path, before: int) -> Iterator[dict]:
+    """The rows of a batch, which `before` rows come before in the file."""
+    names = batch.schema.names
+    columns = [
+        _values(column, f"{path}: {name!r} after row {before}")
+        for name, column in zip(names, batch.columns, strict=True)
+    ]
+    return (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+
+
+def _values(column: pa.Array, where: str) -> list:
+    try:
+        return column.to_pylist()
+    except _NO_PYTHON:
+        return [_value_of(value, where) for value in column]
+
+
+def _value_of(value: pa.Scalar, where: str) -> object:
+    try:
+        return value.as_py()
+    except _NO_PYTHON:
+        return Unreadable(where)
 
 
 _READERS = {

@@ -11,7 +11,15 @@ from stages.preparing.formats import Example, Unusable
 # Keys of a message in which models' reasoning is kept apart from the answer.
 _REASONING = ("reasoning_content", "thinking")
 # What a template raises about a row: raise_exception() and Python's own, as of "".index("a").
-TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError)
+TEMPLATE_FAULTS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,  # as of a macro that calls itself for ever
+    TypeError,
+    ValueError,
+)
 
 
 def bos_of(tokenizer) -> str:

@@ -6,7 +6,9 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,9 @@ from tqdm import tqdm
 from stages.preparing.encoding import Encoder
 from stages.preparing.formats import Unusable
 from stages.preparing.splitting import Store
-from stages.shared.process import end_with_parent
+from stages.shared.bounded import bounded, limited
+from stages.shared.paths import RAW
+from stages.shared.process import StageError, end_with_parent
 from stages.shared.rows import IGNORED, SCHEMA
 
 # Rows in a task and in a record batch: the bytes of a file depend on it.
@@ -108,20 +112,23 @@ def _parts(
     chunks = [candidates[i : i + _CHUNK] for i in range(0, len(candidates), _CHUNK)]
     workers = len(os.sched_getaffinity(0))
     if wanted < _WORTH_WORKERS or workers == 1:
-        yield from ((chunk, _encode(chunk)) for chunk in chunks)
+        yield from ((chunk, _encode_bounded(chunk)) for chunk in chunks)
         return
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(workers, context, _begin_worker, (os.getpid(),))
+    done = chunks[0]
     try:
         waiting = deque()
         for chunk in chunks:
-            waiting.append((chunk, pool.submit(_encode, chunk)))
+            waiting.append((chunk, pool.submit(_encode_limited, chunk)))
             # So many are in flight that no worker waits, and memory stays bounded.
             if len(waiting) > 2 * workers:
                 done, future = waiting.popleft()
                 yield done, future.result()
         for done, future in waiting:
             yield done, future.result()
+    except BrokenProcessPool:
+        raise culprit(done) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -133,6 +140,39 @@ def _begin_worker(stage: int) -> None:
     end_with_parent(signal.SIGKILL)
     if os.getppid() != stage:
         os._exit(1)
+
+
+def seconds_for(chunk: np.ndarray, least: float = 15.0) -> float:
+    """How long rendering and tokenizing may take: the slowest tokenizers do 1 MB/s."""
+    return least + _job["store"].size(chunk) / 100_000
+
+
+def _encode_limited(chunk: np.ndarray) -> Part:
+    """`_encode` in a worker, which is ended by SIGALRM when it takes too long."""
+    with limited(seconds_for(chunk)):
+        return _encode(chunk)
+
+
+def _encode_bounded(chunk: np.ndarray) -> Part:
+    """`_encode` in a process that is ended when it takes too much; the row is named."""
+    try:
+        return bounded(partial(_encode, chunk), "", "", seconds_for(chunk))
+    except StageError:
+        raise culprit(chunk) from None
+
+
+def culprit(chunk: np.ndarray) -> StageError:
+    """The row that takes too much, of a chunk that did."""
+    remedy = "set another prepare.template or take another model (a tokenizer can do it too)"
+    for row in chunk:
+        try:
+            each = np.array([row])
+            where = f"{RAW / _job['store'].where(row)}: rendering and tokenizing it"
+            bounded(partial(_encode, each), where, remedy, seconds_for(each, 4.0))
+        except StageError as error:
+            return error
+    first, last = (RAW / _job["store"].where(row) for row in chunk[[0, -1]])
+    return StageError(f"{first} to {last}: rendering and tokenizing them took too much; {remedy}")
 
 
 def _encode(chunk: np.ndarray) -> Part:

@@ -12,12 +12,13 @@ import resource
 import signal
 import traceback
 from collections.abc import Callable
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
 from stages.shared.process import StageError, end_with_parent
 
-SECONDS = 25.0
+SECONDS = 20.0
 # Of address space, beyond what the process has already.
 BYTES = 8_000_000_000
 
@@ -67,11 +68,27 @@ def limit_worker(parent: int) -> None:
     if os.getppid() != parent:
         os._exit(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    limit_memory()
+
+
+def limit_memory() -> None:
+    """Let this process take no more than BYTES beyond what it has."""
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     soft = size + BYTES if hard == resource.RLIM_INFINITY else min(size + BYTES, hard)
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextmanager
+def limited(seconds: float):
+    """End this process by SIGALRM when the block takes longer: only a worker may use it."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _answer(to: Connection, work: Callable[[], Result], parent: int) -> None:
