@@ -410,15 +410,16 @@ def test_sample_marks_what_is_learned(tmp_path, monkeypatch, capsys):
     assert (about["sample"]["row"], no, yes) == (row["row"], False, True)
     assert f"user\nQuestion {number}?<|im_end|>" in prompt
     assert answer == f"answer {number}<|im_end|>"
-    assert f"{prompt}[[{answer}]]\n" in capsys.readouterr().out
+    shown = f"  {prompt}[[{answer}]]".replace("\n", "\n  ")
+    assert f"marked:\n{shown}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("terminal", "no_color", "expected"),
     [
-        (True, "", "a\\x1b\n\x1b[32mb\x1b[0m"),
-        (True, "1", "a\\x1b\n[[b]]"),
-        (False, "", "a\\x1b\n[[b]]"),
+        (True, "", "  a\\x1b\n  \x1b[32mb\x1b[0m"),
+        (True, "1", "  a\\x1b\n  [[b]]"),
+        (False, "", "  a\\x1b\n  [[b]]"),
     ],
 )
 def test_sample_is_coloured_in_a_terminal_only(terminal, no_color, expected, monkeypatch, capsys):

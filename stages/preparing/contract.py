@@ -151,4 +151,5 @@ def show(sample: dict) -> None:
     ]
     text = "".join(f"{before}{t}{after}" if learned else t for t, learned in shown)
     tell(f"prepare: the row {sample['row']}, with what is learned marked:")
-    print(text)
+    # Indented, no line of the row looks like one of ours.
+    print("  " + text.replace("\n", "\n  "))

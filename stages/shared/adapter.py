@@ -46,7 +46,6 @@ HARMLESS = {
     "loftq_config",
     "lora_dropout",
     "lora_ga_config",
-    "megatron_config",
     "megatron_core",
     "peft_version",
     "qalora_group_size",
@@ -66,6 +65,7 @@ READ = {
     "use_rslora",
 }
 REFUSED = {
+    "megatron_config": "PEFT would import the module that megatron_core names",
     "use_dora": "DoRA rescales whole columns of the weight",
     "modules_to_save": "whole retrained modules are not a low-rank update",
     "trainable_token_indices": "retrained embedding rows are not a low-rank update",

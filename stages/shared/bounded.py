@@ -42,7 +42,7 @@ def bounded(
     try:
         if not here.poll(seconds):
             raise StageError(f"{where}: took more than {seconds:g} s; {remedy}")
-        done, answer = pickle.loads(here.recv_bytes())
+        answer, error, trace = pickle.loads(here.recv_bytes())
     except EOFError:
         process.join()
         number = -(process.exitcode or 0)
@@ -52,11 +52,13 @@ def bounded(
         process.kill()
         process.join()
         here.close()
-    if done:
+    if error is None:
         return answer
-    if isinstance(answer, MemoryError):
+    if isinstance(error, MemoryError):
         raise StageError(f"{where}: took more than {BYTES / 1e9:g} GB of memory; {remedy}")
-    raise answer
+    # Where it happened does not travel with it.
+    error.add_note(trace)
+    raise error
 
 
 def limit_worker(parent: int) -> None:
@@ -94,17 +96,18 @@ def limited(seconds: float):
 def _answer(to: Connection, work: Callable[[], Result], parent: int) -> None:
     limit_worker(parent)
     try:
-        answer = pickle.dumps((True, work()))
+        answer = pickle.dumps((work(), None, ""))
     except BaseException as error:  # the panics of libraries written in Rust are no Exception
         answer = _pickled(error)
     to.send_bytes(answer)
 
 
 def _pickled(error: BaseException) -> bytes:
-    error.add_note("".join(traceback.format_exception(error)))
+    trace = traceback.format_exc()
     try:
-        answer = pickle.dumps((False, error))
+        answer = pickle.dumps((None, error, trace))
         pickle.loads(answer)
         return answer
     except Exception:
-        return pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}"[:2000])))
+        other = RuntimeError(f"{type(error).__name__}: {error}"[:2000])
+        return pickle.dumps((None, other, trace))

@@ -117,7 +117,7 @@ class Repository:
         def ask() -> tuple[Listing, str | None]:
             with hub_errors(kind, id, revision):
                 info = HfApi().repo_info(id, repo_type=kind, revision=revision, files_metadata=True)
-            card, _ = known_of(info.card_data.to_dict() if info.card_data else {})
+                card, _ = known_of(info.card_data.to_dict() if info.card_data else {})
             return held_to(Listing, info, f"{id}: the Hub's answer"), license_in(card)
 
         self.kind, self.id, self.revision = kind, id, revision

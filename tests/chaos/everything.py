@@ -4,7 +4,8 @@
 
 Kills every stage of a tiny pipeline at chosen and random instants, and `dvc repro` itself, runs
 what was killed again, and compares every output but timings byte for byte with an undisturbed
-run. Then gives stages the malformed parameters and data that the tests keep.
+run. Then gives stages the malformed parameters and data that the tests keep, and to what reads
+the files of others what hostile.py writes.
 """
 
 import datetime
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import bad_inputs
 import bad_params
+import hostile
 import kills
 import quick
 import through_dvc
@@ -105,6 +107,11 @@ def main() -> None:
             found.append(kill)
         params = try_bad_params(finished)
         inputs = try_bad_inputs(finished, folder / "bad")
+        tried = hostile.try_all(hostile.cases(), folder / "hostile")
+    for case, outcome in tried:
+        if outcome.fault:
+            print(f"{case.kind}: {case.name}: {outcome.fault}", flush=True)
+    harm = hostile.counts(tried)
     counted = [kill for kill in found if kill.counted]
     lost = [kill for kill in found if not kill.identical]
     result = {
@@ -113,6 +120,7 @@ def main() -> None:
         "bad_params": len(params),
         "bad_inputs": len(inputs),
         "clear_errors": sum(params) + sum(inputs),
+        **harm,
         "lost": len(lost),
         "kills_by_stage": Counter(kill.stage for kill in counted),
         "instants": [f"{kill.stage}: {kill.instant}" for kill in counted],
@@ -127,5 +135,10 @@ def main() -> None:
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k != "instants"}, indent=1))
-    if lost or sum(params) < len(params) or sum(inputs) < len(inputs):
+    if (
+        lost
+        or any(outcome.fault for _, outcome in tried)
+        or sum(params) < len(params)
+        or sum(inputs) < len(inputs)
+    ):
         sys.exit("chaos: something was lost, or an error was not clear")
