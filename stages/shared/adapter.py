@@ -282,7 +282,7 @@ def _is_named(names: str | Iterable[str], module: str) -> bool:
 def _rank_and_scaling(config: Config, module: str) -> tuple[int, float]:
     """As PEFT finds them: a pattern's key matches the end of the module's name."""
 
-    def value(patterns: dict | None, default: float) -> float:
+    def value(patterns: dict | None, default):
         matching = (v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", module))
         return next(matching, default)
 
