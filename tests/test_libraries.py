@@ -50,9 +50,8 @@ def imported(folder, names: list[str]) -> dict[str, set[str]]:
     return {name: set(modules) for name, modules in lines}
 
 
-# Apart: transformers looks for torch once.
-@pytest.mark.parametrize("names", [["fetch_model"], ["fetch_data", "export", "prepare"]])
-def test_stages_without_tensors_import_no_torch(names, tmp_path):
+def test_stages_without_tensors_import_no_torch(tmp_path):
+    names = ["fetch_data", "export", "prepare"]
     found = imported(tmp_path, names)
     assert "transformers" in found[names[-1]]
     assert [name for name in names if "torch" in found[name]] == []
