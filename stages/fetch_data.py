@@ -99,8 +99,9 @@ def extract(section: Dataset, out: Path) -> None:
     """Write the help examples of the package azure-cli to examples.jsonl."""
     if section.id != "azure-cli":
         raise StageError(f"dataset.id: only azure-cli is known as a package, not {section.id}")
+    assert section.revision is not None  # Null for a local folder alone.
     found = package(section.id, section.revision)
-    rows = azure_examples(Path(found.locate_file("azure/cli/command_modules")))
+    rows = azure_examples(Path(str(found.locate_file("azure/cli/command_modules"))))
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     (out / "examples.jsonl").write_text("".join(lines), encoding="utf-8")
     write_source(out, section, None, copy_license(found, out), {})

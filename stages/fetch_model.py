@@ -10,6 +10,7 @@ folder: after a change in it, run `dvc repro --force --single-item fetch_model`.
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from stages.shared.libraries import load_libraries
 from stages.shared.outputs import read_json, whole_folder, write_json
@@ -56,14 +57,16 @@ def fetch(source: Repository | Folder, section: Model, out: Path) -> None:
 
 def convert(section: Model, out: Path) -> None:
     """Convert the one GGUF file of an installed package to bfloat16 safetensors."""
+    assert section.revision is not None  # Null for a local folder alone.
     found = package(section.id, section.revision)
-    files = [found.locate_file(file) for file in found.files or [] if file.suffix == ".gguf"]
+    files = [Path(file.locate()) for file in found.files or [] if file.suffix == ".gguf"]
     if len(files) != 1:
         raise StageError(f"the package {section.id} has {len(files)} GGUF files, and must have one")
     tell(f"fetch_model: converting {files[0].name} to bfloat16 safetensors")
     gguf = {"gguf_file": files[0].name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(files[0].parent, **gguf)
-    model = AutoModelForCausalLM.from_pretrained(files[0].parent, dtype=torch.float32, **gguf)
+    # Its types know neither the quantizer nor what `to` takes.
+    model: Any = AutoModelForCausalLM.from_pretrained(files[0].parent, dtype=torch.float32, **gguf)
     # The weights are dense now, but a GGUF quantizer stays on the model and refuses to save it.
     model.hf_quantizer.remove_quantization_config(model)
     # GGUF's title of the model, which would be saved as its path.

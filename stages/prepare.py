@@ -73,7 +73,8 @@ def scan(
     names: list[str], given: list[str], dataset: Dataset, params: Prepare, store: Store
 ) -> tuple[Format, Drops]:
     """Read every row of the files `names` into `store`; `given` are those to evaluate on."""
-    form, drops = None, Drops()
+    form: Format | None = None
+    drops = Drops()
     size = sum((RAW / name).stat().st_size for name in names)
     files = "1 file" if len(names) == 1 else f"{len(names)} files"
     tell(f"prepare: reading {size / 1e6:.2f} MB in {files}: {', '.join(names[:5])}")
@@ -91,6 +92,7 @@ def scan(
                 store.add(name, line, form.example(row, where), group_of(row, params, where))
             except Unusable as why:
                 drops.add(where, why)
+    assert form is not None  # Every file has a row.
     drops.check()
     store.finish()
     if form.unused:

@@ -109,7 +109,7 @@ def check_config(folder: Path, id: str) -> None:
             f"{id} needs code of its own (auto_map in config.json), which is never run; choose a "
             "model that Transformers supports itself"
         )
-    architecture = (config.architectures or [known])[0]
+    architecture = config.architectures[0] if config.architectures else known
     if known is None or architecture != known:
         raise StageError(
             f"{id} is no causal language model that Transformers knows "
@@ -155,7 +155,7 @@ def one_line(what: str):
 
 def check_weights(folder: Path, names: list[str], id: str) -> None:
     """Raise StageError when a file of weights is cut short or the index and the files differ."""
-    tensors = {}
+    tensors: dict[str, str] = {}
     for name in names:
         try:
             with safe_open(folder / name, "np") as file:

@@ -59,7 +59,7 @@ def check_sizes(
     """
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(folder / file, "pt") as tensors:
             found |= {

@@ -7,7 +7,7 @@ from stages.preparing.formats import Chat
 
 # What a prompt ends with that opens the model's thought, or says that there is none.
 OPENED = re.compile(r"<think>\s*(</think>\s*)?\Z")
-EMPTY_THOUGHT = re.compile(r"(\s*<think>\s*</think>)?")
+EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
 
 
 def with_text_arguments(chat: Chat) -> Chat:

@@ -118,7 +118,7 @@ def metrics_of(
     used = sum(map(len, sources.values()))
     held_out = np.concatenate([sources[name] for name in sets if name != "train"])
     rows_in = drops[0].seen
-    metrics = {"rows_in": rows_in}
+    metrics: dict[str, float] = {"rows_in": rows_in}
     for name in SET_NAMES:
         metrics[f"{name}_examples"] = len(sets[name].rows) if name in sets else 0
     metrics |= counts

@@ -7,6 +7,7 @@ them itself; only raw text gets its BOS from the tokenizer. Labels come from cha
 never from token ids, so a pad token equal to the end token does no harm.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -119,7 +120,7 @@ class Encoder:
         """The row cut to max_length as too_long says. Only the last part holds the end token."""
         length, most = len(ids), self.max_length
         if length <= most:
-            starts = [0]
+            starts: Sequence[int] = [0]
         elif self.too_long in ("drop", "error"):
             return Unusable(
                 "too_long",

@@ -78,6 +78,14 @@ def chat_of(example: Example) -> Chat | None:
     return Chat(**example) if isinstance(example, dict) and "messages" in example else None
 
 
+def text_and_answers(example: Example) -> tuple[str, list[list[int]]]:
+    """The text of an example that is no conversation, and the spans of its answers."""
+    if isinstance(example, dict):
+        return example["text"], example["answers"]
+    assert isinstance(example, str)  # A list is a conversation.
+    return example, []
+
+
 @dataclass(frozen=True)
 class Shape:
     """How a family of models writes a conversation as text: to read rows rendered already."""

@@ -6,6 +6,7 @@ left over is counted, so that nothing is lost without a word.
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 
 from stages.preparing.readers import MAX_ROW_BYTES, too_big
 from stages.shared.process import StageError
@@ -20,7 +21,7 @@ _NAMES = {
 }
 _ROLES = {name: role for role, names in _NAMES.items() for name in names}
 # What may come before each role.
-_FOLLOWS = {
+_FOLLOWS: dict[str, set[str | None]] = {
     "system": {None},
     "user": {None, "system", "assistant"},
     "assistant": {"user", "tool"},
@@ -60,7 +61,7 @@ def conversation(
     """
     messages: list[dict] = []
     silent: list[int] = []
-    before = None
+    before: str | None = None
     for number, turn in enumerate(turns, 1):
         at = f"message {number}"
         left = {key: turn[key] for key in turn.keys() - _CONTENT if not _blank(turn[key])}
@@ -174,7 +175,7 @@ def check_json(value, what: str) -> None:
         raise StageError(f"{what} that is no JSON ({error}); mend it") from None
 
 
-def names_of(row: dict) -> str:
+def names_of(row: Iterable) -> str:
     """Column names in one short line, whatever is in them."""
     names = ", ".join(" ".join(str(name).split()) for name in row) or "none"
     return names if len(names) <= 200 else names[:200] + "…"
@@ -208,7 +209,8 @@ def kind(value) -> str:
         return str(value).lower()
     if isinstance(value, int | float):
         return f"a number ({value!s:.20})"
-    return {list: "a list", dict: "an object", str: "text"}.get(type(value), type(value).__name__)
+    names: dict[type, str] = {list: "a list", dict: "an object", str: "text"}
+    return names.get(type(value), type(value).__name__)
 
 
 def _joined(parts: list, at: str, where: str) -> str:

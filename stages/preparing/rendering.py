@@ -16,7 +16,7 @@ from stages.preparing.answers import (
     thought_and_answer,
     with_text_arguments,
 )
-from stages.preparing.formats import Chat, Example, chat_of
+from stages.preparing.formats import Chat, Example, chat_of, text_and_answers
 from stages.preparing.messages import Unusable
 
 # What a template raises about a row: raise_exception() and Python's own, as of "".index("a").
@@ -83,12 +83,14 @@ class Renderer:
             for example, chat, no in zip(examples, chats, refused, strict=True)
         ]
 
-    def _render_text(self, example: str | dict) -> Rendered:
+    def _render_text(self, example: Example) -> Rendered:
+        text, answers = text_and_answers(example)
         if isinstance(example, str):
-            return self._finish(self.bos, example, [], raw=True)
-        text, answers = example["text"], example["answers"] or [[0, len(example["text"])]]
+            return self._finish(self.bos, text, [], raw=True)
         bos = "" if text.startswith(self.bos) else self.bos
-        *earlier, (start, end) = [(len(bos) + s, len(bos) + e) for s, e in answers]
+        *earlier, (start, end) = [
+            (len(bos) + s, len(bos) + e) for s, e in answers or [[0, len(text)]]
+        ]
         text = bos + text
         spans = earlier if self.loss_on == "assistant" else []
         return self._finish(text[:start], text[start:end], spans)
@@ -195,8 +197,8 @@ class Renderer:
                 if key in message and self._writes(chat._replace(messages=less), whole):
                     return f"{key} of message {number}"
         for key in chat.given.keys() & {"tools", "documents"}:
-            less = {k: v for k, v in chat.given.items() if k != key}
-            if self._writes(chat._replace(given=less), whole):
+            given = {k: v for k, v in chat.given.items() if k != key}
+            if self._writes(chat._replace(given=given), whole):
                 return key
         return None
 
@@ -232,7 +234,7 @@ class Renderer:
         try:
             before = self._apply([chat.first(i)], prompt=asked)[0] if i else ""
             after = self._apply([chat.first(i + 1)])[0]
-            start = len(before)
+            start: int | None = len(before)
             if asked and not prompt.startswith(before):
                 start = after_header(before, self._apply([chat.first(i)])[0], prompt)
         except TEMPLATE_FAULTS as error:
@@ -264,7 +266,8 @@ class Renderer:
         words = message["content"].split("</think>")[-1].strip()
         bare = self._without_marks(written)
         # Nemotron puts an empty thought where it drops one.
-        for place in (start, EMPTY_THOUGHT.match(prompt, start).end()):
+        thought = EMPTY_THOUGHT.match(prompt, start)
+        for place in (start, thought.end()) if thought else (start,):
             if part := longest_end(written, prompt, place):
                 end = place + len(part)
             elif part := longest_end(bare, prompt, place):

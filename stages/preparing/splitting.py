@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stages.preparing.formats import Example, chat_of
+from stages.preparing.formats import Example, chat_of, text_and_answers
 from stages.shared.params import Prepare
 from stages.shared.process import StageError
 
@@ -39,8 +39,7 @@ def prompt_and_rest(example: Example) -> tuple[str, str]:
     """What a row is split by, the first thing asked, and the rest of it, both normalized."""
     chat = chat_of(example)
     if chat is None:
-        text = example if isinstance(example, str) else example["text"]
-        answers = [] if isinstance(example, str) else example["answers"]
+        text, answers = text_and_answers(example)
         start = answers[0][0] if answers else len(text)
         return normal(text[:start]), normal(text[start:])
     messages = chat.messages
@@ -57,7 +56,7 @@ def text_of(example: Example) -> str:
     """The words by which rows are nearly the same; a template is given more than contents."""
     chat = chat_of(example)
     if chat is None:
-        return example if isinstance(example, str) else example["text"]
+        return text_and_answers(example)[0]
     beside = [chat.given] * bool(chat.given)
     beside += [{k: m[k] for k in m if k != "content"} for m in chat.messages if len(m) > 2]
     contents = [message["content"] for message in chat.messages]
@@ -82,6 +81,13 @@ class Store:
     `prompts` and `wholes` are hashes of normalized text, which decide where a row goes; `exacts`
     are of what the model would see.
     """
+
+    prompts: np.ndarray
+    wholes: np.ndarray
+    exacts: np.ndarray
+    groups: np.ndarray
+    files: np.ndarray
+    lines: np.ndarray
 
     def __init__(self, folder: Path):
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
@@ -214,7 +220,9 @@ def held_out_groups(store: Store, rows: np.ndarray, wanted: int) -> tuple[np.nda
     above. A group that would bring both above half of all rows stays in training.
     """
     groups, sizes = np.unique(store.groups[rows], return_counts=True)
-    scored, spare, total, enough = [], [], 0, _SPARE * wanted
+    scored: list[np.uint64] = []
+    spare: list[np.uint64] = []
+    total, enough = 0, _SPARE * wanted
     for group, size in zip(groups, sizes, strict=True):
         if total + size > _MOST_HELD_OUT * len(rows):
             continue

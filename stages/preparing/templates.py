@@ -6,7 +6,14 @@ from pathlib import Path
 
 import jinja2
 
-from stages.preparing.formats import Example, Format, chat_of, read_rendered
+from stages.preparing.formats import (
+    Example,
+    Format,
+    Shape,
+    chat_of,
+    read_rendered,
+    text_and_answers,
+)
 from stages.preparing.rendering import TEMPLATE_FAULTS, Rendered, Renderer, bos_of
 from stages.shared.params import Prepare
 from stages.shared.process import StageError
@@ -162,32 +169,33 @@ def _rendered_template(
     own = _own_template(tokenizer)
     if form.shape is None:
         return own or "", "text as it stands, all of it learned"
-    text = samples[0]["text"]
-    opening, bos = text[: form.shape.turn.search(text).start()], bos_of(tokenizer)
+    shape, (text, _) = form.shape, text_and_answers(samples[0])
+    opening, bos = text[: next(shape.turn.finditer(text)).start()], bos_of(tokenizer)
     opening = opening or ("" if text.startswith(bos) else bos)
-    shaped = (f"{{{{ {_quoted(opening)} }}}}" if opening else "") + form.shape.template
+    shaped = (f"{{{{ {_quoted(opening)} }}}}" if opening else "") + shape.template
     if template.endswith(".jinja"):
         candidates = [_from_file(tokenizer, template)]
     else:
         candidates = [own, shaped] if own else [shaped]
     count, _, chosen = max(
-        (sum(_writes(tokenizer, candidate, form, sample) for sample in samples), -i, candidate)
+        (sum(_writes(tokenizer, candidate, shape, sample) for sample in samples), -i, candidate)
         for i, candidate in enumerate(candidates)
     )
     if count < _MOST_WRITTEN * len(samples):
         raise StageError(
-            f"the rendered text looks like {form.shape.name} and is not quite: bring the .jinja "
+            f"the rendered text looks like {shape.name} and is not quite: bring the .jinja "
             "file it was rendered with in prepare.template, or columns with prompt and completion"
         )
-    return chosen, f"text as it stands, in the {form.shape.name} shape"
+    return chosen, f"text as it stands, in the {shape.name} shape"
 
 
-def _writes(tokenizer, template: str, form: Format, sample: dict) -> bool:
+def _writes(tokenizer, template: str, shape: Shape, sample: Example) -> bool:
     """Whether the template writes the sample's prompt as it stands, a BOS aside.
 
     As it stands but for other end marks: which one a turn has, its content decides.
     """
-    turns = read_rendered(form.shape, sample["text"])
+    text, _ = text_and_answers(sample)
+    turns = read_rendered(shape, text)
     messages = [{"role": turn.role, "content": turn.content} for turn in turns[:-1]]
     try:
         made = tokenizer.apply_chat_template(
@@ -198,9 +206,9 @@ def _writes(tokenizer, template: str, form: Format, sample: dict) -> bool:
     bos = tokenizer.bos_token or ""
     prompt, before = "", 0
     for turn in turns[:-1]:
-        prompt += sample["text"][before : turn.stop].removesuffix(turn.end)
-        prompt, before = prompt + (turn.end and form.shape.end), turn.stop
-    prompt += sample["text"][before : turns[-1].start]
+        prompt += text[before : turn.stop].removesuffix(turn.end)
+        prompt, before = prompt + (turn.end and shape.end), turn.stop
+    prompt += text[before : turns[-1].start]
     return made.removeprefix(bos) == prompt.removeprefix(bos)
 
 

@@ -5,7 +5,17 @@ everybody, the model card.
 """
 
 from stages.reporting import charts, provenance
-from stages.reporting.page import Answers, Figures, Marked, Paragraph, Section, Table, facts, number
+from stages.reporting.page import (
+    Answers,
+    Block,
+    Figures,
+    Marked,
+    Paragraph,
+    Section,
+    Table,
+    facts,
+    number,
+)
 from stages.reporting.results import MEMORY_PARTS, Results, memory_parts, scored_sets
 from stages.shared.outputs import GB
 from stages.shared.provenance import made_with
@@ -137,7 +147,7 @@ def _data(results: Results, rows: bool) -> Section:
         f"Rows were read as {prepared['format']} and rendered with the template "
         f"{prepared['template']}; loss is on: {prepared['loss_on']}."
     )
-    blocks = [
+    blocks: list[Block] = [
         Paragraph(text),
         Table(["Set", "Rows", "Tokens", "Learned tokens"], counts),
         charts.lengths(results.lengths),

@@ -112,7 +112,8 @@ def listed_files(card: dict, section: Dataset) -> dict[str | None, list[str]]:
             )
         return {}
     inside = configs[wanted].get("data_dir", "").strip("./")
-    files, found = configs[wanted].get("data_files") or "**", {}
+    files = configs[wanted].get("data_files") or "**"
+    found: dict[str | None, list[str]] = {}
     for each in files if isinstance(files, list) else [files]:
         entry = each if isinstance(each, dict) else {"path": each}
         split, paths = entry.get("split"), entry.get("path")

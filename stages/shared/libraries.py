@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 # transformers imports them wherever they are installed, for models that see.
 UNUSED = ("scipy", "sklearn", "torchvision")
@@ -23,7 +24,7 @@ def load_libraries(*libraries: str, without: Collection[str] = UNUSED) -> None:
     hold, now and later: it is a quarter of a second each time.
     """
     # None is how Python marks a module that cannot be had.
-    hidden = dict.fromkeys(name for name in without if name not in sys.modules)
+    hidden: dict[str, Any] = dict.fromkeys(name for name in without if name not in sys.modules)
     sys.modules.update(hidden)
     gc.disable()
     try:
@@ -57,14 +58,14 @@ def compiling_later() -> Iterator[None]:
         compiled = functools.cache(lambda: compile(model, **options))
         return functools.wraps(model)(lambda *args, **kwargs: compiled()(*args, **kwargs))
 
-    def exclude_later(function: Callable | None = None, *args, **options):
-        excluded = exclude(function, *args, **options)
-        if function is None:
+    def exclude_later(fn: Callable | None = None, *args, **options):
+        excluded = exclude(fn, *args, **options)
+        if fn is None:
             return excluded
 
-        @functools.wraps(function)
+        @functools.wraps(fn)
         def choose(*args, **kwargs):
-            return (excluded if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
+            return (excluded if "torch._dynamo" in sys.modules else fn)(*args, **kwargs)
 
         return choose
 

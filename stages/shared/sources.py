@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
@@ -119,6 +119,8 @@ class Repository:
         from huggingface_hub import HfApi
 
         def ask() -> tuple[Listing, str | None]:
+            # By its types it may lack all that a revision and files_metadata bring.
+            info: Any
             with hub_errors(kind, id, revision):
                 info = HfApi().repo_info(id, repo_type=kind, revision=revision, files_metadata=True)
                 card, _ = known_of(info.card_data.to_dict() if info.card_data else {})
@@ -227,6 +229,7 @@ def open_source(kind: str, section: Model | Dataset) -> Repository | Folder:
         return Folder(path)
     from huggingface_hub import constants
 
+    assert section.revision is not None  # Null for a local folder alone.
     if constants.HF_HUB_OFFLINE:
         return _cached(kind, section.id, section.revision)
     return Repository(kind, section.id, section.revision)
@@ -312,8 +315,10 @@ def copy_license(found: Distribution, out: Path) -> str | None:
     for file in found.files or []:
         if re.match(r"licen[cs]e", file.name, re.IGNORECASE) and ".dist-info" in file.parts[0]:
             # LICENSE.txt would look like data to a stage that reads text files.
-            shutil.copyfile(found.locate_file(file), out / file.name.removesuffix(".txt"))
-    return found.metadata.get("License-Expression") or found.metadata.get("License")
+            shutil.copyfile(file.locate(), out / file.name.removesuffix(".txt"))
+    # Python 3.11 has `get` too, and its stub does not.
+    says = found.metadata.get  # type: ignore[attr-defined]
+    return says("License-Expression") or says("License")
 
 
 def _target(path: Path) -> Path:
@@ -368,7 +373,7 @@ def write_source(
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): path for path in paths}
-    record = {
+    record: dict = {
         "source": section.source,
         "id": section.id,
         "revision": section.revision,
@@ -388,12 +393,14 @@ def _in_parallel(
 
     The threads of a pool would hold the interpreter until their downloads end: after Ctrl-C too.
     """
-    waiting, done = queue.SimpleQueue(), queue.SimpleQueue()
+    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+    done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
     def run() -> None:
         while not waiting.empty():
             try:
-                done.put(work(waiting.get_nowait()))
+                work(waiting.get_nowait())
+                done.put(None)
             except queue.Empty:
                 return
             except Exception as error:

@@ -1,6 +1,8 @@
 """Does the released tokenizer say what was evaluated? On the held-out texts, not by its files."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -63,7 +65,9 @@ def text_fault(
     asked = expected.batch_decode([row["input_ids"][: row["prompt_tokens"]] for row in rows])
     prompts = [rendered(expected, messages) for messages in conversations(asked)]
     made = zip(conversations(asked), prompts, strict=True)
-    pairs = [("renders a prompt", rendered(found, messages), prompt) for messages, prompt in made]
+    pairs: list[tuple[str, Sequence, Sequence]] = [
+        ("renders a prompt", rendered(found, messages), prompt) for messages, prompt in made
+    ]
     pairs += [
         ("shows an answer", *both) for both in zip(found.batch_decode(ids), texts, strict=True)
     ]
@@ -93,13 +97,14 @@ def conversations(texts: list[str]) -> list[list[dict]]:
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> str:
     """The prompt, or what the template says against such messages: the other must too."""
     try:
-        return tokenizer.apply_chat_template(
+        prompt = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=messages[-1]["role"] == "user"
         )
     except Exception as refusal:
         return f"{type(refusal).__name__}: {refusal}"
+    return cast(str, prompt)  # It is of all kinds with other arguments.
 
 
-def split(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[str]]:
+def split(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Sequence[str]]:
     """The tokens of each text as they are written, with what is put around a text."""
-    return [tokenizer.convert_ids_to_tokens(ids) for ids in tokenizer(texts)["input_ids"]]
+    return [list(tokenizer.convert_ids_to_tokens(ids)) for ids in tokenizer(texts)["input_ids"]]

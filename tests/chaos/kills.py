@@ -16,7 +16,7 @@ import quick
 import yaml
 
 # Metrics of time and memory, which no two runs share.
-TIMINGS = {"metrics/train_cost.json", "metrics/eval_cost.json"}
+TIMINGS = {f"metrics/{name}_cost.json" for name in ("quantize", "train", "eval", "merge")}
 # train saves at every step, so that a kill comes between, before and during checkpoints.
 ENV = {"CHECKPOINT_SECONDS": "0"}
 
