@@ -20,6 +20,7 @@ if __name__ == "__main__":
 from stages.fetching.azure_cli import azure_examples
 from stages.shared.dataset_card import listed_files, matching, read_card
 from stages.shared.paths import RAW
+from stages.shared.screen import tell
 from stages.shared.sources import (
     Folder,
     Repository,
@@ -84,11 +85,11 @@ def fetch(source: Repository | Folder, section: Dataset, out: Path) -> None:
     if section.source == "hub":
         names = of_configuration(names, read_card(out), section)
     size = sum(source.files[name] for name in names)
-    print(f"fetch_data: fetching {len(names)} files of {section.id}, {size / 1e6:.2f} MB")
+    tell(f"fetch_data: fetching {len(names)} files of {section.id}, {size / 1e6:.2f} MB")
     others = [name for name in source.files if name not in {*about, *names}]
     if others:
         shown = ", ".join(others[:5]) + ", …" * (len(others) > 5)
-        print(f"fetch_data: left out: {shown}")
+        tell(f"fetch_data: left out: {shown}")
     source.get(names, out)
     keep_only(out, about + names)
     write_source(out, section, source.commit, source.license, source.sums, source.private)

@@ -21,9 +21,13 @@ if __name__ == "__main__":
     begin("fetch_model")
     load_libraries("transformers.modeling_utils")
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from stages.fetching.model_files import check_config, check_weights, small_files, weight_files
 from stages.fetching.model_sizes import check_sizes, declared_shapes
 from stages.shared.paths import BASE, TOKENIZER
+from stages.shared.screen import tell
 from stages.shared.sources import (
     Folder,
     Repository,
@@ -43,7 +47,7 @@ def fetch(source: Repository | Folder, section: Model, out: Path) -> None:
     shapes = declared_shapes(out, section.id)
     weights = weight_files(out, source.files, section.id)
     size = sum(source.files[name] for name in weights)
-    print(f"fetch_model: fetching {len(weights)} files of {section.id}, {size / 1e9:.2f} GB")
+    tell(f"fetch_model: fetching {len(weights)} files of {section.id}, {size / 1e9:.2f} GB")
     source.get(weights, out)
     check_weights(out, weights, section.id)
     check_sizes(out, weights, shapes, section.id)
@@ -58,10 +62,7 @@ def convert(section: Model, out: Path) -> None:
     files = [Path(file.locate()) for file in found.files or [] if file.suffix == ".gguf"]
     if len(files) != 1:
         raise StageError(f"the package {section.id} has {len(files)} GGUF files, and must have one")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    print(f"fetch_model: converting {files[0].name} to bfloat16 safetensors")
+    tell(f"fetch_model: converting {files[0].name} to bfloat16 safetensors")
     gguf = {"gguf_file": files[0].name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(files[0].parent, **gguf)
     # Its types know neither the quantizer nor what `to` takes.

@@ -35,7 +35,7 @@ from transformers import AutoTokenizer
 
 from stages.preparing.contract import MOST_LEAKED, Drops, lengths_table, metrics_of, sample_of, show
 from stages.preparing.encoding import Encoder
-from stages.preparing.formats import Format, recognize
+from stages.preparing.formats import Example, Format, recognize
 from stages.preparing.messages import Unusable, names_of
 from stages.preparing.readers import files_to_read, read_file, split_of
 from stages.preparing.rendering import Renderer
@@ -50,9 +50,11 @@ from stages.preparing.splitting import (
 )
 from stages.preparing.templates import settle
 from stages.preparing.writing import Written, write_set
+from stages.shared.bounded import bounded
 from stages.shared.end_tokens import GENERATION
 from stages.shared.paths import PREPARED, RAW, TOKENIZER
 from stages.shared.rows import read_rows, set_sha256
+from stages.shared.screen import on_screen, tell
 from stages.shared.sets import SET_NAMES, held_out_sets
 
 METRICS = Path("metrics/data.json")
@@ -75,14 +77,14 @@ def scan(
     drops = Drops()
     size = sum((RAW / name).stat().st_size for name in names)
     files = "1 file" if len(names) == 1 else f"{len(names)} files"
-    print(f"prepare: reading {size / 1e6:.2f} MB in {files}: {', '.join(names[:5])}")
+    tell(f"prepare: reading {size / 1e6:.2f} MB in {files}: {', '.join(names[:5])}")
     for name in names:
         path = RAW / name
-        for line, row in tqdm(read_file(path), name, unit=" rows", disable=None):
+        for line, row in tqdm(read_file(path), on_screen(name), unit=" rows", disable=None):
             where = f"{path}:{line}"
             if form is None:
                 form = recognize(params.format, params.columns, row, where)
-                print(f"prepare: {describe(form, row, params)}")
+                tell(f"prepare: {describe(form, row, params)}")
             drops.seen += 1
             if name not in given:
                 refuse_test_row(row, dataset, where)
@@ -95,7 +97,7 @@ def scan(
     store.finish()
     if form.unused:
         counts = ", ".join(f"{key} ({count:,})" for key, count in sorted(form.unused.items()))
-        print(f"prepare: not used: {counts}")
+        tell(f"prepare: not used: {counts}")
     return form, drops
 
 
@@ -201,7 +203,7 @@ def write_about(out: Path, tokenizer, form: Format, params: Prepare, sets: dict)
     if others:
         ids = tokenizer.convert_tokens_to_ids([tokenizer.eos_token, *others])
         write_json(out / "tokenizer" / GENERATION, {"eos_token_id": ids})
-        print(f"prepare: learned as ends too, and kept in {GENERATION}: {', '.join(others)}")
+        tell(f"prepare: learned as ends too, and kept in {GENERATION}: {', '.join(others)}")
     shutil.copyfile(RAW / "source.json", out / "source.json")
     about = {
         "format": form.name,
@@ -240,6 +242,21 @@ def summary(metrics: dict, params: Prepare) -> str:
     return said
 
 
+def settle_bounded(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> str:
+    """`settle`, and what an Encoder asks of the tokenizer first, in a process that can be ended."""
+
+    def work() -> tuple:
+        said = settle(tokenizer, params, form, samples)
+        Encoder(tokenizer, params)
+        return said, tokenizer.chat_template, tokenizer.eos_token, tokenizer.pad_token
+
+    remedy = "set another prepare.template or take another model (a tokenizer can do it too)"
+    where = f"{TOKENIZER}: rendering and tokenizing the first rows"
+    said, template, eos, pad = bounded(work, where, remedy)
+    tokenizer.chat_template, tokenizer.eos_token, tokenizer.pad_token = template, eos, pad
+    return said
+
+
 def prepare(dataset: Dataset, params: Prepare, out: Path) -> tuple[dict, str, dict]:
     """Fill `out`; (metrics/data.json, metrics/lengths.csv, a row of the training set to show)."""
     store = Store(out)
@@ -247,8 +264,8 @@ def prepare(dataset: Dataset, params: Prepare, out: Path) -> tuple[dict, str, di
     form, unreadable = scan(names + given_names, given_names, dataset, params, store)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     spread = np.linspace(0, len(store) - 1, min(len(store), SAMPLES)).astype(int)
-    samples = [store.example(row) for row in spread]
-    print(f"prepare: {settle(tokenizer, params, form, samples)}")
+    said = settle_bounded(tokenizer, params, form, [store.example(row) for row in spread])
+    tell(f"prepare: {said}")
     rows, given, counts = remove_duplicates(store, store.in_files(given_names), params)
     pools = make_pools(store, rows, given, params)
     sets, unused = write_sets(store, pools, Encoder(tokenizer, params), params, out)

@@ -144,6 +144,8 @@ def verify(params, rows: list[dict], device: torch.device) -> dict:
     dtype = getattr(torch, params.merge.dtype)
     merged, quantized, base = Weights(MERGED), Weights(QUANTIZED), Weights(BASE)
     check_headers(merged, quantized, base, dtype)
+    # Named here what PEFT would load in part or fail on.
+    updates = read_adapter(ADAPTER, quantized.shapes)
     source, other = (quantized, base) if params.merge.base == "dequantized" else (base, quantized)
     with tempfile.TemporaryFile(dir=MERGED.parent) as cache:
         model = load_adapter(load_base(QUANTIZED, device), ADAPTER)
@@ -156,7 +158,6 @@ def verify(params, rows: list[dict], device: torch.device) -> dict:
         model = load_merged(MERGED, place_for(merged, longest, device))
         metrics = scores(model, rows, ref, device)
         if params.verify.compare_bases and quantized.nf4:
-            updates = read_adapter(ADAPTER, quantized.shapes)
             weight_of = merge_onto(other, updates, dtype, device)
             metrics |= other_scores(model, weight_of, rows, ref, device)
     check_scores(metrics, params.verify.max_perplexity_change_percent, params.merge.dtype)

@@ -12,6 +12,7 @@ from tiny import ROOT, make_workspace
 
 from stages import fetch_data
 from stages.fetching.azure_cli import azure_examples
+from stages.shared.dataset_card import known_of
 from stages.shared.outputs import check_sums
 from stages.shared.params import Dataset
 from stages.shared.process import StageError
@@ -156,7 +157,7 @@ CONFIGURATIONS = [
 
 @pytest.mark.parametrize(("configs", "config", "expected"), CONFIGURATIONS)
 def test_the_configuration_chooses_the_files(section_of, configs, config, expected):
-    card = {"configs": configs} if configs else {}
+    card, _ = known_of({"configs": configs} if configs else {})
     hub = section_of("hub", "data", revision="main", config=config)
     if isinstance(expected, list):
         assert fetch_data.of_configuration(NAMES, card, hub) == expected

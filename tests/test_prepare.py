@@ -197,6 +197,36 @@ def test_worker_that_dies_ends_the_stage_in_a_line(tmp_path, monkeypatch, death)
     assert not (tmp_path / "data/prepared").exists()
 
 
+def uses_memory():
+    raise MemoryError
+
+
+def aborts():
+    # Without the traceback of pytest's handler.
+    signal.signal(signal.SIGABRT, signal.SIG_DFL)
+    os.abort()
+
+
+@pytest.mark.parametrize("harm", [lambda: time.sleep(60), aborts, uses_memory])
+def test_row_that_harms_a_worker_is_named(tmp_path, monkeypatch, harm):
+    encode, seconds = writing._encode, writing.seconds_for
+    monkeypatch.setattr(writing, "_WORTH_WORKERS", 10)
+    monkeypatch.setattr(writing, "_CHUNK", 8)
+    monkeypatch.setattr(writing, "seconds_for", lambda chunk, least=2.0: seconds(chunk, 2.0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+
+    def harmed(chunk):
+        if 40 in chunk:
+            harm()
+        return encode(chunk)
+
+    monkeypatch.setattr(writing, "_encode", harmed)
+    with pytest.raises(StageError, match=r"a\.jsonl:41: rendering and tokenizing it: ") as refused:
+        run(tmp_path, monkeypatch, {"a.jsonl": jsonl(pairs(200))}, eval_rows=8)
+    assert "another prepare.template" in str(refused.value)
+    assert not multiprocessing.active_children()
+
+
 def test_fault_in_a_worker_is_told_with_its_place(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "_WORTH_WORKERS", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
@@ -568,15 +598,16 @@ def test_sample_marks_what_is_learned(tmp_path, monkeypatch, capsys):
     assert (about["sample"]["row"], no, yes) == (row["row"], False, True)
     assert f"user\nQuestion {number}?<|im_end|>" in prompt
     assert answer == f"answer {number}<|im_end|>"
-    assert f"{prompt}[[{answer}]]\n" in capsys.readouterr().out
+    shown = f"  {prompt}[[{answer}]]".replace("\n", "\n  ")
+    assert f"marked:\n{shown}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("terminal", "no_color", "expected"),
     [
-        (True, "", "a\\x1b\n\x1b[32mb\x1b[0m"),
-        (True, "1", "a\\x1b\n[[b]]"),
-        (False, "", "a\\x1b\n[[b]]"),
+        (True, "", "  a\\x1b\n  \x1b[32mb\x1b[0m"),
+        (True, "1", "  a\\x1b\n  [[b]]"),
+        (False, "", "  a\\x1b\n  [[b]]"),
     ],
 )
 def test_sample_is_coloured_in_a_terminal_only(terminal, no_color, expected, monkeypatch, capsys):

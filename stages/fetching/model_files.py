@@ -2,12 +2,20 @@
 
 import fnmatch
 import re
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Annotated
 
 from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as SINGLE
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from stages.shared.outputs import read_json
+from stages.shared.bounded import bounded
+from stages.shared.foreign import Foreign, held_to, read_object
 from stages.shared.process import StageError
 from stages.shared.sources import check_name
 
@@ -16,6 +24,7 @@ from stages.shared.sources import check_name
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "licen[cs]e*", "notice*", "use_policy*")
 # Of all folders but the top one.
 _TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
+ANOTHER = "choose another model"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
@@ -51,7 +60,7 @@ def weight_files(folder: Path, files: dict[str, int], id: str) -> list[str]:
     """
     if SINGLE in files:
         return [SINGLE]
-    shards = set(_read_json(folder / INDEX, id).get("weight_map", {}).values())
+    shards = set(_weight_map(folder, id).values())
     for shard in sorted(shards):
         check_name(shard, f"{id}: {INDEX}")
         if shard not in files or not shard.endswith(".safetensors"):
@@ -61,51 +70,91 @@ def weight_files(folder: Path, files: dict[str, int], id: str) -> list[str]:
     return sorted(shards)
 
 
-def check_config(folder: Path, id: str) -> None:
-    """Raise StageError unless Transformers' own code makes a causal language model of config.json
-    and a fast tokenizer of the files beside it."""
-    from transformers import AutoTokenizer
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+class Config(Foreign):
+    """What this pipeline itself reads of config.json; Transformers checks the rest."""
 
-    config = _read_json(folder / "config.json", id)
-    kind = config.get("model_type")
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(kind))
-    remote = (config.get("auto_map") or {}).get("AutoModelForCausalLM", "").rpartition(".")[2]
+    model_type: str
+    architectures: list[str] | None = None
+    auto_map: dict[str, str | list[str | None]] | None = None
+    quantization_config: dict | None = None
+    tie_word_embeddings: bool | None = None
+    # Of each layer a module is made before anything can be measured.
+    num_hidden_layers: Annotated[int, Field(ge=1, le=2000)] | None = None
+    vocab_size: Annotated[int, Field(ge=1, lt=2**24)] | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+
+class Index(Foreign):
+    weight_map: dict[str, str] = Field(default_factory=dict)
+
+
+def _weight_map(folder: Path, id: str) -> dict[str, str]:
+    """File of each tensor, as the index has it."""
+    return held_to(Index, _read_json(folder / INDEX, id), f"{id}: {INDEX}").weight_map
+
+
+def check_config(folder: Path, id: str) -> None:
+    """Raise StageError unless config.json names a causal language model of Transformers' own and
+    the files beside it make a fast tokenizer."""
+    config = held_to(Config, _read_json(folder / "config.json", id), f"{id}: config.json")
+    kind = config.model_type
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    code = (config.auto_map or {}).get("AutoModelForCausalLM")
+    remote = str(code).rpartition(".")[2]
     # Some repositories still name the code that Transformers has since taken in: same class.
-    if config.get("auto_map") and (known is None or remote != known):
+    if config.auto_map and (known is None or remote != known):
         raise StageError(
             f"{id} needs code of its own (auto_map in config.json), which is never run; choose a "
             "model that Transformers supports itself"
         )
-    architecture = (config.get("architectures") or [known])[0]
+    architecture = config.architectures[0] if config.architectures else known
     if known is None or architecture != known:
         raise StageError(
             f"{id} is no causal language model that Transformers knows "
             f"(model_type {kind}, architecture {architecture})"
         )
-    if method := (config.get("quantization_config") or {}).get("quant_method"):
+    if method := (config.quantization_config or {}).get("quant_method"):
         raise StageError(f"{id} is quantized already ({method}); choose its 16-bit original")
     tokenizer_config = folder / "tokenizer_config.json"
     if tokenizer_config.exists() and "auto_map" in _read_json(tokenizer_config, id):
         raise StageError(f"{id}: its tokenizer needs code of its own, which is never run")
     if not any(any(folder.glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
         raise StageError(f"{id} has no tokenizer; copy the files of its base model's beside it")
-    try:
+    bounded(partial(_load, folder, id), f"{id}: loading its tokenizer", ANOTHER)
+
+
+def _load(folder: Path, id: str) -> None:
+    """What later stages load of `folder`, the weights aside. Raises StageError."""
+    with one_line(f"{id}: its tokenizer does not load"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises plain Exception
-        reason = " ".join(str(error).split())[:120]
-        raise StageError(f"{id}: its tokenizer does not load: {reason}") from None
+        vocabulary, special = tokenizer.get_vocab(), tokenizer.all_special_tokens
+        tokenizer.decode(tokenizer.encode("Two words.\n"))
     if not tokenizer.is_fast:
         raise StageError(f"{id} has no fast tokenizer (tokenizer.json), which this pipeline needs")
     # Transformers makes an empty one when tokenizer.json is missing, and says nothing.
-    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):
+    if len(vocabulary) <= len(special):
         raise StageError(f"{id}: its tokenizer has no vocabulary; is tokenizer.json missing?")
+    if (folder / "generation_config.json").exists():
+        with one_line(f"{id}: its generation_config.json does not load"):
+            GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+@contextmanager
+def one_line(what: str):
+    """Libraries raise whatever they meet in the files of others, and some of Rust no Exception."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except BaseException as error:
+        reason = " ".join(str(error)[:1000].split())[:120] or type(error).__name__
+        raise StageError(f"{what}: {reason}") from None
 
 
 def check_weights(folder: Path, names: list[str], id: str) -> None:
     """Raise StageError when a file of weights is cut short or the index and the files differ."""
-    from safetensors import SafetensorError, safe_open
-
     tensors: dict[str, str] = {}
     for name in names:
         try:
@@ -114,16 +163,10 @@ def check_weights(folder: Path, names: list[str], id: str) -> None:
         except SafetensorError as error:
             raise StageError(f"{id}: {name} is damaged or cut short ({error})") from None
     if names != [SINGLE]:
-        for tensor, shard in _read_json(folder / INDEX, id)["weight_map"].items():
+        for tensor, shard in _weight_map(folder, id).items():
             if tensors.get(tensor) != shard:
                 raise StageError(f"{id}: {INDEX} says {tensor} is in {shard}, and it is not")
 
 
 def _read_json(path: Path, id: str) -> dict:
-    try:
-        data = read_json(path)
-    except ValueError as error:
-        raise StageError(f"{id}: {path.name} is not JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise StageError(f"{id}: {path.name} must hold an object")
-    return data
+    return read_object(path, f"{id}: {path.name}")

@@ -1,10 +1,17 @@
 """Is config.json that of the weights? Where not, loading fails hours later, or makes some up."""
 
 import re
+from functools import partial
 from pathlib import Path
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from stages.fetching.model_files import ANOTHER, one_line
+from stages.shared.bounded import bounded
 from stages.shared.outputs import read_json
 from stages.shared.process import StageError
+from stages.shared.screen import brief
 
 _LAYER = re.compile(r"(.+\.)(\d+)\..+")
 _COPY = "mend it in a copy of the model, with model.source: local"
@@ -15,18 +22,14 @@ def declared_shapes(folder: Path, id: str) -> dict[str, tuple[int, ...]]:
 
     Raises StageError for what no model can be made of, and for settings that are not the model's.
     """
-    config = read_json(folder / "config.json")
-    _check_settings(config, id)
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    _check_settings(read_json(folder / "config.json"), id)
+    return bounded(partial(_make, folder, id), f"{id}: making a model of config.json", ANOTHER)
 
-    try:
-        with torch.device("meta"):
-            made = AutoConfig.from_pretrained(folder, local_files_only=True)
-            model = AutoModelForCausalLM.from_config(made)
-    except Exception as error:  # whatever a model's own code meets in its configuration
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise StageError(f"{id}: no model can be made of config.json: {reason}") from None
+
+def _make(folder: Path, id: str) -> dict[str, tuple[int, ...]]:
+    with one_line(f"{id}: no model can be made of config.json"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
@@ -36,8 +39,8 @@ def _check_settings(config: dict, id: str) -> None:
         for key in ("_attn_implementation", "attn_implementation"):
             if part.get(key) is not None:
                 raise StageError(
-                    f"{id}: config.json: {key} is {part[key]!r}, which train.attention decides "
-                    f"here; {_COPY}"
+                    f"{id}: config.json: {key} is {brief(part[key])}, which train.attention "
+                    f"decides here; {_COPY}"
                 )
         pad, rows = part.get("pad_token_id"), part.get("vocab_size")
         if isinstance(pad, int) and isinstance(rows, int) and not -rows <= pad < rows:

@@ -18,6 +18,7 @@ from stages.preparing.writing import Written
 from stages.shared.params import Prepare
 from stages.shared.process import StageError
 from stages.shared.rows import IGNORED
+from stages.shared.screen import on_screen, tell
 from stages.shared.sets import SET_NAMES
 
 # More dropped rows than this and the data, or the parameters, are not what they seem.
@@ -46,7 +47,7 @@ class Drops:
             self._places[why.reason].append(where.rpartition("/")[2])
         if self.counts[why.reason] <= _SHOWN:
             # Beside a progress bar, not through it.
-            tqdm.write(f"prepare: dropped {line}")
+            tqdm.write(on_screen(f"prepare: dropped {line}"))
 
     def check(self) -> None:
         """Raise StageError if too many were dropped."""
@@ -169,10 +170,11 @@ def show(sample: dict) -> None:
     """Print the sample with what is learned in green, or in [[ ]] where no colour is wanted."""
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     before, after = ("\033[32m", "\033[0m") if coloured else ("[[", "]]")
-    # Escape sequences in data must not reach the terminal.
     shown = [
-        ("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text), learned)
+        ("\n".join(on_screen(line, len(text)) for line in text.split("\n")), learned)
         for text, learned in sample["pieces"]
     ]
     text = "".join(f"{before}{t}{after}" if learned else t for t, learned in shown)
-    print(f"prepare: the row {sample['row']}, with what is learned marked:\n{text}")
+    tell(f"prepare: the row {sample['row']}, with what is learned marked:")
+    # Indented, no line of the row looks like one of ours.
+    print("  " + text.replace("\n", "\n  "))

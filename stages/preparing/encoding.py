@@ -14,6 +14,7 @@ import numpy as np
 
 from stages.preparing.formats import Example
 from stages.preparing.messages import Unusable
+from stages.preparing.readers import MAX_ROW_BYTES
 from stages.preparing.rendering import Rendered, Renderer
 from stages.shared.params import Prepare
 
@@ -27,6 +28,17 @@ class Encoded:
     prompt_tokens: int
     scored_bytes: int
     truncated: bool
+
+
+def _of_bearable_size(row: Rendered | Unusable) -> Rendered | Unusable:
+    """`row`, unless a template made a library of it."""
+    if isinstance(row, Unusable) or len(row.prompt) + len(row.answer) <= 2 * MAX_ROW_BYTES:
+        return row
+    return Unusable(
+        "template",
+        f"the template makes {(len(row.prompt) + len(row.answer)) / 1e6:.0f} MB of text of it: set "
+        "another prepare.template",
+    )
 
 
 class Encoder:
@@ -45,7 +57,7 @@ class Encoder:
 
     def encode(self, examples: list[Example]) -> list[list[Encoded] | Unusable]:
         """The rows of each example (several with too_long: split), or why it is dropped."""
-        rendered = self.renderer.render(examples)
+        rendered = [_of_bearable_size(row) for row in self.renderer.render(examples)]
         whole = [r for r in rendered if isinstance(r, Rendered)]
         prompts = self._ids([r.prompt for r in whole])
         pairs = iter(zip(prompts, self._answer_ids(whole, prompts), strict=True))

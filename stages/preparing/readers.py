@@ -61,6 +61,8 @@ _NO_TEXT = {
     b"ARROW1": "an Arrow file; save it as Parquet",
     b"PK\x03\x04": "a zip archive, as .xlsx is one; unpack it, or save the sheet as .csv",
 }
+# What Arrow raises for a value that it has and Python cannot hold.
+_NO_PYTHON = (ArithmeticError, LookupError, ValueError, pa.ArrowException)
 _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, pa.ArrowException, OSError)
 
 
@@ -486,13 +488,48 @@ def _without_nulls(value):
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
-def _rows(path: Path, before: int, batch: pa.RecordBatch) -> list[dict]:
+class Unreadable:
+    """In the place of a value that Python cannot hold, such as a date after the year 9999.
+
+    Nothing is wrong while its column is not used. Used as text, it says so.
+    """
+
+    def __init__(self, where: str):
+        self.where = where
+
+    def __str__(self) -> str:
+        raise StageError(
+            f"{self.where} cannot be read (a date beyond the year 9999, a field twice, no UTF-8?); "
+            "store it as text"
+        )
+
+
+def _rows(path: Path, before: int, batch: pa.RecordBatch) -> Iterator[dict]:
+    """The rows of a batch, which `before` rows come before in the file."""
+    names = batch.schema.names
+    place = f"{path}: rows {before + 1} to {before + batch.num_rows}"
+    columns = [
+        _values(column, name, place) for name, column in zip(names, batch.columns, strict=True)
+    ]
+    return (dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True))
+
+
+def _values(column: pa.Array, name: str, place: str) -> list:
     try:
-        return batch.to_pylist(maps_as_pydicts="strict")
-    except KeyError as error:
-        place = f"rows {before + 1} to {before + batch.num_rows}"
-        key = str(error).rpartition("key was ")[2].split(")")[0]
-        raise StageError(f"{path}: {place}: a map has the key {key} twice; keep one") from None
+        return column.to_pylist(maps_as_pydicts="strict")
+    except _NO_PYTHON:
+        return [_value_of(value, name, place) for value in column]
+
+
+def _value_of(value: pa.Scalar, name: str, place: str) -> object:
+    try:
+        return value.as_py(maps_as_pydicts="strict")
+    except _NO_PYTHON as error:
+        _, twice, key = str(error).rpartition("duplicate key was ")
+        if twice:
+            key = key.split(")")[0]
+            raise StageError(f"{place}: a map has the key {key} twice; keep one") from None
+        return Unreadable(f"{place}: {name!r}")
 
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict]]]] = {

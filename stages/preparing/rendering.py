@@ -20,7 +20,15 @@ from stages.preparing.formats import Chat, Example, chat_of, text_and_answers
 from stages.preparing.messages import Unusable
 
 # What a template raises about a row: raise_exception() and Python's own, as of "".index("a").
-TEMPLATE_FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError)
+TEMPLATE_FAULTS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,  # as of a macro that calls itself for ever
+    TypeError,
+    ValueError,
+)
 
 
 def bos_of(tokenizer) -> str:

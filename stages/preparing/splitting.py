@@ -124,6 +124,10 @@ class Store:
         start, end = self._ends[row], self._ends[row + 1]
         return json.loads(os.pread(self._file.fileno(), end - start, start))
 
+    def size(self, rows: np.ndarray) -> int:
+        """Bytes of the rows together."""
+        return sum(self._ends[row + 1] - self._ends[row] for row in rows)
+
     def in_files(self, names: list[str]) -> np.ndarray:
         """bool [N]: which rows come from the files `names`."""
         return np.isin(self.files, [i for i, path in enumerate(self.paths) if path in names])

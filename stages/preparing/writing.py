@@ -5,8 +5,10 @@ import multiprocessing
 import os
 import signal
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import cast
@@ -19,7 +21,9 @@ from tqdm import tqdm
 from stages.preparing.encoding import Encoder
 from stages.preparing.messages import Unusable
 from stages.preparing.splitting import Store
+from stages.shared.bounded import bounded, limit_memory, limited
 from stages.shared.interrupts import end_with_parent
+from stages.shared.paths import RAW
 from stages.shared.process import StageError
 from stages.shared.rows import IGNORED, SCHEMA
 
@@ -29,6 +33,8 @@ _CHUNK = 512
 _WORTH_WORKERS = 4000
 # Chunks that each worker has been given.
 _IN_FLIGHT = 3
+# How a worker ends by what a row does to it: too slow, or too much for a library in Rust or C.
+_BY_A_ROW = (signal.SIGALRM, signal.SIGABRT, signal.SIGSEGV)
 # What forked workers inherit.
 _job: dict = {}
 
@@ -128,7 +134,7 @@ def _parts(
     chunks = [candidates[i : i + _CHUNK] for i in range(0, len(candidates), _CHUNK)]
     workers = len(os.sched_getaffinity(0))
     if wanted < _WORTH_WORKERS or workers == 1:
-        yield from ((chunk, _encode(chunk)) for chunk in chunks)
+        yield from ((chunk, _encode_bounded(chunk)) for chunk in chunks)
         return
     yield from zip(chunks, _encode_in_processes(chunks, workers), strict=True)
 
@@ -141,7 +147,7 @@ def _encode_in_processes(chunks: list[np.ndarray], workers: int) -> Iterator[Par
     """
     context = multiprocessing.get_context("fork")
     processes, given = {}, 0
-    busy: dict[Connection, int] = {}
+    busy: dict[Connection, deque[int]] = {}
     done: dict[int, Part] = {}
     try:
         for _ in range(workers):
@@ -149,22 +155,23 @@ def _encode_in_processes(chunks: list[np.ndarray], workers: int) -> Iterator[Par
             process = context.Process(target=_work, args=(chunks, there, os.getpid()), daemon=True)
             process.start()
             there.close()
-            processes[here], busy[here] = process, 0
+            processes[here], busy[here] = process, deque()
         for wanted in range(len(chunks)):
             # So many are in flight that no worker waits, and memory stays bounded.
             while given < min(wanted + _IN_FLIGHT * workers, len(chunks)):
-                pipe = min(busy, key=busy.__getitem__)
+                pipe = min(busy, key=lambda each: len(busy[each]))
                 # A dead one is noticed below.
                 with contextlib.suppress(BrokenPipeError):
                     pipe.send(given)
-                given, busy[pipe] = given + 1, busy[pipe] + 1
+                busy[pipe].append(given)
+                given += 1
             while wanted not in done:
                 for ready in wait(list(busy)):
                     pipe = cast(Connection, ready)
-                    number, part = _receive(pipe, processes[pipe])
-                    if isinstance(part, BaseException):
-                        raise part
-                    done[number], busy[pipe] = part, busy[pipe] - 1
+                    # Without work it is the worker itself that ended.
+                    at = chunks[busy[pipe][0]] if busy[pipe] else chunks[wanted]
+                    part = _receive(pipe, processes[pipe], at)
+                    done[busy[pipe].popleft()] = part
             yield done.pop(wanted)
     finally:
         for process in processes.values():
@@ -172,13 +179,23 @@ def _encode_in_processes(chunks: list[np.ndarray], workers: int) -> Iterator[Par
             process.join()
 
 
-def _receive(pipe: Connection, process: multiprocessing.process.BaseProcess) -> tuple:
-    """What a worker sent; StageError when it died instead."""
+def _receive(
+    pipe: Connection, process: multiprocessing.process.BaseProcess, chunk: np.ndarray
+) -> Part:
+    """What a worker made of `chunk`; raises what it met, or StageError when it died of it."""
     try:
-        return pipe.recv()
+        made = pipe.recv()
     except (EOFError, OSError):
         process.join()
+    else:
+        if isinstance(made, MemoryError):
+            raise culprit(chunk)
+        if isinstance(made, BaseException):
+            raise made
+        return made
     code = process.exitcode or 0
+    if -code in _BY_A_ROW:
+        raise culprit(chunk)
     by = signal.Signals(-code).name if code < 0 else f"status {code}"
     raise StageError(
         f"a worker process ended before its work ({by}); when memory ran out, close other programs "
@@ -193,16 +210,45 @@ def _work(chunks: list[np.ndarray], pipe: Connection, stage: int) -> None:
     end_with_parent(signal.SIGKILL)
     if os.getppid() != stage:
         os._exit(1)
+    limit_memory()
     while True:
-        number = pipe.recv()
+        chunk = chunks[pipe.recv()]
         made: Part | Exception
         try:
-            made = _encode(chunks[number])
+            with limited(seconds_for(chunk)):
+                made = _encode(chunk)
         except Exception as error:
             # Where it happened does not travel with it.
             error.add_note(traceback.format_exc())
             made = error
-        pipe.send((number, made))
+        pipe.send(made)
+
+
+def seconds_for(chunk: np.ndarray, least: float = 15.0) -> float:
+    """How long rendering and tokenizing may take: the slowest tokenizers do 1 MB/s."""
+    return least + _job["store"].size(chunk) / 100_000
+
+
+def _encode_bounded(chunk: np.ndarray) -> Part:
+    """`_encode` in a process that is ended when it takes too much; the row is named."""
+    try:
+        return bounded(partial(_encode, chunk), "", "", seconds_for(chunk))
+    except StageError:
+        raise culprit(chunk) from None
+
+
+def culprit(chunk: np.ndarray) -> StageError:
+    """The row that takes too much, of a chunk that did."""
+    remedy = "set another prepare.template or take another model (a tokenizer can do it too)"
+    for row in chunk:
+        try:
+            each = np.array([row])
+            where = f"{RAW / _job['store'].where(row)}: rendering and tokenizing it"
+            bounded(partial(_encode, each), where, remedy, seconds_for(each, 4.0))
+        except StageError as error:
+            return error
+    first, last = (RAW / _job["store"].where(row) for row in chunk[[0, -1]])
+    return StageError(f"{first} to {last}: rendering and tokenizing them took too much; {remedy}")
 
 
 def _encode(chunk: np.ndarray) -> Part:

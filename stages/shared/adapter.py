@@ -7,22 +7,31 @@ B [out, r]; the merged weight is W + (B A) * alpha / r, or alpha / sqrt(r) with 
 """
 
 import difflib
-import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
+from stages.shared.bounded import bounded
+from stages.shared.foreign import Foreign, held_to, read_object
 from stages.shared.outputs import SUMS, check_sums
 from stages.shared.process import StageError
+from stages.shared.screen import brief
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 CONFIG = "adapter_config.json"
+# Beyond it float32 has no digits left for the weight that is added to.
+LARGEST_ALPHA = 1e6
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
+EMBEDDING = re.compile(r"(^|\.)(lm_head|embed_tokens|embed_out|wte)\.weight$")
 # Settings that change only how an adapter is trained or where it was made, never what it adds.
 HARMLESS = {
     "auto_mapping",
@@ -37,7 +46,6 @@ HARMLESS = {
     "loftq_config",
     "lora_dropout",
     "lora_ga_config",
-    "megatron_config",
     "megatron_core",
     "peft_version",
     "qalora_group_size",
@@ -57,6 +65,7 @@ READ = {
     "use_rslora",
 }
 REFUSED = {
+    "megatron_config": "PEFT would import the module that megatron_core names",
     "use_dora": "DoRA rescales whole columns of the weight",
     "modules_to_save": "whole retrained modules are not a low-rank update",
     "trainable_token_indices": "retrained embedding rows are not a low-rank update",
@@ -101,49 +110,73 @@ def read_adapter(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, 
     """Updates by the name of the weight they are added to.
 
     `shapes` are those of the base's tensors. Every factor is read once and must be finite, of
-    the rank that the configuration says, and fit its weight. Raises StageError.
+    the rank that the configuration says, and fit its weight; PEFT must put an update onto exactly
+    the modules that the file has one for. Raises StageError.
     """
     config, halves = _read_config(folder), _read_shapes(folder)
+    modules = sorted({module for module, _ in halves})
+    for module in modules:
+        _check_module(f"{folder}: {module}", f"{module}.weight", shapes)
+    named, settings = bounded(
+        partial(_as_peft, config, modules, shapes),
+        f"{folder / CONFIG}: target_modules, exclude_modules or a pattern",
+        "write them as plain names",
+    )
+    _check_complete(folder, set(modules), named)
     updates = {}
-    for module in sorted({module for module, _ in halves}):
+    for module in modules:
         where, weight = f"{folder}: {module}", f"{module}.weight"
-        _check_module(where, weight, shapes)
-        rank, scaling = _rank_and_scaling(folder, config, module)
+        rank, scaling = settings[module]
         of_module = {half: halves.get((module, half)) for half in "AB"}
         _check_factors(where, of_module, rank, shapes[weight])
         updates[weight] = Update(folder / WEIGHTS, module, scaling)
         for half, factor in zip("AB", updates[weight].factors(torch.device("cpu")), strict=True):
             if not factor.isfinite().all():
                 raise StageError(f"{where}: lora_{half} has NaN or infinite values; train it again")
-    _check_complete(folder, config, updates, shapes)
     return updates
 
 
-def _read_config(folder: Path) -> dict:
+Names = str | list[str] | None
+Alpha = Annotated[float, Field(ge=-LARGEST_ALPHA, le=LARGEST_ALPHA)]
+Rank = Annotated[int, Field(ge=1, le=2**16)]
+
+
+class Config(Foreign):
+    """What decides which modules an adapter changes, and how much."""
+
+    r: Rank
+    lora_alpha: Alpha
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Alpha] | None = None
+    use_rslora: bool | None = None
+    target_modules: str | Annotated[list[str], Field(min_length=1)]
+    exclude_modules: Names = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: Names = None
+
+
+def _read_config(folder: Path) -> Config:
+    path = folder / CONFIG
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_object(path)
     except FileNotFoundError:
-        raise StageError(f"{folder / CONFIG} is missing; {folder} is no PEFT adapter") from None
-    except ValueError as error:
-        raise StageError(f"{folder / CONFIG}: not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise StageError(f"{folder / CONFIG}: must hold an object")
+        raise StageError(f"{path} is missing; {folder} is no PEFT adapter") from None
     if config.get("peft_type") != "LORA":
-        raise StageError(f"{folder / CONFIG}: peft_type {config.get('peft_type')} is not supported")
+        raise StageError(f"{path}: peft_type {_bare(config.get('peft_type'))} is not supported")
     for key, value in sorted(config.items()):
         if key in HARMLESS or key in READ or not value:
             continue
         reason = REFUSED.get(key, "its effect on a merge is not known here")
-        raise StageError(f"{folder / CONFIG}: {key} is not supported: {reason}")
+        raise StageError(f"{path}: {_bare(key)} is not supported: {reason}")
     if config.get("bias", "none") != "none":
-        raise StageError(f"{folder / CONFIG}: bias: {config['bias']} is not supported: only none")
+        raise StageError(f"{path}: bias: {_bare(config['bias'])} is not supported: only none")
     start = config.get("init_lora_weights", True)
     if start not in PLAIN_STARTS:
         raise StageError(
-            f"{folder / CONFIG}: init_lora_weights: {start} is not supported: it changes the "
+            f"{path}: init_lora_weights: {_bare(start)} is not supported: it changes the "
             "base's weights; convert the adapter with PEFT's save_pretrained first"
         )
-    return config
+    return held_to(Config, config, str(path))
 
 
 def _read_shapes(folder: Path) -> dict[tuple[str, str], tuple[int, ...]]:
@@ -173,7 +206,7 @@ def _read_shapes(folder: Path) -> dict[tuple[str, str], tuple[int, ...]]:
 
 def _check_module(where: str, weight: str, shapes: dict) -> None:
     """The base must have the weight, in a Linear that a merge can add to."""
-    if re.search(r"(^|\.)(lm_head|embed_tokens|embed_out|wte)\.weight$", weight):
+    if EMBEDDING.search(weight):
         raise StageError(f"{where}: LoRA on the embeddings or the output head is not supported")
     if weight not in shapes:
         near = difflib.get_close_matches(weight, shapes, 1, 0)
@@ -198,40 +231,82 @@ def _check_factors(where: str, found: dict, rank: int, weight: tuple[int, ...]) 
             )
 
 
-def _rank_and_scaling(folder: Path, config: dict, module: str) -> tuple[int, float]:
-    """As PEFT finds them: a pattern's key matches the end of the module's name."""
+def _as_peft(
+    config: Config, modules: list[str], shapes: dict
+) -> tuple[set[str], dict[str, tuple[int, float]]]:
+    """The Linears that PEFT puts an update onto, and rank and scaling of `modules`.
 
-    def value(patterns: str, default: str):
-        for key, found in (config.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", module):
-                return found
-        return config[default]
-
+    Both come from regular expressions in the configuration, so call it with `bounded`.
+    """
+    weights = [w for w, shape in shapes.items() if w.endswith(".weight") and len(shape) == 2]
+    linears = [weight.removesuffix(".weight") for weight in weights if not EMBEDDING.search(weight)]
     try:
-        rank, alpha = value("rank_pattern", "r"), value("alpha_pattern", "lora_alpha")
-        return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, re.error):
+        if config.target_modules == "all-linear":
+            named = set(linears)
+        else:
+            named = {name for name in linears if is_target(config, name)}
+        return named, {module: _rank_and_scaling(config, module) for module in modules}
+    except (re.error, RecursionError, OverflowError) as error:
         raise StageError(
-            f"{folder / CONFIG}: r, lora_alpha and their patterns give no scaling for {module}"
+            f"{CONFIG}: target_modules, exclude_modules or a pattern is no regular expression "
+            f"that matches ({error})"
         ) from None
 
 
-def _check_complete(folder: Path, config: dict, updates: dict, shapes: dict) -> None:
-    """Refuse an adapter that lacks a module that its own configuration names."""
-    targets = config.get("target_modules")
-    if config.get("layers_to_transform") is not None or config.get("exclude_modules"):
-        return
-    for weight, shape in shapes.items():
-        module = weight.removesuffix(".weight")
-        if isinstance(targets, str):
-            named = re.fullmatch(targets, module) is not None
-        else:
-            named = any(module == t or module.endswith(f".{t}") for t in targets or ())
-        if named and weight.endswith(".weight") and len(shape) == 2 and weight not in updates:
-            raise StageError(
-                f"{folder}: {module} is among the adapter's target_modules and has no tensors; "
-                "the adapter is incomplete or was made for another base model"
-            )
+def is_target(config: Config, module: str) -> bool:
+    """Whether PEFT puts an update onto `module`, by its check_target_module_exists.
+
+    Not called itself, since importing PEFT takes seconds.
+    """
+    targets, layers = config.target_modules, config.layers_to_transform
+    if _is_named(config.exclude_modules or (), module) or not _is_named(targets, module):
+        return False
+    if isinstance(targets, str) or module in targets or layers in (None, []):
+        return True
+    given = config.layers_pattern or []
+    patterns = [rf"(?:^|.*?\.){p}" for p in ([given] if isinstance(given, str) else given)]
+    patterns = patterns or [r".*?\.[^.]*"]
+    matches = (re.match(rf"{pattern}\.(?P<layer>\d+)\.", module) for pattern in patterns)
+    found = next(filter(None, matches), None)
+    return found is not None and int(found["layer"]) in (
+        [layers] if isinstance(layers, int) else layers
+    )
+
+
+def _is_named(names: str | Iterable[str], module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _rank_and_scaling(config: Config, module: str) -> tuple[int, float]:
+    """As PEFT finds them: a pattern's key matches the end of the module's name."""
+
+    def value(patterns: dict | None, default):
+        matching = (v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", module))
+        return next(matching, default)
+
+    rank = value(config.rank_pattern, config.r)
+    alpha = value(config.alpha_pattern, config.lora_alpha)
+    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _check_complete(folder: Path, modules: set[str], named: set[str]) -> None:
+    """The modules of the file must be the ones that the configuration names."""
+    if missing := sorted(named - modules):
+        raise StageError(
+            f"{folder}: {missing[0]} is among the adapter's target_modules and has no tensors; "
+            "the adapter is incomplete or was made for another base model"
+        )
+    if unnamed := sorted(modules - named):
+        raise StageError(
+            f"{folder}: {unnamed[0]} has tensors and is not among the adapter's target_modules "
+            f"(nor are {len(unnamed) - 1} others), so PEFT would leave it out; name it in {CONFIG}"
+        )
+
+
+def _bare(value: object) -> str:
+    return brief(value).strip("'")
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -5,25 +5,94 @@ know, or one entry that is not quite right, it refuses the whole card.
 """
 
 import fnmatch
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import yaml
+from pydantic import BeforeValidator, ValidationError
 
+from stages.shared.bounded import bounded
+from stages.shared.foreign import Foreign, fault
 from stages.shared.params import Dataset
 from stages.shared.process import StageError
+from stages.shared.screen import tell
+
+
+def _words(value: object) -> object:
+    """YAML has 2.0 for a number, and a licence or a configuration may be called so."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if number else value
+
+
+def _mappings(value: object) -> object:
+    """Real cards have a word or two among their configurations."""
+    return [e for e in value if isinstance(e, dict)] if isinstance(value, list) else value
+
+
+Words = Annotated[str, BeforeValidator(_words)]
+
+
+class Files(Foreign):
+    split: Words | None = None
+    path: Words | list[Words] | None = None
+
+
+class Configuration(Foreign):
+    config_name: Words | None = None
+    default: bool | None = None
+    data_dir: Words | None = None
+    data_files: Words | Files | list[Words | Files] | None = None
+
+
+class Card(Foreign):
+    license: Words | list[Words] | None = None
+    license_name: Words | list[Words] | None = None
+    configs: Annotated[list[Configuration], BeforeValidator(_mappings)] | None = None
 
 
 def read_card(folder: Path) -> dict:
-    """The card in `folder`: empty without one, and with a warning where it cannot be read."""
+    """The card in `folder`: empty without one, and with a warning where it cannot be read.
+
+    Raises StageError where reading it takes too much, as YAML of four lines may.
+    """
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}
+    card, warning = bounded(partial(_read, path), str(path), "remove the YAML at its head")
+    if warning:
+        tell(warning)
+    return card
+
+
+def _read(path: Path) -> tuple[dict, str | None]:
     from huggingface_hub.repocard import metadata_load
 
     try:
-        return metadata_load(folder / "README.md") or {}
-    except FileNotFoundError:
-        return {}
-    except (yaml.YAMLError, ValueError, RecursionError):
-        print("warning: the head of README.md is no YAML: licence and configurations are unknown")
-        return {}
+        return known_of(metadata_load(path) or {})
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError):
+        return {}, _warning("it is no YAML")
+
+
+def known_of(card: dict) -> tuple[dict, str | None]:
+    """What of a card is used here, and a warning of a key that is not as it must be.
+
+    Such a key is left out.
+    """
+    card = (
+        {k: v for k, v in card.items() if k in Card.model_fields} if isinstance(card, dict) else {}
+    )
+    warning = None
+    while True:
+        try:
+            return Card.model_validate(card).model_dump(exclude_none=True), warning
+        except ValidationError as error:
+            warning = warning or _warning(fault(error))
+            del card[error.errors(include_url=False)[0]["loc"][0]]
+
+
+def _warning(reason: str) -> str:
+    return f"warning: the head of README.md: {reason}: licence or configurations are unknown"
 
 
 def listed_files(card: dict, section: Dataset) -> dict[str | None, list[str]]:
@@ -31,10 +100,8 @@ def listed_files(card: dict, section: Dataset) -> dict[str | None, list[str]]:
 
     Empty where the card lists no configurations. Raises StageError when it lists others.
     """
-    listed = card.get("configs")
-    entries = listed if isinstance(listed, list) else []
-    named = [entry for entry in entries if isinstance(entry, dict) and "config_name" in entry]
-    configs = {str(entry["config_name"]): entry for entry in named}
+    named = [entry for entry in card.get("configs", []) if "config_name" in entry]
+    configs = {entry["config_name"]: entry for entry in named}
     default = [n for n, c in configs.items() if c.get("default") or len(configs) == 1]
     wanted = section.config or next(iter(default), "default")
     if wanted not in configs:
@@ -44,7 +111,7 @@ def listed_files(card: dict, section: Dataset) -> dict[str | None, list[str]]:
                 f"lists: {', '.join(configs) or 'none'}"
             )
         return {}
-    inside = str(configs[wanted].get("data_dir") or "").strip("./")
+    inside = configs[wanted].get("data_dir", "").strip("./")
     files = configs[wanted].get("data_files") or "**"
     found: dict[str | None, list[str]] = {}
     for each in files if isinstance(files, list) else [files]:
@@ -52,7 +119,7 @@ def listed_files(card: dict, section: Dataset) -> dict[str | None, list[str]]:
         split, paths = entry.get("split"), entry.get("path")
         for path in paths if isinstance(paths, list) else [paths]:
             pattern = f"{inside}/{path}" if inside else str(path).removeprefix("./")
-            found.setdefault(split if split is None else str(split), []).append(pattern)
+            found.setdefault(split, []).append(pattern)
     return found
 
 

@@ -8,6 +8,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from stages.shared.process import StageError
+
 logging.disable_progress_bar()
 
 
@@ -47,5 +49,14 @@ def set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put the adapter of `folder` onto `model`, frozen and in float32."""
-    return PeftModel.from_pretrained(model, folder, is_trainable=False).eval()
+    """Put the adapter of `folder` onto `model`, frozen and in float32.
+
+    Raises StageError where PEFT refuses its configuration.
+    """
+    try:
+        return PeftModel.from_pretrained(model, folder, is_trainable=False).eval()
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error)[:500].split())
+        raise StageError(f"{folder}: PEFT does not load it: {reason}") from None

@@ -8,10 +8,11 @@ ten), so that a stage computes with what dvc.lock records.
 import difflib
 import functools
 import re
-import reprlib
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
+
+from stages.shared.screen import brief
 
 try:
     from pydantic import (
@@ -229,14 +230,6 @@ _RULES = {
 }
 
 
-def _shown(value: Any) -> str:
-    """`value` on one line of at most 60 characters; aliases in YAML can make it endless."""
-    brief = reprlib.Repr()
-    brief.maxstring = brief.maxother = 60
-    text = brief.repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _near(word: str, words: dict[str, str], likeness: float) -> str:
     """The entry of `words` whose key is likest to `word`, as a question."""
     close = difflib.get_close_matches(word, words, 1, likeness)
@@ -268,7 +261,7 @@ def _messages(error: ErrorDetails) -> list[str]:
         for k, v in error.get("ctx", {}).items()
     }
     parts = [str(part) for part in error["loc"] if part != "[key]"]
-    key = ".".join(p if p.isprintable() and len(p) <= 60 else _shown(p) for p in parts)
+    key = ".".join(p if p.isprintable() and len(p) <= 60 else brief(p) for p in parts)
     if kind in ("extra_forbidden", "invalid_key"):
         *above, name = parts
         if "." in name and name in known_keys():
@@ -284,7 +277,7 @@ def _messages(error: ErrorDetails) -> list[str]:
     if kind == "literal_error" and isinstance(got, str):
         options = re.findall(r"'([^']+)'", context["expected"])
         near = _near(got, dict(zip(options, options, strict=True)), 0.6)
-    return [f"{key}: {rule} (got {_shown(got)}){near}"]
+    return [f"{key}: {rule} (got {brief(got)}){near}"]
 
 
 @functools.cache

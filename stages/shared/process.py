@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,7 @@ from stages.shared.interrupts import (
 
 # YAMLError too, since params is where a Python without the packages is noticed.
 from stages.shared.params import PARAMS, YAMLError, keep_params, load_params, read_yaml
+from stages.shared.screen import on_screen
 
 # What the disk refuses, and what its owner can do about it.
 DISK_FAULTS = {
@@ -252,9 +254,11 @@ def _report(
 ) -> None:
     message = _message(name, kind, error)
     if message is None:
-        sys.__excepthook__(kind, error, trace)
+        for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
+            print(on_screen(line), file=sys.stderr)
         return
-    print(f"{name}: {message}", file=sys.stderr)
+    # Names and values of others are in it.
+    print(on_screen(f"{name}: {message}"), file=sys.stderr)
     # The advice is an extra: no fault of ours in finding it may hide what was said.
     with contextlib.suppress(Exception):
         # DVC removed the outputs before it started the stage.

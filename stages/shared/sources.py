@@ -7,26 +7,63 @@ executed.
 """
 
 import hashlib
+import io
 import os
 import queue
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
-from stages.shared.dataset_card import read_card
+from pydantic import ConfigDict, Field
+
+from stages.shared.bounded import bounded
+from stages.shared.dataset_card import known_of, read_card
+from stages.shared.foreign import Foreign, held_to
 from stages.shared.outputs import write_json
 from stages.shared.params import Dataset, Model
 from stages.shared.process import StageError, sha256
+from stages.shared.screen import on_screen, tell
 
 DEFAULT_PACKAGES = Path("requirements-default.lock")
 CONNECTIONS = 4
+# A connection brings so much in that time, or it is given up.
+CHUNK_BYTES = 1_000_000
+STALL_SECONDS = 60
 # DVC may link what it tracks into its cache, and that may lie outside the project.
+_UNUSABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _DVC_OBJECT = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}")
+
+
+class _Answer(Foreign):
+    # huggingface_hub gives objects, whose attributes nobody has checked.
+    model_config = ConfigDict(from_attributes=True)
+
+
+class Large(_Answer):
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Entry(_Answer):
+    rfilename: str
+    size: Annotated[int, Field(ge=0, lt=2**50)]
+    blob_id: Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
+    lfs: Large | None
+
+
+class Listing(_Answer):
+    """What the Hub says of a repository."""
+
+    sha: Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
+    siblings: list[Entry]
+    private: bool | None = None
+    gated: bool | str | None = None
 
 
 class Folder:
@@ -43,21 +80,35 @@ class Folder:
         self.files: dict[str, int] = {}
         self.sums: dict[str, str] = {}
         home = self.root.resolve()
-        for path in [root] if root.is_file() else sorted(root.rglob("*")):
-            target = path.resolve()
+        for path in [root] if not root.is_dir() else sorted(root.rglob("*")):
+            target = _target(path)
             inside = target.is_relative_to(home) or _DVC_OBJECT.search(str(target))
             if not (inside or trusted):
                 raise StageError(
                     f"{path} is a link to {target}, outside {self.root}; copy it there"
                 )
             if path.is_file():
-                self.files[path.relative_to(self.root).as_posix()] = path.stat().st_size
+                name = check_name(path.relative_to(self.root).as_posix(), str(self.root))
+                self.files[name] = path.stat().st_size
+            elif not path.is_dir():
+                raise StageError(f"{path} is neither a file nor a folder; remove it from there")
         self.license = license_in(read_card(self.root)) if "README.md" in self.files else None
 
     def get(self, names: list[str], target: Path) -> None:
         for name in names:
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.root / name, target / name)
+
+
+class _Part(io.FileIO):
+    """A file that is being downloaded; `moved` is told its size whenever it has grown."""
+
+    moved: Callable[[int], None]
+
+    def write(self, content) -> int:
+        written = super().write(content)
+        self.moved(self.tell())
+        return written
 
 
 class Repository:
@@ -67,19 +118,25 @@ class Repository:
         """Ask the Hub for the commit of `revision` and its files. `kind` is model or dataset."""
         from huggingface_hub import HfApi
 
+        def ask() -> tuple[Listing, str | None]:
+            # By its types it may lack all that a revision and files_metadata bring.
+            info: Any
+            with hub_errors(kind, id, revision):
+                info = HfApi().repo_info(id, repo_type=kind, revision=revision, files_metadata=True)
+                card, _ = known_of(info.card_data.to_dict() if info.card_data else {})
+            return held_to(Listing, info, f"{id}: the Hub's answer"), license_in(card)
+
         self.kind, self.id, self.revision = kind, id, revision
-        # By its types it may lack all that a revision and files_metadata bring.
-        info: Any
-        with hub_errors(kind, id, revision):
-            info = HfApi().repo_info(id, repo_type=kind, revision=revision, files_metadata=True)
-        self.commit: str = info.sha
-        self.license = license_in(info.card_data.to_dict()) if info.card_data else None
-        self.private = bool(info.private or info.gated)
-        self._entries = {check_name(entry.rfilename, id): entry for entry in info.siblings}
-        self.files: dict[str, int] = {name: entry.size for name, entry in self._entries.items()}
+        listing, self.license = bounded(ask, f"{id}: the Hub's answer", "run again")
+        self.commit = listing.sha
+        self.private = bool(listing.private or listing.gated)
+        self._entries = {check_name(entry.rfilename, id): entry for entry in listing.siblings}
+        self.files = {name: entry.size for name, entry in self._entries.items()}
         self.sums: dict[str, str] = {}
+        # When each file that is on its way last grew.
+        self._moved: dict[str, float] = {}
         if revision != self.commit:
-            print(
+            tell(
                 f"warning: {id}: {revision} may move; pin it in params.yaml as "
                 f"{kind}.revision: {self.commit}"
             )
@@ -104,31 +161,53 @@ class Repository:
                 f"{self.id}: {size / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free in "
                 f"{target.parent}"
             )
-        _in_parallel(lambda name: self._download(name, target), missing)
+        _in_parallel(lambda name: self._download(name, target), missing, self._check_moving)
+
+    def _check_moving(self) -> None:
+        """Raise StageError when a download stands still: a server may send a byte now and then."""
+        now = time.monotonic()
+        for name, moved in list(self._moved.items()):
+            if now - moved > STALL_SECONDS:
+                raise StageError(
+                    f"{self.id}: {name} came at less than {CHUNK_BYTES / STALL_SECONDS / 1000:.0f} "
+                    "kB/s; what has arrived is kept, run again"
+                )
 
     def _download(self, name: str, target: Path) -> None:
-        from huggingface_hub import hf_hub_url
+        from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers
 
+        constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES
         part = target / f"{name}.part"
         part.parent.mkdir(parents=True, exist_ok=True)
         if part.exists() and part.stat().st_size > self.files[name]:
             part.unlink()
-        with hub_errors(self.kind, self.id, self.revision), part.open("ab", buffering=0) as file:
-            http_get(
-                hf_hub_url(self.id, name, repo_type=self.kind, revision=self.commit),
-                file,
-                resume_size=file.tell(),
-                # Compressed on the way, a file could not be taken up again at a byte.
-                headers=build_hf_headers() | {"Accept-Encoding": "identity"},
-                expected_size=self.files[name],
-                displayed_filename=name,
-            )
+        self._moved[name] = time.monotonic()
+        try:
+            with hub_errors(self.kind, self.id, self.revision), _Part(part, "ab") as file:
+                file.moved = partial(self._note, name)
+                http_get(
+                    hf_hub_url(self.id, name, repo_type=self.kind, revision=self.commit),
+                    file,
+                    resume_size=file.tell(),
+                    # Compressed on the way, a file could not be taken up again at a byte.
+                    headers=build_hf_headers() | {"Accept-Encoding": "identity"},
+                    expected_size=self.files[name],
+                    displayed_filename=on_screen(name),
+                )
+        finally:
+            del self._moved[name]
         if not self._is_whole(name, part):
             part.unlink()
             raise StageError(f"{self.id}: {name} came damaged (its hash differs); run again")
         os.replace(part, target / name)
+
+    def _note(self, name: str, size: int) -> None:
+        """A file that comes has `size` bytes. Raises StageError when it has more than it should."""
+        self._moved[name] = time.monotonic()
+        if size > self.files[name]:
+            raise StageError(f"{self.id}: an answer of the wrong length came; run again")
 
     def _is_whole(self, name: str, path: Path) -> bool:
         """Whether `path` has the hash that the Hub gives for `name`; notes a SHA-256 in `sums`."""
@@ -200,6 +279,11 @@ def hub_errors(kind: str, id: str, revision: str):
         raise StageError(
             f"{id}: the connection to the Hub failed; what has arrived is kept, run again"
         ) from None
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        raise StageError(
+            f"{id}: what answered is not the Hub (a login page of this network, a proxy?); open "
+            f"{page} in a browser, and see HF_ENDPOINT"
+        ) from None
     except OSError as error:
         # huggingface_hub's word for an answer of the wrong length; the disk's faults have a number.
         if error.errno is not None:
@@ -237,6 +321,14 @@ def copy_license(found: Distribution, out: Path) -> str | None:
     return says("License-Expression") or says("License")
 
 
+def _target(path: Path) -> Path:
+    """Where `path` leads, links followed. Raises StageError for links in a circle or to nothing."""
+    try:
+        return path.resolve(strict=True)
+    except (FileNotFoundError, RuntimeError):  # the latter for a circle
+        raise StageError(f"{path} is a link that leads nowhere; remove it, or fetch it") from None
+
+
 def license_in(card: dict) -> str | None:
     """The licence that a card names: the Hub's short name, or what `other` stands for."""
     names = card.get("license_name") if card.get("license") == "other" else card.get("license")
@@ -244,10 +336,15 @@ def license_in(card: dict) -> str | None:
 
 
 def check_name(name: str, source: str) -> str:
-    """`name` if it stays within its folder. Raises StageError otherwise."""
+    """`name` if it stays within its folder and its list of checksums. Raises StageError."""
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+    if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
         raise StageError(f"{source}: the file name {name!r} leads out of its folder")
+    if _UNUSABLE.search(name):
+        raise StageError(
+            f"{source}: the file name {name!r} holds a line end, a control character or bytes that "
+            "are no UTF-8; rename it"
+        )
     return name
 
 
@@ -289,8 +386,10 @@ def write_source(
     write_json(folder / "source.json", record)
 
 
-def _in_parallel(work: Callable[[str], None], names: Iterable[str]) -> None:
-    """Do `work` for every name and raise the first error at once.
+def _in_parallel(
+    work: Callable[[str], None], names: Iterable[str], check: Callable[[], None]
+) -> None:
+    """Do `work` for every name; raise its first error at once, or what `check` raises meanwhile.
 
     The threads of a pool would hold the interpreter until their downloads end: after Ctrl-C too.
     """
@@ -312,9 +411,14 @@ def _in_parallel(work: Callable[[str], None], names: Iterable[str]) -> None:
         waiting.put(name)
     for _ in names[:CONNECTIONS]:
         threading.Thread(target=run, daemon=True).start()
-    for _ in names:
-        if error := done.get():
-            raise error
+    left = len(names)
+    while left:
+        try:
+            if error := done.get(timeout=1):
+                raise error
+            left -= 1
+        except queue.Empty:
+            check()
 
 
 def _git_sha1(path: Path) -> str:

@@ -6,7 +6,8 @@
 Kills every stage of a tiny pipeline at chosen and random instants, `dvc repro` itself at a moment
 and while it writes, the workers of prepare and the queue, runs what was killed again, and compares
 every output but timings byte for byte with an undisturbed run. Then gives stages the malformed
-parameters and data that the tests keep.
+parameters and data that the tests keep, and to what reads the files of others what hostile.py
+writes.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from typing import Any
 
 import bad_inputs
 import bad_params
+import hostile
 import kills
 import quick
 import through_dvc
@@ -37,7 +39,15 @@ RESULT = ROOT / "benchmarks/results/chaos.json"
 SEED = 8
 CHOSEN, AT_RANDOM = 12, 12
 # About what each part takes on two quiet cores.
-MINUTES = {"stages": 9, "dvc": 20, "workers": 10, "writes": 15, "queue": 10, "inputs": 3}
+MINUTES = {
+    "stages": 9,
+    "dvc": 20,
+    "workers": 10,
+    "writes": 15,
+    "queue": 10,
+    "inputs": 3,
+    "hostile": 25,
+}
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "dvc")
 
 
@@ -125,10 +135,20 @@ def of_inputs(folder: Path) -> dict:
     }
 
 
+def of_hostile(folder: Path) -> dict:
+    tried = hostile.try_all(hostile.cases(), folder / "hostile")
+    for case, outcome in tried:
+        if outcome.fault:
+            print(f"{case.kind}: {case.name}: {outcome.fault}", flush=True)
+    return hostile.counts(tried)
+
+
 def of_part(name: str, folder: Path) -> dict:
     started = time.monotonic()
     if name == "inputs":
         made = of_inputs(folder)
+    elif name == "hostile":
+        made = of_hostile(folder)
     elif name == "stages":
         finished = finish(folder / "finished")
         made = of_kills(kills.rounds(finished, folder / "killed", CHOSEN, AT_RANDOM, SEED))
@@ -181,7 +201,7 @@ def main() -> None:
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
     shown = {key: value for key, value in result.items() if key not in ("instants", "parts")}
     print(json.dumps(shown, indent=1))
-    faults = [result.get(key, 0) for key in ("lost", "stuck", "tracebacks")]
+    faults = [result.get(key, 0) for key in ("lost", "stuck", "tracebacks", "hangs", "escapes")]
     tried = result.get("bad_params", 0) + result.get("bad_inputs", 0)
     if any(faults) or result.get("clear_errors", 0) < tried:
-        sys.exit("chaos: something was lost, stuck or told with a traceback")
+        sys.exit("chaos: something was lost, stuck or told with a traceback, or steered the screen")

@@ -1,0 +1,114 @@
+"""Work on what others wrote, in a process of its own that is ended when it takes too much.
+
+A template can loop for ever, a regular expression take years and four lines of YAML stand for a
+terabyte. Nothing inside a process can stop all of them: some hold the interpreter, and the
+libraries written in Rust end the whole process when memory runs out.
+"""
+
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import TypeVar
+
+from stages.shared.interrupts import end_with_parent
+from stages.shared.process import StageError
+
+SECONDS = 20.0
+# Of address space, beyond what the process has already.
+BYTES = 8_000_000_000
+
+Result = TypeVar("Result")
+
+
+def bounded(
+    work: Callable[[], Result], where: str, remedy: str, seconds: float | None = None
+) -> Result:
+    """What work() returns or raises, in a fork of this process; both must pickle.
+
+    Raises StageError, beginning with `where` and ending with `remedy`, when it takes more than
+    `seconds` (None: SECONDS) or BYTES, or when its process dies.
+    """
+    seconds = SECONDS if seconds is None else seconds
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(there, work, os.getpid()))
+    process.start()
+    there.close()
+    try:
+        if not here.poll(seconds):
+            raise StageError(f"{where}: took more than {seconds:g} s; {remedy}")
+        answer, error, trace = pickle.loads(here.recv_bytes())
+    except EOFError:
+        process.join()
+        number = -(process.exitcode or 0)
+        cause = f"ended its process ({signal.Signals(number).name})" if number > 0 else "failed"
+        raise StageError(f"{where}: {cause}; {remedy}") from None
+    finally:
+        process.kill()
+        process.join()
+        here.close()
+    if error is None:
+        return answer
+    if isinstance(error, MemoryError):
+        raise StageError(f"{where}: took more than {BYTES / 1e9:g} GB of memory; {remedy}")
+    # Where it happened does not travel with it.
+    error.add_note(trace)
+    raise error
+
+
+def limit_worker(parent: int) -> None:
+    """Make this process a worker of process `parent`: signals are the parent's, memory is limited,
+    and libraries' last words stay off the screen."""
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    end_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    limit_memory()
+
+
+def limit_memory() -> None:
+    """Let this process take no more than BYTES beyond what it has."""
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    soft = size + BYTES if hard == resource.RLIM_INFINITY else min(size + BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextmanager
+def limited(seconds: float):
+    """End this process by SIGALRM when the block takes longer: only a worker may use it."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _answer(to: Connection, work: Callable[[], Result], parent: int) -> None:
+    limit_worker(parent)
+    try:
+        answer = pickle.dumps((work(), None, ""))
+    except BaseException as error:  # the panics of libraries written in Rust are no Exception
+        answer = _pickled(error)
+    to.send_bytes(answer)
+
+
+def _pickled(error: BaseException) -> bytes:
+    trace = traceback.format_exc()
+    try:
+        answer = pickle.dumps((None, error, trace))
+        pickle.loads(answer)
+        return answer
+    except Exception:
+        other = RuntimeError(f"{type(error).__name__}: {error}"[:2000])
+        return pickle.dumps((None, other, trace))
