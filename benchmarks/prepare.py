@@ -60,7 +60,7 @@ print(json.dumps({"seconds": time.perf_counter() - start,
 NEAR = """
 import json, time
 from pathlib import Path
-from stages.preparing.formats import recognize
+from stages.preparing.recognizing import recognize
 from stages.preparing.readers import read_file
 from stages.preparing.splitting import Store, near_duplicates
 store = Store(Path("."))

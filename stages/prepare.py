@@ -33,12 +33,13 @@ import numpy as np
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from stages.preparing.chat_template import ChatTemplate
 from stages.preparing.contract import MOST_LEAKED, Drops, lengths_table, metrics_of, sample_of, show
 from stages.preparing.encoding import Encoder
-from stages.preparing.formats import Example, Format, recognize
+from stages.preparing.formats import Example, Format
 from stages.preparing.messages import Unusable, names_of
 from stages.preparing.readers import files_to_read, read_file, split_of
-from stages.preparing.rendering import Renderer
+from stages.preparing.recognizing import recognize
 from stages.preparing.splitting import (
     Pools,
     Store,
@@ -198,7 +199,7 @@ def write_about(out: Path, tokenizer, form: Format, params: Prepare, sets: dict)
     # How the tokenizer was loaded is no part of it, and differs between two equal runs.
     config = {k: v for k, v in config.items() if k not in ("is_local", "local_files_only")}
     write_json(out / "tokenizer/tokenizer_config.json", config, ensure_ascii=False)
-    marks = set(Renderer(tokenizer, params.loss_on).special) - {tokenizer.eos_token}
+    marks = set(ChatTemplate(tokenizer).special) - {tokenizer.eos_token}
     others = [t for t in sorted(marks) if tokenizer.convert_tokens_to_ids(t) in sets["train"].ends]
     if others:
         ids = tokenizer.convert_tokens_to_ids([tokenizer.eos_token, *others])

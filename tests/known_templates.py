@@ -9,8 +9,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from stages.preparing.encoding import Encoded, Encoder
-from stages.preparing.formats import recognize
 from stages.preparing.messages import Unusable
+from stages.preparing.recognizing import recognize
 from stages.preparing.templates import settle
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"

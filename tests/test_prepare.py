@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from stages import prepare
 from stages.preparing import contract, writing
 from stages.preparing.contract import packed_bins, show
-from stages.preparing.formats import recognize
+from stages.preparing.recognizing import recognize
 from stages.preparing.splitting import Store, distinct, normal, prompt_and_rest, text_of
 from stages.shared.end_tokens import end_tokens
 from stages.shared.outputs import SUMS

@@ -12,9 +12,10 @@ from prepare_folder import jsonl, make_folder, pairs
 from transformers import AutoTokenizer
 
 from stages import prepare
-from stages.preparing.formats import chat_of, recognize
+from stages.preparing.formats import chat_of
 from stages.preparing.messages import Unusable, conversation
 from stages.preparing.readers import read_file
+from stages.preparing.recognizing import recognize
 from stages.shared.process import StageError
 from stages.shared.rows import read_rows
 

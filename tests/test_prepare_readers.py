@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from prepare_folder import make_folder
 
 from stages import prepare
-from stages.preparing import readers
-from stages.preparing.formats import recognize
+from stages.preparing import opening, parquet_rows
 from stages.preparing.messages import Unusable
 from stages.preparing.readers import files_to_read, read_file
+from stages.preparing.recognizing import recognize
 from stages.shared.params import Dataset
 from stages.shared.process import StageError
 
@@ -98,7 +98,7 @@ def test_json_is_read_alike_in_chunks_of_any_size(rows, chunk, tmp_path_factory)
     path = tmp_path_factory.getbasetemp() / "chunks.json"
     path.write_bytes(json.dumps(rows, indent=1, ensure_ascii=False).encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "_CHUNK", chunk)
+        patch.setattr(opening, "CHUNK_BYTES", chunk)
         found = list(read_file(path))
     assert [row for _, row in found] == rows
     # One line for the bracket, then each row's brace, columns and closing brace.
@@ -157,7 +157,7 @@ def test_compression_is_told_by_the_content(name, packer, tmp_path):
 @pytest.mark.parametrize("packer", ["", ".gz"])
 def test_parquet_is_not_held_in_memory(packer, tmp_path, monkeypatch):
     """Not even where all of it is one row group."""
-    monkeypatch.setattr(readers, "_PARQUET_BATCH", 10)
+    monkeypatch.setattr(parquet_rows, "_BATCH", 10)
     text = "".join(map(chr, range(33, 127))) * 100
     rows = [{"prompt": f"{i}", "completion": text} for i in range(4000)]
     sink, path = io.BytesIO(), tmp_path / f"a.parquet{packer}"
@@ -198,13 +198,13 @@ def test_rows_of_odd_line_ends_and_separators(name, data, expected, tmp_path, mo
     path = tmp_path / name
     path.write_bytes(data)
     for chunk in (1, 7, 1 << 20):
-        monkeypatch.setattr(readers, "_CHUNK", chunk)
+        monkeypatch.setattr(opening, "CHUNK_BYTES", chunk)
         found = [(line, row["prompt"], row["completion"]) for line, row in read_file(path)]
         assert found == expected
 
 
 def test_a_row_without_an_end_is_not_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 100)
+    monkeypatch.setattr(opening, "MAX_ROW_BYTES", 100)
     path = tmp_path / "a.csv"
     path.write_bytes(b"prompt,completion\rp," + b"c" * 5000)
     with pytest.raises(StageError, match=r"a.csv:2: a row of more than"):
@@ -254,7 +254,7 @@ def test_fault_of_the_disk_is_not_laid_to_the_file(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(readers.shutil, "copyfileobj", full)
+    monkeypatch.setattr(parquet_rows.shutil, "copyfileobj", full)
     with pytest.raises(OSError, match="No space left"):
         list(read_file(path))
 

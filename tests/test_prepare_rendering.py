@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from jinja2 import Environment
 
 from stages.preparing.encoding import Encoder
-from stages.preparing.formats import recognize
 from stages.preparing.messages import Unusable
+from stages.preparing.recognizing import recognize
 from stages.preparing.templates import settle
 from stages.shared.process import StageError
 from templates import SHAPES, make_shape

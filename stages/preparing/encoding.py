@@ -14,7 +14,7 @@ import numpy as np
 
 from stages.preparing.formats import Example
 from stages.preparing.messages import Unusable
-from stages.preparing.readers import MAX_ROW_BYTES
+from stages.preparing.opening import MAX_ROW_BYTES
 from stages.preparing.rendering import Rendered, Renderer
 from stages.shared.params import Prepare
 
@@ -50,7 +50,7 @@ class Encoder:
         self.max_length, self.too_long = params.max_length, params.too_long
         self.renderer = Renderer(tokenizer, params.loss_on)
         self.backend = tokenizer.backend_tokenizer
-        self.end_ids = {tokenizer.convert_tokens_to_ids(t) for t in self.renderer.special}
+        self.end_ids = {tokenizer.convert_tokens_to_ids(t) for t in self.renderer.template.special}
         # Sentencepiece models put a space before any text, so before an answer by itself too.
         self.anchor, joined, alone = self._ids(["\n", "\nx", "x"])
         self.dummy_space = joined != self.anchor + alone

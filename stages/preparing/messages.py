@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 
-from stages.preparing.readers import MAX_ROW_BYTES, too_big
+from stages.preparing.opening import MAX_ROW_BYTES, too_big
 from stages.shared.process import StageError
 
 # Why rows are dropped; each is a key of metrics/data.json, dropped_<reason>_examples.
@@ -210,7 +210,7 @@ def kind(value) -> str:
     if isinstance(value, int | float):
         return f"a number ({value!s:.20})"
     names: dict[type, str] = {list: "a list", dict: "an object", str: "text"}
-    return names.get(type(value), type(value).__name__)
+    return names.get(type(value)) or getattr(value, "kind", type(value).__name__)
 
 
 def _joined(parts: list, at: str, where: str) -> str:

@@ -6,15 +6,10 @@ from pathlib import Path
 
 import jinja2
 
-from stages.preparing.formats import (
-    Example,
-    Format,
-    Shape,
-    chat_of,
-    read_rendered,
-    text_and_answers,
-)
-from stages.preparing.rendering import TEMPLATE_FAULTS, Rendered, Renderer, bos_of
+from stages.preparing.chat_template import TEMPLATE_FAULTS, bos_of
+from stages.preparing.formats import Example, Format, chat_of, text_and_answers
+from stages.preparing.rendering import Rendered, Renderer
+from stages.preparing.shapes import Shape, read_rendered
 from stages.shared.params import Prepare
 from stages.shared.process import StageError
 

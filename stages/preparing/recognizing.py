@@ -1,0 +1,114 @@
+"""Which format a data set has, by the columns of its first row."""
+
+import difflib
+
+from stages.preparing.formats import COLUMNS, Format, turns_of
+from stages.preparing.messages import names_of
+from stages.preparing.shapes import shape_of
+from stages.shared.process import StageError
+
+# Names that mean the same in any data set: taken where the standard column is not there.
+_SAME = {
+    "system": ("system_prompt", "system_message"),
+    "input": ("context",),
+    "output": ("response",),
+    "tools": ("functions",),
+}
+# Names in well-known sets, offered in the message when no standard column is there.
+_OTHER_NAMES = {
+    "prompt": ("question", "query", "problem", "instruction", "input", "request"),
+    "completion": ("answer", "response", "output", "solution", "target", "reply"),
+    "instruction": ("prompt", "question", "query", "problem", "request"),
+    "output": ("completion", "answer", "solution", "target", "reply"),
+    "messages": ("conversations", "conversation", "dialog", "dialogue", "chat"),
+    "text": ("content", "document", "body"),
+}
+# Columns without which an answer would mean something else.
+_MEANING = ("input", "history")
+
+
+def recognize(name: str, columns: dict[str, str] | None, first: dict, where: str) -> Format:
+    """The format of a data set by its first row, or the format called `name`, held to that row.
+
+    `columns` maps standard names to the data's own. Raises StageError when nothing fits.
+    """
+    own = columns or {}
+    known = sorted({c for needed, more in COLUMNS.values() for c in (*needed, *more)})
+    for standard, column in own.items():
+        if standard not in known:
+            near = difflib.get_close_matches(standard, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise StageError(f"params.yaml: prepare.columns: unknown name {standard!r}; {hint}")
+        if column not in first:
+            raise StageError(
+                f"{where}: no column {column!r} (prepare.columns.{standard}); "
+                f"the columns are {names_of(first)}"
+            )
+    # Who names columns gets those alone.
+    called = {c: own.get(c, c) if own else _name_in(first, c) for c in known}
+    present = {c: column for c, column in called.items() if column in first}
+    if name == "auto":
+        name = _recognized(present, own, first, where)
+    needed, optional = COLUMNS[name]
+    for standard in own:
+        if standard not in (*needed, *optional):
+            raise StageError(
+                f"params.yaml: prepare.columns: format {name} has no {standard!r}, only "
+                f"{', '.join((*needed, *optional))}"
+            )
+    for column in needed:
+        if column not in present:
+            raise StageError(
+                f"{where}: no column {own.get(column, column)!r}, which format {name} needs; the "
+                f"columns are {names_of(first)}: name yours in prepare.columns: {{{column}: …}}"
+            )
+    # An optional column may come in a later row alone.
+    used = {column: called[column] for column in (*needed, *optional)}
+    shape = shape_of(first[used["text"]]) if name == "rendered" else None
+    return Format(name, used, shape)
+
+
+def _recognized(present: dict[str, str], own: dict[str, str], first: dict, where: str) -> str:
+    for name, (needed, optional) in COLUMNS.items():
+        if set(needed) <= present.keys() and own.keys() <= {*needed, *optional}:
+            if name == "text" and shape_of(first[present["text"]]):
+                return "rendered"
+            match turns_of(first.get(present.get("conversations"))):
+                case [{"role": _}, *_] if name == "sharegpt":
+                    continue
+            lost = [present[c] for c in _MEANING if c in present and c not in optional]
+            if name == "prompt_completion" and lost and not own:
+                raise StageError(
+                    f"{where}: format {name} would not use {lost[0]!r}; {_remedy(present, first)}, "
+                    "or name prompt and completion alone to leave it out"
+                )
+            return name
+    raise StageError(
+        f"{where}: no known format has the columns {names_of(first)}; {_remedy(present, first)}"
+    )
+
+
+def _remedy(present: dict[str, str], first: dict) -> str:
+    """The setting of prepare.columns that keeps most columns."""
+    guess = {
+        standard: other
+        for standard, others in _OTHER_NAMES.items()
+        for other in reversed(others)
+        if other in first
+    } | present
+    fits = [
+        {c: guess[c] for c in (*needed, *optional) if c in guess}
+        for needed, optional in COLUMNS.values()
+        if all(c in guess for c in needed)
+    ]
+    if not fits:
+        return "name yours in prepare.columns, such as {prompt: question, completion: answer}"
+    # The first of those that keep as many.
+    pairs = max(fits, key=lambda pairs: len(set(pairs.values())))
+    return "set prepare.columns: {" + ", ".join(f"{k}: {v}" for k, v in pairs.items()) + "}"
+
+
+def _name_in(first: dict, standard: str) -> str:
+    """What the standard column is called in this data."""
+    names = (standard, *_SAME.get(standard, ()))
+    return next((name for name in names if name in first), standard)
