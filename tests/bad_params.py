@@ -298,12 +298,12 @@ SHAPES = [
     (
         "line break in a key",
         added("lora", '"a\\nb": 1'),
-        [f"lora.'a\\nb': unknown key{_LORA}"],
+        [f"lora.a\\nb: unknown key{_LORA}"],
     ),
     (
         "escape in a key",
         added("lora", '"\\e[2J": 1'),
-        [f"lora.'\\x1b[2J': unknown key{_LORA}"],
+        [f"lora.\\x1b[2J: unknown key{_LORA}"],
     ),
     (
         "half a character as key",
@@ -313,7 +313,7 @@ SHAPES = [
     (
         "endless key",
         added("lora", "x" * 300 + ": 1"),
-        [f"lora.{_CUT}: unknown key{_LORA}"],
+        [f"lora.{'x' * 60}…: unknown key{_LORA}"],
     ),
     (
         "endless value",

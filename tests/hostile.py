@@ -27,7 +27,7 @@ from prepare_folder import jsonl, make_folder, pairs
 from tiny import CHATML, make_model, make_tokenizer
 
 from stages.shared import bounded, sources
-from stages.shared.process import StageError
+from stages.shared.process import StageError, sha256
 from stages.shared.screen import on_screen
 
 MOST_SECONDS = 30.0
@@ -180,12 +180,30 @@ def read_index(folder: Path, content: bytes) -> None:
 def read_adapter(folder: Path, change: Callable[[Path], object]) -> None:
     from stages.shared.adapter import read_adapter
     from stages.shared.model import load_adapter
+    from stages.shared.named_base import check_named_base
 
     source, shapes, base = adapter()
     shutil.copytree(source, folder / "adapter")
     change(folder / "adapter")
     read_adapter(folder / "adapter", shapes)
+    (folder / "base").mkdir()
+    files = {"model.safetensors": sha256(model() / "model.safetensors")}
+    record = {"source": "local", "id": "model", "commit": None, "files": files}
+    (folder / "base/source.json").write_text(json.dumps(record))
+    check_named_base(folder / "adapter", folder / "base")
     load_adapter(base, folder / "adapter")
+
+
+def read_adapters_tokenizer(folder: Path, change: Callable[[Path], object]) -> None:
+    import torch
+
+    from stages.merging.companions import tokenizer_folder, write_companions
+
+    (folder / "out").mkdir()
+    shutil.copytree(model(), folder / "adapter")
+    change(folder / "adapter")
+    settled = tokenizer_folder(folder / "adapter", folder / "none")
+    write_companions(folder / "out", model(), settled, torch.bfloat16)
 
 
 def hub_section():
@@ -249,7 +267,7 @@ def prepare(folder: Path, files: dict[str, bytes], tokenizer: Path | None = None
     from stages.preparing import writing
 
     # A row of a sane template takes a millisecond.
-    writing.seconds_for = lambda chunk, least=3.0: min(least, 3.0)
+    writing.seconds_for = lambda chunk: 3.0
     make_folder(folder, files, **params)
     if tokenizer:
         from stages.shared.outputs import write_sums
@@ -291,24 +309,31 @@ def models() -> Iterator[Hostile]:
             yield Hostile(
                 "config.json", f"{key}: {name}", functools.partial(read_model, change=change)
             )
-    for file in ("tokenizer_config.json", "generation_config.json"):
-        for key in ("eos_token", "eos_token_id", "pad_token", "model_max_length", "chat_template"):
-            for name, value in VALUES.items():
-                change = functools.partial(edit_in, file, {key: value})
-                run = functools.partial(read_model, change=change)
-                yield Hostile(file, f"{key}: {name}", run)
-    for file in (
-        "config.json",
-        "tokenizer_config.json",
-        "generation_config.json",
-        "tokenizer.json",
-    ):
-        for name, content in RAW.items():
-            change = functools.partial(write_in, file, content)
-            yield Hostile(file, name, functools.partial(read_model, change=change))
+    for file, name, change in tokenizer_changes():
+        yield Hostile(file, name, functools.partial(read_model, change=change))
+    for name, content in RAW.items():
+        change = functools.partial(write_in, "config.json", content)
+        yield Hostile("config.json", name, functools.partial(read_model, change=change))
     for name, layers in (("10^9 layers", 10**9), ("10^6 layers", 10**6)):
         change = functools.partial(edit_in, "config.json", {"num_hidden_layers": layers})
         yield Hostile("config.json", name, functools.partial(read_model, change=change), True)
+
+
+def tokenizer_changes() -> Iterator[tuple[str, str, Callable[[Path], object]]]:
+    """(file, what is done to it, what does it) for the files of a tokenizer."""
+    for file in ("tokenizer_config.json", "generation_config.json"):
+        for key in ("eos_token", "eos_token_id", "pad_token", "model_max_length", "chat_template"):
+            for name, value in VALUES.items():
+                yield file, f"{key}: {name}", functools.partial(edit_in, file, {key: value})
+    for file in ("tokenizer_config.json", "generation_config.json", "tokenizer.json"):
+        for name, content in RAW.items():
+            yield file, name, functools.partial(write_in, file, content)
+
+
+def adapters_tokenizers() -> Iterator[Hostile]:
+    for file, name, change in tokenizer_changes():
+        run = functools.partial(read_adapters_tokenizer, change=change)
+        yield Hostile("adapter's tokenizer", f"{file}: {name}", run)
 
 
 def edit_in(file: str, changes: dict, folder: Path) -> None:
@@ -715,6 +740,7 @@ KINDS = (
     models,
     indexes,
     adapters,
+    adapters_tokenizers,
     readmes,
     hub_answers,
     hub_servers,

@@ -145,9 +145,9 @@ REFUSED = {
         remove(INDEX, "pytorch_model.bin"),
         "tiny has neither model.safetensors nor model.safetensors.index.json",
     ),
-    "config not JSON": (write("config.json", b"{"), "tiny: config.json: not valid JSON (Exp"),
-    "config not UTF-8": (write("config.json", b"\xff"), "tiny: config.json: not UTF-8 text"),
-    "config a list": (write("config.json", b"[]"), "tiny: config.json: must hold an object"),
+    "config not JSON": (write("config.json", b"{"), "tiny: config.json: not JSON: Exp"),
+    "config not UTF-8": (write("config.json", b"\xff"), "tiny: config.json: not JSON"),
+    "config a list": (write("config.json", b"[]"), "tiny: config.json: must be a mapping (got [])"),
     "own code": (
         edit("config.json", auto_map={"AutoModelForCausalLM": "modeling.Other"}),
         "tiny needs code of its own (auto_map in config.json), which is never run; choose a",

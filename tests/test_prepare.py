@@ -154,6 +154,12 @@ def test_killed_stage_takes_its_workers_along(tmp_path, delay):
     assert not (tmp_path / "data/prepared").exists()
 
 
+def ends_by(number):
+    # Without the traceback of pytest's handler.
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
 def sends_half(pipe):
     """Die in the middle of a result: the length says more than there is."""
     os.write(pipe.fileno(), b"\0\0\1\0half")
@@ -163,6 +169,8 @@ def sends_half(pipe):
 DEATHS = {
     "SIGKILL": lambda pipe: os.kill(os.getpid(), signal.SIGKILL),
     "SIGTERM": lambda pipe: os.kill(os.getpid(), signal.SIGTERM),
+    # What a row can do too, but none does it again.
+    "SIGSEGV": lambda pipe: ends_by(signal.SIGSEGV),
     "status 3": lambda pipe: os._exit(3),
     "SIGKILL in a result": sends_half,
 }
@@ -201,29 +209,39 @@ def uses_memory():
     raise MemoryError
 
 
-def aborts():
-    # Without the traceback of pytest's handler.
-    signal.signal(signal.SIGABRT, signal.SIG_DFL)
-    os.abort()
-
-
-@pytest.mark.parametrize("harm", [lambda: time.sleep(60), aborts, uses_memory])
-def test_row_that_harms_a_worker_is_named(tmp_path, monkeypatch, harm):
-    encode, seconds = writing._encode, writing.seconds_for
+@pytest.mark.parametrize("rows", [9, 200])
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda: time.sleep(60), "takes too long"),
+        (lambda: ends_by(signal.SIGABRT), r"ended the process \(SIGABRT\)"),
+        (uses_memory, "takes too much memory"),
+    ],
+)
+def test_row_that_harms_a_worker_is_named(tmp_path, monkeypatch, harm, said, rows):
+    """With as many workers as cores, or the one that few rows have."""
+    encode = writing._encode
     monkeypatch.setattr(writing, "_WORTH_WORKERS", 10)
     monkeypatch.setattr(writing, "_CHUNK", 8)
-    monkeypatch.setattr(writing, "seconds_for", lambda chunk, least=2.0: seconds(chunk, 2.0))
+    monkeypatch.setattr(writing, "seconds_for", lambda chunk: 2.0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
 
     def harmed(chunk):
-        if 40 in chunk:
+        if 3 in chunk:
             harm()
         return encode(chunk)
 
     monkeypatch.setattr(writing, "_encode", harmed)
-    with pytest.raises(StageError, match=r"a\.jsonl:41: rendering and tokenizing it: ") as refused:
-        run(tmp_path, monkeypatch, {"a.jsonl": jsonl(pairs(200))}, eval_rows=8)
-    assert "another prepare.template" in str(refused.value)
+    with pytest.raises(StageError, match=rf"a\.jsonl:4: rendering and tokenizing it {said}; set "):
+        run(tmp_path, monkeypatch, {"a.jsonl": jsonl(pairs(rows))}, eval_rows=2)
+    assert not multiprocessing.active_children()
+
+
+def test_rows_that_are_slow_together_are_refused_without_trying_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "seconds_for", lambda chunk: 1.0)
+    monkeypatch.setattr(writing, "_encode", lambda chunk: time.sleep(0.4 * len(chunk)))
+    with pytest.raises(StageError, match=r"a\.jsonl:\d+ to .*a\.jsonl:\d+: rendering and token"):
+        run(tmp_path, monkeypatch, {"a.jsonl": jsonl(pairs(60))}, eval_rows=8)
     assert not multiprocessing.active_children()
 
 

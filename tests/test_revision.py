@@ -8,9 +8,9 @@ from contextlib import chdir
 import pytest
 from stub_pipeline import must, tool
 
+from stages.shared.process import StageError
 from tools import schemas
 from tools.revision import Revision
-from tools.screen import ToolError
 
 TOOLS = [
     ("gate", "--base=HEAD"),
@@ -127,7 +127,7 @@ def test_a_file_that_git_cannot_give_is_not_taken_for_an_empty_one(repository, t
     arguments = ("--filter=blob:none", "--no-checkout", repository.as_uri(), str(clone))
     must(repository, "git", "clone", "-q", *arguments)
     must(clone, "git", "remote", "set-url", "origin", f"file://{tmp_path}/gone")
-    with chdir(clone), pytest.raises(ToolError, match="does not appear to be a git repository"):
+    with chdir(clone), pytest.raises(StageError, match="does not appear to be a git repository"):
         _ = Revision("HEAD").params
     done = tool(clone, "gate", "--base", "HEAD")
     assert done.returncode == 2

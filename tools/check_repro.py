@@ -13,11 +13,13 @@ import math
 import sys
 from typing import Any
 
+from stages.shared.process import StageError
 from stages.shared.provenance import made_with
+from stages.shared.screen import on_screen
 from tools.gate import EVAL, is_number
 from tools.revision import DVC_LOCK, Revision
 from tools.schemas import Lock
-from tools.screen import ToolError, fail, printable
+from tools.screen import fail
 from tools.versions import RECORDS
 
 TOLERANCE = 0.05
@@ -126,10 +128,10 @@ def main() -> None:
         head, workspace = Revision("HEAD"), Revision(None)
         found = differences(head, workspace)
         how = "to the byte" if same_environment(head, workspace) else f"within {TOLERANCE:.0%}"
-    except ToolError as error:
-        fail("check_repro", str(error))
+    except StageError as error:
+        fail("check_repro", error)
     if found:
-        lines = "\n".join(map(printable, found))
+        lines = "\n".join(map(on_screen, found))
         sys.exit(f"Not what is committed; run make repro and commit dvc.lock and metrics:\n{lines}")
     print(f"The run agrees with what is committed ({how}).")
 

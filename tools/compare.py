@@ -12,10 +12,11 @@ import math
 from typing import Any
 
 from stages.reporting.page import Mono, Paragraph, Section, Table, to_markdown
+from stages.shared.process import StageError
 from tools.gate import EVAL, is_number, unequal_sets
 from tools.noise import COST, DATA, NOISE, RESULT, SUMMARY, Conditions, conditions
 from tools.revision import Revision
-from tools.screen import ToolError, cut, fail
+from tools.screen import fail
 
 # Quality first; what a run cost and was made with last.
 VERIFY, TRAIN = "metrics/verify.json", "metrics/train.json"
@@ -59,6 +60,10 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return str(value) if is_number(value) else Mono(cut(str(value), 200))
+
+
+def cut(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def change(key: str, before: Any, now: Any) -> str:
@@ -202,8 +207,8 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         print(comparison(Revision(arguments.base), Revision(None)), end="")
-    except ToolError as error:
-        fail("compare", str(error))
+    except StageError as error:
+        fail("compare", error)
 
 
 if __name__ == "__main__":

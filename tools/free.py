@@ -17,9 +17,11 @@ from pathlib import Path
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
 
+from stages.shared.foreign import read_json
+from stages.shared.process import StageError
 from tools.revision import DVC_LOCK, Revision, git
-from tools.schemas import LISTING, LOCK, TRACKED, read_json
-from tools.screen import ToolError, fail
+from tools.schemas import LISTING, LOCK, TRACKED
+from tools.screen import fail
 
 
 def outputs(revision: Revision) -> tuple[set[str], set[str]]:
@@ -89,8 +91,8 @@ def main() -> None:
         if arguments.yes:
             for path in found:
                 path.unlink()
-    except (ToolError, DvcException) as error:
-        fail("free", str(error))
+    except (StageError, DvcException) as error:
+        fail("free", error)
     except OSError as error:
         fail("free", f"{error.filename}: {error.strerror}; mend its permissions and run it again")
     verb = "freed" if arguments.yes else "would free (with --yes)"

@@ -16,9 +16,11 @@ from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import Field, TypeAdapter
 
+from stages.shared.process import StageError
+from stages.shared.screen import on_screen
 from tools.revision import DVC_LOCK, DVC_YAML, PARAMS, Revision, git
 from tools.schemas import Run, Stage
-from tools.screen import ToolError, fail, printable
+from tools.screen import fail
 
 GATE = "gate.yaml"
 EVAL = "metrics/eval.json"
@@ -161,7 +163,7 @@ def judge(base: Revision, head: Revision) -> tuple[int, list[str]]:
         notices.append(f"notice: no {GATE} at {base.name}; the limits are HEAD's own")
         limits = head.yaml(GATE, LIMITS)
     if not limits:
-        raise ToolError(f"{GATE}: no limits, neither at {base.name} nor at HEAD; write some")
+        raise StageError(f"{GATE}: no limits, neither at {base.name} nor at HEAD; write some")
     before, now = base.metrics, head.metrics
     if EVAL not in before:
         notices.append(f"notice: {base.name} has no {EVAL} yet; there is nothing to compare with")
@@ -191,12 +193,12 @@ def main() -> None:
         base, head = Revision(arguments.base), Revision("HEAD")
         status, lines = judge(base, head)
         uncommitted = git("status", "--porcelain", "--", "metrics", DVC_LOCK, PARAMS)
-    except ToolError as error:
+    except StageError as error:
         fail("gate", f"FAILED: {error}")
-    print(f"gate: {head.commit[:10]} against {printable(base.name)} ({base.commit[:10]})")
+    print(f"gate: {head.commit[:10]} against {on_screen(base.name)} ({base.commit[:10]})")
     if uncommitted:
         print("notice: uncommitted changes are not judged")
-    print("\n".join(map(printable, lines)))
+    print("\n".join(map(on_screen, lines)))
     sys.exit(status)
 
 

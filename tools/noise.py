@@ -20,10 +20,11 @@ from typing import Annotated, Any, TypeGuard
 
 from pydantic import Field, TypeAdapter
 
+from stages.shared.process import StageError
 from tools.gate import EVAL, SET_KEYS, is_number
 from tools.revision import Revision, git
 from tools.schemas import Part
-from tools.screen import ToolError, fail
+from tools.screen import fail
 
 RESULT = Path("benchmarks/results/noise.json")
 # Repeats the others.
@@ -76,7 +77,7 @@ def run_seed(seed: int, name: str) -> None:
         f"seed={seed}",
     ]
     if subprocess.run(command, check=False).returncode:
-        raise ToolError(f"the run with seed {seed} failed; its message stands above")
+        raise StageError(f"the run with seed {seed} failed; its message stands above")
 
 
 def experiment(head: Revision, name: str) -> Revision:
@@ -150,16 +151,16 @@ def main() -> None:
     try:
         head = Revision("HEAD")
         if git("status", "--porcelain", "--untracked-files=no"):
-            raise ToolError("commit your changes first: the noise is that of a commit")
+            raise StageError("commit your changes first: the noise is that of a commit")
         committed = head.params.get("seed")
         if committed in seeds or len(names) != len(seeds) or not 2 <= len(seeds) <= 9:
-            raise ToolError(
+            raise StageError(
                 f"give 2 to 9 different seeds other than {committed}, which is committed"
             )
         print(f"noise: {len(seeds)} runs beside the committed one, seeds {seeds}")
         result = measure(head, names)
-    except ToolError as error:
-        fail("noise", str(error))
+    except StageError as error:
+        fail("noise", error)
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"noise: written to {RESULT}; commit it", flush=True)

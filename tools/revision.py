@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
 
+from stages.shared.foreign import read_json
+from stages.shared.process import StageError
 from tools import schemas
-from tools.screen import ToolError
 
 PARAMS, DVC_YAML, DVC_LOCK = "params.yaml", "dvc.yaml", "dvc.lock"
 T = TypeVar("T")
@@ -21,10 +22,10 @@ _ABBREVIATED = r"[0-9a-f]{4,63}"
 
 
 def git(*arguments: str) -> bytes:
-    """What Git prints. Raises ToolError with Git's own line, and what helps, when it fails."""
+    """What Git prints. Raises StageError with Git's own line, and what helps, when it fails."""
     done = _run_git(*arguments)
     if done.returncode:
-        raise ToolError(_failure(done))
+        raise StageError(_failure(done))
     return done.stdout
 
 
@@ -32,9 +33,9 @@ def _run_git(*arguments: str) -> subprocess.CompletedProcess:
     try:
         return subprocess.run(["git", *arguments], capture_output=True, check=False)
     except FileNotFoundError:
-        raise ToolError("git is not installed; install it, as with: apt install git") from None
+        raise StageError("git is not installed; install it, as with: apt install git") from None
     except OSError as error:
-        raise ToolError(f"git does not start: {error.strerror}; install it anew") from None
+        raise StageError(f"git does not start: {error.strerror}; install it anew") from None
 
 
 def _failure(done: subprocess.CompletedProcess) -> str:
@@ -51,7 +52,7 @@ class Revision:
     """The project's files at one commit; those of the workspace when `name` is None.
 
     The project is the current folder, which may lie below the top of its repository. The
-    workspace has an empty `commit`. Raises ToolError if `name` is no commit that this clone has.
+    workspace has an empty `commit`. Raises StageError if `name` is no commit that this clone has.
     """
 
     def __init__(self, name: str | None):
@@ -89,7 +90,7 @@ class Revision:
         try:
             return Path(path).read_bytes() if Path(path).is_file() else None
         except OSError as error:
-            raise ToolError(f"{path}: {error.strerror}; mend its permissions") from None
+            raise StageError(f"{path}: {error.strerror}; mend its permissions") from None
 
     def md5(self, path: str) -> str | None:
         """The hash by which DVC knows a file."""
@@ -103,7 +104,7 @@ class Revision:
     def yaml(self, path: str, schema: TypeAdapter[T]) -> T:
         """A YAML file held to `schema`; where there is no such file, as if it were empty.
 
-        Raises ToolError naming the file and what is wrong with it.
+        Raises StageError naming the file and what is wrong with it.
         """
         content = self.bytes(path)
         return schemas.read_yaml(b"{}" if content is None else content, schema, self.where(path))
@@ -111,10 +112,10 @@ class Revision:
     def json(self, path: str, schema: TypeAdapter[T]) -> T | None:
         """A JSON file held to `schema`; None where there is no such file.
 
-        Raises ToolError naming the file and what is wrong with it.
+        Raises StageError naming the file and what is wrong with it.
         """
         content = self.bytes(path)
-        return None if content is None else schemas.read_json(content, schema, self.where(path))
+        return None if content is None else read_json(content, schema, self.where(path))
 
     @cached_property
     def params(self) -> dict[str, Any]:
@@ -156,9 +157,9 @@ def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
 def _commit(name: str) -> str:
     found = _run_git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     if found.returncode == 1:
-        raise ToolError(f"{name or repr(name)} is no revision of this clone; {_how_to_get(name)}")
+        raise StageError(f"{name or repr(name)} is no revision of this clone; {_how_to_get(name)}")
     if found.returncode:
-        raise ToolError(_failure(found))
+        raise StageError(_failure(found))
     return found.stdout.decode().strip()
 
 

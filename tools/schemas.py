@@ -5,8 +5,6 @@ files may hold more.
 """
 
 import functools
-import json
-import reprlib
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import (
@@ -16,13 +14,12 @@ from pydantic import (
     Field,
     PlainValidator,
     TypeAdapter,
-    ValidationError,
 )
-from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.error import MarkedYAMLError
 
-from tools.screen import ToolError, cut
+from stages.shared.foreign import held_to
+from stages.shared.process import StageError
 
 # ruamel.yaml needs half a minute for more, and aliases make a small file endless.
 MOST_BYTES, MOST_VALUES = 1_000_000, 100_000
@@ -129,74 +126,30 @@ PIPELINE, LOCK = TypeAdapter(Pipeline), TypeAdapter(Lock)
 PARAMS = TypeAdapter(dict[str, Any])
 METRICS = TypeAdapter(dict[str, Annotated[Any, AfterValidator(_scalar)]])
 
-_RULES = {
-    "missing": "missing",
-    "too_short": "is empty",
-    "dict_type": "must be a mapping",
-    "model_type": "must be a mapping",
-    "list_type": "must be a list",
-    "string_type": "must be text",
-    "string_pattern_mismatch": "must be an MD5",
-    "int_type": "must be a whole number",
-    "float_type": "must be a number",
-    "finite_number": "must be a finite number",
-    "literal_error": "must be {expected}",
-    "value_error": "{error}",
-}
-
 
 def read_yaml(content: bytes, schema: TypeAdapter[T], where: str) -> T:
-    """YAML 1.2, read as DVC reads it. Raises ToolError with the line; `where` names the file."""
+    """YAML 1.2, read as DVC reads it. Raises StageError with the line; `where` names the file."""
     if len(content) > MOST_BYTES:
-        raise ToolError(f"{where}: more than {MOST_BYTES // 10**6} MB, too large for what it is")
+        raise StageError(f"{where}: more than {MOST_BYTES // 10**6} MB, too large for what it is")
     try:
         value = _load(content)
     except MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ToolError(f"{where}{line}: not YAML: {error.problem}") from None
+        raise StageError(f"{where}{line}: not YAML: {error.problem}") from None
     # Constructors of its types let through what Python says of a value.
     except (YAMLError, ValueError, LookupError, TypeError, ArithmeticError) as error:
-        raise ToolError(f"{where}: not YAML: {_first_line(error)}") from None
+        raise StageError(f"{where}: not YAML: {_first_line(error)}") from None
     except RecursionError:
-        raise ToolError(f"{where}: not YAML: nested too deeply") from None
+        raise StageError(f"{where}: not YAML: nested too deeply") from None
     if _is_endless(value):
-        raise ToolError(f"{where}: its aliases stand for more than {MOST_VALUES:,} values")
-    return checked(value, schema, where)
+        raise StageError(f"{where}: its aliases stand for more than {MOST_VALUES:,} values")
+    return held_to(schema, value, where)
 
 
 @functools.cache
 def _load(content: bytes) -> Any:
     """The same content is read once: revisions share most files. Leave what it gives as it is."""
     return YAML(typ="safe", pure=True).load(content)
-
-
-def read_json(content: bytes, schema: TypeAdapter[T], where: str) -> T:
-    """JSON, NaN and Infinity included. Raises ToolError with the line; `where` names the file."""
-    try:
-        value = json.loads(content)
-    except RecursionError:
-        raise ToolError(f"{where}: not JSON: nested too deeply") from None
-    except ValueError as error:
-        raise ToolError(f"{where}: not JSON: {_first_line(error)}") from None
-    return checked(value, schema, where)
-
-
-def checked(value: Any, schema: TypeAdapter[T], where: str) -> T:
-    """`value` held to `schema`. Raises ToolError with the first fault and the number of others."""
-    try:
-        return schema.validate_python(value, strict=True)
-    except ValidationError as error:
-        first, *others = error.errors()
-        more = f" (and {len(others)} more)" if others else ""
-        raise ToolError(f"{where}: {_fault(first)}{more}") from None
-
-
-def _fault(error: ErrorDetails) -> str:
-    kind = error["type"]
-    place = [cut(str(part)) for part in error["loc"] if part != "[key]"]
-    rule = _RULES.get(kind, error["msg"]).format(**error.get("ctx", {}))
-    got = "" if kind in ("missing", "too_short") else f" (got {reprlib.repr(error['input'])})"
-    return ": ".join([*place, rule]) + got
 
 
 def _first_line(error: Exception) -> str:

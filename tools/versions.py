@@ -9,10 +9,12 @@ want renewed. Exit status: 0 all alike, 1 some differ, 2 nothing is recorded.
 
 import sys
 
+from stages.shared.process import StageError
 from stages.shared.provenance import versions
+from stages.shared.screen import tell
 from tools.revision import Revision
 from tools.schemas import METRICS
-from tools.screen import ToolError, fail
+from tools.screen import fail
 
 # Stage -> the file of metrics/ that says what it was made with, in the order that they run.
 RECORDS = {
@@ -36,14 +38,14 @@ def main() -> None:
     workspace, installed = Revision(None), versions()
     try:
         records = {stage: workspace.json(path, METRICS) for stage, path in RECORDS.items()}
-    except ToolError as error:
-        fail("versions", str(error))
+    except StageError as error:
+        fail("versions", error)
     if not any(records.values()):
         fail("versions", "no stage has recorded its versions here; run: dvc repro")
     found = {stage: differences(record or {}, installed) for stage, record in records.items()}
     found = {stage: lines for stage, lines in found.items() if lines}
     for stage, lines in found.items():
-        print(f"versions: {stage} was made with {'; '.join(lines)}")
+        tell(f"versions: {stage} was made with {'; '.join(lines)}")
     if not found:
         print("versions: every recorded result was made with the installed versions")
         return

@@ -2,8 +2,6 @@
 
 import fnmatch
 import re
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated
 
@@ -11,11 +9,10 @@ from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as SINGLE
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from stages.shared.bounded import bounded
 from stages.shared.foreign import Foreign, held_to, read_object
+from stages.shared.loading import TokenIds, check_tokenizer
 from stages.shared.process import StageError
 from stages.shared.sources import check_name
 
@@ -70,7 +67,7 @@ def weight_files(folder: Path, files: dict[str, int], id: str) -> list[str]:
     return sorted(shards)
 
 
-class Config(Foreign):
+class Config(TokenIds):
     """What this pipeline itself reads of config.json; Transformers checks the rest."""
 
     model_type: str
@@ -81,9 +78,6 @@ class Config(Foreign):
     # Of each layer a module is made before anything can be measured.
     num_hidden_layers: Annotated[int, Field(ge=1, le=2000)] | None = None
     vocab_size: Annotated[int, Field(ge=1, lt=2**24)] | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
 
 
 class Index(Foreign):
@@ -117,40 +111,9 @@ def check_config(folder: Path, id: str) -> None:
         )
     if method := (config.quantization_config or {}).get("quant_method"):
         raise StageError(f"{id} is quantized already ({method}); choose its 16-bit original")
-    tokenizer_config = folder / "tokenizer_config.json"
-    if tokenizer_config.exists() and "auto_map" in _read_json(tokenizer_config, id):
-        raise StageError(f"{id}: its tokenizer needs code of its own, which is never run")
     if not any(any(folder.glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
         raise StageError(f"{id} has no tokenizer; copy the files of its base model's beside it")
-    bounded(partial(_load, folder, id), f"{id}: loading its tokenizer", ANOTHER)
-
-
-def _load(folder: Path, id: str) -> None:
-    """What later stages load of `folder`, the weights aside. Raises StageError."""
-    with one_line(f"{id}: its tokenizer does not load"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        vocabulary, special = tokenizer.get_vocab(), tokenizer.all_special_tokens
-        tokenizer.decode(tokenizer.encode("Two words.\n"))
-    if not tokenizer.is_fast:
-        raise StageError(f"{id} has no fast tokenizer (tokenizer.json), which this pipeline needs")
-    # Transformers makes an empty one when tokenizer.json is missing, and says nothing.
-    if len(vocabulary) <= len(special):
-        raise StageError(f"{id}: its tokenizer has no vocabulary; is tokenizer.json missing?")
-    if (folder / "generation_config.json").exists():
-        with one_line(f"{id}: its generation_config.json does not load"):
-            GenerationConfig.from_pretrained(folder, local_files_only=True)
-
-
-@contextmanager
-def one_line(what: str):
-    """Libraries raise whatever they meet in the files of others, and some of Rust no Exception."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except BaseException as error:
-        reason = " ".join(str(error)[:1000].split())[:120] or type(error).__name__
-        raise StageError(f"{what}: {reason}") from None
+    check_tokenizer(folder, id, ANOTHER)
 
 
 def check_weights(folder: Path, names: list[str], id: str) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages.fetching.model_files import ANOTHER, one_line
+from stages.fetching.model_files import ANOTHER
 from stages.shared.bounded import bounded
+from stages.shared.loading import one_line
 from stages.shared.outputs import read_json
 from stages.shared.process import StageError
 from stages.shared.screen import brief

@@ -13,6 +13,7 @@ from transformers.utils.hub import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 from transformers.utils.hub import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE as PROCESSOR_TEMPLATE
 
 from stages.shared.end_tokens import end_tokens
+from stages.shared.loading import check_tokenizer
 from stages.shared.outputs import check_sums, read_json, write_json
 
 TOKENIZER_FILES = (
@@ -54,6 +55,7 @@ def write_companions(out: Path, base: Path, tokenizer: Path, dtype: torch.dtype)
 def tokenizer_folder(adapter: Path, prepared: Path) -> Path:
     """Where the tokenizer is that goes into the merge: an adapter from elsewhere may bring none."""
     if all((adapter / name).exists() for name in NEEDED):
+        check_tokenizer(adapter, str(adapter), f"delete the tokenizer's files from {adapter}")
         return adapter
     print(f"merge: {adapter} brings no tokenizer, so that of the rows is used")
     check_sums(prepared, "prepare")

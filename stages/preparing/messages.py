@@ -210,7 +210,7 @@ def kind(value) -> str:
     if isinstance(value, int | float):
         return f"a number ({value!s:.20})"
     names: dict[type, str] = {list: "a list", dict: "an object", str: "text"}
-    return names.get(type(value)) or getattr(value, "kind", type(value).__name__)
+    return names.get(type(value), getattr(value, "kind", type(value).__name__))
 
 
 def _joined(parts: list, at: str, where: str) -> str:

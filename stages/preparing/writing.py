@@ -4,11 +4,11 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import cast
@@ -21,8 +21,7 @@ from tqdm import tqdm
 from stages.preparing.encoding import Encoder
 from stages.preparing.messages import Unusable
 from stages.preparing.splitting import Store
-from stages.shared.bounded import bounded, limit_memory, limited
-from stages.shared.interrupts import end_with_parent
+from stages.shared.bounded import limit_worker, limited
 from stages.shared.paths import RAW
 from stages.shared.process import StageError
 from stages.shared.rows import IGNORED, SCHEMA
@@ -33,8 +32,12 @@ _CHUNK = 512
 _WORTH_WORKERS = 4000
 # Chunks that each worker has been given.
 _IN_FLIGHT = 3
-# How a worker ends by what a row does to it: too slow, or too much for a library in Rust or C.
-_BY_A_ROW = (signal.SIGALRM, signal.SIGABRT, signal.SIGSEGV)
+# How a worker ends by what a row does to it, or to a library in Rust or C.
+_BY_A_ROW = {
+    signal.SIGALRM: "takes too long",
+    signal.SIGABRT: "ended the process (SIGABRT)",
+    signal.SIGSEGV: "ended the process (SIGSEGV)",
+}
 # What forked workers inherit.
 _job: dict = {}
 
@@ -132,18 +135,17 @@ def _parts(
     """(candidates, part) for each chunk, in order."""
     _job.update(store=store, encoder=encoder)
     chunks = [candidates[i : i + _CHUNK] for i in range(0, len(candidates), _CHUNK)]
-    workers = len(os.sched_getaffinity(0))
-    if wanted < _WORTH_WORKERS or workers == 1:
-        yield from ((chunk, _encode_bounded(chunk)) for chunk in chunks)
-        return
+    workers = len(os.sched_getaffinity(0)) if wanted >= _WORTH_WORKERS else 1
     yield from zip(chunks, _encode_in_processes(chunks, workers), strict=True)
 
 
 def _encode_in_processes(chunks: list[np.ndarray], workers: int) -> Iterator[Part]:
     """The part of each chunk, in order, made by `workers` forked processes.
 
-    Each has a pipe of its own, which ends with it: however a worker dies, also in the middle of
-    a result, that is noticed here. A pool's shared queue would be waited for without an end.
+    Also where it is one: a row can have a template or a tokenizer run for ever, and a process can
+    be ended. Each has a pipe of its own, which ends with it: however a worker dies, also in the
+    middle of a result, that is noticed here. A pool's shared queue would be waited for without an
+    end.
     """
     context = multiprocessing.get_context("fork")
     processes, given = {}, 0
@@ -169,9 +171,8 @@ def _encode_in_processes(chunks: list[np.ndarray], workers: int) -> Iterator[Par
                 for ready in wait(list(busy)):
                     pipe = cast(Connection, ready)
                     # Without work it is the worker itself that ended.
-                    at = chunks[busy[pipe][0]] if busy[pipe] else chunks[wanted]
-                    part = _receive(pipe, processes[pipe], at)
-                    done[busy[pipe].popleft()] = part
+                    at = busy[pipe].popleft() if busy[pipe] else wanted
+                    done[at] = _receive(pipe, processes[pipe], chunks[at])
             yield done.pop(wanted)
     finally:
         for process in processes.values():
@@ -187,30 +188,38 @@ def _receive(
         made = pipe.recv()
     except (EOFError, OSError):
         process.join()
-    else:
-        if isinstance(made, MemoryError):
-            raise culprit(chunk)
-        if isinstance(made, BaseException):
-            raise made
-        return made
-    code = process.exitcode or 0
-    if -code in _BY_A_ROW:
-        raise culprit(chunk)
-    by = signal.Signals(-code).name if code < 0 else f"status {code}"
-    raise StageError(
-        f"a worker process ended before its work ({by}); when memory ran out, close other programs "
-        "or use one processor core (taskset -c 0 dvc repro), and run it again"
-    )
+        code = process.exitcode or 0
+        by = signal.Signals(-code).name if code < 0 else f"status {code}"
+        if -code in _BY_A_ROW:
+            _name_culprit(chunk, _BY_A_ROW[signal.Signals(-code)])
+        raise StageError(
+            f"a worker process ended before its work ({by}); when memory ran out, close other "
+            "programs or use one processor core (taskset -c 0 dvc repro), and run it again"
+        ) from None
+    if isinstance(made, MemoryError):
+        _name_culprit(chunk, "takes too much memory")
+    if isinstance(made, BaseException):
+        raise made
+    return made
+
+
+def _name_culprit(chunk: np.ndarray, what: str) -> None:
+    """Raise StageError with the row of `chunk` that ended a worker, if it does so again."""
+    remedy = "set another prepare.template or take another model (a tokenizer can do it too)"
+    first, last = (RAW / _job["store"].where(row) for row in chunk[[0, -1]])
+    if len(chunk) == 1:
+        raise StageError(f"{first}: rendering and tokenizing it {what}; {remedy}")
+    started, most = time.monotonic(), seconds_for(chunk)
+    for _ in _encode_in_processes(list(chunk[:, None]), 1):
+        if time.monotonic() - started > most:
+            raise StageError(
+                f"{first} to {last}: rendering and tokenizing them takes too long; {remedy}"
+            )
 
 
 def _work(chunks: list[np.ndarray], pipe: Connection, stage: int) -> None:
     """Encode the chunks whose numbers come through `pipe`; end when process `stage` ends."""
-    # Ctrl-C reaches every process of the terminal's group, and the stage ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent(signal.SIGKILL)
-    if os.getppid() != stage:
-        os._exit(1)
-    limit_memory()
+    limit_worker(stage)
     while True:
         chunk = chunks[pipe.recv()]
         made: Part | Exception
@@ -224,31 +233,9 @@ def _work(chunks: list[np.ndarray], pipe: Connection, stage: int) -> None:
         pipe.send(made)
 
 
-def seconds_for(chunk: np.ndarray, least: float = 15.0) -> float:
+def seconds_for(chunk: np.ndarray) -> float:
     """How long rendering and tokenizing may take: the slowest tokenizers do 1 MB/s."""
-    return least + _job["store"].size(chunk) / 100_000
-
-
-def _encode_bounded(chunk: np.ndarray) -> Part:
-    """`_encode` in a process that is ended when it takes too much; the row is named."""
-    try:
-        return bounded(partial(_encode, chunk), "", "", seconds_for(chunk))
-    except StageError:
-        raise culprit(chunk) from None
-
-
-def culprit(chunk: np.ndarray) -> StageError:
-    """The row that takes too much, of a chunk that did."""
-    remedy = "set another prepare.template or take another model (a tokenizer can do it too)"
-    for row in chunk:
-        try:
-            each = np.array([row])
-            where = f"{RAW / _job['store'].where(row)}: rendering and tokenizing it"
-            bounded(partial(_encode, each), where, remedy, seconds_for(each, 4.0))
-        except StageError as error:
-            return error
-    first, last = (RAW / _job["store"].where(row) for row in chunk[[0, -1]])
-    return StageError(f"{first} to {last}: rendering and tokenizing them took too much; {remedy}")
+    return 4 + 0.02 * len(chunk) + _job["store"].size(chunk) / 100_000
 
 
 def _encode(chunk: np.ndarray) -> Part:

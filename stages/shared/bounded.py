@@ -63,19 +63,14 @@ def bounded(
 
 
 def limit_worker(parent: int) -> None:
-    """Make this process a worker of process `parent`: signals are the parent's, memory is limited,
-    and libraries' last words stay off the screen."""
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, signal.SIG_IGN)
+    """Make this process, a fork of `parent`, one that ends with it and takes no more than BYTES
+    beyond what it has; libraries' last words stay off the screen."""
+    # Ctrl-C reaches every process of the terminal's group, and the parent ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    limit_memory()
-
-
-def limit_memory() -> None:
-    """Let this process take no more than BYTES beyond what it has."""
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -2,15 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from stages.shared.process import StageError
-from stages.shared.screen import brief
+from stages.shared.screen import brief, on_screen, rule
 
 # The index of the largest models has 10 MB.
 _LARGEST = 200_000_000
+T = TypeVar("T")
 
 
 class Foreign(BaseModel):
@@ -21,7 +22,24 @@ class Foreign(BaseModel):
     )
 
 
-Schema = TypeVar("Schema", bound=Foreign)
+def read_json(content: bytes, schema: type[T] | TypeAdapter[T], where: str) -> T:
+    """JSON, NaN and Infinity included, held to `schema`; `where` is what to call it.
+
+    Raises StageError.
+    """
+    return held_to(schema, _parsed(content, where), where)
+
+
+def _parsed(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content)
+    except RecursionError:
+        reason = "nested too deeply"
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        reason = str(error)
+    except ValueError:
+        reason = "a number with too many digits"
+    raise StageError(f"{where}: not JSON: {reason}")
 
 
 def read_object(path: Path, where: str | None = None) -> dict:
@@ -29,34 +47,21 @@ def read_object(path: Path, where: str | None = None) -> dict:
     where = where or str(path)
     if (size := path.stat().st_size) > _LARGEST:
         raise StageError(f"{where}: {size / 1e6:.0f} MB are too many for this file")
-    try:
-        data = json.loads(path.read_bytes())
-    except UnicodeDecodeError:
-        raise StageError(f"{where}: not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise StageError(f"{where}: not valid JSON ({error})") from None
-    except ValueError:
-        raise StageError(f"{where}: not valid JSON (a number with too many digits)") from None
-    except RecursionError:
-        raise StageError(f"{where}: not valid JSON (nested too deeply)") from None
-    if not isinstance(data, dict):
-        raise StageError(f"{where}: must hold an object")
-    return data
+    return read_json(path.read_bytes(), dict, where)
 
 
-def held_to(schema: type[Schema], data: object, where: str) -> Schema:
-    """`data` as the schema has it. Raises StageError with the first key that is wrong."""
+def held_to(schema: type[T] | TypeAdapter[T], data: object, where: str) -> T:
+    """`data` as the schema has it. Raises StageError with the first fault."""
+    adapter = schema if isinstance(schema, TypeAdapter) else TypeAdapter(schema)
     try:
-        return schema.model_validate(data)
+        return adapter.validate_python(data, strict=True)
     except ValidationError as error:
         raise StageError(f"{where}: {fault(error)}") from None
 
 
 def fault(error: ValidationError) -> str:
-    """The first of the faults, as `key: what it must be (got what it is)`."""
-    first, *_ = error.errors(include_url=False, include_context=False)
-    key = ".".join(part if isinstance(part, str) else str(part) for part in first["loc"][:3])
-    if first["type"] == "missing":
-        return f"{key[:100]} is missing"
-    rule = first["msg"].replace("Input should", "must").removeprefix("Value error, ")
-    return f"{key[:100]}: {rule} (got {brief(first['input'])})"
+    """The first of the faults, as `key: key: what it must be (got what it is)`."""
+    first, *_ = error.errors(include_url=False)
+    place = [on_screen(part, 60) for part in first["loc"] if part != "[key]"]
+    shown = first["type"] not in ("missing", "too_short")
+    return ": ".join([*place, rule(first)]) + f" (got {brief(first['input'])})" * shown

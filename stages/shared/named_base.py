@@ -1,16 +1,23 @@
 """Is an adapter one of this base? Its shapes would fit every other model of the family too."""
 
+import os
 import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+from stages.shared.foreign import Foreign, held_to, read_object
 from stages.shared.outputs import read_json
 from stages.shared.process import StageError, sha256
+from stages.shared.screen import on_screen, tell
 
 # What an adapter of this pipeline names when its base has no id of the Hub.
 HERE = "models/base"
+
+
+class Named(Foreign):
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
 
 
 def check_named_base(adapter: Path, base: Path) -> None:
@@ -18,8 +25,9 @@ def check_named_base(adapter: Path, base: Path) -> None:
 
     `base` is a folder with the base's source.json. Raises StageError.
     """
-    config, source = read_json(adapter / "adapter_config.json"), read_json(base / "source.json")
-    named, revision = config.get("base_model_name_or_path"), config.get("revision")
+    path = adapter / "adapter_config.json"
+    config, source = held_to(Named, read_object(path), str(path)), read_json(base / "source.json")
+    named, revision = config.base_model_name_or_path, config.revision
     own = source["id"] if source["source"] == "hub" else HERE
     moved = re.fullmatch("[0-9a-f]{40}", str(revision)) and revision != source["commit"]
     if not named or (named in (own, source["id"]) and not moved):
@@ -28,11 +36,11 @@ def check_named_base(adapter: Path, base: Path) -> None:
     weights = {digest for name, digest in files if name.endswith(".safetensors")}
     folder = _found(named, revision)
     if folder and weights == {sha256(file) for file in folder.glob("*.safetensors")}:
-        print(f"{adapter} was trained on {named}, which has the weights of {source['id']}")
+        tell(f"{adapter} was trained on {named}, which has the weights of {source['id']}")
         return
-    where = f"{named} at {revision}" if moved else named
+    where = on_screen(f"{named} at {revision}" if moved else named, 200)
     raise StageError(
-        f"{adapter}/adapter_config.json: trained on {where}, and the base is {source['id']}; take "
+        f"{path}: trained on {where}, and the base is {source['id']}; take "
         f"that as model.id, or, if both have the same weights, say so there: "
         f'"base_model_name_or_path": "{own}", "revision": null, then: '
         "dvc commit --force train && dvc repro"
@@ -41,9 +49,10 @@ def check_named_base(adapter: Path, base: Path) -> None:
 
 def _found(named: str, revision: str | None) -> Path | None:
     """The folder of a model that is on this machine: a path, or in the Hugging Face cache."""
-    if Path(named).is_dir():
+    # Not Path's: a name can be too long for the system.
+    if os.path.isdir(named):
         return Path(named)
     try:
         return Path(snapshot_download(named, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
+    except (OSError, ValueError):  # not there, or no name of a model
         return None

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from stages.shared.screen import brief
+from stages.shared.screen import brief, on_screen, rule
 
 try:
     from pydantic import (
@@ -212,19 +212,8 @@ def known_keys(section: type[Section] = Params, prefix: str = "") -> list[str]:
     return keys
 
 
+# Where the file's own words are clearer.
 _RULES = {
-    "missing": "missing",
-    "greater_than_equal": "must be {ge} or more",
-    "greater_than": "must be more than {gt}",
-    "less_than": "must be less than {lt}",
-    "less_than_equal": "must be {le} or less",
-    "literal_error": "must be {expected}",
-    "value_error": "{error}",
-    "int_type": "must be a whole number",
-    "float_type": "must be a number",
-    "finite_number": "must be a finite number",
-    "string_unicode": "must be text that a file can hold",
-    "bool_type": "must be true or false",
     "model_type": "must be a section with keys",
     "dict_type": "must be a mapping of column names",
 }
@@ -254,14 +243,9 @@ def _siblings(section: str) -> str:
 
 def _messages(error: ErrorDetails) -> list[str]:
     """One pydantic error as lines `key: what is wrong (got value)`."""
-    kind, got = error["type"], error["input"]
-    # 0.0 reads better as 0.
-    context: dict[str, Any] = {
-        k: int(v) if isinstance(v, float) and v.is_integer() else v
-        for k, v in error.get("ctx", {}).items()
-    }
+    kind, got, context = error["type"], error["input"], error.get("ctx", {})
     parts = [str(part) for part in error["loc"] if part != "[key]"]
-    key = ".".join(p if p.isprintable() and len(p) <= 60 else brief(p) for p in parts)
+    key = ".".join(on_screen(part, 60) for part in parts)
     if kind in ("extra_forbidden", "invalid_key"):
         *above, name = parts
         if "." in name and name in known_keys():
@@ -270,14 +254,14 @@ def _messages(error: ErrorDetails) -> list[str]:
         return [f"{key}: unknown key{_near_key(key) or _siblings('.'.join(above))}"]
     if kind == "value_error" and key in Params.model_fields and key != "seed":
         return [f"{key}.{line}" for line in str(context["error"]).split("\n")]
-    rule = _RULES[kind].format(**context)
+    said = f"{key}: {_RULES.get(kind) or rule(error)}"
     if kind == "missing":
-        return [f"{key}: {rule}"]
+        return [said]
     near = ""
     if kind == "literal_error" and isinstance(got, str):
         options = re.findall(r"'([^']+)'", context["expected"])
         near = _near(got, dict(zip(options, options, strict=True)), 0.6)
-    return [f"{key}: {rule} (got {brief(got)}){near}"]
+    return [f"{said} (got {brief(got)}){near}"]
 
 
 @functools.cache
