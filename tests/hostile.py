@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from prepare_folder import jsonl, make_folder, pairs
 from tiny import CHATML, make_model, make_tokenizer
 
-from stages.shared import bounded, sources
+from stages.shared import bounded, hub, sources
 from stages.shared.process import StageError, sha256
 from stages.shared.screen import on_screen
 
@@ -214,11 +214,11 @@ def hub_section():
 
 def read_readme(folder: Path, head: bytes) -> None:
     from stages.fetch_data import of_configuration
-    from stages.shared.dataset_card import read_card
+    from stages.shared.dataset_card import license_in, read_card
 
     (folder / "README.md").write_bytes(b"---\n" + head + b"\n---\n# Rows\n")
     card = read_card(folder)
-    licensed(sources.license_in(card))
+    licensed(license_in(card))
     of_configuration(["train.jsonl", "test.jsonl"], card, hub_section())
 
 
@@ -241,7 +241,7 @@ def read_hub(folder: Path, **answer: object) -> None:
         "siblings": [{"rfilename": "x.bin", "size": 9, "blobId": git, "lfs": big}],
     } | answer
     HfApi.repo_info = lambda *_, **__: ModelInfo(**whole)
-    source = sources.Repository("model", "owner/model", "main")
+    source = hub.Repository("model", "owner/model", "main")
     licensed(source.license)
     assert all(isinstance(size, int) for size in source.files.values())
 
@@ -491,7 +491,7 @@ def ask_hub(folder: Path, answers: list[Callable[[socket.socket], object]]) -> N
         }.items():
             if hasattr(module, name):
                 setattr(module, name, value)
-    sources.STALL_SECONDS = 3
+    hub.STALL_SECONDS = 3
 
     def answer(connection: socket.socket, how: Callable[[socket.socket], object]) -> None:
         with contextlib.suppress(OSError), connection:
@@ -504,7 +504,7 @@ def ask_hub(folder: Path, answers: list[Callable[[socket.socket], object]]) -> N
             threading.Thread(target=answer, args=(server.accept()[0], how), daemon=True).start()
 
     threading.Thread(target=serve, daemon=True).start()
-    source = sources.Repository("model", "owner/model", "main")
+    source = hub.Repository("model", "owner/model", "main")
     source.get(["x.bin"], folder)
 
 

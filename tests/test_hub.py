@@ -13,17 +13,11 @@ import pytest
 from hub_server import Hub, Repo
 from tiny import ROOT
 
-from stages.shared.dataset_card import read_card
+from stages.shared.dataset_card import license_in, read_card
+from stages.shared.foreign import check_name
+from stages.shared.hub import Repository
 from stages.shared.process import StageError
-from stages.shared.sources import (
-    Folder,
-    Repository,
-    check_name,
-    copy_license,
-    license_in,
-    package,
-    write_source,
-)
+from stages.shared.sources import Folder, copy_license, package, write_source
 
 A, B = "a" * 40, "b" * 40
 BIG = bytes(range(256)) * 100_000

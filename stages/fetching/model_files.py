@@ -11,10 +11,9 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from stages.shared.foreign import Foreign, held_to, read_object
+from stages.shared.foreign import Foreign, check_name, held_to, read_object
 from stages.shared.loading import TokenIds, check_tokenizer
 from stages.shared.process import StageError
-from stages.shared.sources import check_name
 
 # Beside the weights: config, tokenizer, templates, processors, licence. No README, and nothing that
 # could run.

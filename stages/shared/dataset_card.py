@@ -91,6 +91,12 @@ def known_of(card: dict) -> tuple[dict, str | None]:
             del card[error.errors(include_url=False)[0]["loc"][0]]
 
 
+def license_in(card: dict) -> str | None:
+    """The licence that a card names: the Hub's short name, or what `other` stands for."""
+    names = card.get("license_name") if card.get("license") == "other" else card.get("license")
+    return ", ".join(map(str, names)) if isinstance(names, list) else names
+
+
 def _warning(reason: str) -> str:
     return f"warning: the head of README.md: {reason}: licence or configurations are unknown"
 

@@ -1,7 +1,8 @@
 """What others wrote, held to a schema at the door: of another type, it is refused in one line."""
 
 import json
-from pathlib import Path
+import re
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -12,6 +13,7 @@ from stages.shared.screen import brief, on_screen, rule
 # The index of the largest models has 10 MB.
 _LARGEST = 200_000_000
 T = TypeVar("T")
+_UNUSABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class Foreign(BaseModel):
@@ -65,3 +67,16 @@ def fault(error: ValidationError) -> str:
     place = [on_screen(part, 60) for part in first["loc"] if part != "[key]"]
     shown = first["type"] not in ("missing", "too_short")
     return ": ".join([*place, rule(first)]) + f" (got {brief(first['input'])})" * shown
+
+
+def check_name(name: str, source: str) -> str:
+    """`name` if it stays within its folder and its list of checksums. Raises StageError."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
+        raise StageError(f"{source}: the file name {name!r} leads out of its folder")
+    if _UNUSABLE.search(name):
+        raise StageError(
+            f"{source}: the file name {name!r} holds a line end, a control character or bytes that "
+            "are no UTF-8; rename it"
+        )
+    return name
