@@ -66,7 +66,7 @@ def attempt(case: Hostile, folder: Path) -> Outcome:
         return out.getvalue(), ""
 
     try:
-        printed, refusal = bounded.bounded(work, "HANG", "", MOST_SECONDS)
+        printed, refusal = bounded.bounded(work, "HANG", "", MOST_SECONDS / bounded.PATIENCE)
     except BaseException as error:
         return Outcome("", f"{type(error).__name__}: {on_screen(error, 300)}")
     odd = [c for line in printed.split("\n") for c in line if not c.isprintable()]

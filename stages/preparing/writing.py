@@ -21,7 +21,7 @@ from tqdm import tqdm
 from stages.preparing.encoding import Encoder
 from stages.preparing.messages import Unusable
 from stages.preparing.splitting import Store
-from stages.shared.bounded import limit_worker, limited
+from stages.shared.bounded import OUT_OF_TIME, limit_worker, limited
 from stages.shared.paths import RAW
 from stages.shared.process import StageError
 from stages.shared.rows import IGNORED, SCHEMA
@@ -34,7 +34,7 @@ _WORTH_WORKERS = 4000
 _IN_FLIGHT = 3
 # How a worker ends by what a row does to it, or to a library in Rust or C.
 _BY_A_ROW = {
-    signal.SIGALRM: "takes too long",
+    OUT_OF_TIME: "takes too long",
     signal.SIGABRT: "ended the process (SIGABRT)",
     signal.SIGSEGV: "ended the process (SIGSEGV)",
 }
@@ -234,7 +234,7 @@ def _work(chunks: list[np.ndarray], pipe: Connection, stage: int) -> None:
 
 
 def seconds_for(chunk: np.ndarray) -> float:
-    """How long rendering and tokenizing may take: the slowest tokenizers do 1 MB/s."""
+    """How long rendering and tokenizing may compute: the slowest tokenizers do 1 MB/s."""
     return 4 + 0.02 * len(chunk) + _job["store"].size(chunk) / 100_000
 
 

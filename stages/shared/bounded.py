@@ -19,9 +19,13 @@ from typing import TypeVar
 from stages.shared.interrupts import end_with_parent
 from stages.shared.process import StageError
 
+# Of computing; a busy machine, or Ctrl-Z, is nobody's fault.
 SECONDS = 20.0
+# So many times as long it may wait, as for the Hub.
+PATIENCE = 3
 # Of address space, beyond what the process has already.
 BYTES = 8_000_000_000
+OUT_OF_TIME = signal.SIGPROF
 
 Result = TypeVar("Result")
 
@@ -32,22 +36,25 @@ def bounded(
     """What work() returns or raises, in a fork of this process; both must pickle.
 
     Raises StageError, beginning with `where` and ending with `remedy`, when it takes more than
-    `seconds` (None: SECONDS) or BYTES, or when its process dies.
+    `seconds` of computing (None: SECONDS), PATIENCE times as long, or BYTES, or when its process
+    dies.
     """
     seconds = SECONDS if seconds is None else seconds
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(there, work, os.getpid()))
+    process = context.Process(target=_answer, args=(there, work, os.getpid(), seconds))
     process.start()
     there.close()
     try:
-        if not here.poll(seconds):
-            raise StageError(f"{where}: took more than {seconds:g} s; {remedy}")
+        if not here.poll(PATIENCE * seconds):
+            raise StageError(f"{where}: took more than {PATIENCE * seconds:g} s; {remedy}")
         answer, error, trace = pickle.loads(here.recv_bytes())
     except EOFError:
         process.join()
         number = -(process.exitcode or 0)
         cause = f"ended its process ({signal.Signals(number).name})" if number > 0 else "failed"
+        if number == OUT_OF_TIME:
+            cause = f"took more than {seconds:g} s"
         raise StageError(f"{where}: {cause}; {remedy}") from None
     finally:
         process.kill()
@@ -80,19 +87,20 @@ def limit_worker(parent: int) -> None:
 
 @contextmanager
 def limited(seconds: float):
-    """End this process by SIGALRM when the block takes longer: only a worker may use it."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    """End this process by OUT_OF_TIME when the block computes longer: only a worker may use it."""
+    signal.signal(OUT_OF_TIME, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _answer(to: Connection, work: Callable[[], Result], parent: int) -> None:
+def _answer(to: Connection, work: Callable[[], Result], parent: int, seconds: float) -> None:
     limit_worker(parent)
     try:
-        answer = pickle.dumps((work(), None, ""))
+        with limited(seconds):
+            answer = pickle.dumps((work(), None, ""))
     except BaseException as error:  # the panics of libraries written in Rust are no Exception
         answer = _pickled(error)
     to.send_bytes(answer)

@@ -46,7 +46,7 @@ MINUTES = {
     "writes": 15,
     "queue": 10,
     "inputs": 3,
-    "hostile": 25,
+    "hostile": 13,
 }
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "dvc")
 
