@@ -68,7 +68,7 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
         fit(trainer, watchers, folder)
     except torch.cuda.OutOfMemoryError:
         raise no_memory_for_step(trainer, base_bytes, params) from None
-    write_outputs(trainer, progress, round(sum(row_tokens) * params.train.epochs))
+    write_outputs(trainer, progress)
 
 
 def announce(params: Params, rows: int, tokens: int, trainer: Trainer, where: str) -> None:
@@ -97,8 +97,8 @@ def fit(trainer: Trainer, watchers: list, folder: Path) -> None:
     checkpoints.raise_if_stopped()
 
 
-def write_outputs(trainer: Trainer, progress: Progress, tokens: int) -> None:
-    """The adapter, the metrics and the curve of a run over `tokens` tokens."""
+def write_outputs(trainer: Trainer, progress: Progress) -> None:
+    """The adapter, the metrics and the curve of a whole run."""
     with whole_folder(ADAPTER) as out:
         write_adapter(trainer, out)
     trainable, total = trainer.model.get_nb_trainable_parameters()
@@ -106,7 +106,7 @@ def write_outputs(trainer: Trainer, progress: Progress, tokens: int) -> None:
     metrics = {
         "train_loss": mean_loss(history),
         "steps": trainer.state.global_step,
-        "tokens": tokens,
+        "tokens": trainer.tokens,
         "trainable_params": trainable,
         "trainable_percent": 100 * trainable / total,
     }
@@ -114,7 +114,7 @@ def write_outputs(trainer: Trainer, progress: Progress, tokens: int) -> None:
         **provenance(trainer.model.device),
         # By it export knows whether these figures are those of the adapter that was merged.
         "adapter_sha256": sha256(ADAPTER / "adapter_model.safetensors"),
-        **progress.cost(tokens),
+        **progress.cost(),
         **memory_metrics(state_bytes(trainer.optimizer)[1]),
     }
     write_metrics(Path("metrics/train.json"), metrics)
