@@ -221,6 +221,14 @@ REFUSED = {
         edit("config.json", pad_token_id=260),
         "tiny: config.json: pad_token_id 260 has no row in the embeddings, which have 260 (vocab",
     ),
+    "generation impossible": (
+        edit("generation_config.json", num_return_sequences=3),
+        "tiny: generation_config.json is refused by Transformers: Greedy methods ",
+    ),
+    "generation a list": (
+        write("generation_config.json", b"[]"),
+        "tiny: generation_config.json must hold an object",
+    ),
     "no such model": (
         edit("config.json", hidden_act="nothing"),
         "tiny: no model can be made of config.json: ",

@@ -16,6 +16,7 @@ from stages.shared.sources import check_name
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "licen[cs]e*", "notice*", "use_policy*")
 # Of all folders but the top one.
 _TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
+_GENERATION = "generation_config.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
@@ -63,7 +64,7 @@ def weight_files(folder: Path, files: dict[str, int], id: str) -> list[str]:
 
 def check_config(folder: Path, id: str) -> None:
     """Raise StageError unless Transformers' own code makes a causal language model of config.json
-    and a fast tokenizer of the files beside it."""
+    and a fast tokenizer of the files beside it, and takes generation_config.json."""
     from transformers import AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -85,6 +86,8 @@ def check_config(folder: Path, id: str) -> None:
         )
     if method := (config.get("quantization_config") or {}).get("quant_method"):
         raise StageError(f"{id} is quantized already ({method}); choose its 16-bit original")
+    if (folder / _GENERATION).exists():
+        _check_generation(folder, id)
     tokenizer_config = folder / "tokenizer_config.json"
     if tokenizer_config.exists() and "auto_map" in _read_json(tokenizer_config, id):
         raise StageError(f"{id}: its tokenizer needs code of its own, which is never run")
@@ -100,6 +103,20 @@ def check_config(folder: Path, id: str) -> None:
     # Transformers makes an empty one when tokenizer.json is missing, and says nothing.
     if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):
         raise StageError(f"{id}: its tokenizer has no vocabulary; is tokenizer.json missing?")
+
+
+def _check_generation(folder: Path, id: str) -> None:
+    from transformers import GenerationConfig
+
+    _read_json(folder / _GENERATION, id)
+    try:
+        GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever its checks meet; the model would not load with it
+        reason = " ".join(str(error).split())[:120]
+        raise StageError(
+            f"{id}: {_GENERATION} is refused by Transformers: {reason}; mend it in a "
+            "copy of the model, with model.source: local"
+        ) from None
 
 
 def check_weights(folder: Path, names: list[str], id: str) -> None:
