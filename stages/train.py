@@ -36,7 +36,13 @@ from stages.training.out_of_memory import no_memory_for_base, no_memory_for_step
 from stages.training.paged import state_bytes
 from stages.training.probe import Probe, needs_probe
 from stages.training.progress import Progress, mean_loss, write_curve
-from stages.training.trainer import Trainer, TrainingSet, build_trainer, optimizer_steps
+from stages.training.trainer import (
+    Trainer,
+    TrainingSet,
+    as_installed,
+    build_trainer,
+    optimizer_steps,
+)
 
 
 def train(params: Params, device: torch.device, folder: Path) -> None:
@@ -51,7 +57,7 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     )
     config = AutoConfig.from_pretrained(QUANTIZED)
     largest = step_tokens(params.train, row_tokens, data.max_length)
-    fast = choose_fast_path(params, config, largest, device.type == "cuda")
+    fast = as_installed(choose_fast_path(params, config, largest, device.type == "cuda"))
     try:
         model = load_base(QUANTIZED, device, fast.attention)
     except torch.cuda.OutOfMemoryError:

@@ -1,5 +1,6 @@
 """The trainer's own promises: its batch, what it counts, its first step, and no dropped weights."""
 
+import importlib.util
 from dataclasses import replace
 from functools import cached_property
 from types import SimpleNamespace
@@ -8,15 +9,21 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoConfig,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from stages.shared.fast_path import FLATTENED, FastPath
+from stages.shared.fast_path import FLATTENED, FastPath, choose_fast_path
 from stages.shared.model import load_base
 from stages.shared.params import Params
 from stages.shared.scoring import Scores
 from stages.training import progress
 from stages.training.progress import WARM_STEPS, Progress
-from stages.training.trainer import TrainingSet, build_trainer
+from stages.training.trainer import TrainingSet, as_installed, build_trainer
 from tests.tiny import PARAMS, make_model, make_tokenizer
 
 CPU = torch.device("cpu")
@@ -172,6 +179,21 @@ def test_attention_drops_nothing_on_any_path(build, capsys, fast, checkpointing)
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         assert (gradient - expected[name]).norm() < 1e-4 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_liger_is_planned_with_everywhere_and_taken_where_it_is(monkeypatch, capsys, installed):
+    """plan.json is the same on every machine."""
+    spec = object() if installed else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    params = Params.model_validate(yaml.safe_load(PARAMS.read_text()))
+    planned = choose_fast_path(params, AutoConfig.for_model("llama"), 100, gpu=True)
+    assert planned.liger
+    assert as_installed(planned).liger is installed
+    said = capsys.readouterr().out
+    assert ("requirements-kernels.lock" in said) is not installed
+    assert as_installed(PLAIN) is PLAIN
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("family", sorted(FLATTENED))

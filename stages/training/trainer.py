@@ -1,8 +1,9 @@
 """The trainer of this pipeline, for the train stage and for the benchmarks alike."""
 
+import importlib.util
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,17 @@ def build_trainer(
         trainer.model.enable_input_require_grads()
     remember_parameters(trainer.model)
     return trainer
+
+
+def as_installed(fast: FastPath) -> FastPath:
+    """`fast` without the kernels that this machine lacks, which is said."""
+    if not fast.liger or importlib.util.find_spec("liger_kernel"):
+        return fast
+    print(
+        "train: Liger's kernels are not installed: training takes longer and more memory than plan "
+        "says; pip install --no-deps --require-hashes -r requirements-kernels.lock"
+    )
+    return replace(fast, liger=False)
 
 
 def leave_out_attention_dropout(model: PreTrainedModel) -> float:
