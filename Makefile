@@ -15,12 +15,12 @@ help:  ## Show this list.
 
 env: $(READY)  ## Make the environment in .venv.
 
-$(READY): requirements.lock requirements-default.lock
+$(READY): requirements.lock requirements-default.lock requirements-kernels.lock
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make env PYTHON=python3.11")'
 	@echo "Making the environment in .venv (a few minutes, once)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.lock
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-default.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-default.lock -r requirements-kernels.lock
 	@$(BIN)/python -m tools.offline_plots
 	@touch $@
 	@find $^ -newer $@ -exec touch -r {} $@ \;  # written before somebody set the clock back

@@ -178,7 +178,9 @@ def with_changes(params: dict, changes: dict) -> Params:
 
 def strategy_path(params: Params, config, tokens: int, device, off: tuple[str, ...]) -> FastPath:
     """What the train stage takes for steps of `tokens`, with parts of it off."""
-    fast = choose_fast_path(params, config, tokens, device.type == "cuda")
+    from stages.training.trainer import as_installed
+
+    fast = as_installed(choose_fast_path(params, config, tokens, device.type == "cuda"))
     return replace(fast, **dict.fromkeys(off, False))
 
 

@@ -320,7 +320,7 @@ def profile(work: Path, side: str, steps: int) -> None:
     from stages.shared.fast_path import choose_fast_path
     from stages.shared.model import load_base
     from stages.shared.params import load_params
-    from stages.training.trainer import TrainingSet, build_trainer
+    from stages.training.trainer import TrainingSet, as_installed, build_trainer
 
     disable_caching()
     os.chdir(work)
@@ -334,7 +334,7 @@ def profile(work: Path, side: str, steps: int) -> None:
     params = load_params()
     device = pick_device()
     config = AutoConfig.from_pretrained("models/quantized")
-    fast = choose_fast_path(params, config, batch * MAX_LENGTH, device.type == "cuda")
+    fast = as_installed(choose_fast_path(params, config, batch * MAX_LENGTH, device.type == "cuda"))
     model = load_base(Path("models/quantized"), device, fast.attention)
     rows = Dataset.from_file("data/prepared/train.arrow").select_columns(["input_ids", "labels"])
     tokenizer = AutoTokenizer.from_pretrained("data/prepared/tokenizer")

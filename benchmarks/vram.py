@@ -165,10 +165,12 @@ def full_trainer(model, rows, params: Params, folder: Path, fast):
 
 def prepare(point: Point, device: torch.device, rows):
     """(trainer, fast path) for `point`: the model, the adapter and what training would choose."""
-    from stages.training.trainer import TrainingSet, build_trainer
+    from stages.training.trainer import TrainingSet, as_installed, build_trainer
 
     params, config = params_of(point), config_of(point.shape)
-    fast = choose_fast_path(params, config, point.tokens_per_step, device.type == "cuda")
+    fast = as_installed(
+        choose_fast_path(params, config, point.tokens_per_step, device.type == "cuda")
+    )
     model = build(point.shape, point.method == "qlora", device, fast.attention)
     if point.offloading is not None:
         fast = replace(fast, offload=point.offloading)

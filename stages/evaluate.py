@@ -23,7 +23,7 @@ if __name__ == "__main__":
     load_libraries("bitsandbytes", "peft")
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from stages.shared.adapter import check_adapter_sums, read_adapter
 from stages.shared.device import memory_metrics, pick_device, reset_peaks
@@ -33,7 +33,7 @@ from stages.shared.named_base import check_named_base
 from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
 from stages.shared.provenance import device_name, provenance
 from stages.shared.rows import read_rows, set_sha256
-from stages.shared.scoring import Scores, score
+from stages.shared.scoring import Scores, perplexity, score
 from stages.shared.sets import HELD_OUT, SET_NAMES, held_out_sets
 from stages.shared.weights import Weights
 
@@ -48,7 +48,7 @@ def interval(scores: Scores) -> tuple[float, float]:
     found = []
     for _ in range(RESAMPLES):
         sample = draw.choices(pairs, k=len(pairs))
-        found.append(math.exp(math.fsum(n for n, _ in sample) / sum(t for _, t in sample)))
+        found.append(perplexity(math.fsum(n for n, _ in sample) / sum(t for _, t in sample)))
     found.sort()
     return found[int(0.025 * RESAMPLES)], found[int(0.975 * RESAMPLES) - 1]
 
@@ -77,17 +77,19 @@ def answers(model, tokenizer, rows: list[dict], ends: list[int]) -> list[str]:
     # Generation continues at the right end, so prompts are padded on the left.
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    output = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
+    greedy = GenerationConfig(
         max_new_tokens=ANSWER_TOKENS,
         do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
         use_cache=True,
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
+    )
+    # What is not set there would come from the base's generation_config.json.
+    model.get_base_model().generation_config = greedy
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=greedy,
     )
     return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
 
@@ -173,6 +175,8 @@ def evaluate(model, sets: dict[str, list[dict]]) -> tuple[dict, dict]:
         tuned = score(model, rows)
         with model.disable_adapter():
             base = score(model, rows)
+        check_numbers(base, rows, "the base's", "name another model.id")
+        check_numbers(tuned, rows, "the tuned model's", "lower train.learning_rate")
         metrics |= set_metrics(prefix, rows, base, tuned)
         tokens += 2 * sum(len(row["input_ids"]) for row in rows)
         print(
@@ -182,6 +186,13 @@ def evaluate(model, sets: dict[str, list[dict]]) -> tuple[dict, dict]:
         )
     seconds = time.monotonic() - started
     return metrics, {"eval_seconds": seconds, "tokens_per_second": tokens / seconds}
+
+
+def check_numbers(scores: Scores, rows: list[dict], whose: str, remedy: str) -> None:
+    """Raise StageError naming the first of `rows` whose NLL is no number."""
+    for row, nll in zip(rows, scores.nll, strict=True):
+        if not math.isfinite(nll):
+            raise StageError(f"{whose} loss on {row['row']} is {nll}; {remedy}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Reads models/base, writes models/quantized: the same folder with each Linear's weight in NF4 as
 bitsandbytes serializes it (`quantize.type: nf4`), or the 16-bit weights as they are (`none`).
-No model is instantiated: the peak is one output shard and one tensor, at any model size. The
+No model holds them: the peak is one output shard and one tensor, at any model size. The
 bytes equal those of transformers' own save_pretrained of a model loaded in bfloat16.
 """
 
@@ -22,21 +22,21 @@ from stages.shared.outputs import (
     write_metrics,
 )
 from stages.shared.params import load_params
-from stages.shared.process import StageError, begin
+from stages.shared.process import begin
 
 if __name__ == "__main__":
     begin("quantize")
     load_libraries("bitsandbytes", "transformers.modeling_utils")
 
 import torch
-from accelerate import init_empty_weights
 from bitsandbytes import functional as bnb
 from huggingface_hub.constants import SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
+from stages.quantizing.names import linear_weights
 from stages.shared.device import memory_metrics, pick_device
 from stages.shared.paths import BASE, QUANTIZED
 from stages.shared.provenance import provenance
@@ -58,19 +58,6 @@ def quantization_config(double_quant: bool) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_use_double_quant=double_quant,
     )
-
-
-def linear_weights(folder: Path) -> set[str]:
-    """Names of the weights to quantize: every Linear except the output embeddings."""
-    config = AutoConfig.from_pretrained(folder)
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
-    output = model.get_output_embeddings()
-    return {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not output
-    }
 
 
 def quantized_tensors(
@@ -120,7 +107,6 @@ def quantize(base: Path, out: Path, double_quant: bool) -> None:
         shards.append({name: t.numel() * t.element_size() for name, t in pending.items()})
         pending, size = {}, 0
 
-    missing = set(wanted)
     total = sum(file.stat().st_size for file in sources)
     with tqdm(total=total / 1e9, unit="GB", desc="quantize", disable=None) as bar:
         for source in sources:
@@ -128,7 +114,6 @@ def quantize(base: Path, out: Path, double_quant: bool) -> None:
                 for name in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
                     tensor = tensors.get_tensor(name)
                     bar.update(tensor.numel() * tensor.element_size() / 1e9)
-                    missing.discard(name)
                     if name in wanted:
                         made = quantized_tensors(name, tensor, double_quant, device)
                     else:
@@ -139,11 +124,6 @@ def quantize(base: Path, out: Path, double_quant: bool) -> None:
                     pending |= made
                     size += added
     flush()
-    if missing:
-        raise StageError(
-            f"{base}: the weight {min(missing)} of the model is not in its files (its layers may "
-            "be fused or renamed); such an architecture cannot be quantized tensor by tensor"
-        )
     name_shards(out, shards)
     config = read_json(base / "config.json")
     config["dtype"] = "bfloat16"
@@ -168,7 +148,9 @@ def name_shards(out: Path, shards: list[dict[str, int]]) -> None:
 
 
 def link(base: Path, out: Path) -> None:
-    """Give `out` the weights of `base` without a second copy on disk where links work."""
+    """Give `out` the weights of `base`, looked through, without a second copy on disk where links
+    work."""
+    linear_weights(base)
     for file in [*base.glob("*.safetensors"), *base.glob("*.safetensors.index.json")]:
         link_or_copy(file, out / file.name)
     shutil.copyfile(base / "config.json", out / "config.json")

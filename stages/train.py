@@ -36,7 +36,13 @@ from stages.training.out_of_memory import no_memory_for_base, no_memory_for_step
 from stages.training.paged import state_bytes
 from stages.training.probe import Probe, needs_probe
 from stages.training.progress import Progress, mean_loss, write_curve
-from stages.training.trainer import Trainer, TrainingSet, build_trainer, optimizer_steps
+from stages.training.trainer import (
+    Trainer,
+    TrainingSet,
+    as_installed,
+    build_trainer,
+    optimizer_steps,
+)
 
 
 def train(params: Params, device: torch.device, folder: Path) -> None:
@@ -51,7 +57,7 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     )
     config = AutoConfig.from_pretrained(QUANTIZED)
     largest = step_tokens(params.train, row_tokens, data.max_length)
-    fast = choose_fast_path(params, config, largest, device.type == "cuda")
+    fast = as_installed(choose_fast_path(params, config, largest, device.type == "cuda"))
     try:
         model = load_base(QUANTIZED, device, fast.attention)
     except torch.cuda.OutOfMemoryError:
@@ -68,7 +74,7 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
         fit(trainer, watchers, folder)
     except torch.cuda.OutOfMemoryError:
         raise no_memory_for_step(trainer, base_bytes, params) from None
-    write_outputs(trainer, progress, round(sum(row_tokens) * params.train.epochs))
+    write_outputs(trainer, progress)
 
 
 def announce(params: Params, rows: int, tokens: int, trainer: Trainer, where: str) -> None:
@@ -97,8 +103,8 @@ def fit(trainer: Trainer, watchers: list, folder: Path) -> None:
     checkpoints.raise_if_stopped()
 
 
-def write_outputs(trainer: Trainer, progress: Progress, tokens: int) -> None:
-    """The adapter, the metrics and the curve of a run over `tokens` tokens."""
+def write_outputs(trainer: Trainer, progress: Progress) -> None:
+    """The adapter, the metrics and the curve of a whole run."""
     with whole_folder(ADAPTER) as out:
         write_adapter(trainer, out)
     trainable, total = trainer.model.get_nb_trainable_parameters()
@@ -106,7 +112,7 @@ def write_outputs(trainer: Trainer, progress: Progress, tokens: int) -> None:
     metrics = {
         "train_loss": mean_loss(history),
         "steps": trainer.state.global_step,
-        "tokens": tokens,
+        "tokens": trainer.tokens,
         "trainable_params": trainable,
         "trainable_percent": 100 * trainable / total,
     }
@@ -114,7 +120,7 @@ def write_outputs(trainer: Trainer, progress: Progress, tokens: int) -> None:
         **provenance(trainer.model.device),
         # By it export knows whether these figures are those of the adapter that was merged.
         "adapter_sha256": sha256(ADAPTER / "adapter_model.safetensors"),
-        **progress.cost(tokens),
+        **progress.cost(),
         **memory_metrics(state_bytes(trainer.optimizer)[1]),
     }
     write_metrics(Path("metrics/train.json"), metrics)

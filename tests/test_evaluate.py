@@ -8,10 +8,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from quick import Stage
 from tiny import make_model, make_tokenizer
+from transformers import GenerationConfig
 
-from stages.evaluate import answers, interval, samples, set_metrics
+from stages.evaluate import answers, check_numbers, interval, samples, set_metrics
 from stages.quantize import quantize
 from stages.shared.model import load_base
+from stages.shared.process import StageError
 from stages.shared.rows import set_sha256
 from stages.shared.scoring import Scores
 
@@ -71,6 +73,45 @@ def test_padding_on_the_left_does_not_change_an_answer(tuned):
     assert together == [answers(model, tokenizer, [row], [2])[0] for row in rows]
 
 
+# What a base's generation_config.json may say: some change greedy answers, some cannot be obeyed.
+SETTINGS = [
+    {"num_beams": 4},
+    {"repetition_penalty": 5.0},
+    {"no_repeat_ngram_size": 2},
+    {"forced_eos_token_id": 3},
+    {"max_time": 1e-9},
+    {"stop_strings": ["a"]},
+    {"token_healing": True},
+    {"return_dict_in_generate": True},
+    {"dola_layers": "high"},
+    {"num_beams": 2, "num_beam_groups": 2},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "+".join(settings))
+def test_answers_are_greedy_whatever_the_base_asks_for(tuned, monkeypatch, settings):
+    model, tokenizer = tuned
+    rows = rows_of(tokenizer)
+    expected = answers(model, tokenizer, rows, [2])
+    of_base = GenerationConfig(eos_token_id=7, **settings)
+    monkeypatch.setattr(model.get_base_model(), "generation_config", of_base)
+    assert answers(model, tokenizer, rows, [2]) == expected
+
+
+def test_a_loss_that_is_no_number_names_its_row():
+    rows = [{"row": "rows.jsonl:1"}, {"row": "rows.jsonl:2"}]
+    check_numbers(Scores([1.0, 2.0], [1, 1]), rows, "the base's", "…")
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(StageError, match=r"^the base's loss on rows\.jsonl:2 is (nan|inf); …$"):
+            check_numbers(Scores([1.0, wrong], [1, 1]), rows, "the base's", "…")
+
+
+def test_an_enormous_loss_has_a_perplexity():
+    scores = Scores([1e6, 1e6], [1, 2])
+    assert math.isfinite(scores.perplexity)
+    assert all(map(math.isfinite, interval(scores)))
+
+
 def test_answer_ends_at_each_end_token(tuned):
     model, tokenizer = tuned
     row = rows_of(tokenizer)[0]
@@ -90,6 +131,20 @@ def test_samples_answer_the_same_prompts_by_base_and_tuned(tuned):
     assert all(s["reference"] == "ok" for s in found)
     assert any(s["base"] != s["tuned"] for s in found)
     assert samples(model, tokenizer, {"": rows}, 0, [2]) == []
+
+
+def test_an_adapter_of_no_numbers_is_one_line(finished, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(finished, project, symlinks=True)
+    before = {str(file): file.read_bytes() for file in (project / "metrics").iterdir()}
+    code = project / "stages/shared/scoring.py"
+    scoring = code.read_text()
+    code.write_text(scoring.replace("nll[row] += loss", "nll[row] += math.nan"))
+    stage = Stage("evaluate", project)
+    assert stage.wait() == 1
+    assert stage.said.splitlines()[-1].startswith("evaluate: the base's loss on rows.jsonl:")
+    assert "Traceback" not in stage.said
+    assert {str(file): file.read_bytes() for file in (project / "metrics").iterdir()} == before
 
 
 def test_running_out_of_memory_is_one_line(finished, tmp_path):

@@ -96,6 +96,10 @@ def names(folder) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+def contents(folder) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in names(folder)}
+
+
 def edit(name: str, **changes):
     """A fault: `name`, a JSON file, with these keys."""
 
@@ -221,6 +225,14 @@ REFUSED = {
         edit("config.json", pad_token_id=260),
         "tiny: config.json: pad_token_id 260 has no row in the embeddings, which have 260 (vocab",
     ),
+    "generation impossible": (
+        edit("generation_config.json", num_return_sequences=3),
+        "tiny: generation_config.json is refused by Transformers: Greedy methods ",
+    ),
+    "generation a list": (
+        write("generation_config.json", b"[]"),
+        "tiny: generation_config.json must hold an object",
+    ),
     "no such model": (
         edit("config.json", hidden_act="nothing"),
         "tiny: no model can be made of config.json: ",
@@ -299,11 +311,18 @@ def test_the_stage_downloads_from_the_hub_and_resumes(tiny, tmp_path):
         assert f"pin it in params.yaml as model.revision: {COMMIT}" in runs[1].stdout
         assert runs[1].stderr == ""
         assert (len(hub.of("config.json")), len(hub.of(SHARDS[1]))) == (1, 2)
+        fetched = contents(workspace / "models")
+        params = (workspace / "params.yaml").read_text()
+        (workspace / "params.yaml").write_text(params.replace("main", f'"{COMMIT}"'))
+        command, env = runs[0].args, environment(hub.url, PYTHONPATH="", HF_TOKEN="hf_secret")
+        subprocess.run(command, cwd=workspace, env=env, check=True)
+        # To pin what was fetched changes nothing of it, so nothing that follows runs again.
+        assert contents(workspace / "models") == fetched
     assert "hf_secret" not in str(runs)
     base = workspace / "models/base"
     assert all((base / name).read_bytes() == files[name] for name in SHARDS)
     record = json.loads((base / "source.json").read_text())
-    assert (record["commit"], record["revision"], record["license"]) == (COMMIT, "main", "mit")
+    assert (record["commit"], record["revision"], record["license"]) == (COMMIT, COMMIT, "mit")
     assert sorted(p.name for p in (workspace / "models").iterdir()) == ["base", "tokenizer"]
     assert not [p for p in base.iterdir() if p.name.startswith(".")]
 

@@ -293,9 +293,15 @@ def test_the_record_says_when_not_everybody_may_read(
     info.private, info.gated = private, gated
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: info)
     repository = Repository("dataset", "org/rows", "main")
-    section = SimpleNamespace(source="hub", id="org/rows", revision="main")
-    write_source(tmp_path, section, repository.commit, None, {}, repository.private)
-    assert json.loads((tmp_path / "source.json").read_text()).get("private") is expected
+    records = []
+    for revision in ("main", "c" * 40):
+        section = SimpleNamespace(source="hub", id="org/rows", revision=revision)
+        write_source(tmp_path, section, repository.commit, None, {}, repository.private)
+        records.append((tmp_path / "source.json").read_bytes())
+        (tmp_path / "source.json").unlink()
+    assert json.loads(records[0]).get("private") is expected
+    # What follows does not run again when the branch is pinned.
+    assert records[0] == records[1]
 
 
 def test_links(tmp_path):

@@ -233,8 +233,10 @@ def test_metrics_are_json_that_any_tool_reads(tmp_path):
     assert path.read_text() == (
         '{\n  "loss": 0.333333,\n  "steps": 3,\n  "device": "CPU",\n  "small": 1.23457e-07\n}\n'
     )
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_metrics(path, {"loss": float("nan")})
+    for wrong in ("nan", "inf", "-inf"):
+        with pytest.raises(StageError, match=rf"m\.json: loss is {wrong}: the model"):
+            write_metrics(path, {"steps": 4, "loss": float(wrong)})
+    assert '"steps": 3' in path.read_text()
 
 
 def test_space_is_looked_at_before(tmp_path):

@@ -2,17 +2,20 @@
 
 import hashlib
 import json
+import re
 
 import pytest
+import quick
 import torch
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from stages import quantize as stage
 from stages.quantize import link, quantization_config, quantize
 from stages.shared.model import load_base, set_compute_dtype
 from stages.shared.process import StageError
-from tests.tiny import make_model
+from tests.tiny import make_model, make_workspace
 
 CPU = torch.device("cpu")
 
@@ -69,15 +72,106 @@ def test_two_runs_write_the_same_bytes(tmp_path):
     assert sums[0] == sums[1]
 
 
-def test_a_weight_that_is_not_in_the_files_is_named(tmp_path):
-    make_model(tmp_path / "base")
-    config = json.loads((tmp_path / "base/config.json").read_text())
-    config["num_hidden_layers"] = 3
-    config.pop("layer_types", None)
-    (tmp_path / "base/config.json").write_text(json.dumps(config))
+def without(*names):
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+def renamed(old, new):
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[re.sub(old, new, name)] = tensors.pop(name)
+
+    return rename
+
+
+def cut(tensors):
+    tensors["model.norm.weight"] = torch.ones(8)
+
+
+# What is done to the tensors of a model, settings of its config.json, and what is said.
+REFUSED = {
+    "norm": (
+        without("model.norm.weight"),
+        {},
+        "the files lack model.norm.weight of the model; the model is incomplete: name another",
+    ),
+    "embeddings": (
+        without("model.embed_tokens.weight"),
+        {},
+        "the files lack lm_head.weight, model.embed_tokens.weight of the model; the model is incom",
+    ),
+    "head": (
+        without("lm_head.weight"),
+        {"tie_word_embeddings": False},
+        "the files lack lm_head.weight of the model; if the model takes its embeddings for it, say "
+        "tie_word_embeddings: true in the config.json of a copy, with model.source: local",
+    ),
+    "linear": (
+        without("model.layers.1.mlp.up_proj.weight"),
+        {},
+        "the files lack model.layers.1.mlp.up_proj.weight of the model; the model is incomplete",
+    ),
+    "another prefix": (
+        renamed("^", "language_model."),
+        {},
+        "the files lack lm_head.weight, model.embed_tokens.weight, model.layers.0.input_layernorm."
+        "weight and 18 more of the model; they call model.embed_tokens.weight "
+        "language_model.model.embed_tokens.weight: rename the tensors in a copy",
+    ),
+    "no prefix": (
+        renamed("^model\\.", ""),
+        {},
+        "the weight model.layers.0.mlp.down_proj.weight of the model has another name in its files",
+    ),
+    "shape": (cut, {}, "model.norm.weight is (8,) in the files and (64,) by config.json; one of"),
+}
+
+
+def edit_tensors(folder, edit):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("form", [lambda base, out: quantize(base, out, True), link])
+@pytest.mark.parametrize(("edit", "settings", "said"), REFUSED.values(), ids=REFUSED)
+def test_weights_that_would_be_made_up_are_refused(tmp_path, form, edit, settings, said):
+    make_model(tmp_path / "base", **settings)
+    edit_tensors(tmp_path / "base", edit)
     (tmp_path / "out").mkdir()
-    with pytest.raises(StageError, match=r"model\.layers\.2\.mlp\.down_proj\.weight"):
-        quantize(tmp_path / "base", tmp_path / "out", double_quant=True)
+    with pytest.raises(StageError) as error:
+        form(tmp_path / "base", tmp_path / "out")
+    assert str(error.value).startswith(f"{tmp_path}/base: {said}")
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_left_over_weights_are_named_where_transformers_would_warn(tmp_path, capsys):
+    make_model(tmp_path / "base")
+    edit_tensors(tmp_path / "base", lambda tensors: tensors.update(OLD))
+    link(tmp_path / "base", tmp_path)
+    assert capsys.readouterr().out == ""
+    edit_tensors(tmp_path / "base", lambda tensors: tensors.update(EXTRA))
+    (tmp_path / "out").mkdir()
+    link(tmp_path / "base", tmp_path / "out")
+    said = "quantize: not part of the model, and without effect: model.extra.weight\n"
+    assert capsys.readouterr().out == said
+
+
+# Every old checkpoint of Llama holds them.
+OLD = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+EXTRA = {"model.extra.weight": torch.ones(8, 8)}
+
+
+def test_a_model_with_left_over_weights_is_merged_and_verified(tmp_path):
+    project = make_workspace(tmp_path / "ws")
+    edit_tensors(project / "tiny", lambda tensors: tensors.update(OLD | EXTRA))
+    for name in yaml.safe_load((project / "dvc.yaml").read_text())["stages"]:
+        quick.run(name, project)
+        if name == "verify":
+            break
+    assert EXTRA.keys() <= load_file(project / "models/merged/model.safetensors").keys()
 
 
 def test_without_quantization_the_weights_are_those_of_the_base(tmp_path):

@@ -10,6 +10,7 @@ ROOMS = {
     "fetching": {"fetch_data", "fetch_model"},
     "preparing": {"prepare"},
     "planning": {"plan"},
+    "quantizing": {"quantize"},
     "training": {"train"},
     "evaluating": {"evaluate"},
     "merging": {"merge"},

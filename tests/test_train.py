@@ -1,6 +1,7 @@
 """What training must leave as it was, what it must change, and what it writes."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -91,6 +92,18 @@ def test_metrics_and_curve(project):
     cost = json.loads((project / "metrics/train_cost.json").read_text())
     assert cost["train_seconds"] > 0
     assert "peak_vram_gb" not in cost
+
+
+def test_tokens_of_part_of_an_epoch_are_those_of_its_steps(project, tmp_path):
+    folder = tmp_path / "project"
+    shutil.copytree(project, folder, ignore=shutil.ignore_patterns("adapter"))
+    train(folder, train={"epochs": 0.4})
+    metrics = json.loads((folder / "metrics/train.json").read_text())
+    # Steps are whole: three of the epoch's six.
+    assert metrics["steps"] == 3
+    lengths = sorted(len(r["input_ids"]) for r in read_rows(folder / "data/prepared/train.arrow"))
+    assert sum(lengths[:24]) <= metrics["tokens"] <= sum(lengths[24:])
+    assert metrics["tokens"] != round(0.4 * sum(lengths))
 
 
 def test_checkpointing_changes_nothing_but_memory(project):
@@ -262,7 +275,7 @@ def test_held_out_rows_are_scored_in_the_memory_of_a_step(monkeypatch):
 
     monkeypatch.setattr(progress, "score", scored)
     for step_tokens in (100, 2 * TOKENS_PER_BATCH):
-        callback = progress.Progress(None, [], step_tokens)
+        callback = progress.Progress(SimpleNamespace(tokens=0), [], step_tokens)
         state = TrainerState(global_step=4, max_steps=4)
         callback.on_train_begin(None, state, None)
         model = SimpleNamespace(device=CPU)

@@ -4,7 +4,6 @@ The hardware, the parameters and the family of the model decide. No kernel is im
 that the choice can be made, and planned with, on any machine.
 """
 
-import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +74,7 @@ def choose_fast_path(params: Params, config: PretrainedConfig, tokens: int, gpu:
     return FastPath(
         attention=attention,
         padding_free=attention == VARLEN,
-        liger=gpu and importlib.util.find_spec("liger_kernel") is not None,
+        liger=gpu,
         fused_lora=gpu and params.lora.dropout == 0,
         offload=gpu and params.train.gradient_checkpointing and kept >= OFFLOADED_BYTES,
     )

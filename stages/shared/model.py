@@ -8,6 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from stages.shared.nf4 import unpack_odd_layers
 from stages.shared.process import StageError
 
 logging.disable_progress_bar()
@@ -27,6 +28,8 @@ def load_base(folder: Path, device: torch.device, attention: str | None = None) 
         folder, dtype=dtype, device_map={"": device}, attn_implementation=attention
     )
     set_compute_dtype(model, dtype)
+    if device.type == "cpu":
+        unpack_odd_layers(model)
     model.config.use_cache = False
     return model.eval()
 

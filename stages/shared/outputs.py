@@ -5,6 +5,7 @@ left under a final name, and nothing is written once an input of the stage has c
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -83,9 +84,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_metrics(path: Path, metrics: dict) -> None:
-    """Write flat metrics as JSON, floats with 6 significant digits so that diffs stay quiet."""
+    """Write flat metrics as JSON, floats with 6 significant digits so that diffs stay quiet.
+
+    Raises StageError naming one that is no finite number.
+    """
+    for key, value in metrics.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise StageError(
+                f"{path}: {key} is {value}: the model computes no numbers; lower "
+                "train.learning_rate, or name another model.id"
+            )
     rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}
-    write_text(path, json.dumps(rounded, indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(rounded, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict:

@@ -32,7 +32,12 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(math.fsum(self.nll) / sum(self.tokens))
+        return perplexity(math.fsum(self.nll) / sum(self.tokens))
+
+
+def perplexity(nll: float) -> float:
+    """Of a mean NLL in nats, NaN of NaN; bounded, so that a ruined model is no math error."""
+    return math.exp(min(nll, 700))
 
 
 def score(model, rows: list[dict], tokens_per_batch: int = TOKENS_PER_BATCH) -> Scores:

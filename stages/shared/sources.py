@@ -148,7 +148,8 @@ def write_source(
     record: dict = {
         "source": section.source,
         "id": section.id,
-        "revision": section.revision,
+        # A branch that was asked for is no part of what came: to pin it changes no byte.
+        "revision": commit or section.revision,
         "commit": commit,
         "license": license,
         "files": {name: sums.get(name) or sha256(path) for name, path in files.items()},

@@ -17,6 +17,7 @@ from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as SINGLE
 from safetensors import SafetensorError, safe_open
 
+from stages.shared.nf4 import dequantize
 from stages.shared.outputs import read_json
 from stages.shared.process import StageError
 
@@ -112,13 +113,13 @@ class Weights:
             first, last = block.start * columns, block.stop * columns
             state = bnb.QuantState(
                 scales[first // size : -(-last // size)],
-                shape=(block.stop - block.start, columns),
+                shape=torch.Size((block.stop - block.start, columns)),
                 blocksize=size,
                 quant_type=whole.quant_type,
                 dtype=whole.dtype,
             )
             packed = torch.empty(-(-last // 2) - first // 2, 1, dtype=torch.uint8)
-            return bnb.dequantize_4bit(self._fill(packed, name, first // 2).to(device), state)
+            return dequantize(self._fill(packed, name, first // 2).to(device), state)
 
         return read
 

@@ -20,13 +20,16 @@ CURVE_POINTS = 4
 CURVE_ROWS = 32
 CURVE_LINES = 200
 WARM_STEPS = 3
+# What a checkpoint holds of the run before it.
+COUNTS = ("seconds", "tokens", "steady_seconds", "steady_tokens")
 
 
 class Progress(TrainerCallback):
-    """One bar, the held-out loss along the way, and the clock.
+    """One bar, the held-out loss along the way, the clock and the tokens.
 
     `seconds` is the wall time of training with its data loading and warm-up, without the scoring
-    of held-out rows. It travels in the checkpoints: a resumed run reports its whole cost.
+    of held-out rows; the trainer counts the tokens. Both travel in the checkpoints: a resumed run
+    reports its whole cost.
 
     step_tokens  of the largest step: scoring takes no more at once, so that the memory that was
                  predicted, and tried when training began, is enough for it
@@ -36,16 +39,19 @@ class Progress(TrainerCallback):
         self.trainer = trainer
         self.held_out = held_out[:CURVE_ROWS]
         self.tokens_per_batch = min(step_tokens, TOKENS_PER_BATCH)
-        self.seconds = 0.0
-        self.warm: tuple[float, int] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.seconds = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
+        saved = [entry for entry in state.log_history if "seconds" in entry]
+        before = saved[-1] if saved else dict.fromkeys(COUNTS, 0)
+        self.seconds, self.trainer.tokens = before["seconds"], before["tokens"]
+        self.steady_seconds, self.steady_tokens = before["steady_seconds"], before["steady_tokens"]
+        self.warm_steps = WARM_STEPS
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc="train", disable=None
         )
         # What loading a checkpoint takes is not of training.
         reset_peaks()
+        self.counted = self.trainer.tokens
         self.mark = time.monotonic()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -53,38 +59,50 @@ class Progress(TrainerCallback):
         scoring = state.global_step % every == 0 or state.global_step == state.max_steps
         if model.device.type == "cuda" and (scoring or control.should_save):
             torch.cuda.synchronize()
-        self.seconds += time.monotonic() - self.mark
+        self._count(time.monotonic() - self.mark)
         self.bar.update()
         if scoring:
             scores = score(model, self.held_out, self.tokens_per_batch)
             loss = math.fsum(scores.nll) / sum(scores.tokens)
             state.log_history.append({"step": state.global_step, "eval_loss": loss})
         if control.should_save:
-            state.log_history.append({"step": state.global_step, "seconds": self.seconds})
+            counts = (self.seconds, self.trainer.tokens, self.steady_seconds, self.steady_tokens)
+            saved = dict(zip(COUNTS, counts, strict=True))
+            state.log_history.append({"step": state.global_step, **saved})
         self.mark = time.monotonic()
+
+    def _count(self, seconds: float) -> None:
+        """Add a step. The first ones of this process are no measure of the others."""
+        self.seconds += seconds
+        tokens = self.trainer.tokens - self.counted
+        self.counted = self.trainer.tokens
+        if self.warm_steps:
+            self.warm_steps -= 1
+        else:
+            self.steady_seconds += seconds
+            self.steady_tokens += tokens
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            if state.global_step >= WARM_STEPS and self.warm is None:
-                self.warm = (self.seconds, self.trainer.tokens)
-            self.last = (self.seconds, self.trainer.tokens)
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
 
-    def cost(self, tokens: int) -> dict[str, float]:
-        """Seconds and rates of a whole run over `tokens` tokens.
+    def cost(self) -> dict[str, float]:
+        """Seconds and rates of the whole run.
 
-        The steady rate is that after WARM_STEPS steps, or of all steps when hardly any follow.
+        The steady rate leaves out the first WARM_STEPS steps of every process, but when hardly any
+        are left: then it is that of all.
         """
-        (seconds, counted), (before, warm) = self.last, self.warm or (0.0, 0)
-        if counted < 2 * warm:
-            before, warm = 0.0, 0
+        seconds, tokens = self.seconds, self.trainer.tokens
+        steady = seconds, tokens
+        if 2 * self.steady_tokens >= tokens:
+            steady = self.steady_seconds, self.steady_tokens
         return {
-            "train_seconds": self.seconds,
-            "tokens_per_second": tokens / self.seconds,
-            "steady_tokens_per_second": (counted - warm) / (seconds - before),
+            "train_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "steady_tokens_per_second": steady[1] / steady[0],
         }
 
 

@@ -1,9 +1,11 @@
 """The trainer of this pipeline, for the train stage and for the benchmarks alike."""
 
+import importlib.util
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import trl.trainer.utils
@@ -108,6 +110,8 @@ def build_trainer(
     """A trainer of a float32 adapter on a frozen base of load_base; `folder` takes checkpoints."""
     if fast.liger:
         apply_liger(model)
+    if dropped := leave_out_attention_dropout(model):
+        print(f"train: the base's attention_dropout ({dropped:g}) is left out")
     trainer = Trainer(
         model=model,
         args=trainer_config(model, data, params, fast, folder),
@@ -115,6 +119,10 @@ def build_trainer(
         processing_class=data.tokenizer,
         peft_config=lora_config(params.lora),
     )
+    assert trainer.args.train_batch_size == params.train.batch_size
+    if optimizer_steps(len(trainer.train_dataset), params.train) == 1:
+        # The first step of a warm-up has a learning rate of zero.
+        trainer.args.warmup_steps = 0
     # trl casts the adapter of a quantized base to bfloat16, and loading a checkpoint casts it
     # back to float32: a resumed run would differ. In float32 from the start both are the same.
     for parameter in trainer.model.parameters():
@@ -128,6 +136,31 @@ def build_trainer(
         trainer.model.enable_input_require_grads()
     remember_parameters(trainer.model)
     return trainer
+
+
+def as_installed(fast: FastPath) -> FastPath:
+    """`fast` without the kernels that this machine lacks, which is said."""
+    if not fast.liger or importlib.util.find_spec("liger_kernel"):
+        return fast
+    print(
+        "train: Liger's kernels are not installed: training takes longer and more memory than plan "
+        "says; pip install --no-deps --require-hashes -r requirements-kernels.lock"
+    )
+    return replace(fast, liger=False)
+
+
+def leave_out_attention_dropout(model: PreTrainedModel) -> float:
+    """Let attention keep all of its weights in training too; the largest share it would drop.
+
+    varlen attention has no dropout, and a layer that is checkpointed in two parts would drop other
+    weights in its second pass. The result is the same wherever it is trained.
+    """
+    dropped = 0.0
+    module: Any
+    for module in model.modules():
+        if isinstance(share := getattr(module, "attention_dropout", None), float):
+            dropped, module.attention_dropout = max(dropped, share), 0.0
+    return dropped
 
 
 def apply_liger(model: PreTrainedModel) -> None:
@@ -145,7 +178,7 @@ def trainer_config(
     train, gpu = params.train, model.device.type == "cuda"
     packing = train.batching == "packing"
     grouped = train.batching == "group_by_length"
-    return SFTConfig(
+    config = SFTConfig(
         output_dir=str(folder),
         seed=params.seed,
         num_train_epochs=train.epochs,
@@ -177,6 +210,9 @@ def trainer_config(
         report_to=train.report_to,
         disable_tqdm=True,
     )
+    # transformers takes every GPU that it sees into DataParallel, with a batch for each.
+    config._n_gpu = min(config.n_gpu, 1)
+    return config
 
 
 def host_stash(trainer: Trainer, fast: FastPath) -> HostStash | None:

@@ -11,7 +11,7 @@ from io import BufferedRandom
 import torch
 from peft import PeftModel
 
-from stages.shared.scoring import scored_logits
+from stages.shared.scoring import perplexity, scored_logits
 
 # Logits are kept in float32: in 16 bit their rounding would exceed the divergence of a good merge
 # (1e-7 to 1e-5). They take vocabulary x 4 bytes a token, so beyond this size KL is taken over every
@@ -33,7 +33,7 @@ class Reference:
 
     @property
     def perplexity(self) -> float:
-        return _perplexity(self.nll)
+        return perplexity(self.nll)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def agreement(model, rows: list[dict], ref: Reference, device: torch.device) -> 
             divergences.append((p.exp() * (p - kept.double().log_softmax(-1))).sum(-1).cpu())
     kl = torch.cat(divergences)
     return Agreement(
-        perplexity=_perplexity(math.fsum(losses) / ref.tokens),
+        perplexity=perplexity(math.fsum(losses) / ref.tokens),
         mean_kl=float(kl.mean()),
         max_kl=float(kl.max()),
         kl_tokens=len(kl),
@@ -89,8 +89,3 @@ def agreement(model, rows: list[dict], ref: Reference, device: torch.device) -> 
 def _nll(logits: torch.Tensor, targets: torch.Tensor) -> float:
     losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     return float(losses.sum(dtype=torch.float64))
-
-
-def _perplexity(nll: float) -> float:
-    # Bounded so that a ruined model is reported and not a math error; NaN stays NaN.
-    return math.exp(min(nll, 700))

@@ -8,6 +8,7 @@ from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
+from bitsandbytes.nn import Params4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from tqdm import tqdm
@@ -34,10 +35,11 @@ def check_tensors(
             module: Any = modules.get(name.rpartition(".")[0])
             updated = isinstance(module, LoraLayer) and name.endswith(".weight")
             if name in source.nf4:
-                weight = module.base_layer.weight if updated else module.weight
+                plain = module.base_layer.weight if updated else module.weight
+                if isinstance(plain, Params4bit):
+                    plain = bnb.dequantize_4bit(plain.data, plain.quant_state)
                 # As it is stored: load_base lets the CPU compute in float32.
-                plain = bnb.dequantize_4bit(weight.data, weight.quant_state).to(torch.bfloat16)
-                plain = plain.to(dtype)
+                plain = plain.data.to(torch.bfloat16).to(dtype)
             else:
                 plain = source.read(name).to(device, dtype)
             # In place, as PEFT merges: the sum is rounded once.

@@ -1,0 +1,41 @@
+"""NF4 weights back in full, and the layers that a CPU must not multiply packed."""
+
+import copy
+from typing import Any
+
+import torch
+from bitsandbytes import functional as bnb
+from bitsandbytes.nn import Linear4bit
+
+# Values that share a scale.
+BLOCK = 64
+
+
+def dequantize(packed: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:
+    """The values of `packed` (uint8, two in each), shaped and typed as `state` says.
+
+    As rows of one block each: on a CPU with AVX512, bitsandbytes (0.50.2) decodes rows whose length
+    is a multiple of 16 and not of 64 wrongly.
+    """
+    count, blocks = state.shape.numel(), -(-state.shape.numel() // BLOCK)
+    packed = packed.reshape(-1)
+    if missing := blocks * BLOCK // 2 - packed.numel():
+        packed = torch.nn.functional.pad(packed, (0, missing))
+    in_blocks = copy.copy(state)
+    in_blocks.shape = torch.Size((blocks, BLOCK))
+    return bnb.dequantize_4bit(packed.view(-1, 1), in_blocks).view(-1)[:count].view(state.shape)
+
+
+def unpack_odd_layers(model: torch.nn.Module) -> None:
+    """Give layers of `model`, on the CPU, whose rows are no whole blocks their weights in full.
+
+    Their products would be wrong on some CPUs (see `dequantize`). Every CPU computes alike.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit) and module.in_features % BLOCK:
+            plain = torch.nn.Linear(module.in_features, module.out_features, device="meta")
+            packed: Any = module.weight  # a Params4bit
+            weight = dequantize(packed.data, packed.quant_state)
+            plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+            plain.bias = module.bias
+            model.set_submodule(name, plain)

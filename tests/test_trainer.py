@@ -1,0 +1,208 @@
+"""The trainer's own promises: its batch, what it counts, its first step, and no dropped weights."""
+
+import importlib.util
+from dataclasses import replace
+from functools import cached_property
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from transformers import (
+    AutoConfig,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from stages.shared.fast_path import FLATTENED, FastPath, choose_fast_path
+from stages.shared.model import load_base
+from stages.shared.params import Params
+from stages.shared.scoring import Scores
+from stages.training import progress
+from stages.training.progress import WARM_STEPS, Progress
+from stages.training.trainer import TrainingSet, as_installed, build_trainer
+from tests.tiny import PARAMS, make_model, make_tokenizer
+
+CPU = torch.device("cpu")
+PLAIN = FastPath("sdpa", padding_free=False, liger=False, fused_lora=False, offload=False)
+FUSED = FastPath("sdpa", padding_free=False, liger=False, fused_lora=True, offload=False)
+ROWS = 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def build(tmp_path, tokenizer):
+    """A function that makes a trainer of 20 rows of unlike length, with changed parameters."""
+
+    def build(fast=PLAIN, model=None, lora=None, **train):
+        raw = yaml.safe_load(PARAMS.read_text())
+        raw["lora"] |= lora or {}
+        raw["train"] |= {"batching": "shuffle", **train}
+        ids = [[3 + i] * (10 + i) for i in range(ROWS)]
+        rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
+        make_model(tmp_path / "base", **model or {})
+        base = load_base(tmp_path / "base", CPU, fast.attention)
+        data = TrainingSet(rows, tokenizer, 160)
+        return build_trainer(base, data, Params.model_validate(raw), fast, tmp_path / "out")
+
+    return build
+
+
+def test_one_process_trains_on_one_gpu(build, monkeypatch):
+    find = TrainingArguments._setup_devices.func
+
+    def find_two(config):
+        device = find(config)
+        config._n_gpu = 2
+        return device
+
+    found = cached_property(find_two)
+    found.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", found)
+    assert TrainingArguments(per_device_train_batch_size=4).train_batch_size == 8
+    trainer = build(batch_size=4)
+    assert trainer.args.n_gpu == 1
+    assert trainer.get_train_dataloader().total_batch_size == 4
+
+
+class Seen(TrainerCallback):
+    """Tokens of the batches that the model was given."""
+
+    tokens = 0
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.register_forward_pre_hook(self._add, with_kwargs=True)
+
+    def _add(self, module, positional, inputs):
+        self.tokens += int(inputs["attention_mask"].sum())
+
+
+@pytest.mark.parametrize("epochs", [0.4, 1.0, 1.7])
+def test_tokens_are_those_that_were_trained_on(build, epochs):
+    trainer, seen = build(batch_size=8, epochs=epochs), Seen()
+    trainer.add_callback(seen)
+    trainer.train()
+    assert trainer.tokens == seen.tokens > 0
+
+
+def history_of(steps, monkeypatch, history=()):
+    """(callback, log_history) after `steps`, of as many seconds and tokens as each entry says; the
+    last one is saved."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(progress, "score", lambda *_: Scores([1.0], [1]))
+    trainer = SimpleNamespace(tokens=0)
+    callback = Progress(trainer, [], 100)
+    state = TrainerState(log_history=list(history), max_steps=1000)
+    model = SimpleNamespace(device=CPU)
+    callback.on_train_begin(None, state, None)
+    for i, (seconds, tokens) in enumerate(steps):
+        clock.now += seconds
+        trainer.tokens += tokens
+        state.global_step += 1
+        control = TrainerControl(should_save=i == len(steps) - 1)
+        callback.on_step_end(None, state, control, model=model)
+    callback.on_train_end(None, state, None)
+    return callback, state.log_history
+
+
+SLOW, QUICK = (10.0, 100), (1.0, 100)
+
+
+def test_a_resumed_run_has_the_rates_of_the_whole(monkeypatch):
+    steps = [SLOW] * WARM_STEPS + [QUICK] * 7
+    whole, _ = history_of(steps, monkeypatch)
+    assert whole.cost()["steady_tokens_per_second"] == 100
+    _, saved = history_of(steps, monkeypatch)
+    resumed, _ = history_of(steps, monkeypatch, saved)
+    assert resumed.trainer.tokens == 2 * whole.trainer.tokens
+    cost = resumed.cost()
+    assert cost["train_seconds"] == 2 * whole.cost()["train_seconds"]
+    assert cost["tokens_per_second"] == pytest.approx(whole.cost()["tokens_per_second"])
+    assert cost["steady_tokens_per_second"] == 100
+
+
+def test_a_run_of_few_steps_has_one_rate(monkeypatch):
+    """Also one that was killed so often that no process came to a steady step."""
+    few, saved = history_of([SLOW] * WARM_STEPS, monkeypatch)
+    resumed, _ = history_of([SLOW] * WARM_STEPS, monkeypatch, saved)
+    for callback in (few, resumed):
+        cost = callback.cost()
+        assert cost["steady_tokens_per_second"] == cost["tokens_per_second"] == 10
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant_with_warmup"])
+def test_a_single_step_moves_every_adapter(build, schedule):
+    trainer = build(batch_size=ROWS, schedule=schedule, warmup_ratio=0.1)
+    trainer.train()
+    assert trainer.state.global_step == 1
+    moved = [p.any().item() for n, p in trainer.model.named_parameters() if ".lora_B." in n]
+    assert all(moved)
+    assert len(moved) == 2 * 7
+
+
+def test_several_steps_warm_up(build):
+    trainer = build(batch_size=ROWS // 2, warmup_ratio=0.1)
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert rates[0] == 0 < rates[1]
+
+
+def gradients(trainer):
+    torch.manual_seed(1)
+    for name, parameter in trainer.model.named_parameters():
+        if ".lora_B." in name:
+            parameter.data = torch.randn_like(parameter) * 0.1
+    ids = torch.arange(3, 3 + 2 * 24).view(2, 24)
+    trainer.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return {n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("fast", [PLAIN, FUSED], ids=["plain", "fused"])
+def test_attention_drops_nothing_on_any_path(build, capsys, fast, checkpointing):
+    """The base's attention_dropout would be drawn anew for the second pass of fused layers."""
+    expected = gradients(build(lora={"dropout": 0.0}))
+    said = "train: the base's attention_dropout (0.3) is left out\n"
+    assert said not in capsys.readouterr().out
+    dropping = {"attention_dropout": 0.3}
+    trainer = build(fast, dropping, {"dropout": 0.0}, gradient_checkpointing=checkpointing)
+    assert said in capsys.readouterr().out
+    found = gradients(trainer)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).norm() < 1e-4 * expected[name].norm(), name
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_liger_is_planned_with_everywhere_and_taken_where_it_is(monkeypatch, capsys, installed):
+    """plan.json is the same on every machine."""
+    spec = object() if installed else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    params = Params.model_validate(yaml.safe_load(PARAMS.read_text()))
+    planned = choose_fast_path(params, AutoConfig.for_model("llama"), 100, gpu=True)
+    assert planned.liger
+    assert as_installed(planned).liger is installed
+    said = capsys.readouterr().out
+    assert ("requirements-kernels.lock" in said) is not installed
+    assert as_installed(PLAIN) is PLAIN
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("family", sorted(FLATTENED))
+def test_no_family_of_the_fast_path_drops_weights(build, family):
+    dropping = {"arch": family, "attention_dropout": 0.5}
+    # Other shares are dropped by modules of their own, the same on every path.
+    for other in ("resid_pdrop", "embd_pdrop", "hidden_dropout", "residual_dropout"):
+        dropping[other] = 0.0
+    eager = replace(PLAIN, attention="eager")
+    model = build(eager, dropping | {"embedding_dropout": 0.0}, {"dropout": 0.0}).model.train()
+    ids = torch.arange(3, 3 + 24)[None]
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
