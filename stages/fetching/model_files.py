@@ -21,7 +21,6 @@ _SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "licen[cs]e*", "notice*", "us
 # Of all folders but the top one.
 _TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 ANOTHER = "choose another model"
-_GENERATION = "generation_config.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
@@ -111,25 +110,9 @@ def check_config(folder: Path, id: str) -> None:
         )
     if method := (config.quantization_config or {}).get("quant_method"):
         raise StageError(f"{id} is quantized already ({method}); choose its 16-bit original")
-    if (folder / _GENERATION).exists():
-        _check_generation(folder, id)
     if not any(any(folder.glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
         raise StageError(f"{id} has no tokenizer; copy the files of its base model's beside it")
     check_tokenizer(folder, id, ANOTHER)
-
-
-def _check_generation(folder: Path, id: str) -> None:
-    from transformers import GenerationConfig
-
-    _read_json(folder / _GENERATION, id)
-    try:
-        GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever its checks meet; the model would not load with it
-        reason = " ".join(str(error).split())[:120]
-        raise StageError(
-            f"{id}: {_GENERATION} is refused by Transformers: {reason}; mend it in a "
-            "copy of the model, with model.source: local"
-        ) from None
 
 
 def check_weights(folder: Path, names: list[str], id: str) -> None:
