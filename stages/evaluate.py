@@ -3,19 +3,18 @@
     python -m stages.evaluate
 
 Reads data/prepared, models/quantized and models/adapter, writes metrics/eval.json,
-metrics/eval_cost.json and metrics/samples.jsonl. The base is loaded once: with the adapter
-switched off it is the untouched base.
+metrics/answers.json, metrics/eval_cost.json and metrics/samples.jsonl. The base is loaded once:
+with the adapter switched off it is the untouched base.
 """
 
 import json
-import math
-import random
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 from stages.shared.libraries import load_libraries
 from stages.shared.outputs import GB, check_sums, write_metrics, write_text
-from stages.shared.params import load_params
+from stages.shared.params import Evaluate, load_params
 from stages.shared.process import StageError, begin
 
 if __name__ == "__main__":
@@ -25,6 +24,8 @@ if __name__ == "__main__":
 import torch
 from transformers import AutoTokenizer
 
+from stages.evaluating.answers import Answered, answer_metrics, answered, sample
+from stages.evaluating.perplexity import set_metrics
 from stages.shared.adapter import check_adapter_sums, read_adapter
 from stages.shared.device import memory_metrics, pick_device, reset_peaks
 from stages.shared.end_tokens import end_tokens
@@ -32,97 +33,14 @@ from stages.shared.model import load_adapter, load_base
 from stages.shared.named_base import check_named_base
 from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
 from stages.shared.provenance import device_name, provenance
-from stages.shared.rows import read_rows, set_sha256
-from stages.shared.scoring import Scores, score
+from stages.shared.rows import read_rows
+from stages.shared.scoring import score
 from stages.shared.sets import HELD_OUT, SET_NAMES, held_out_sets
 from stages.shared.weights import Weights
 
-RESAMPLES = 2000
-ANSWER_TOKENS = 128
-
-
-def interval(scores: Scores) -> tuple[float, float]:
-    """95 % bootstrap interval of the perplexity over rows (Efron 1979), the same on every run."""
-    draw = random.Random(0)
-    pairs = list(zip(scores.nll, scores.tokens, strict=True))
-    found = []
-    for _ in range(RESAMPLES):
-        sample = draw.choices(pairs, k=len(pairs))
-        found.append(math.exp(math.fsum(n for n, _ in sample) / sum(t for _, t in sample)))
-    found.sort()
-    return found[int(0.025 * RESAMPLES)], found[int(0.975 * RESAMPLES) - 1]
-
-
-def set_metrics(prefix: str, rows: list[dict], base: Scores, tuned: Scores) -> dict:
-    """Flat metrics of one held-out set. Bits per byte compare across tokenizers."""
-    scored_bytes = sum(row["scored_bytes"] for row in rows)
-    metrics: dict[str, float | str] = {}
-    for name, scores in (("base", base), ("tuned", tuned)):
-        low, high = interval(scores)
-        metrics[f"{prefix}{name}_perplexity"] = scores.perplexity
-        metrics[f"{prefix}{name}_perplexity_low"] = low
-        metrics[f"{prefix}{name}_perplexity_high"] = high
-        bits = math.fsum(scores.nll) / math.log(2)
-        metrics[f"{prefix}{name}_bits_per_byte"] = bits / scored_bytes
-    metrics[f"{prefix}eval_tokens"] = sum(tuned.tokens)
-    metrics[f"{prefix}eval_set_sha256"] = set_sha256(rows)
-    return metrics
-
-
-@torch.no_grad()
-def answers(model, tokenizer, rows: list[dict], ends: list[int]) -> list[str]:
-    """Greedy answers to the rows' prompts, up to one of `ends` or ANSWER_TOKENS each."""
-    prompts = [row["input_ids"][: row["prompt_tokens"]] for row in rows]
-    width = max(map(len, prompts))
-    # Generation continues at the right end, so prompts are padded on the left.
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    output = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=ANSWER_TOKENS,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        use_cache=True,
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-
-
-def samples(
-    model, tokenizer, sets: dict[str, list[dict]], count: int, ends: list[int]
-) -> list[dict]:
-    """The first held-out prompts of each set, `count` in all, answered by base and tuned.
-
-    Rows without a prompt (plain text, later parts of a split row) cannot be answered.
-    """
-    chosen = [
-        (SET_NAMES[HELD_OUT[prefix]].removesuffix("s"), row)
-        for i, (prefix, rows) in enumerate(sets.items())
-        for row in [r for r in rows if r["prompt_tokens"]][: (count + i) // len(sets)]
-    ]
-    if not chosen:
-        return []
-    rows = [row for _, row in chosen]
-    tuned = answers(model, tokenizer, rows, ends)
-    with model.disable_adapter():
-        base = answers(model, tokenizer, rows, ends)
-    return [
-        {
-            "row": row["row"],
-            "set": name,
-            "prompt": tokenizer.decode(row["input_ids"][: row["prompt_tokens"]]),
-            "reference": tokenizer.decode(
-                row["input_ids"][row["prompt_tokens"] :], skip_special_tokens=True
-            ),
-            "base": before,
-            "tuned": after,
-        }
-        for (name, row), before, after in zip(chosen, base, tuned, strict=True)
-    ]
+METRICS = Path("metrics")
+# What scores answers; other versions may score otherwise.
+SCORERS = ("sacrebleu", "rapidfuzz")
 
 
 def main() -> None:
@@ -143,16 +61,17 @@ def main() -> None:
     reset_peaks()
     try:
         metrics, cost = evaluate(model, sets)
-        # An adapter from elsewhere may bring no tokenizer; the rows were made with this one.
-        tokenizer = AutoTokenizer.from_pretrained(PREPARED / "tokenizer")
-        ends = end_tokens(PREPARED / "tokenizer")
-        texts = samples(model, tokenizer, sets, params.evaluate.samples, ends)
+        found, answer_cost = answer(model, sets, params.evaluate)
     except torch.cuda.OutOfMemoryError:
         raise no_memory_to_score(weights or 0.0) from None
-    write_text(Path("metrics/samples.jsonl"), "".join(json.dumps(text) + "\n" for text in texts))
-    write_metrics(Path("metrics/eval.json"), metrics)
-    cost |= memory_metrics() | ({"weights_vram_gb": weights} if weights is not None else {})
-    write_metrics(Path("metrics/eval_cost.json"), provenance(device) | cost)
+    lines = (json.dumps(sample(one)) + "\n" for one in found)
+    write_text(METRICS / "samples.jsonl", "".join(lines))
+    write_metrics(METRICS / "answers.json", answer_metrics(found))
+    write_metrics(METRICS / "eval.json", metrics)
+    cost |= answer_cost | memory_metrics()
+    cost |= {"weights_vram_gb": weights} if weights is not None else {}
+    scorers = {f"{name}_version": version(name) for name in SCORERS}
+    write_metrics(METRICS / "eval_cost.json", provenance(device) | scorers | cost)
 
 
 def no_memory_to_score(weights: float) -> StageError:
@@ -182,6 +101,21 @@ def evaluate(model, sets: dict[str, list[dict]]) -> tuple[dict, dict]:
         )
     seconds = time.monotonic() - started
     return metrics, {"eval_seconds": seconds, "tokens_per_second": tokens / seconds}
+
+
+def answer(model, sets: dict[str, list[dict]], params: Evaluate) -> tuple[list[Answered], dict]:
+    """Held-out prompts answered by both models, and what that cost."""
+    # An adapter from elsewhere may bring no tokenizer; the rows were made with this one.
+    tokenizer = AutoTokenizer.from_pretrained(PREPARED / "tokenizer")
+    ends = end_tokens(PREPARED / "tokenizer")
+    started = time.monotonic()
+    found = answered(model, tokenizer, sets, params.samples, ends, params.measures)
+    seconds = time.monotonic() - started
+    tokens = sum(one.tokens for each in found for one in each.answers.values())
+    if not found:
+        return found, {}
+    print(f"evaluate: {len(found)} prompts answered twice in {seconds:.0f} s", flush=True)
+    return found, {"answer_seconds": seconds, "answer_tokens_per_second": tokens / seconds}
 
 
 if __name__ == "__main__":

@@ -202,6 +202,15 @@ VALUES = {
     },
     "train.report_to": {"wandb": "must be 'none' or 'tensorboard' (got 'wandb')"},
     "evaluate.samples": {"-1": "must be 0 or more (got -1)", "8.0": f"{WHOLE} (got 8.0)"},
+    "evaluate.measures": {
+        "null": "must be a list (got None)",
+        "command_and_flags": "must be a list (got 'command_and_flags')",
+        "[comand_and_flags]": "no function 'comand_and_flags' in stages/evaluating/measures.py; "
+        "did you mean command_and_flags?",
+        "[_command]": "no function '_command' in stages/evaluating/measures.py",
+        "[exact_match]": "exact_match is always taken; leave it out",
+        "[command_and_flags, command_and_flags]": "command_and_flags is named twice",
+    },
     "merge.base": {
         "dequantised": "must be 'dequantized' or 'original' (got 'dequantised'); "
         "did you mean dequantized?",

@@ -5,6 +5,7 @@ none lists it in dvc.yaml. The YAML is read as DVC reads it (YAML 1.2: 1e-05 is 
 ten), so that a stage computes with what dvc.lock records.
 """
 
+import ast
 import difflib
 import functools
 import re
@@ -33,6 +34,9 @@ except ModuleNotFoundError as error:
     )
 
 PARAMS = Path("params.yaml")
+# Where the functions lie that evaluate.measures names, and what is measured without being named.
+MEASURES = Path("stages/evaluating/measures.py")
+STANDARD_MEASURES = ("exact_match", "rouge_l", "chrf", "json_valid", "answer_tokens", "ended")
 
 
 def _characters(value: Any) -> str:
@@ -70,6 +74,12 @@ NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Text = Annotated[str, BeforeValidator(_text)]
 Template = Annotated[str, BeforeValidator(_template)]
+
+
+def measures_in(source: str) -> list[str]:
+    """Names of the functions at the top of a Python file, those that begin with _ left aside."""
+    functions = [n.name for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)]
+    return [name for name in functions if not name.startswith("_")]
 
 
 class Section(BaseModel):
@@ -170,6 +180,28 @@ class Train(Section):
 
 class Evaluate(Section):
     samples: Annotated[int, Field(ge=0)]
+    measures: list[Text]
+
+    def conflicts(self) -> list[str]:
+        if not self.measures:
+            return []
+        where = MEASURES.as_posix()
+        try:
+            there = measures_in((Path(__file__).parents[2] / MEASURES).read_text(encoding="utf-8"))
+        except (OSError, ValueError, SyntaxError) as error:
+            line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
+            reason = " ".join(str(getattr(error, "msg", error)).split())
+            return [f"measures: {where}{line} cannot be read: {reason}"]
+        found = []
+        for name in self.measures:
+            if name in STANDARD_MEASURES:
+                found.append(f"measures: {name} is always taken; leave it out")
+            elif name not in there:
+                near = _near(name, dict(zip(there, there, strict=True)), 0.6)
+                found.append(f"measures: no function {_shown(name)} in {where}{near}")
+            elif self.measures.count(name) > 1:
+                found.append(f"measures: {name} is named twice")
+        return list(dict.fromkeys(found))
 
 
 class Merge(Section):
@@ -226,6 +258,7 @@ _RULES = {
     "bool_type": "must be true or false",
     "model_type": "must be a section with keys",
     "dict_type": "must be a mapping of column names",
+    "list_type": "must be a list",
 }
 
 
