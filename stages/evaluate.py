@@ -2,7 +2,7 @@
 
     python -m stages.evaluate
 
-Reads data/prepared, models/quantized and models/adapter, writes metrics/eval.json,
+Reads data/prepared, data/retention, models/quantized and models/adapter, writes metrics/eval.json,
 metrics/answers.json, metrics/eval_cost.json and metrics/samples.jsonl. The base is loaded once:
 with the adapter switched off it is the untouched base.
 """
@@ -26,12 +26,13 @@ from transformers import AutoTokenizer
 
 from stages.evaluating.answers import Answered, answer_metrics, answered, sample
 from stages.evaluating.perplexity import set_metrics
+from stages.evaluating.retention import PREFIX, forgetting, retention_rows
 from stages.shared.adapter import check_adapter_sums, read_adapter
 from stages.shared.device import memory_metrics, pick_device, reset_peaks
 from stages.shared.end_tokens import end_tokens
 from stages.shared.model import load_adapter, load_base
 from stages.shared.named_base import check_named_base
-from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
+from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED, RETENTION
 from stages.shared.provenance import device_name, provenance
 from stages.shared.rows import read_rows
 from stages.shared.scoring import score
@@ -39,29 +40,37 @@ from stages.shared.sets import HELD_OUT, SET_NAMES, held_out_sets
 from stages.shared.weights import Weights
 
 METRICS = Path("metrics")
+INPUTS = {PREPARED: "prepare", QUANTIZED: "quantize", RETENTION: "fetch_retention"}
+NAMES = {prefix: SET_NAMES[name] for prefix, name in HELD_OUT.items()}
+NAMES[PREFIX] = "texts of another domain"
 # What scores answers; other versions may score otherwise.
 SCORERS = ("sacrebleu", "rapidfuzz")
 
 
 def main() -> None:
     params = load_params()
-    for folder, stage in ((PREPARED, "prepare"), (QUANTIZED, "quantize")):
+    for folder, stage in INPUTS.items():
         check_sums(folder, stage)
     check_adapter_sums(ADAPTER)
     # Named here what PEFT would load in part or fail on.
     read_adapter(ADAPTER, Weights(QUANTIZED).shapes)
     check_named_base(ADAPTER, QUANTIZED)
+    # An adapter from elsewhere may bring no tokenizer; the rows were made with this one.
+    tokenizer = AutoTokenizer.from_pretrained(PREPARED / "tokenizer")
     sets = {prefix: read_rows(file) for prefix, file in held_out_sets().items()}
+    tokens = params.retention.tokens if params.retention else 0
+    texts = retention_rows(RETENTION, tokenizer, tokens)
     device = pick_device()
     base = load_base(QUANTIZED, device)
     weights = torch.cuda.memory_allocated() / GB if device.type == "cuda" else None
     model = load_adapter(base, ADAPTER)
-    counts = [f"{SET_NAMES[HELD_OUT[prefix]]} ({len(rows)} rows)" for prefix, rows in sets.items()]
+    scored = sets | ({PREFIX: texts} if texts else {})
+    counts = [f"{NAMES[prefix]} ({len(rows)} rows)" for prefix, rows in scored.items()]
     print(f"evaluate: {', '.join(counts)}, base and tuned, on {device_name(device)}", flush=True)
     reset_peaks()
     try:
-        metrics, cost = evaluate(model, sets)
-        found, answer_cost = answer(model, sets, params.evaluate)
+        metrics, cost = evaluate(model, scored)
+        found, answer_cost = answer(model, tokenizer, sets, params.evaluate)
     except torch.cuda.OutOfMemoryError:
         raise no_memory_to_score(weights or 0.0) from None
     lines = (json.dumps(sample(one)) + "\n" for one in found)
@@ -85,7 +94,7 @@ def no_memory_to_score(weights: float) -> StageError:
 
 
 def evaluate(model, sets: dict[str, list[dict]]) -> tuple[dict, dict]:
-    """Quality metrics of every held-out set, and what scoring them cost."""
+    """Quality metrics of every set by its prefix, and what scoring them cost."""
     metrics: dict[str, float | str] = {}
     tokens, started = 0, time.monotonic()
     for prefix, rows in sets.items():
@@ -95,21 +104,22 @@ def evaluate(model, sets: dict[str, list[dict]]) -> tuple[dict, dict]:
         metrics |= set_metrics(prefix, rows, base, tuned)
         tokens += 2 * sum(len(row["input_ids"]) for row in rows)
         print(
-            f"evaluate: {SET_NAMES[HELD_OUT[prefix]]}: perplexity {base.perplexity:.2f} base, "
+            f"evaluate: {NAMES[prefix]}: perplexity {base.perplexity:.2f} base, "
             f"{tuned.perplexity:.2f} tuned, on {sum(tuned.tokens)} tokens",
             flush=True,
         )
+    metrics |= forgetting(metrics)
     seconds = time.monotonic() - started
     return metrics, {"eval_seconds": seconds, "tokens_per_second": tokens / seconds}
 
 
-def answer(model, sets: dict[str, list[dict]], params: Evaluate) -> tuple[list[Answered], dict]:
+def answer(
+    model, tokenizer, sets: dict[str, list[dict]], params: Evaluate
+) -> tuple[list[Answered], dict]:
     """Held-out prompts answered by both models, and what that cost."""
-    # An adapter from elsewhere may bring no tokenizer; the rows were made with this one.
-    tokenizer = AutoTokenizer.from_pretrained(PREPARED / "tokenizer")
     ends = end_tokens(PREPARED / "tokenizer")
     started = time.monotonic()
-    found = answered(model, tokenizer, sets, params.samples, ends, params.measures)
+    found = answered(model, tokenizer, sets, params, ends)
     seconds = time.monotonic() - started
     tokens = sum(one.tokens for each in found for one in each.answers.values())
     if not found:

@@ -37,7 +37,6 @@ from stages.preparing.contract import MOST_LEAKED, Drops, lengths_table, metrics
 from stages.preparing.encoding import Encoder
 from stages.preparing.formats import Format, recognize
 from stages.preparing.messages import Unusable, names_of
-from stages.preparing.readers import files_to_read, read_file, split_of
 from stages.preparing.rendering import Renderer
 from stages.preparing.splitting import (
     Pools,
@@ -52,6 +51,7 @@ from stages.preparing.templates import settle
 from stages.preparing.writing import Written, write_set
 from stages.shared.end_tokens import GENERATION
 from stages.shared.paths import PREPARED, RAW, TOKENIZER
+from stages.shared.readers import files_to_read, read_file, split_of
 from stages.shared.rows import read_rows, set_sha256
 from stages.shared.sets import SET_NAMES, held_out_sets
 

@@ -18,7 +18,7 @@ from stages.evaluating.generation import Answer, _batches, answers
 from stages.evaluating.perplexity import perplexity_interval, set_metrics
 from stages.quantize import quantize
 from stages.shared.model import load_base
-from stages.shared.params import STANDARD_MEASURES
+from stages.shared.params import STANDARD_MEASURES, Evaluate
 from stages.shared.process import StageError
 from stages.shared.rows import set_sha256
 from stages.shared.scoring import Scores
@@ -81,7 +81,7 @@ def test_a_batch_does_not_change_an_answer(tuned, monkeypatch, most):
     """Against generate row by row, without padding and without a batch."""
     model, tokenizer = tuned
     prompts = prompts_of(rows_of(tokenizer))
-    monkeypatch.setattr("stages.evaluating.generation._tokens_per_batch", lambda model: most)
+    monkeypatch.setattr("stages.evaluating.generation._cached_tokens", lambda model: most)
     found = answers(model, tokenizer, prompts, [2], 40)
     for prompt, answer in zip(prompts, found, strict=True):
         ids = torch.tensor([prompt])
@@ -103,7 +103,9 @@ def test_batches_are_bounded_and_hold_every_prompt_once():
     batches = _batches(prompts, 10, 200)
     assert sorted(i for batch in batches for i in batch) == list(range(50))
     assert all(len(b) * (max(len(prompts[i]) for i in b) + 10) <= 200 for b in batches)
-    assert len(batches) < 50
+    assert 50 / len(batches) > 200 / 50 / 2
+    wide = _batches([[0] * 4096] * 9, 10, 2**40)
+    assert [len(batch) for batch in wide] == [4, 4, 1]
     assert _batches([[0] * 500], 10, 200) == [[0]]
 
 
@@ -134,7 +136,8 @@ def test_the_same_prompts_are_answered_by_base_and_tuned(tuned):
     rows = rows_of(tokenizer)
     promptless = rows[0] | {"prompt_tokens": 0}
     sets = {"": [promptless, *rows], "group_": rows[1:]}
-    found = answered(model, tokenizer, sets, 3, [2], ["command_and_flags"])
+    asked = Evaluate(samples=3, max_answer_tokens=20, measures=["command_and_flags"])
+    found = answered(model, tokenizer, sets, asked, [2])
     lines = [sample(one) for one in found]
     assert [s["prompt"] for s in lines] == list(PROMPTS)
     assert [s["set"] for s in lines] == ["held-out row", "held-out group", "held-out group"]
@@ -142,13 +145,23 @@ def test_the_same_prompts_are_answered_by_base_and_tuned(tuned):
     assert all(s["reference"] == "ok" for s in lines)
     assert any(s["base"] != s["tuned"] for s in lines)
     assert list(lines[0]["tuned_scores"]) == ["command_and_flags", *STANDARD_MEASURES]
-    assert answered(model, tokenizer, {"": rows}, 0, [2], []) == []
+    nothing = asked.model_copy(update={"samples": 0})
+    assert answered(model, tokenizer, {"": rows}, nothing, [2]) == []
     metrics = answer_metrics(found)
     assert (metrics["answered_rows"], metrics["group_answered_rows"]) == (1, 2)
     for who in ("base", "tuned"):
         tokens = [one.answers[who].tokens for one in found[1:]]
         assert metrics[f"group_{who}_answer_tokens"] == sum(tokens) / 2
     assert not [key for key in metrics if "json" in key]
+
+
+def test_references_beyond_the_limit_are_counted(tuned, capsys):
+    model, tokenizer = tuned
+    rows = rows_of(tokenizer)
+    for limit, said in ((3, ""), (2, "warning: 3 of 3 references have more than 2 tokens")):
+        asked = Evaluate(samples=3, max_answer_tokens=limit, measures=[])
+        answered(model, tokenizer, {"": rows}, asked, [2])
+        assert capsys.readouterr().out.startswith(said)
 
 
 def test_no_answers_make_no_metrics():

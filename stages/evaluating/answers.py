@@ -24,12 +24,11 @@ from sacrebleu.metrics.chrf import CHRF
 from stages.evaluating import measures
 from stages.evaluating.bootstrap import interval, p_value
 from stages.evaluating.generation import Answer, answers
+from stages.shared.params import Evaluate
 from stages.shared.process import StageError
 from stages.shared.sets import HELD_OUT, SET_NAMES
 
 WHO = ("base", "tuned")
-# A model may write this much more than the longest reference, and at least so many tokens.
-LONGER, LEAST_TOKENS = 1.25, 16
 _CHRF = CHRF()
 Scores = dict[str, float | None]
 
@@ -118,22 +117,27 @@ def _own_score(measure: Callable, row: str, texts: tuple[str, str, str]) -> floa
 
 
 def answered(
-    model, tokenizer, sets: dict[str, list[dict]], count: int, ends: list[int], own: list[str]
+    model, tokenizer, sets: dict[str, list[dict]], params: Evaluate, ends: list[int]
 ) -> list[Answered]:
-    """The first held-out prompts of each set, `count` in all, answered and scored.
+    """The first held-out prompts of each set, `params.samples` in all, answered and scored.
 
     Rows without a prompt (plain text, later parts of a split row) cannot be answered.
     """
     chosen = [
         (prefix, place, row)
         for i, (prefix, rows) in enumerate(sets.items())
-        for place, row in _with_prompt(rows)[: (count + i) // len(sets)]
+        for place, row in _with_prompt(rows)[: (params.samples + i) // len(sets)]
     ]
     if not chosen:
         return []
     prompts = [row["input_ids"][: row["prompt_tokens"]] for _, _, row in chosen]
-    longest = max(len(row["input_ids"]) - row["prompt_tokens"] for _, _, row in chosen)
-    limit = max(LEAST_TOKENS, math.ceil(LONGER * longest))
+    limit, own = params.max_answer_tokens, params.measures
+    cut = sum(len(row["input_ids"]) - row["prompt_tokens"] > limit for _, _, row in chosen)
+    if cut:
+        print(
+            f"warning: {cut} of {len(chosen)} references have more than {limit} tokens, where "
+            "answers end: raise evaluate.max_answer_tokens"
+        )
     written = {"tuned": answers(model, tokenizer, prompts, ends, limit)}
     with model.disable_adapter():
         written["base"] = answers(model, tokenizer, prompts, ends, limit)

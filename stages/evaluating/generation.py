@@ -6,10 +6,10 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig
 
-# Of the KV cache of one batch. The widest batch comes first, so that memory runs out at once.
+# Of the KV cache of one batch. The longest prompts come first, so that memory runs out at once.
 CACHE_BYTES = {"cuda": 2**31, "cpu": 2**29}
-# Prompt and answer tokens in a batch, whatever the cache takes: activations of the prompts.
-TOKENS_PER_BATCH = 16384
+# Padded tokens of the prompts of one batch, which pass through the model together.
+PROMPT_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def answers(
     # The adapter's layers are inside; PEFT's wrapper adds nothing but its own defaults.
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     found: dict[int, Answer] = {}
-    for batch in _batches(prompts, limit, _tokens_per_batch(causal)):
+    for batch in _batches(prompts, limit, _cached_tokens(causal)):
         written = _generate(causal, [prompts[i] for i in batch], ends, limit)
         for i, ids in zip(batch, written, strict=True):
             end = next((at for at, token in enumerate(ids) if token in ends), None)
@@ -40,25 +40,26 @@ def answers(
     return [found[i] for i in range(len(prompts))]
 
 
-def _batches(prompts: list[list[int]], limit: int, most: int) -> list[list[int]]:
-    """Numbers of `prompts`, longest first, in batches of at most `most` tokens (or one prompt)."""
+def _batches(prompts: list[list[int]], limit: int, cached: int) -> list[list[int]]:
+    """Numbers of `prompts`, longest first, in batches of at most PROMPT_TOKENS, and at most
+    `cached` tokens with their answers; or of one prompt."""
     batches: list[list[int]] = []
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-        width = len(prompts[batches[-1][0]]) + limit if batches else 0
-        if not batches or (len(batches[-1]) + 1) * width > most:
+        width = len(prompts[batches[-1][0]]) if batches else 0
+        rows = len(batches[-1]) + 1 if batches else 0
+        if not batches or rows * width > PROMPT_TOKENS or rows * (width + limit) > cached:
             batches.append([])
         batches[-1].append(i)
     return batches
 
 
-def _tokens_per_batch(model) -> int:
+def _cached_tokens(model) -> int:
     """How many tokens the cache may hold, by the heads of the attention that most models have."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size = torch.finfo(model.get_output_embeddings().weight.dtype).bits // 8
-    token = 2 * config.num_hidden_layers * heads * width * size
-    return min(CACHE_BYTES[model.device.type] // token, TOKENS_PER_BATCH)
+    return CACHE_BYTES[model.device.type] // (2 * config.num_hidden_layers * heads * width * size)
 
 
 @torch.no_grad()

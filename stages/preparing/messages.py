@@ -8,8 +8,8 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 
-from stages.preparing.readers import MAX_ROW_BYTES, too_big
 from stages.shared.process import StageError
+from stages.shared.readers import MAX_ROW_BYTES, too_big
 
 # Why rows are dropped; each is a key of metrics/data.json, dropped_<reason>_examples.
 REASONS = ("empty", "roles", "special_token", "template", "too_long", "unlearnable")

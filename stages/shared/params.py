@@ -12,7 +12,7 @@ import re
 import reprlib
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 try:
     from pydantic import (
@@ -110,6 +110,8 @@ class Model(Section):
 
 
 class Dataset(Model):
+    # What the section is called, for messages.
+    section: ClassVar[str] = "dataset"
     config: Text | None
     split: Text | None
 
@@ -123,6 +125,11 @@ class Dataset(Model):
         if self.source == "local" and (parts[:2] != ("data", "source") or ".." in parts):
             found.append("id: a local data set must lie in data/source, which DVC watches")
         return found
+
+
+class Retention(Dataset):
+    section: ClassVar[str] = "retention"
+    tokens: Count
 
 
 class Prepare(Section):
@@ -180,6 +187,7 @@ class Train(Section):
 
 class Evaluate(Section):
     samples: Annotated[int, Field(ge=0)]
+    max_answer_tokens: Count
     measures: list[Text]
 
     def conflicts(self) -> list[str]:
@@ -222,6 +230,7 @@ class Params(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     model: Model
     dataset: Dataset
+    retention: Retention | None
     prepare: Prepare
     plan: Plan
     quantize: Quantize
@@ -238,8 +247,10 @@ def known_keys(section: type[Section] = Params, prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
+        # A section that may be null is one of several types.
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                keys += known_keys(kind, f"{prefix}{name}.")
     return keys
 
 

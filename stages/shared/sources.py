@@ -64,14 +64,16 @@ class Repository:
     """A model or a data set of the Hugging Face Hub at one commit."""
 
     def __init__(self, kind: str, id: str, revision: str):
-        """Ask the Hub for the commit of `revision` and its files. `kind` is model or dataset."""
+        """Ask the Hub for the commit of `revision` and its files. `kind` is a section's name."""
         from huggingface_hub import HfApi
 
         self.kind, self.id, self.revision = kind, id, revision
         # By its types it may lack all that a revision and files_metadata bring.
         info: Any
         with hub_errors(kind, id, revision):
-            info = HfApi().repo_info(id, repo_type=kind, revision=revision, files_metadata=True)
+            info = HfApi().repo_info(
+                id, repo_type=repo_type(kind), revision=revision, files_metadata=True
+            )
         self.commit: str = info.sha
         self.license = license_in(info.card_data.to_dict()) if info.card_data else None
         self.private = bool(info.private or info.gated)
@@ -117,7 +119,7 @@ class Repository:
             part.unlink()
         with hub_errors(self.kind, self.id, self.revision), part.open("ab", buffering=0) as file:
             http_get(
-                hf_hub_url(self.id, name, repo_type=self.kind, revision=self.commit),
+                hf_hub_url(self.id, name, repo_type=repo_type(self.kind), revision=self.commit),
                 file,
                 resume_size=file.tell(),
                 # Compressed on the way, a file could not be taken up again at a byte.
@@ -141,6 +143,11 @@ class Repository:
         return True
 
 
+def repo_type(kind: str) -> str:
+    """What the Hub calls that which a section of params.yaml names: a model or a dataset."""
+    return "model" if kind == "model" else "dataset"
+
+
 def open_source(kind: str, section: Model | Dataset) -> Repository | Folder:
     """The repository or the folder that `section` of params.yaml names."""
     if section.source == "local":
@@ -161,7 +168,9 @@ def _cached(kind: str, id: str, revision: str) -> Folder:
     from huggingface_hub import snapshot_download
 
     with hub_errors(kind, id, revision):
-        path = snapshot_download(id, repo_type=kind, revision=revision, local_files_only=True)
+        path = snapshot_download(
+            id, repo_type=repo_type(kind), revision=revision, local_files_only=True
+        )
     # Every file of that cache is a link.
     return Folder(Path(path), commit=Path(path).name, trusted=True)
 
@@ -171,13 +180,14 @@ def hub_errors(kind: str, id: str, revision: str):
     """Turn the errors of huggingface_hub into one line with the remedy."""
     from huggingface_hub import errors
 
-    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{id}"
+    type = repo_type(kind)
+    page = f"https://huggingface.co/{'datasets/' if type == 'dataset' else ''}{id}"
     try:
         yield
     except errors.LocalEntryNotFoundError:
         raise StageError(
             f"{id}: HF_HUB_OFFLINE is set and {revision} is not in the Hugging Face cache; where "
-            f"there is a network: hf download {id} --repo-type {kind} --revision {revision}"
+            f"there is a network: hf download {id} --repo-type {type} --revision {revision}"
         ) from None
     except errors.GatedRepoError:
         raise StageError(
@@ -187,7 +197,7 @@ def hub_errors(kind: str, id: str, revision: str):
         raise StageError(f"{id} has no revision {revision}; see {page}/commits/main") from None
     except errors.RepositoryNotFoundError:
         raise StageError(
-            f"{id} is no {kind} on the Hub, or a private one; correct {kind}.id, or set HF_TOKEN "
+            f"{id} is no {type} on the Hub, or a private one; correct {kind}.id, or set HF_TOKEN "
             f"to a token that may read {page}"
         ) from None
     except errors.HFValidationError:
@@ -234,7 +244,12 @@ def copy_license(found: Distribution, out: Path) -> str | None:
             shutil.copyfile(file.locate(), out / file.name.removesuffix(".txt"))
     # Python 3.11 has `get` too, and its stub does not.
     says = found.metadata.get  # type: ignore[attr-defined]
-    return says("License-Expression") or says("License")
+    classified = [
+        value.rpartition(" :: ")[2]
+        for value in found.metadata.get_all("Classifier") or []
+        if value.startswith("License :: ")
+    ]
+    return says("License-Expression") or says("License") or ", ".join(classified) or None
 
 
 def license_in(card: dict) -> str | None:

@@ -90,7 +90,7 @@ def files_to_read(
     others = [name for name in names if name not in given]
     chosen = _of_split(folder, others, dataset) if dataset.source == "hub" else others
     if not chosen:
-        raise StageError(f"{folder}: no data file; name another source in dataset.id")
+        raise StageError(f"{folder}: no data file; name another source in {dataset.section}.id")
     if dataset.source != "hub":
         _check_together(folder, chosen)
     return chosen, given
@@ -132,7 +132,9 @@ def _of_split(folder: Path, names: list[str], dataset: Dataset) -> list[str]:
                 chosen = chosen or alike
     if not chosen:
         there = splits or sorted({split_of(name) or name for name in names})
-        raise StageError(f"dataset.split: no file of split {wanted}; there is {', '.join(there)}")
+        raise StageError(
+            f"{dataset.section}.split: no file of split {wanted}; there is {', '.join(there)}"
+        )
     return chosen
 
 
