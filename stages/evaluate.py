@@ -3,8 +3,8 @@
     python -m stages.evaluate
 
 Reads data/prepared, data/retention, models/quantized and models/adapter, writes metrics/eval.json,
-metrics/answers.json, metrics/eval_cost.json and metrics/samples.jsonl. The base is loaded once:
-with the adapter switched off it is the untouched base.
+metrics/answers.json, metrics/rows.csv, metrics/eval_cost.json and metrics/samples.jsonl. The base
+is loaded once: with the adapter switched off it is the untouched base.
 """
 
 import json
@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 from stages.evaluating.answers import Answered, answer_metrics, answered, sample
 from stages.evaluating.perplexity import set_metrics
 from stages.evaluating.retention import PREFIX, forgetting, retention_rows
+from stages.evaluating.row_scores import rows_csv
 from stages.shared.adapter import check_adapter_sums, read_adapter
 from stages.shared.device import memory_metrics, pick_device, reset_peaks
 from stages.shared.end_tokens import end_tokens
@@ -35,7 +36,7 @@ from stages.shared.named_base import check_named_base
 from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED, RETENTION
 from stages.shared.provenance import device_name, provenance
 from stages.shared.rows import read_rows
-from stages.shared.scoring import score
+from stages.shared.scoring import Scores, score
 from stages.shared.sets import HELD_OUT, SET_NAMES, held_out_sets
 from stages.shared.weights import Weights
 
@@ -69,7 +70,7 @@ def main() -> None:
     print(f"evaluate: {', '.join(counts)}, base and tuned, on {device_name(device)}", flush=True)
     reset_peaks()
     try:
-        metrics, cost = evaluate(model, scored)
+        metrics, scores, cost = evaluate(model, scored)
         found, answer_cost = answer(model, tokenizer, sets, params.evaluate)
     except torch.cuda.OutOfMemoryError:
         raise no_memory_to_score(weights or 0.0) from None
@@ -77,6 +78,7 @@ def main() -> None:
     write_text(METRICS / "samples.jsonl", "".join(lines))
     write_metrics(METRICS / "answers.json", answer_metrics(found))
     write_metrics(METRICS / "eval.json", metrics)
+    write_text(METRICS / "rows.csv", rows_csv(scores, found))
     cost |= answer_cost | memory_metrics()
     cost |= {"weights_vram_gb": weights} if weights is not None else {}
     scorers = {f"{name}_version": version(name) for name in SCORERS}
@@ -93,15 +95,17 @@ def no_memory_to_score(weights: float) -> StageError:
     )
 
 
-def evaluate(model, sets: dict[str, list[dict]]) -> tuple[dict, dict]:
-    """Quality metrics of every set by its prefix, and what scoring them cost."""
+def evaluate(model, sets: dict[str, list[dict]]) -> tuple[dict, dict[str, dict[str, Scores]], dict]:
+    """Quality metrics of every set by its prefix, its rows' scores, and what scoring cost."""
     metrics: dict[str, float | str] = {}
+    scores: dict[str, dict[str, Scores]] = {}
     tokens, started = 0, time.monotonic()
     for prefix, rows in sets.items():
         tuned = score(model, rows)
         with model.disable_adapter():
             base = score(model, rows)
         metrics |= set_metrics(prefix, rows, base, tuned)
+        scores[prefix] = {"base": base, "tuned": tuned}
         tokens += 2 * sum(len(row["input_ids"]) for row in rows)
         print(
             f"evaluate: {NAMES[prefix]}: perplexity {base.perplexity:.2f} base, "
@@ -110,7 +114,7 @@ def evaluate(model, sets: dict[str, list[dict]]) -> tuple[dict, dict]:
         )
     metrics |= forgetting(metrics)
     seconds = time.monotonic() - started
-    return metrics, {"eval_seconds": seconds, "tokens_per_second": tokens / seconds}
+    return metrics, scores, {"eval_seconds": seconds, "tokens_per_second": tokens / seconds}
 
 
 def answer(
