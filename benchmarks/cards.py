@@ -51,6 +51,8 @@ STAGES = ("plan", "train", "evaluate", "merge", "verify")
 # 20 steps of 4 rows, or of 2 packs of 2,048 tokens; so many long rows that a step has only those.
 ROWS, LONG_ROWS, HELD_OUT_ROWS, SEED = 80, 24, 16, 7
 STEPS_70B = 5
+# Tokens that evaluate has the models answer.
+ANSWER = 128
 # The recipe of `load` and `oom`, and a card that holds its weights and not its first step.
 SEED_RECIPE = "mistral-7b-guanaco"
 OOM_GB = 8
@@ -108,6 +110,7 @@ def make_workspace(recipe: str, source: Path, folder: Path, card: float) -> None
     params = yaml.safe_load((ROOT / f"recipes/{recipe}.yaml").read_text(encoding="utf-8"))
     params["plan"]["vram_limit_gb"] = card
     params["train"]["report_to"] = "none"
+    params["retention"] = None
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     models, prepared = folder / "models", folder / "data/prepared"
     (models / "tokenizer").mkdir(parents=True)
@@ -123,10 +126,15 @@ def make_workspace(recipe: str, source: Path, folder: Path, card: float) -> None
     config = json.loads((models / "tokenizer/config.json").read_text(encoding="utf-8"))
     parts = random_rows(config["vocab_size"], longest)
     for name, rows in zip(("train", "eval"), parts, strict=True):
-        columns = {"prompt_tokens": 1, "scored_bytes": 1}
         table = pa.Table.from_pylist(
             [
-                {"row": str(i), "input_ids": ids, "labels": ids} | columns
+                {
+                    "row": str(i),
+                    "input_ids": ids,
+                    "labels": ids,
+                    "prompt_tokens": max(1, len(ids) - ANSWER),
+                    "scored_bytes": 1,
+                }
                 for i, ids in enumerate(rows)
             ],
             schema=SCHEMA,
@@ -137,8 +145,10 @@ def make_workspace(recipe: str, source: Path, folder: Path, card: float) -> None
         ):
             writer.write_table(table)
     (prepared / "prepared.json").write_text(json.dumps({"max_length": longest}))
-    write_sums(models / "tokenizer")
-    write_sums(prepared)
+    (folder / "data/retention").mkdir()
+    (folder / "data/retention/texts.jsonl").touch()
+    for made in (models / "tokenizer", prepared, folder / "data/retention"):
+        write_sums(made)
 
 
 class Watch:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.default --work DIR
 
-Real weights and data. fetch_model, fetch_data and prepare run once in DIR, the stages from plan to
-verify in one copy for each run, side by side: their seconds say nothing. Writes
+Real weights and data. The stages that fetch and prepare run once in DIR, those from plan to verify
+in one copy for each run, side by side: their seconds say nothing. Writes
 benchmarks/results/default.json: perplexities and merge of every run, the spread, and answers.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/default.json"
 RUNS = 3
-SHARED = ("fetch_model", "fetch_data", "prepare")
+SHARED = ("fetch_model", "fetch_data", "fetch_retention", "prepare")
 OWN = ("plan", "quantize", "train", "evaluate", "merge", "verify")
 METRICS = ("eval", "verify", "train", "train_cost")
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel")

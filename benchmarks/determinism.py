@@ -42,7 +42,7 @@ TRAINED = (
     "metrics/train.json",
     "metrics/curve.csv",
 )
-STAGES = ("quantize", "train", "evaluate", "merge", "verify")
+STAGES = ("fetch_retention", "quantize", "train", "evaluate", "merge", "verify")
 SMALL = "small"
 SMALL_ROWS, SMALL_EPOCHS = 64, 6.0
 # bitsandbytes pages the state of a matrix from 1e5 values on: 128 x 1024 here.
@@ -89,6 +89,7 @@ def write_params(work: Path, **sections: dict) -> None:
     import yaml
 
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params["retention"] = None
     for section, values in sections.items():
         params[section] |= values
     (work / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")

@@ -61,7 +61,7 @@ NEAR = """
 import json, time
 from pathlib import Path
 from stages.preparing.recognizing import recognize
-from stages.preparing.readers import read_file
+from stages.shared.readers import read_file
 from stages.preparing.splitting import Store, near_duplicates
 store = Store(Path("."))
 form = None

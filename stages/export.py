@@ -2,8 +2,8 @@
 
     python -m stages.export
 
-Reads   models/merged (which models/verify.ok vouches for), metrics/*, data/prepared and
-        models/tokenizer (what was trained on what)
+Reads   models/merged (which models/verify.ok vouches for), metrics/*, data/prepared,
+        data/retention and models/tokenizer (what was trained and measured on what)
 Writes  models/release: the merged files, linked, with a model card and fresh SHA256SUMS,
         metrics/report.html, metrics/report.md, metrics/summary.json, metrics/memory.csv
 """
@@ -32,10 +32,16 @@ from stages.reporting.model_card import model_card
 from stages.reporting.page import to_html, to_markdown
 from stages.reporting.report import report
 from stages.reporting.results import Results, memory_parts, summary, title
-from stages.shared.paths import MERGED, PREPARED, TOKENIZER
+from stages.shared.paths import MERGED, PREPARED, RETENTION, TOKENIZER
 
 RELEASE = Path("models/release")
 METRICS = Path("metrics")
+INPUTS = {
+    MERGED: "merge",
+    PREPARED: "prepare",
+    RETENTION: "fetch_retention",
+    TOKENIZER: "fetch_model",
+}
 # Stage -> what it was computed with and what it cost.
 COSTS = {"quantize": "quantize", "train": "train", "evaluate": "eval", "merge": "merge"}
 
@@ -44,7 +50,16 @@ def read_results(params: dict, merged: Path) -> Results:
     """Everything the report is made of; `params` as in params.yaml."""
     metrics = {
         name: read_json(METRICS / f"{name}.json")
-        for name in ("data", "plan", "train", "train_cost", "eval", "eval_cost", "verify")
+        for name in (
+            "data",
+            "plan",
+            "train",
+            "train_cost",
+            "answers",
+            "eval",
+            "eval_cost",
+            "verify",
+        )
     }
     curve = _csv(METRICS / "curve.csv")
     costs = {stage: read_json(METRICS / f"{name}_cost.json") for stage, name in COSTS.items()}
@@ -58,6 +73,7 @@ def read_results(params: dict, merged: Path) -> Results:
         prepared=read_json(PREPARED / "prepared.json"),
         data_source=read_json(PREPARED / "source.json"),
         model_source=read_json(TOKENIZER / "source.json"),
+        retention_source=read_json(RETENTION / "source.json"),
         curve=curve,
         lengths=_csv(METRICS / "lengths.csv"),
         samples=[json.loads(line) for line in samples],
@@ -97,7 +113,7 @@ def write_release(results: Results) -> int:
 
 def main() -> None:
     params = load_params().model_dump()
-    for folder, stage in ((MERGED, "merge"), (PREPARED, "prepare"), (TOKENIZER, "fetch_model")):
+    for folder, stage in INPUTS.items():
         check_sums(folder, stage)
     results = read_results(params, MERGED)
     print(f"export: releasing {results.release_gb:.2f} GB from {MERGED}, linked, with its card")

@@ -38,7 +38,6 @@ from stages.preparing.contract import MOST_LEAKED, Drops, lengths_table, metrics
 from stages.preparing.encoding import Encoder
 from stages.preparing.formats import Example, Format
 from stages.preparing.messages import Unusable, names_of
-from stages.preparing.readers import files_to_read, read_file, split_of
 from stages.preparing.recognizing import recognize
 from stages.preparing.splitting import (
     Pools,
@@ -54,6 +53,7 @@ from stages.preparing.writing import Written, write_set
 from stages.shared.bounded import bounded
 from stages.shared.end_tokens import GENERATION
 from stages.shared.paths import PREPARED, RAW, TOKENIZER
+from stages.shared.readers import files_to_read, read_file, split_of
 from stages.shared.rows import read_rows, set_sha256
 from stages.shared.screen import on_screen, tell
 from stages.shared.sets import SET_NAMES, held_out_sets

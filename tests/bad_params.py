@@ -58,6 +58,14 @@ VALUES = {
     "dataset.source": {"http": "must be 'hub', 'local' or 'pypi' (got 'http')"},
     "dataset.revision": {"2.91": f"{QUOTES} (got 2.91)"},
     "dataset.config": {"main": "must be null unless source is hub"},
+    "retention": {"none": "must be a section with keys (got 'none')"},
+    "retention.id": {"null": f"{QUOTES} (got None)"},
+    "retention.revision": {
+        "1.7": f"{QUOTES} (got 1.7)",
+        "null": "must name a commit (hub) or a version (pypi)",
+    },
+    "retention.split": {"test": "must be null unless source is hub"},
+    "retention.tokens": {"0": "must be 1 or more (got 0)", "null": f"{WHOLE} (got None)"},
     "dataset.split": {"train": "must be null unless source is hub", "1": f"{QUOTES} (got 1)"},
     "prepare.format": {
         "Alpaca": "must be 'auto', 'text', 'prompt_completion', 'alpaca', 'messages', 'sharegpt' "
@@ -202,6 +210,16 @@ VALUES = {
     },
     "train.report_to": {"wandb": "must be 'none' or 'tensorboard' (got 'wandb')"},
     "evaluate.samples": {"-1": "must be 0 or more (got -1)", "8.0": f"{WHOLE} (got 8.0)"},
+    "evaluate.max_answer_tokens": {"0": "must be 1 or more (got 0)"},
+    "evaluate.measures": {
+        "null": "must be a list (got None)",
+        "command_and_flags": "must be a list (got 'command_and_flags')",
+        "[comand_and_flags]": "no function 'comand_and_flags' in stages/evaluating/measures.py; "
+        "did you mean command_and_flags?",
+        "[_command]": "no function '_command' in stages/evaluating/measures.py",
+        "[exact_match]": "exact_match is always taken; leave it out",
+        "[command_and_flags, command_and_flags]": "command_and_flags is named twice",
+    },
     "merge.base": {
         "dequantised": "must be 'dequantized' or 'original' (got 'dequantised'); "
         "did you mean dequantized?",

@@ -33,6 +33,39 @@ EVAL = {
     "group_tuned_bits_per_byte": 1.02,
     "group_eval_tokens": 4480,
     "group_eval_set_sha256": "b" * 64,
+    "perplexity_p_value": 0.001,
+    "group_perplexity_p_value": 0.001,
+    "retention_base_perplexity": 31.2,
+    "retention_base_perplexity_low": 28.4,
+    "retention_base_perplexity_high": 34.9,
+    "retention_tuned_perplexity": 35.7,
+    "retention_tuned_perplexity_low": 32.2,
+    "retention_tuned_perplexity_high": 39.9,
+    "retention_perplexity_p_value": 0.001,
+    "retention_perplexity_change_percent": 14.42,
+    "retention_eval_tokens": 3000,
+    "retention_eval_set_sha256": "f" * 64,
+}
+# Measure -> base and tuned.
+SCORES = {
+    "command_and_flags": (0.1, 0.62),
+    "exact_match": (0.0, 0.25),
+    "rouge_l": (0.05, 0.4),
+    "chrf": (12.5, 44.1),
+    "answer_tokens": (128.0, 31.5),
+    "ended": (0.0, 0.9375),
+}
+ANSWERS = {f"{prefix}answered_rows": 12 for prefix in ("", "group_")} | {
+    key: value
+    for prefix in ("", "group_")
+    for name, both in SCORES.items()
+    for who, score in zip(("base", "tuned"), both, strict=True)
+    for key, value in {
+        f"{prefix}{who}_{name}": score,
+        f"{prefix}{who}_{name}_low": score * 0.8,
+        f"{prefix}{who}_{name}_high": score * 1.2,
+        f"{prefix}{name}_p_value": 0.02,
+    }.items()
 }
 PLAN = {
     "predicted_peak_vram_gb": 1.799,
@@ -75,6 +108,7 @@ METRICS = {
         "device": "CPU, 2 threads",
         "adapter_sha256": "e" * 64,
     },
+    "answers": ANSWERS,
     "eval": EVAL,
     "eval_cost": {"eval_seconds": 92.4, "tokens_per_second": 260.1, "peak_ram_gb": 1.8} | MADE,
     "quantize_cost": {"quantize_seconds": 3.1, "peak_ram_gb": 1.2} | MADE,
@@ -123,6 +157,8 @@ def write_export_inputs(folder: Path, text: str = "az vm list --resource-group g
             "reference": "az vm list -g MyGroup",
             "base": text,
             "tuned": text,
+            "base_scores": {"command_and_flags": 1 - i},
+            "tuned_scores": {"command_and_flags": 0.25},
         }
         for i, name in enumerate(["held-out row", "held-out group"])
     ]
@@ -133,6 +169,8 @@ def write_export_inputs(folder: Path, text: str = "az vm list --resource-group g
     data = source | {"id": "azure-cli", "license": "MIT", "files": {"examples.jsonl": "d" * 64}}
     write_json(folder / "models/tokenizer/source.json", model)
     write_json(folder / "data/prepared/source.json", data)
+    game = source | {"id": "adventure", "revision": "1.7", "files": {}}
+    write_json(folder / "data/retention/source.json", game)
     splits = {
         name: {"rows": 100, "tokens": 8000, "learned_tokens": 4200} for name in ("eval", "group")
     }

@@ -213,7 +213,7 @@ def hub_section():
 
 
 def read_readme(folder: Path, head: bytes) -> None:
-    from stages.fetch_data import of_configuration
+    from stages.fetching.data_files import of_configuration
     from stages.shared.dataset_card import license_in, read_card
 
     (folder / "README.md").write_bytes(b"---\n" + head + b"\n---\n# Rows\n")
@@ -251,7 +251,7 @@ def sibling(**changes: object) -> list[dict]:
 
 
 def read_folder(folder: Path, make: Callable[[Path], object]) -> None:
-    from stages.fetch_data import data_files
+    from stages.fetching.data_files import data_files
 
     root = folder / "rows"
     root.mkdir()

@@ -21,11 +21,14 @@ from tools.recover import broken
 
 ALL = list(PIPELINE)
 AFTER_TRAIN = ["train", "evaluate", "merge", "verify", "export"]
+AFTER_MODEL = [name for name in ALL if name not in ("fetch_data", "fetch_retention")]
 # What was changed -> the stages that run for it, in order.
 STALE = {
     "seed": AFTER_TRAIN,
-    "model": [name for name in ALL if name != "fetch_data"],
+    "model": AFTER_MODEL,
     "dataset": ["fetch_data", "prepare", "plan", *AFTER_TRAIN],
+    # It fetches, prepares and trains nothing else.
+    "retention": ["fetch_retention", "evaluate", "export"],
     "prepare": ["prepare", "plan", *AFTER_TRAIN],
     # A better estimate, or a limit set later, never trains a model again.
     "plan": ["plan", "export"],
@@ -36,8 +39,9 @@ STALE = {
     "merge": ["merge", "verify", "export"],
     "verify": ["verify", "export"],
     "export": ["export"],
-    "stages/fetch_model.py": [name for name in ALL if name != "fetch_data"],
+    "stages/fetch_model.py": AFTER_MODEL,
     "stages/fetch_data.py": ["fetch_data", "prepare", "plan", *AFTER_TRAIN],
+    "stages/fetch_retention.py": ["fetch_retention", "evaluate", "export"],
     "stages/prepare.py": ["prepare", "plan", *AFTER_TRAIN],
     "stages/plan.py": ["plan", "export"],
     "stages/quantize.py": ["quantize", *AFTER_TRAIN],

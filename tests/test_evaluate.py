@@ -1,6 +1,7 @@
-"""The metrics of a held-out set, and answers to prompts of unlike length."""
+"""The metrics of a held-out set, answers to prompts of unlike length, and what they score."""
 
 import math
+import random
 import shutil
 
 import pytest
@@ -10,9 +11,16 @@ from quick import Stage
 from tiny import make_model, make_tokenizer
 from transformers import GenerationConfig
 
-from stages.evaluate import answers, check_numbers, interval, samples, set_metrics
+from stages.evaluate import check_numbers
+from stages.evaluating import answers as scoring
+from stages.evaluating import measures
+from stages.evaluating.answers import answer_metrics, answered, sample, scores_of
+from stages.evaluating.bootstrap import p_value
+from stages.evaluating.generation import Answer, _batches, answers
+from stages.evaluating.perplexity import perplexity_interval, set_metrics
 from stages.quantize import quantize
 from stages.shared.model import load_base
+from stages.shared.params import STANDARD_MEASURES, Evaluate
 from stages.shared.process import StageError
 from stages.shared.rows import set_sha256
 from stages.shared.scoring import Scores
@@ -61,16 +69,35 @@ def test_metrics_follow_their_definitions():
 
 def test_the_interval_holds_the_perplexity_and_repeats():
     scores = Scores([float(i % 7) for i in range(60)], [3] * 60)
-    low, high = interval(scores)
+    low, high = perplexity_interval(scores)
     assert low < scores.perplexity < high
-    assert interval(scores) == (low, high)
+    assert perplexity_interval(scores) == (low, high)
 
 
-def test_padding_on_the_left_does_not_change_an_answer(tuned):
+def prompts_of(rows):
+    return [row["input_ids"][: row["prompt_tokens"]] for row in rows]
+
+
+@pytest.mark.parametrize("most", [1, 2**20])
+def test_a_batch_does_not_change_an_answer(tuned, monkeypatch, most):
+    """Against generate row by row, without padding and without a batch."""
     model, tokenizer = tuned
-    rows = rows_of(tokenizer)
-    together = answers(model, tokenizer, rows, [2])
-    assert together == [answers(model, tokenizer, [row], [2])[0] for row in rows]
+    prompts = prompts_of(rows_of(tokenizer))
+    monkeypatch.setattr("stages.evaluating.generation._cached_tokens", lambda model: most)
+    found = answers(model, tokenizer, prompts, [2], 40)
+    for prompt, answer in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        alone = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=40,
+            do_sample=False,
+            eos_token_id=[2],
+        )[0, len(prompt) :].tolist()
+        assert answer.ended == (2 in alone)
+        alone = alone[: alone.index(2)] if answer.ended else alone
+        assert answer.text == tokenizer.decode(alone, skip_special_tokens=True)
+        assert answer.tokens == len(alone)
 
 
 # What a base's generation_config.json may say: some change greedy answers, some cannot be obeyed.
@@ -91,11 +118,12 @@ SETTINGS = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "+".join(settings))
 def test_answers_are_greedy_whatever_the_base_asks_for(tuned, monkeypatch, settings):
     model, tokenizer = tuned
-    rows = rows_of(tokenizer)
-    expected = answers(model, tokenizer, rows, [2])
+    prompts, causal = prompts_of(rows_of(tokenizer)), model.get_base_model()
+    expected = answers(model, tokenizer, prompts, [2], 20)
     of_base = GenerationConfig(eos_token_id=7, **settings)
-    monkeypatch.setattr(model.get_base_model(), "generation_config", of_base)
-    assert answers(model, tokenizer, rows, [2]) == expected
+    monkeypatch.setattr(causal, "generation_config", of_base)
+    assert answers(model, tokenizer, prompts, [2], 20) == expected
+    assert causal.generation_config is of_base
 
 
 def test_a_loss_that_is_no_number_names_its_row():
@@ -109,28 +137,170 @@ def test_a_loss_that_is_no_number_names_its_row():
 def test_an_enormous_loss_has_a_perplexity():
     scores = Scores([1e6, 1e6], [1, 2])
     assert math.isfinite(scores.perplexity)
-    assert all(map(math.isfinite, interval(scores)))
+    assert all(map(math.isfinite, perplexity_interval(scores)))
 
 
-def test_answer_ends_at_each_end_token(tuned):
+def test_batches_are_bounded_and_hold_every_prompt_once():
+    prompts = [[0] * random.Random(i).randrange(1, 40) for i in range(50)]
+    batches = _batches(prompts, 10, 200)
+    assert sorted(i for batch in batches for i in batch) == list(range(50))
+    assert all(len(b) * (max(len(prompts[i]) for i in b) + 10) <= 200 for b in batches)
+    assert 50 / len(batches) > 200 / 50 / 2
+    wide = _batches([[0] * 4096] * 9, 10, 2**40)
+    assert [len(batch) for batch in wide] == [4, 4, 1]
+    assert _batches([[0] * 500], 10, 200) == [[0]]
+
+
+def test_answer_ends_at_each_end_token_or_at_the_limit(tuned):
     model, tokenizer = tuned
-    row = rows_of(tokenizer)[0]
-    whole = answers(model, tokenizer, [row], [2])[0]
-    every = answers(model, tokenizer, [row], list(range(model.config.vocab_size)))[0]
-    assert whole.startswith(every)
-    assert len(every) < len(whole)
+    [prompt] = prompts_of(rows_of(tokenizer)[:1])
+    [whole] = answers(model, tokenizer, [prompt], [2], 20)
+    [every] = answers(model, tokenizer, [prompt], list(range(model.config.vocab_size)), 20)
+    assert (every.tokens, every.ended, every.text) == (0, True, "")
+    assert whole.tokens == 20
+    assert not whole.ended
 
 
-def test_samples_answer_the_same_prompts_by_base_and_tuned(tuned):
+def test_the_same_prompts_are_answered_by_base_and_tuned(tuned):
     model, tokenizer = tuned
     rows = rows_of(tokenizer)
     promptless = rows[0] | {"prompt_tokens": 0}
-    found = samples(model, tokenizer, {"": [promptless, *rows], "group_": rows[1:]}, 3, [2])
-    assert [s["prompt"] for s in found] == [PROMPTS[0], PROMPTS[1], PROMPTS[2]]
-    assert [s["set"] for s in found] == ["held-out row", "held-out group", "held-out group"]
-    assert all(s["reference"] == "ok" for s in found)
-    assert any(s["base"] != s["tuned"] for s in found)
-    assert samples(model, tokenizer, {"": rows}, 0, [2]) == []
+    sets = {"": [promptless, *rows], "group_": rows[1:]}
+    asked = Evaluate(samples=3, max_answer_tokens=20, measures=["command_and_flags"])
+    found = answered(model, tokenizer, sets, asked, [2])
+    lines = [sample(one) for one in found]
+    assert [s["prompt"] for s in lines] == list(PROMPTS)
+    assert [s["set"] for s in lines] == ["held-out row", "held-out group", "held-out group"]
+    assert [one.place for one in found] == [1, 0, 1]
+    assert all(s["reference"] == "ok" for s in lines)
+    assert any(s["base"] != s["tuned"] for s in lines)
+    assert list(lines[0]["tuned_scores"]) == ["command_and_flags", *STANDARD_MEASURES]
+    nothing = asked.model_copy(update={"samples": 0})
+    assert answered(model, tokenizer, {"": rows}, nothing, [2]) == []
+    metrics = answer_metrics(found)
+    assert (metrics["answered_rows"], metrics["group_answered_rows"]) == (1, 2)
+    for who in ("base", "tuned"):
+        tokens = [one.answers[who].tokens for one in found[1:]]
+        assert metrics[f"group_{who}_answer_tokens"] == sum(tokens) / 2
+    assert not [key for key in metrics if "json" in key]
+
+
+def test_references_beyond_the_limit_are_counted(tuned, capsys):
+    model, tokenizer = tuned
+    rows = rows_of(tokenizer)
+    for limit, said in ((3, ""), (2, "warning: 3 of 3 references have more than 2 tokens")):
+        asked = Evaluate(samples=3, max_answer_tokens=limit, measures=[])
+        answered(model, tokenizer, {"": rows}, asked, [2])
+        assert capsys.readouterr().out.startswith(said)
+
+
+def test_no_answers_make_no_metrics():
+    assert answer_metrics([]) == {}
+
+
+def longest_common(a, b):
+    """The textbook's table."""
+    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            above = max(table[i][j + 1], table[i + 1][j])
+            table[i + 1][j + 1] = table[i][j] + 1 if x == y else above
+    return table[-1][-1]
+
+
+def test_rouge_l_follows_its_definition():
+    draw = random.Random(1)
+    for _ in range(200):
+        a, b = (draw.choices(["az", "vm", "List", "show"], k=draw.randrange(1, 9)) for _ in "ab")
+        same = longest_common([w.lower() for w in a], [w.lower() for w in b])
+        precision, recall = same / len(b), same / len(a)
+        expected = 2 * precision * recall / (precision + recall) if same else 0
+        assert scoring.rouge_l(" ".join(a), ", ".join(b)) == pytest.approx(expected)
+    assert scoring.rouge_l("Größe ändern", "größe ändern!") == 1
+    assert scoring.rouge_l("a", "") == scoring.rouge_l("--", "--") == 0
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "expected"),
+    [
+        ('{"a": 1}', ' {"b": [2]}\n', 1),
+        ('{"a": 1}', '{"a": 1', 0),
+        ("[1]", "NaN", 0),
+        ("[1]", "[" * 10**5, 0),
+        ("az vm list", "{}", None),
+        ("12", "12", None),
+    ],
+)
+def test_json_is_asked_of_rows_whose_reference_is_json(reference, answer, expected):
+    assert scoring.json_valid(reference, answer) == expected
+
+
+def test_equal_but_for_blanks_is_an_exact_match():
+    assert scoring.exact_match("az vm list", " az vm list\n") == 1
+    assert scoring.exact_match("az vm list", "az vm  list") == 0
+    assert scoring.chrf("az vm list", "az vm list") == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("az vm create --size=s -n mine", 1),
+        ("az vm create -n other --size  m", 1),
+        ("az vm create --size s", 0.5 + 0.5 * 2 / 3),
+        ("az vm update --size s -n mine", 0.5),
+        ("az vm create", 0.5),
+        ("vm create --name mine", 0),
+        ("", 0),
+    ],
+)
+def test_the_default_measure_looks_at_command_and_flags(answer, score):
+    reference = "az vm create --size s -n mine"
+    assert measures.command_and_flags("Make one", reference, answer) == pytest.approx(score)
+    assert measures.command_and_flags("List", "az vm list", "az vm list") == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "line", "reason"),
+    [
+        ("    return answer.index('x')\n", 2, "ValueError: substring not found"),
+        ("    return None\n", 1, "TypeError: float() argument must be a string or a real num"),
+        ("    x = 0\n    return float('nan')\n", 1, "gave nan, and must give a finite number"),
+    ],
+)
+def test_a_fault_in_a_measure_names_row_and_line(body, line, reason, monkeypatch):
+    code = "def mine(prompt, reference, answer):\n" + body
+    exec(compile(code, measures.__file__, "exec"), vars(measures))
+    monkeypatch.setattr(measures, "mine", measures.mine)
+    with pytest.raises(StageError) as fault:
+        scores_of("rows.jsonl:7", "prompt", "reference", Answer("answer", 1, True), ["mine"])
+    said = f"stages/evaluating/measures.py:{line}: mine failed on row rows.jsonl:7: {reason}"
+    assert str(fault.value).startswith(said)
+    del measures.mine
+
+
+def test_p_is_small_where_rows_agree_and_large_where_they_do_not():
+    assert p_value([]) == p_value([0.0] * 9) == 1
+    assert p_value([1.0] * 50) < 0.01
+    assert p_value([-1.0] * 50) == p_value([1.0] * 50)
+    assert p_value([1.0, -1.0] * 25) > 0.5
+    # Three rows cannot say much, however much they agree.
+    assert p_value([1.0, 2.0, 3.0]) == 0.25
+
+
+def test_p_follows_the_normal_approximation():
+    draw = random.Random(3)
+    for shift in (0.1, 0.2, 0.3):
+        values = [draw.gauss(shift, 1) for _ in range(200)]
+        mean = sum(values) / 200
+        deviation = math.sqrt(sum((v - mean) ** 2 for v in values)) / 200
+        normal = math.erfc(abs(mean) / deviation / math.sqrt(2))
+        assert p_value(values) == pytest.approx(normal, rel=0.3, abs=0.01)
+
+
+def test_standard_measures_are_what_the_schema_keeps_from_users():
+    scores = scores_of("r:1", "p", "[1]", Answer("[1]", 1, True), [])
+    assert tuple(scores) == STANDARD_MEASURES
+    assert None not in scores.values()
 
 
 def test_an_adapter_of_no_numbers_is_one_line(finished, tmp_path):

@@ -37,7 +37,7 @@ def make_inputs(folder, text="az vm list --resource-group g"):
     shutil.copy(ROOT / "dvc.yaml", folder)
     (folder / "stages").symlink_to(ROOT / "stages")
     write_export_inputs(folder, text)
-    for made in ("data/prepared", "models/merged", "models/tokenizer"):
+    for made in ("data/prepared", "data/retention", "models/merged", "models/tokenizer"):
         write_sums(folder / made)
     return folder
 
@@ -73,6 +73,11 @@ def results(folder, monkeypatch, **changes):
 def test_summary_has_keys_of_its_own(exported):
     found = json.loads((exported / "metrics/summary.json").read_text())
     assert found == {
+        "command_and_flags_before": 0.1,
+        "command_and_flags_after": 0.62,
+        "group_command_and_flags_before": 0.1,
+        "group_command_and_flags_after": 0.62,
+        "retention_change_percent": 14.42,
         "perplexity_before": 72.9813,
         "perplexity_after": 12.7104,
         "group_perplexity_before": 85.24,
@@ -182,7 +187,7 @@ def test_ids_are_unique_and_links_lead_somewhere(html):
     ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     links = [a["href"][1:] for t, a in tags if t == "a"]
-    assert len(links) == 12
+    assert len(links) == 14
     assert set(links) <= set(ids)
 
 
@@ -227,6 +232,7 @@ def test_no_text_of_any_block_is_markup():
 )
 def test_answers_are_shown_at_a_bearable_length(exported, monkeypatch, answer, shown):
     sample = dict.fromkeys(("row", "set", "prompt", "reference", "base"), "x") | {"tuned": answer}
+    sample |= {key: {"command_and_flags": 1.0} for key in ("base_scores", "tuned_scores")}
     html = page.to_html("t", sections(results(exported, monkeypatch, samples=[sample])))
     assert Page(html).texts[-1] == shown
 
@@ -351,16 +357,91 @@ def test_card_metadata(exported):
     assert card.tags == ["qlora", "lora", "dvc"]
     # A PyPI name is no id of the Hub.
     assert card.base_model is None
-    values = {result.dataset_split: result.metric_value for result in card.eval_results}
-    assert values == {"held-out rows": 12.7104, "held-out groups": 14.62}
+    values = {(r.metric_type, r.dataset_split): r.metric_value for r in card.eval_results}
+    assert values == {
+        ("exact_match", "held-out rows"): 0.25,
+        ("exact_match", "held-out groups"): 0.25,
+        ("rouge_l", "held-out rows"): 0.4,
+        ("rouge_l", "held-out groups"): 0.4,
+        ("chrf", "held-out rows"): 44.1,
+        ("chrf", "held-out groups"): 44.1,
+        ("perplexity", "held-out rows"): 12.7104,
+        ("perplexity", "held-out groups"): 14.62,
+    }
+
+
+def test_the_task_and_what_was_forgotten_come_before_perplexity(exported, monkeypatch):
+    found = results(exported, monkeypatch)
+    first, _, task, forgotten, perplexity, *_ = sections(found)
+    [shown] = first.blocks
+    assert [name for name, _, _ in shown.items][:4] == [
+        "Command and flags on held-out rows",
+        "Command and flags on held-out groups",
+        "Forgotten",
+        "Perplexity on held-out rows",
+    ]
+    assert shown.items[0][1:] == ("0.1 → 0.62", "12 answers, p = 0.02; higher is better")
+    assert shown.items[2][1] == "+14.4 %"
+    titles = [task.title, forgotten.title, perplexity.title]
+    assert titles == ["Answers scored", "What was forgotten", "Perplexity before and after"]
+    assert task.blocks[1].rows[3][1:] == [
+        "chrF2 (of 100)",
+        "12.5 (10 to 15)",
+        "44.1 (35.28 to 52.92)",
+        "p = 0.02",
+        "12",
+    ]
+    assert "adventure, text that the task has nothing to do with, changed by +14.4 %" in (
+        forgotten.blocks[0].text
+    )
+
+
+def test_without_answers_and_texts_nothing_is_said_of_them(exported, monkeypatch):
+    scored = {k: v for k, v in EVAL.items() if not k.startswith("retention_")}
+    found = results(exported, monkeypatch, answers={}, eval=scored, retention_source={}, samples=[])
+    text = page.to_markdown("t", sections(found)) + model_card(found)
+    assert "Answers scored" not in text
+    assert "orgotten" not in text
+    assert "another domain" not in text
+    assert not [key for key in summary(found) if "command" in key or "retention" in key]
+
+
+def test_answers_are_chosen_by_outcome_without_a_script(html, exported):
+    found = Page(html)
+    inputs = [a for tag, a in found.tags if tag == "input"]
+    assert {a["type"] for a in inputs} == {"radio"}
+    assert [a["id"] for a in inputs] == [f"group-{i}" for i in range(page.GROUPS + 1)]
+    assert ["checked" in a for a in inputs] == [True, *[False] * page.GROUPS]
+    labels = re.findall(r"<label for=\"(group-\d)\">([^<]+)</label>", html)
+    assert labels == [
+        ("group-0", "all (2)"),
+        ("group-1", "base right, tuned wrong (1)"),
+        ("group-2", "base wrong, tuned right (0)"),
+        ("group-3", "both wrong (1)"),
+        ("group-4", "both right (0)"),
+    ]
+    css = (ROOT / "stages/reporting/page.css").read_text()
+    for i in range(1, page.GROUPS + 1):
+        assert f"#group-{i}:checked ~ div:not(.group-{i})" in css
+        assert f'<div class="group-{i}">' in html
+    lost = html.partition('<div class="group-1">')[2].partition('<div class="group-2">')[0]
+    assert "examples.jsonl:0" in lost
+    assert "examples.jsonl:1" not in lost
+    markdown = (exported / "metrics/report.md").read_text()
+    places = [markdown.index(text) for text in ("base right, tuned wrong (1)", "both wrong (1)")]
+    assert places == sorted(places)
 
 
 ROW = "The account of Ada L. is overdrawn."
-PLACES = {"model": "/home/quinn/llm/tiny", "dataset": "data/source/quinn/accounts.jsonl"}
+PLACES = {
+    "model": "/home/quinn/llm/tiny",
+    "dataset": "data/source/quinn/accounts.jsonl",
+    "retention": "data/source/quinn/prose.txt",
+}
 
 
 def local_results(exported, monkeypatch, wish):
-    """Of a model and a data set of this machine."""
+    """Of a model, a data set and text of this machine."""
     read = results(exported, monkeypatch)
     params = dict(read.params) | {"export": {"rows_in_card": wish}}
     for kind, id in PLACES.items():
@@ -369,12 +450,14 @@ def local_results(exported, monkeypatch, wish):
     source = {"source": "local", "revision": None, "commit": None, "license": None}
     about = {kind: source | {"id": id} for kind, id in PLACES.items()}
     sample = dict.fromkeys(("set", "prompt", "reference", "base", "tuned"), ROW)
+    sample |= {key: {"command_and_flags": 1.0} for key in ("base_scores", "tuned_scores")}
     return replace(
         read,
         params=params,
         prepared=read.prepared | {"sample": {"row": "quinn/7", "pieces": [[ROW, True]]}},
         model_source=about["model"] | {"files": {"config.json": "c" * 64}},
         data_source=about["dataset"] | {"files": {"quinn/accounts.jsonl": "d" * 64}},
+        retention_source=about["retention"] | {"files": {"quinn/prose.txt": "e" * 64}},
         samples=[sample | {"row": "quinn/9"}],
     )
 

@@ -11,6 +11,7 @@ from test_hub import NO_SOCKETS, environment
 from tiny import ROOT, make_workspace
 
 from stages import fetch_data
+from stages.fetching import data_files
 from stages.fetching.azure_cli import azure_examples
 from stages.shared.dataset_card import known_of
 from stages.shared.outputs import check_sums
@@ -72,7 +73,7 @@ def test_files_that_are_left_out_are_named(tmp_path, monkeypatch, capsys):
     make(workspace / "data/source", "b/state.json", "notes.txt", *(f"z{i}.png" for i in range(9)))
     fetch_data.main()
     said = capsys.readouterr().out
-    assert "fetch_data: left out: b/state.json, notes.txt, z0.png, z1.png, z2.png, …\n" in said
+    assert "fetch_data: left out: b/state.json, notes.txt, texts.txt, z0.png, z1.png, …\n" in said
 
 
 REFUSED = [
@@ -89,14 +90,14 @@ REFUSED = [
 @pytest.mark.parametrize(("names", "message"), REFUSED)
 def test_a_local_source_is_refused_in_one_line(tmp_path, section_of, names, message):
     with pytest.raises(StageError) as error:
-        fetch_data.data_files(Folder(make(tmp_path, *names)).files, section_of())
+        data_files.data_files(Folder(make(tmp_path, *names)).files, section_of())
     assert str(error.value).startswith(message)
 
 
 def test_an_archive_on_the_hub_is_left_there(tmp_path, section_of):
     files = Folder(make(tmp_path, "rows.jsonl", "images.zip")).files
     hub = section_of("hub", "owner/data", revision="main")
-    assert fetch_data.data_files(files, hub) == ["rows.jsonl"]
+    assert data_files.data_files(files, hub) == ["rows.jsonl"]
 
 
 def test_a_source_that_does_not_exist(tmp_path, monkeypatch):
@@ -160,10 +161,10 @@ def test_the_configuration_chooses_the_files(section_of, configs, config, expect
     card, _ = known_of({"configs": configs} if configs else {})
     hub = section_of("hub", "data", revision="main", config=config)
     if isinstance(expected, list):
-        assert fetch_data.of_configuration(NAMES, card, hub) == expected
+        assert data_files.of_configuration(NAMES, card, hub) == expected
     else:
         with pytest.raises(StageError) as error:
-            fetch_data.of_configuration(NAMES, card, hub)
+            data_files.of_configuration(NAMES, card, hub)
         assert str(error.value).startswith(expected)
 
 

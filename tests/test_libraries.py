@@ -55,7 +55,7 @@ def imported(folder, names: list[str]) -> dict[str, set[str]]:
 
 
 def test_stages_without_tensors_import_no_torch(tmp_path):
-    names = ["fetch_data", "export", "prepare"]
+    names = ["fetch_data", "fetch_retention", "export", "prepare"]
     found = imported(tmp_path, names)
     assert "transformers" in found["prepare"]
     assert [name for name in names if "torch" in found[name]] == []
@@ -75,7 +75,7 @@ def test_stages_with_models_import_no_compiler(tmp_path):
 
 def test_every_stage_is_looked_at():
     scripts = {file.stem: file.read_text(encoding="utf-8") for file in STAGES.glob("[a-z]*.py")}
-    assert set(scripts) == {*HEAVY, "merge", "fetch_data", "export", "prepare"}
+    assert set(scripts) == {*HEAVY, "merge", "fetch_data", "fetch_retention", "export", "prepare"}
     hiding = {name for name, script in scripts.items() if 'without=["torch"]' in script}
     assert hiding == set(MODELLESS)
 

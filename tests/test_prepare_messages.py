@@ -14,9 +14,9 @@ from transformers import AutoTokenizer
 from stages import prepare
 from stages.preparing.formats import chat_of
 from stages.preparing.messages import Unusable, conversation
-from stages.preparing.readers import read_file
 from stages.preparing.recognizing import recognize
 from stages.shared.process import StageError
+from stages.shared.readers import read_file
 from stages.shared.rows import read_rows
 
 QUESTION, ANSWER = ask("q"), say("a")

@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from prepare_folder import make_folder
 
 from stages import prepare
-from stages.preparing import opening, parquet_rows
 from stages.preparing.messages import Unusable
-from stages.preparing.readers import files_to_read, read_file
 from stages.preparing.recognizing import recognize
+from stages.shared import opening, parquet_rows
 from stages.shared.params import Dataset
 from stages.shared.process import StageError
+from stages.shared.readers import files_to_read, read_file
 
 PACKERS = {
     "": bytes,

@@ -14,6 +14,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 STAGES = [
     "fetch_model",
     "fetch_data",
+    "fetch_retention",
     "prepare",
     "plan",
     "quantize",
@@ -28,7 +29,7 @@ SMALL = {
     "model": {"source": "local", "id": "tiny", "revision": None},
     "dataset": {"source": "local", "id": "data/source/rows.jsonl", "revision": None},
     "prepare": {"eval_rows": 8, "max_length": 256},
-    "evaluate": {"samples": 2},
+    "evaluate": {"samples": 2, "max_answer_tokens": 16},
 }
 
 

@@ -7,7 +7,7 @@ from tiny import ROOT
 STAGES = sorted(file.stem for file in (ROOT / "stages").glob("*.py") if file.stem != "__init__")
 # Room -> the stages that may import from it. No room for a stage that does with its script.
 ROOMS = {
-    "fetching": {"fetch_data", "fetch_model"},
+    "fetching": {"fetch_data", "fetch_model", "fetch_retention"},
     "preparing": {"prepare"},
     "planning": {"plan"},
     "quantizing": {"quantize"},

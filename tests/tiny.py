@@ -79,11 +79,13 @@ def make_rows(path: Path, count: int = 60) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+TEXTS = "A road leads to a small house.\n\nThe valley is deep, and the river is cold.\n"
 TINY_PARAMS = {
     "model": {"source": "local", "id": "tiny", "revision": None},
     "dataset": {"source": "local", "id": "data/source/rows.jsonl", "revision": None},
     "prepare": {"train_rows": 24, "eval_rows": 8},
-    "evaluate": {"samples": 2},
+    "retention": {"source": "local", "id": "data/source/texts.txt", "revision": None, "tokens": 60},
+    "evaluate": {"samples": 2, "max_answer_tokens": 32},
 }
 
 
@@ -123,6 +125,7 @@ def make_workspace(folder: Path, git: bool = False, **sections: dict) -> Path:
     make_tokenizer(folder / "tiny")
     make_model(folder / "tiny")
     make_rows(folder / "data/source/rows.jsonl")
+    (folder / "data/source/texts.txt").write_text(TEXTS, encoding="utf-8")
     if git:
         (folder / ".gitignore").open("a").write("/tiny/\n")
         for command in (["init", "-q", "-b", "main"], ["add", "-A"], ["commit", "-qm", "tiny"]):

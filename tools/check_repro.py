@@ -27,6 +27,7 @@ TOLERANCE = 0.05
 # points, 0.0014 and 0.033 nats from a CPU's; a merge on the other base 1.7 points and 0.19 nats.
 POINTS = {
     "perplexity_change_percent": 0.5,
+    "retention_perplexity_change_percent": 2.0,
     "merge_change_percent": 0.5,
     "mean_kl": 0.01,
     "max_kl": 0.2,
@@ -37,11 +38,14 @@ COMPUTED_OUTS = (
     "models/adapter",
     "models/merged",
     "metrics/samples.jsonl",
+    "metrics/answers.json",
+    "metrics/rows.csv",
     "metrics/curve.csv",
 )
 COSTS = ("_minutes", "ram_gb")
 EXACT_OUTS = (
     "data/raw",
+    "data/retention",
     "data/prepared",
     "models/base",
     "models/tokenizer",

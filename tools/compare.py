@@ -2,9 +2,10 @@
 
     python -m tools.compare --base main
 
-Compares the workspace with the base. Each change is marked better, worse or within noise; the
-noise is what `python -m tools.noise` measured, and is spoken of only where it was measured: with
-the base's model, data and parameters. Exit status 2 when the base is not known.
+Compares the workspace with the base. Each change is marked better, worse or within noise. Where
+both scored the same rows, that is decided row by row, with a p. Else the noise is what
+`python -m tools.noise` measured, and is spoken of only where it was measured: with the base's
+model, data and parameters. Exit status 2 when the base is not known.
 """
 
 import argparse
@@ -15,12 +16,13 @@ from stages.reporting.page import Mono, Paragraph, Section, Table, to_markdown
 from stages.shared.process import StageError
 from tools.gate import EVAL, is_number, unequal_sets
 from tools.noise import COST, DATA, NOISE, RESULT, SUMMARY, Conditions, conditions
+from tools.paired import ANSWERS, ROWS, Paired, Pairs
 from tools.revision import Revision
 from tools.screen import fail
 
 # Quality first; what a run cost and was made with last.
 VERIFY, TRAIN = "metrics/verify.json", "metrics/train.json"
-FIRST = (EVAL, VERIFY, TRAIN)
+FIRST = (ANSWERS, EVAL, VERIFY, TRAIN)
 LAST = "_cost.json"
 NEARER_ZERO_IS_BETTER = ("_change_percent", "_error_percent")
 LOWER_IS_BETTER = (
@@ -32,22 +34,43 @@ LOWER_IS_BETTER = (
     "_seconds",
     "nonfinite_values",
     "leaked_examples",
+    "retention_perplexity_change_percent",
 )
 # What metrics/data.json says of the rows that were trained on.
 TRAIN_KEYS = ("train_", "length_")
 HIGHER_IS_BETTER = ("tokens_per_second", "token_agreement")
+# Of metrics/answers.json every measure but these.
+NO_MEASURE = ("_answer_tokens", "_rows")
+# Beside a value, and said with it.
+OF_A_VALUE = ("_low", "_high", "_p_value")
+# From this p on, a difference may well be one of the rows that were drawn.
+BY_CHANCE = 0.05
+ROW_BY_ROW = Paragraph(
+    f"p: how easily a difference like this one comes of which rows were drawn: a paired bootstrap "
+    f"over the rows that both scored ({ROWS}); from {BY_CHANCE} on it is within noise. It says "
+    "nothing of what another seed would have made of the same settings."
+)
 
 
-def verdict(key: str, before: Any, now: Any, noise: float | None) -> str:
+def verdict(
+    key: str, before: Any, now: Any, noise: float | None, pair: Paired | None = None
+) -> str:
     """better, worse, within noise, or changed. `noise`: percent, between two runs by luck."""
     if not is_number(before) or not is_number(now) or math.isnan(before):
         return "changed"
     if noise is not None and abs(now - before) <= noise / 100 * abs(before):
         return "within noise"
-    if key.endswith(NEARER_ZERO_IS_BETTER):
-        return "better" if abs(now) < abs(before) else "worse"
+    if pair:
+        chance = pair.p >= BY_CHANCE
+        return f"{'within noise' if chance else direction(key, before, now)}, {pair}"
+    return direction(key, before, now)
+
+
+def direction(key: str, before: float, now: float) -> str:
     if key.endswith(LOWER_IS_BETTER):
         return "better" if now < before else "worse"
+    if key.endswith(NEARER_ZERO_IS_BETTER):
+        return "better" if abs(now) < abs(before) else "worse"
     if key.endswith(HIGHER_IS_BETTER):
         return "better" if now > before else "worse"
     return "changed"
@@ -85,11 +108,13 @@ def incomparable(before: dict[str, dict], now: dict[str, dict]) -> set[str]:
     ]
     if unequal_sets(before.get(EVAL, {}), now.get(EVAL, {})):
         # verify scores the merged model on the evaluation set too.
-        return {EVAL, VERIFY, TRAIN}
+        return {ANSWERS, EVAL, VERIFY, TRAIN}
     return {TRAIN} if other_rows else set()
 
 
-def metric_rows(before: dict, now: dict, noise: dict[str, dict[str, float]]) -> list[list[str]]:
+def metric_rows(
+    before: dict, now: dict, noise: dict[str, dict[str, float]], pairs: Pairs | None = None
+) -> list[list[str]]:
     """One row for each changed metric. `before` and `now` map a metrics file to its values."""
     other_data = incomparable(before, now)
     paths = dict.fromkeys([*FIRST, *before, *now])
@@ -100,14 +125,28 @@ def metric_rows(before: dict, now: dict, noise: dict[str, dict[str, float]]) -> 
         old, new = before.get(path, {}), now.get(path, {})
         for key in dict.fromkeys([*old, *new]):
             a, b = old.get(key), new.get(key)
-            if a == b or key.endswith(("_low", "_high")):
+            if a == b or key.endswith(OF_A_VALUE):
                 continue
-            mark = verdict(key, a, b, noise.get(path, {}).get(key))
+            pair = pairs.of(path, key) if pairs and path not in other_data else None
+            mark = verdict(key, a, b, noise.get(path, {}).get(key), pair)
+            if path == ANSWERS:
+                mark = of_answers(key, mark, old, new, pair)
             if path in other_data:
                 mark = "not comparable"
             name = Mono(f"{path.removeprefix('metrics/').removesuffix('.json')}: {key}")
             rows.append([name, shown(a), shown(b), change(key, a, b), mark])
     return rows
+
+
+def of_answers(key: str, mark: str, old: dict, new: dict, pair: Paired | None) -> str:
+    """`mark` of a measure of answers, of which more is better; the names of some are a user's."""
+    counts = {name for name in [*old, *new] if name.endswith("answered_rows")}
+    if pair is None and any(old.get(name) != new.get(name) for name in counts):
+        return "changed" if key in counts else "not comparable"
+    a, b = old.get(key), new.get(key)
+    if key.endswith(NO_MEASURE) or not is_number(a) or not is_number(b):
+        return mark
+    return mark.replace("changed", "better" if b > a else "worse")
 
 
 def param_rows(before: dict, now: dict) -> list[list[str]]:
@@ -184,10 +223,12 @@ def comparison(base: Revision, now: Revision) -> str:
     """The whole comparison as Markdown."""
     noise, measured = known_noise(base, now)
     before, after = base.metrics, now.metrics
-    rows = metric_rows(before, after, noise)
+    rows = metric_rows(before, after, noise, Pairs(base, now))
     blocks: list[Table | Paragraph] = [Paragraph("No metric changed.")]
     if rows:
         blocks = [Table(["Metric", base.name, "now", "change", ""], rows), Paragraph(measured)]
+        if any(" rows" in row[-1] for row in rows):
+            blocks.append(ROW_BY_ROW)
     old, new = before.get(EVAL, {}), after.get(EVAL, {})
     if unequal := unequal_sets(old, new):
         sets = [[Mono(key), shown(old[key]), shown(new.get(key))] for key in unequal]

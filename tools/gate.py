@@ -18,14 +18,21 @@ from pydantic import Field, TypeAdapter
 
 from stages.shared.process import StageError
 from stages.shared.screen import on_screen
+from tools.paired import EVAL, Paired, Pairs
 from tools.revision import DVC_LOCK, DVC_YAML, PARAMS, Revision, git
 from tools.schemas import Run, Stage
 from tools.screen import fail
 
 GATE = "gate.yaml"
-EVAL = "metrics/eval.json"
 SET_KEYS = ("eval_tokens", "eval_set_sha256")
-Rule = Literal["may_rise_percent", "may_fall_percent", "at_most", "at_least"]
+Rule = Literal[
+    "may_rise_percent",
+    "may_fall_percent",
+    "no_rise_below_p",
+    "no_fall_below_p",
+    "at_most",
+    "at_least",
+]
 # A limit that is no number would hold nothing, and so would an empty one.
 Rules = Annotated[dict[Rule, Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1)]
 LIMITS = TypeAdapter(dict[str, Annotated[dict[str, Rules], Field(min_length=1)]])
@@ -37,11 +44,13 @@ def is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def broken_limits(limits: dict, base: dict[str, dict], head: dict[str, dict]) -> list[str]:
+def broken_limits(
+    limits: dict, base: dict[str, dict], head: dict[str, dict], pairs: Pairs | None = None
+) -> list[str]:
     """One line for each limit that the metrics of `head` break, with by how much.
 
     `base` and `head` map a metrics file to its values. A limit on a change needs the base's value
-    and holds nothing where the base has none.
+    and holds nothing where the base has none; one by p needs rows that both scored.
     """
     found = []
     for path, keys in limits.items():
@@ -52,28 +61,40 @@ def broken_limits(limits: dict, base: dict[str, dict], head: dict[str, dict]) ->
             elif not is_number(now):
                 found.append(f"{path}: {key} is not a number ({now!r})")
             elif math.isfinite(now):
+                pair = pairs.of(path, key) if pairs else None
                 found += [
                     f"{path}: {key} {line}"
                     for rule, value in rules.items()
-                    if (line := broken(rule, value, before, now))
+                    if (line := broken(rule, value, before, now, pair))
                 ]
     return found
 
 
-def broken(rule: str, limit: float, before: Any, now: float) -> str | None:
+def broken(
+    rule: str, limit: float, before: Any, now: float, pair: Paired | None = None
+) -> str | None:
     """What is wrong with `now` under one rule, or None. A limit exactly reached is kept."""
     if rule == "at_most" and now > limit:
         return f"is {now:g}; at most {limit:g} is allowed"
     if rule == "at_least" and now < limit:
         return f"is {now:g}; at least {limit:g} is demanded"
-    if not rule.startswith("may_") or not is_number(before) or not math.isfinite(before):
+    if not is_number(before) or not math.isfinite(before):
+        return None
+    row_by_row = f" ({pair}, paired)" if pair else ""
+    if rule.endswith("_below_p"):
+        rises = rule == "no_rise_below_p"
+        if pair is None or pair.p >= limit or (pair.change > 0) != rises:
+            return None
+        verb = "rose" if rises else "fell"
+        return f"{verb} from {before:g} to {now:g}{row_by_row}; p below {limit:g} is not allowed"
+    if not rule.startswith("may_"):
         return None
     change = now - before if rule == "may_rise_percent" else before - now
     if change <= abs(before) * limit / 100 + abs(before) * ROUNDING:
         return None
     percent = f"{100 * change / abs(before):.2f} %" if before else f"{change:g} from 0"
     verb = "rose" if rule == "may_rise_percent" else "fell"
-    return f"{verb} by {percent}, from {before:g} to {now:g}; {limit:g} % is allowed"
+    return f"{verb} by {percent}, from {before:g} to {now:g}{row_by_row}; {limit:g} % is allowed"
 
 
 def not_finite(head: dict[str, dict]) -> list[str]:
@@ -177,7 +198,7 @@ def judge(base: Revision, head: Revision) -> tuple[int, list[str]]:
         lines = [f"{EVAL}: {key} is {new.get(key)}, but {old[key]} at the base" for key in unequal]
         lines = [f"not comparable: {line}" for line in lines]
         return 2, [*notices, *lines, "gate: FAILED: the evaluation sets differ"]
-    if found := not_finite(now) + broken_limits(limits, before, now):
+    if found := not_finite(now) + broken_limits(limits, before, now, Pairs(base, head)):
         lines = [f"broken: {line}" for line in found]
         return 1, [*notices, *lines, f"gate: FAILED: {len(found)} broken"]
     notices.append(f"notice: metrics are consistent with {DVC_LOCK}; only a run can confirm both")

@@ -14,8 +14,8 @@ import numpy as np
 
 from stages.preparing.formats import Example
 from stages.preparing.messages import Unusable
-from stages.preparing.opening import MAX_ROW_BYTES
 from stages.preparing.rendering import Rendered, Renderer
+from stages.shared.opening import MAX_ROW_BYTES
 from stages.shared.params import Prepare
 
 

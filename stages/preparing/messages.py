@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 
-from stages.preparing.opening import MAX_ROW_BYTES, too_big
+from stages.shared.opening import MAX_ROW_BYTES, too_big
 from stages.shared.process import StageError
 
 # Why rows are dropped; each is a key of metrics/data.json, dropped_<reason>_examples.

@@ -49,7 +49,7 @@ def shows_rows(results: Results) -> bool:
 
 def without_places(results: Results) -> Results:
     """The results with what names a place on this machine replaced."""
-    model, data = results.model_source, results.data_source
+    model, data, text = results.model_source, results.data_source, results.retention_source
     params = {key: results.params[key] for key in ("model", "dataset", "prepare")}
     if model["source"] == "local":
         name = Path(model["id"]).name
@@ -59,13 +59,24 @@ def without_places(results: Results) -> Results:
         params["dataset"] = params["dataset"] | {"id": LOCAL_DATA}
         if params["prepare"]["eval_file"]:
             params["prepare"] = params["prepare"] | {"eval_file": LOCAL_DATA}
-    return replace(results, params=results.params | params, model_source=model, data_source=data)
+    if text.get("source") == "local":
+        text = text | {"id": LOCAL_DATA, "files": {}}
+        params["retention"] = results.params["retention"] | {"id": LOCAL_DATA}
+    return replace(
+        results,
+        params=results.params | params,
+        model_source=model,
+        data_source=data,
+        retention_source=text,
+    )
 
 
 def model_card(results: Results) -> str:
     """README.md with YAML metadata; ids that the Hub does not know stay out of the metadata."""
     results, rows = without_places(results), shows_rows(results)
     base, data = results.model_source, results.data_source
+    shown = dict.fromkeys(("exact_match", "rouge_l", "chrf"), results.answers)
+    shown["perplexity"] = results.eval
     tags = (
         ["lora", "dvc"]
         if results.params["quantize"]["type"] == "none"
@@ -85,10 +96,12 @@ def model_card(results: Results) -> str:
                 dataset_type=data["id"],
                 dataset_name=data["id"],
                 dataset_split=name,
-                metric_type="perplexity",
-                metric_value=results.eval[f"{prefix}tuned_perplexity"],
+                metric_type=metric,
+                metric_value=values[f"{prefix}tuned_{metric}"],
             )
+            for metric, values in shown.items()
             for prefix, name in scored_sets(results).items()
+            if f"{prefix}tuned_{metric}" in values
         ],
     )
     kept = [section for section in sections(results, rows) if section.title not in LEFT_OUT]

@@ -70,7 +70,16 @@ class Answers:
     texts: list[tuple[str, str]]
 
 
-Block = Paragraph | Table | Chart | Figures | Marked | Answers
+@dataclass(frozen=True)
+class Filtered:
+    """Answers in groups by name, of which a reader may choose one; at most GROUPS of them."""
+
+    groups: list[tuple[str, list[Answers]]]
+
+
+# As many as stages/reporting/page.css has rules for.
+GROUPS = 4
+Block = Paragraph | Table | Chart | Figures | Marked | Answers | Filtered
 
 
 @dataclass(frozen=True)
@@ -173,6 +182,12 @@ def _markdown_block(block: Block) -> str:
         case Answers():
             texts = "\n\n".join(f"{_md(who)}:\n\n{_fence(text)}" for who, text in block.texts)
             return f"### {_md(block.title)}\n\n{texts}"
+        case Filtered():
+            return "\n\n".join(
+                part
+                for name, answers in block.groups
+                for part in (f"{_md(name)} ({len(answers)}):", *map(_markdown_block, answers))
+            )
 
 
 def to_html(title: str, sections: list[Section]) -> str:

@@ -8,7 +8,10 @@ from stages.shared.provenance import made_with
 
 
 def what(results: Results) -> Section:
-    sources = _sources(results.model_source, results.data_source)
+    named = {"Base model": results.model_source, "Data": results.data_source}
+    if results.retention_source:
+        named["Text of another domain"] = results.retention_source
+    sources = _sources(named)
     if not results.train:
         text = (
             "The adapter was not trained by this pipeline but put into models/adapter: on what, "
@@ -27,8 +30,9 @@ def what(results: Results) -> Section:
     return Section("What was trained on what", [sources, facts(settings)])
 
 
-def _sources(*sources: dict) -> Table:
+def _sources(named: dict[str, dict]) -> Table:
     places = {"hub": "Hugging Face Hub", "pypi": "PyPI", "local": "a local folder or file"}
+    sources = named.values()
     rows = [
         ["Id", *(Mono(source["id"]) for source in sources)],
         ["From", *(places[source["source"]] for source in sources)],
@@ -36,7 +40,7 @@ def _sources(*sources: dict) -> Table:
         ["Commit", *(Mono(source["commit"] or "none") for source in sources)],
         ["Licence", *(source["license"] or "not stated" for source in sources)],
     ]
-    return Table(["", "Base model", "Data"], rows)
+    return Table(["", *named], rows)
 
 
 def _method(quantize: dict) -> str:
@@ -67,6 +71,8 @@ def hashes(results: Results) -> Section:
         [f"Scored tokens: {name}", Mono(results.eval[f"{prefix}eval_set_sha256"])]
         for prefix, name in scored_sets(results).items()
     ]
+    if (digest := results.eval.get("retention_eval_set_sha256")) is not None:
+        rows.append(["Scored tokens: text of another domain", Mono(digest)])
     return Section("Hashes", [Table(["File as fetched, or set as scored", "SHA-256"], rows)])
 
 

@@ -9,6 +9,7 @@ from stages.reporting.page import (
     Answers,
     Block,
     Figures,
+    Filtered,
     Marked,
     Paragraph,
     Section,
@@ -16,13 +17,36 @@ from stages.reporting.page import (
     facts,
     number,
 )
-from stages.reporting.results import MEMORY_PARTS, Results, memory_parts, scored_sets
+from stages.reporting.results import (
+    MEMORY_PARTS,
+    Results,
+    main_measure,
+    memory_parts,
+    scored_sets,
+)
 from stages.shared.outputs import GB
 from stages.shared.provenance import made_with
 from stages.shared.sets import SET_NAMES
 from stages.shared.vram import CARDS_GB, fitting_cards
 
 SHOWN_CHARACTERS = 2000
+MEASURES = {
+    "exact_match": "exact match",
+    "rouge_l": "ROUGE-L",
+    "chrf": "chrF2 (of 100)",
+    "json_valid": "valid JSON",
+    "answer_tokens": "tokens of the answer",
+    "ended": "ended by itself",
+}
+# What an answer's first measure is more than, where the answer counts as right.
+RIGHT = 0.5
+# (base right, tuned right) -> what answers are found by, what was lost first.
+OUTCOMES = {
+    (True, False): "base right, tuned wrong",
+    (False, True): "base wrong, tuned right",
+    (False, False): "both wrong",
+    (True, True): "both right",
+}
 WARNING = Paragraph(
     "This page holds rows of the data, what models answered to them, and paths of this machine. "
     "Show it to those who may see them; the model card of models/release is made for others."
@@ -40,6 +64,8 @@ def sections(results: Results, rows: bool = True) -> list[Section]:
     return [
         _result(results),
         provenance.what(results),
+        *([_task(results)] if results.answers else []),
+        *([_forgotten(results)] if "retention_tuned_perplexity" in results.eval else []),
         _quality(results),
         *([_training(results), _memory(results)] if results.train else []),
         _data(results, rows),
@@ -54,6 +80,18 @@ def sections(results: Results, rows: bool = True) -> list[Section]:
 
 def _result(results: Results) -> Section:
     items = []
+    measure = main_measure(results)
+    for prefix, name in scored_sets(results).items():
+        if (key := f"{prefix}tuned_{measure}") not in results.answers:
+            continue
+        before, after = results.answers[f"{prefix}base_{measure}"], results.answers[key]
+        p = _p(results.answers[f"{prefix}{measure}_p_value"])
+        note = f"{results.answers[f'{prefix}answered_rows']} answers, {p}; higher is better"
+        title = f"{_measure(measure).capitalize()} on {name}"
+        items.append((title, f"{number(before)} → {number(after)}", note))
+    if (forgotten := results.eval.get("retention_perplexity_change_percent")) is not None:
+        note = "change of the perplexity of text of another domain; lower is better"
+        items.append(("Forgotten", f"{forgotten:+.3g} %", note))
     for prefix, name in scored_sets(results).items():
         before, after = (results.eval[f"{prefix}{who}_perplexity"] for who in ("base", "tuned"))
         note = f"{results.eval[f'{prefix}eval_tokens']:,} tokens; lower is better"
@@ -65,6 +103,62 @@ def _result(results: Results) -> Section:
         minutes = f"{number(round(results.train_cost['train_seconds'] / 60, 1))} min"
         items.append(("Training", minutes, f"on {results.train_cost['device']}"))
     return Section("Result", [Figures(items)])
+
+
+def _measure(name: str) -> str:
+    return MEASURES.get(name, name.replace("_", " "))
+
+
+def _p(value: float) -> str:
+    return "p < 0.01" if value < 0.01 else f"p = {value:.2g}"
+
+
+def _task(results: Results) -> Section:
+    """Every measure of the answers, base and tuned side by side."""
+    found, rows = results.answers, []
+    for prefix, name in scored_sets(results).items():
+        names = [
+            key.removeprefix(f"{prefix}tuned_")
+            for key in found
+            if key.startswith(f"{prefix}tuned_") and not key.endswith(("_low", "_high"))
+        ]
+        for measure in names:
+            values = []
+            for who in ("base", "tuned"):
+                key = f"{prefix}{who}_{measure}"
+                low, high = number(found[f"{key}_low"]), number(found[f"{key}_high"])
+                values.append(f"{number(found[key])} ({low} to {high})")
+            p = _p(found[f"{prefix}{measure}_p_value"])
+            count = found.get(f"{prefix}{measure}_rows", found[f"{prefix}answered_rows"])
+            rows.append([name, _measure(measure), *values, p, number(count)])
+    text = (
+        "Greedy answers of the base and the tuned model to the same held-out prompts, cut after "
+        f"{results.params['evaluate']['max_answer_tokens']} tokens. Means over rows, with 95 % "
+        "bootstrap intervals; p is that of a paired bootstrap from base to tuned."
+    )
+    table = Table(["Set", "Measure", "Base", "Tuned", "p", "Rows"], rows)
+    return Section("Answers scored", [Paragraph(text), table])
+
+
+def _forgotten(results: Results) -> Section:
+    found, prefix = results.eval, "retention_"
+    rows = [
+        [
+            who,
+            number(found[key]),
+            f"{number(found[f'{key}_low'])} to {number(found[f'{key}_high'])}",
+        ]
+        for who in ("base", "tuned")
+        for key in [f"{prefix}{who}_perplexity"]
+    ]
+    change = found[f"{prefix}perplexity_change_percent"]
+    text = (
+        f"The perplexity of {results.retention_source['id']}, text that the task has nothing to do "
+        f"with, changed by {change:+.3g} % ({_p(found[f'{prefix}perplexity_p_value'])}, "
+        f"{found[f'{prefix}eval_tokens']:,} tokens). What rises here was forgotten."
+    )
+    table = Table(["Model", "Perplexity", "95 % interval"], rows)
+    return Section("What was forgotten", [Paragraph(text), table])
 
 
 def _quality(results: Results) -> Section:
@@ -164,12 +258,19 @@ def _data(results: Results, rows: bool) -> Section:
 def _samples(results: Results) -> Section:
     who = {"prompt": "Prompt", "reference": "Reference"}
     who |= {"base": "Base model", "tuned": "Tuned model"}
-    blocks = []
+    measure = main_measure(results)
+    groups: dict[str, list[Answers]] = {name: [] for name in OUTCOMES.values()}
     for sample in results.samples:
         texts = [(name, _short(sample[key])) for key, name in who.items()]
-        blocks.append(Answers(f"{sample['set']}, {sample['row']}", texts))
-    none = Paragraph("None were asked for (evaluate.samples is 0).")
-    return Section("Answers to held-out prompts", blocks or [none])
+        right = [sample[f"{model}_scores"][measure] > RIGHT for model in ("base", "tuned")]
+        title = f"{sample['set']}, {sample['row']}"
+        groups[OUTCOMES[right[0], right[1]]].append(Answers(title, texts))
+    if not results.samples:
+        blocks: list[Block] = [Paragraph("None were asked for (evaluate.samples is 0).")]
+    else:
+        text = f"Right is an answer whose {_measure(measure)} is more than {RIGHT}."
+        blocks = [Paragraph(text), Filtered(list(groups.items()))]
+    return Section("Answers to held-out prompts", blocks)
 
 
 def _short(text: str) -> str:

@@ -12,8 +12,9 @@ MEMORY_PARTS = ("weights", "adapter", "optimizer", "activations", "logits", "ove
 class Results:
     """Everything export read. Metrics are flat mappings as in metrics/*.json.
 
-    `train`, `train_cost` and `curve` are empty where the adapter was trained elsewhere. `made_with`
-    maps the stages that compute to their metrics/*_cost.json.
+    `train`, `train_cost` and `curve` are empty where the adapter was trained elsewhere, `answers`
+    where none were asked for, `retention_source` where params.yaml names none. `made_with` maps the
+    stages that compute to their metrics/*_cost.json.
     """
 
     params: dict
@@ -21,12 +22,14 @@ class Results:
     plan: dict
     train: dict
     train_cost: dict
+    answers: dict
     eval: dict
     eval_cost: dict
     verify: dict
     prepared: dict
     data_source: dict
     model_source: dict
+    retention_source: dict
     curve: list[dict]
     lengths: list[dict]
     samples: list[dict]
@@ -38,6 +41,11 @@ def scored_sets(results: Results) -> dict[str, str]:
     """Metric prefix and name of each set that was scored."""
     scored = {p: name for p, name in HELD_OUT.items() if f"{p}tuned_perplexity" in results.eval}
     return {prefix: SET_NAMES[name] for prefix, name in scored.items()}
+
+
+def main_measure(results: Results) -> str:
+    """The measure that answers are called right by: the user's first, or exact_match."""
+    return next(iter(results.params["evaluate"]["measures"]), "exact_match")
 
 
 def title(results: Results) -> str:
@@ -52,6 +60,13 @@ def summary(results: Results) -> dict:
     A key that another metrics file has too would put a path before both in `dvc exp show`.
     """
     figures = {}
+    measure, forgetting = main_measure(results), "retention_perplexity_change_percent"
+    for prefix in scored_sets(results):
+        for who, when in (("base", "before"), ("tuned", "after")):
+            if (key := f"{prefix}{who}_{measure}") in results.answers:
+                figures[f"{prefix}{measure}_{when}"] = results.answers[key]
+    if forgetting in results.eval:
+        figures["retention_change_percent"] = results.eval[forgetting]
     for prefix in scored_sets(results):
         figures[f"{prefix}perplexity_before"] = results.eval[f"{prefix}base_perplexity"]
         figures[f"{prefix}perplexity_after"] = results.eval[f"{prefix}tuned_perplexity"]

@@ -102,7 +102,7 @@ def _warning(reason: str) -> str:
 
 
 def listed_files(card: dict, section: Dataset) -> dict[str | None, list[str]]:
-    """Split -> patterns of the files of dataset.config; under None those without a split.
+    """Split -> patterns of the files of `section.config`; under None those without a split.
 
     Empty where the card lists no configurations. Raises StageError when it lists others.
     """
@@ -113,8 +113,8 @@ def listed_files(card: dict, section: Dataset) -> dict[str | None, list[str]]:
     if wanted not in configs:
         if section.config or configs:
             raise StageError(
-                f"dataset.config: {section.id} has no configuration {wanted}; its README.md "
-                f"lists: {', '.join(configs) or 'none'}"
+                f"{section.section}.config: {section.id} has no configuration {wanted}; its "
+                f"README.md lists: {', '.join(configs) or 'none'}"
             )
         return {}
     inside = configs[wanted].get("data_dir", "").strip("./")

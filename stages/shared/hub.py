@@ -67,14 +67,16 @@ class Repository:
     """A model or a data set of the Hugging Face Hub at one commit."""
 
     def __init__(self, kind: str, id: str, revision: str):
-        """Ask the Hub for the commit of `revision` and its files. `kind` is model or dataset."""
+        """Ask the Hub for the commit of `revision` and its files. `kind` is a section's name."""
         from huggingface_hub import HfApi
 
         def ask() -> tuple[Listing, str | None]:
             # By its types it may lack all that a revision and files_metadata bring.
             info: Any
             with hub_errors(kind, id, revision):
-                info = HfApi().repo_info(id, repo_type=kind, revision=revision, files_metadata=True)
+                info = HfApi().repo_info(
+                    id, repo_type=repo_type(kind), revision=revision, files_metadata=True
+                )
                 card, _ = known_of(info.card_data.to_dict() if info.card_data else {})
             return held_to(Listing, info, f"{id}: the Hub's answer"), license_in(card)
 
@@ -140,7 +142,7 @@ class Repository:
             with hub_errors(self.kind, self.id, self.revision), _Part(part, "ab") as file:
                 file.moved = partial(self._note, name)
                 http_get(
-                    hf_hub_url(self.id, name, repo_type=self.kind, revision=self.commit),
+                    hf_hub_url(self.id, name, repo_type=repo_type(self.kind), revision=self.commit),
                     file,
                     resume_size=file.tell(),
                     # Compressed on the way, a file could not be taken up again at a byte.
@@ -172,18 +174,24 @@ class Repository:
         return True
 
 
+def repo_type(kind: str) -> str:
+    """What the Hub calls that which a section of params.yaml names: a model or a dataset."""
+    return "model" if kind == "model" else "dataset"
+
+
 @contextmanager
 def hub_errors(kind: str, id: str, revision: str):
     """Turn the errors of huggingface_hub into one line with the remedy."""
     from huggingface_hub import errors
 
-    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{id}"
+    type = repo_type(kind)
+    page = f"https://huggingface.co/{'datasets/' if type == 'dataset' else ''}{id}"
     try:
         yield
     except errors.LocalEntryNotFoundError:
         raise StageError(
             f"{id}: HF_HUB_OFFLINE is set and {revision} is not in the Hugging Face cache; where "
-            f"there is a network: hf download {id} --repo-type {kind} --revision {revision}"
+            f"there is a network: hf download {id} --repo-type {type} --revision {revision}"
         ) from None
     except errors.GatedRepoError:
         raise StageError(
@@ -193,7 +201,7 @@ def hub_errors(kind: str, id: str, revision: str):
         raise StageError(f"{id} has no revision {revision}; see {page}/commits/main") from None
     except errors.RepositoryNotFoundError:
         raise StageError(
-            f"{id} is no {kind} on the Hub, or a private one; correct {kind}.id, or set HF_TOKEN "
+            f"{id} is no {type} on the Hub, or a private one; correct {kind}.id, or set HF_TOKEN "
             f"to a token that may read {page}"
         ) from None
     except errors.HFValidationError:

@@ -5,12 +5,13 @@ none lists it in dvc.yaml. The YAML is read as DVC reads it (YAML 1.2: 1e-05 is 
 ten), so that a stage computes with what dvc.lock records.
 """
 
+import ast
 import difflib
 import functools
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from stages.shared.screen import brief, on_screen, rule
 
@@ -34,6 +35,9 @@ except ModuleNotFoundError as error:
     )
 
 PARAMS = Path("params.yaml")
+# Where the functions lie that evaluate.measures names, and what is measured without being named.
+MEASURES = Path("stages/evaluating/measures.py")
+STANDARD_MEASURES = ("exact_match", "rouge_l", "chrf", "json_valid", "answer_tokens", "ended")
 
 
 def _characters(value: Any) -> str:
@@ -73,6 +77,12 @@ Text = Annotated[str, BeforeValidator(_text)]
 Template = Annotated[str, BeforeValidator(_template)]
 
 
+def measures_in(source: str) -> list[str]:
+    """Names of the functions at the top of a Python file, those that begin with _ left aside."""
+    functions = [n.name for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)]
+    return [name for name in functions if not name.startswith("_")]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -101,6 +111,8 @@ class Model(Section):
 
 
 class Dataset(Model):
+    # What the section is called, for messages.
+    section: ClassVar[str] = "dataset"
     config: Text | None
     split: Text | None
 
@@ -114,6 +126,11 @@ class Dataset(Model):
         if self.source == "local" and (parts[:2] != ("data", "source") or ".." in parts):
             found.append("id: a local data set must lie in data/source, which DVC watches")
         return found
+
+
+class Retention(Dataset):
+    section: ClassVar[str] = "retention"
+    tokens: Count
 
 
 class Prepare(Section):
@@ -171,6 +188,29 @@ class Train(Section):
 
 class Evaluate(Section):
     samples: Annotated[int, Field(ge=0)]
+    max_answer_tokens: Count
+    measures: list[Text]
+
+    def conflicts(self) -> list[str]:
+        if not self.measures:
+            return []
+        where = MEASURES.as_posix()
+        try:
+            there = measures_in((Path(__file__).parents[2] / MEASURES).read_text(encoding="utf-8"))
+        except (OSError, ValueError, SyntaxError) as error:
+            line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
+            reason = " ".join(str(getattr(error, "msg", error)).split())
+            return [f"measures: {where}{line} cannot be read: {reason}"]
+        found = []
+        for name in self.measures:
+            if name in STANDARD_MEASURES:
+                found.append(f"measures: {name} is always taken; leave it out")
+            elif name not in there:
+                near = _near(name, dict(zip(there, there, strict=True)), 0.6)
+                found.append(f"measures: no function {brief(name)} in {where}{near}")
+            elif self.measures.count(name) > 1:
+                found.append(f"measures: {name} is named twice")
+        return list(dict.fromkeys(found))
 
 
 class Merge(Section):
@@ -191,6 +231,7 @@ class Params(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     model: Model
     dataset: Dataset
+    retention: Retention | None
     prepare: Prepare
     plan: Plan
     quantize: Quantize
@@ -207,8 +248,10 @@ def known_keys(section: type[Section] = Params, prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
+        # A section that may be null is one of several types.
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                keys += known_keys(kind, f"{prefix}{name}.")
     return keys
 
 
@@ -216,6 +259,7 @@ def known_keys(section: type[Section] = Params, prefix: str = "") -> list[str]:
 _RULES = {
     "model_type": "must be a section with keys",
     "dict_type": "must be a mapping of column names",
+    "list_type": "must be a list",
 }
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 RAW = Path("data/raw")
+RETENTION = Path("data/retention")
 PREPARED = Path("data/prepared")
 BASE = Path("models/base")
 TOKENIZER = Path("models/tokenizer")

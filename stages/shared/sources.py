@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stages.shared.dataset_card import license_in, read_card
 from stages.shared.foreign import check_name
-from stages.shared.hub import Repository, hub_errors
+from stages.shared.hub import Repository, hub_errors, repo_type
 from stages.shared.outputs import write_json
 from stages.shared.params import Dataset, Model
 from stages.shared.process import StageError, sha256
@@ -85,7 +85,9 @@ def _cached(kind: str, id: str, revision: str) -> Folder:
     from huggingface_hub import snapshot_download
 
     with hub_errors(kind, id, revision):
-        path = snapshot_download(id, repo_type=kind, revision=revision, local_files_only=True)
+        path = snapshot_download(
+            id, repo_type=repo_type(kind), revision=revision, local_files_only=True
+        )
     # Every file of that cache is a link.
     return Folder(Path(path), commit=Path(path).name, trusted=True)
 
@@ -117,7 +119,12 @@ def copy_license(found: Distribution, out: Path) -> str | None:
             shutil.copyfile(file.locate(), out / file.name.removesuffix(".txt"))
     # Python 3.11 has `get` too, and its stub does not.
     says = found.metadata.get  # type: ignore[attr-defined]
-    return says("License-Expression") or says("License")
+    classified = [
+        value.rpartition(" :: ")[2]
+        for value in found.metadata.get_all("Classifier") or []
+        if value.startswith("License :: ")
+    ]
+    return says("License-Expression") or says("License") or ", ".join(classified) or None
 
 
 def keep_only(folder: Path, names: list[str]) -> None:

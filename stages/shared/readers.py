@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from stages.preparing.csv_rows import read_csv
-from stages.preparing.json_rows import read_json, read_jsonl
-from stages.preparing.opening import COMPRESSED, check_data
-from stages.preparing.parquet_rows import read_parquet
+from stages.shared.csv_rows import read_csv
 from stages.shared.dataset_card import listed_files, matching, read_card
+from stages.shared.json_rows import read_json, read_jsonl
+from stages.shared.opening import COMPRESSED, check_data
 from stages.shared.params import Dataset
+from stages.shared.parquet_rows import read_parquet
 from stages.shared.process import StageError
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict]]]] = {
@@ -54,7 +54,7 @@ def files_to_read(
     others = [name for name in names if name not in given]
     chosen = _of_split(folder, others, dataset) if dataset.source == "hub" else others
     if not chosen:
-        raise StageError(f"{folder}: no data file; name another source in dataset.id")
+        raise StageError(f"{folder}: no data file; name another source in {dataset.section}.id")
     if dataset.source != "hub":
         _check_together(folder, chosen)
     return chosen, given
@@ -96,7 +96,9 @@ def _of_split(folder: Path, names: list[str], dataset: Dataset) -> list[str]:
                 chosen = chosen or alike
     if not chosen:
         there = splits or sorted({split_of(name) or name for name in names})
-        raise StageError(f"dataset.split: no file of split {wanted}; there is {', '.join(there)}")
+        raise StageError(
+            f"{dataset.section}.split: no file of split {wanted}; there is {', '.join(there)}"
+        )
     return chosen
 
 

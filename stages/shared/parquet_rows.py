@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 
-from stages.preparing.opening import (
+from stages.shared.opening import (
     CHUNK_BYTES,
     DAMAGED,
     compression_of,

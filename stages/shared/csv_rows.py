@@ -4,7 +4,7 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from stages.preparing.opening import MAX_ROW_BYTES, lines_of, named_twice, too_big
+from stages.shared.opening import MAX_ROW_BYTES, lines_of, named_twice, too_big
 from stages.shared.process import StageError
 
 

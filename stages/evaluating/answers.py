@@ -1,0 +1,190 @@
+"""Held-out prompts answered by the base and the tuned model, and how good the answers are.
+
+    exact_match    1 where the texts are equal but for blanks around them, else 0
+    rouge_l        ROUGE-L: F1 of the longest common subsequence of words (0 to 1)
+    chrf           chrF2 of sacrebleu: F of character n-grams up to 6, recall twice (0 to 100)
+    json_valid     1 where the answer is JSON, for rows whose reference is an object or a list
+    answer_tokens  tokens before the end token
+    ended          1 where the model ended its answer by itself
+
+Each is a mean over rows. Measures of your own, from measures.py, stand before them.
+"""
+
+import inspect
+import json
+import math
+import re
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rapidfuzz.distance import Indel
+from sacrebleu.metrics.chrf import CHRF
+
+from stages.evaluating import measures
+from stages.evaluating.bootstrap import interval, p_value
+from stages.evaluating.generation import Answer, answers
+from stages.shared.params import Evaluate
+from stages.shared.process import StageError
+from stages.shared.sets import HELD_OUT, SET_NAMES
+
+WHO = ("base", "tuned")
+_CHRF = CHRF()
+Scores = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A row of a held-out set, as text, with the answers of both models and their scores.
+
+    `place` is the row's number in its set. A score is None where a measure does not apply.
+    """
+
+    prefix: str
+    place: int
+    row: str
+    prompt: str
+    reference: str
+    answers: dict[str, Answer]
+    scores: dict[str, Scores]
+
+
+def exact_match(reference: str, answer: str) -> float:
+    return float(answer.strip() == reference.strip())
+
+
+def rouge_l(reference: str, answer: str) -> float:
+    """ROUGE-L F1 over words in lower case: 2 LCS / (m + n), which is 1 - normalized Indel."""
+    words = [re.findall(r"[^\W_]+", text.lower()) for text in (reference, answer)]
+    return Indel.normalized_similarity(*words) if all(words) else 0.0
+
+
+def chrf(reference: str, answer: str) -> float:
+    return _CHRF.sentence_score(answer, [reference]).score
+
+
+def json_valid(reference: str, answer: str) -> float | None:
+    """None where the reference is no JSON object or list, for then nobody asked for JSON."""
+    if not isinstance(_json(reference), dict | list):
+        return None
+    return float(_json(answer) is not _INVALID)
+
+
+_INVALID = object()
+
+
+def _json(text: str):
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is no JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return _INVALID
+
+
+def scores_of(row: str, prompt: str, reference: str, answer: Answer, own: list[str]) -> Scores:
+    """Every measure of one answer by name, those named in `own` first."""
+    scores: Scores = {
+        name: _own_score(getattr(measures, name), row, (prompt, reference, answer.text))
+        for name in own
+    }
+    return scores | {
+        "exact_match": exact_match(reference, answer.text),
+        "rouge_l": rouge_l(reference, answer.text),
+        "chrf": chrf(reference, answer.text),
+        "json_valid": json_valid(reference, answer.text),
+        "answer_tokens": float(answer.tokens),
+        "ended": float(answer.ended),
+    }
+
+
+def _own_score(measure: Callable, row: str, texts: tuple[str, str, str]) -> float:
+    """What a measure of measures.py gives. Raises StageError naming its line and the row."""
+    line = inspect.unwrap(measure).__code__.co_firstlineno
+    try:
+        value = float(measure(*texts))
+        reason = "" if math.isfinite(value) else f"gave {value}, and must give a finite number"
+    except Exception as error:  # whatever a user's code meets in a text
+        frames = traceback.extract_tb(error.__traceback__)
+        inside = [frame.lineno for frame in frames if frame.filename == measures.__file__]
+        line = next((number for number in reversed(inside) if number), line)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    if reason:
+        where = f"stages/evaluating/measures.py:{line}"
+        raise StageError(f"{where}: {measure.__name__} failed on row {row}: {reason}")
+    return value
+
+
+def answered(
+    model, tokenizer, sets: dict[str, list[dict]], params: Evaluate, ends: list[int]
+) -> list[Answered]:
+    """The first held-out prompts of each set, `params.samples` in all, answered and scored.
+
+    Rows without a prompt (plain text, later parts of a split row) cannot be answered.
+    """
+    chosen = [
+        (prefix, place, row)
+        for i, (prefix, rows) in enumerate(sets.items())
+        for place, row in _with_prompt(rows)[: (params.samples + i) // len(sets)]
+    ]
+    if not chosen:
+        return []
+    prompts = [row["input_ids"][: row["prompt_tokens"]] for _, _, row in chosen]
+    limit, own = params.max_answer_tokens, params.measures
+    cut = sum(len(row["input_ids"]) - row["prompt_tokens"] > limit for _, _, row in chosen)
+    if cut:
+        print(
+            f"warning: {cut} of {len(chosen)} references have more than {limit} tokens, where "
+            "answers end: raise evaluate.max_answer_tokens"
+        )
+    written = {"tuned": answers(model, tokenizer, prompts, ends, limit)}
+    with model.disable_adapter():
+        written["base"] = answers(model, tokenizer, prompts, ends, limit)
+    found = []
+    for i, (prefix, place, row) in enumerate(chosen):
+        prompt = tokenizer.decode(prompts[i])
+        rest = row["input_ids"][row["prompt_tokens"] :]
+        reference = tokenizer.decode(rest, skip_special_tokens=True)
+        both = {who: written[who][i] for who in WHO}
+        scores = {w: scores_of(row["row"], prompt, reference, a, own) for w, a in both.items()}
+        found.append(Answered(prefix, place, row["row"], prompt, reference, both, scores))
+    return found
+
+
+def _with_prompt(rows: list[dict]) -> list[tuple[int, dict]]:
+    return [(place, row) for place, row in enumerate(rows) if row["prompt_tokens"]]
+
+
+def answer_metrics(found: Sequence[Answered]) -> dict[str, float | int]:
+    """metrics/answers.json: every measure of each set with its interval, and p of base to tuned."""
+    metrics: dict[str, float | int] = {}
+    for prefix in dict.fromkeys(one.prefix for one in found):
+        rows = [one for one in found if one.prefix == prefix]
+        metrics[f"{prefix}answered_rows"] = len(rows)
+        for name in rows[0].scores["base"]:
+            pairs = [[one.scores[who][name] for who in WHO] for one in rows]
+            both = [(b, t) for b, t in pairs if b is not None and t is not None]
+            if not both:
+                continue
+            if len(both) < len(rows):
+                metrics[f"{prefix}{name}_rows"] = len(both)
+            for who, values in zip(WHO, zip(*both, strict=True), strict=True):
+                key = f"{prefix}{who}_{name}"
+                metrics[key] = math.fsum(values) / len(values)
+                low, high = interval([(value, 1.0) for value in values])
+                metrics |= {f"{key}_low": low, f"{key}_high": high}
+            metrics[f"{prefix}{name}_p_value"] = p_value([tuned - base for base, tuned in both])
+    return metrics
+
+
+def sample(one: Answered) -> dict:
+    """One line of metrics/samples.jsonl."""
+    return {
+        "row": one.row,
+        "set": SET_NAMES[HELD_OUT[one.prefix]].removesuffix("s"),
+        "prompt": one.prompt,
+        "reference": one.reference,
+        **{who: answer.text for who, answer in one.answers.items()},
+        **{f"{who}_scores": scores for who, scores in one.scores.items()},
+    }

@@ -1,0 +1,94 @@
+"""Greedy answers to prompts of like length, many at once, with a KV cache of bounded size."""
+
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig
+
+# Of the KV cache of one batch. The longest prompts come first, so that memory runs out at once.
+CACHE_BYTES = {"cuda": 2**31, "cpu": 2**29}
+# Padded tokens of the prompts of one batch, which pass through the model together.
+PROMPT_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote: its text, its tokens before the end token, and whether it ended."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+def answers(
+    model, tokenizer, prompts: list[list[int]], ends: list[int], limit: int
+) -> list[Answer]:
+    """Greedy answers to `prompts` (token ids), in their order.
+
+    An answer ends with one of `ends` or after `limit` tokens.
+    """
+    # The adapter's layers are inside; PEFT's wrapper adds nothing but its own defaults.
+    causal = model.get_base_model() if isinstance(model, PeftModel) else model
+    found: dict[int, Answer] = {}
+    for batch in _batches(prompts, limit, _cached_tokens(causal)):
+        written = _generate(causal, [prompts[i] for i in batch], ends, limit)
+        for i, ids in zip(batch, written, strict=True):
+            end = next((at for at, token in enumerate(ids) if token in ends), None)
+            text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+            found[i] = Answer(text, len(ids[:end]), end is not None)
+    return [found[i] for i in range(len(prompts))]
+
+
+def _batches(prompts: list[list[int]], limit: int, cached: int) -> list[list[int]]:
+    """Numbers of `prompts`, longest first, in batches of at most PROMPT_TOKENS, and at most
+    `cached` tokens with their answers; or of one prompt."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        width = len(prompts[batches[-1][0]]) if batches else 0
+        rows = len(batches[-1]) + 1 if batches else 0
+        if not batches or rows * width > PROMPT_TOKENS or rows * (width + limit) > cached:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def _cached_tokens(model) -> int:
+    """How many tokens the cache may hold, by the heads of the attention that most models have."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = torch.finfo(model.get_output_embeddings().weight.dtype).bits // 8
+    return CACHE_BYTES[model.device.type] // (2 * config.num_hidden_layers * heads * width * size)
+
+
+@torch.no_grad()
+def _generate(model, prompts: list[list[int]], ends: list[int], limit: int) -> list[list[int]]:
+    """What `model` writes after each prompt, padded behind its end."""
+    width = max(map(len, prompts))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions:
+        limit = max(1, min(limit, positions - width))
+    # Any token: the mask hides it, and what comes behind an end is cut off.
+    pad = ends[0] if ends else 0
+    # Generation continues at the right end, so prompts are padded on the left.
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    greedy = GenerationConfig(
+        max_new_tokens=limit,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+    )
+    # What a model brings along, such as a penalty on repetition, would fill in what is not set.
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        output = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=greedy,
+        )
+    finally:
+        model.generation_config = own
+    return output[:, width:].tolist()

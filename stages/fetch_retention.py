@@ -1,0 +1,145 @@
+"""Make the texts by which forgetting is measured: they have nothing to do with the task.
+
+    python -m stages.fetch_retention
+
+Reads retention from params.yaml, and data/source, the Hub or an installed package. Writes
+data/retention: texts.jsonl (rows of {row, text}, as many as can be scored), the licence, and
+source.json. Where retention is null the rows are none and the bytes always the same.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from stages.shared.outputs import whole_folder, write_json
+from stages.shared.params import Retention, load_params
+from stages.shared.process import StageError, begin
+
+if __name__ == "__main__":
+    begin("fetch_retention")
+
+from stages.fetching.adventure import adventure_texts
+from stages.fetching.data_files import fetch
+from stages.shared.hub import Repository
+from stages.shared.opening import MAX_ROW_BYTES, check_data, lines_of, too_big
+from stages.shared.paths import RETENTION
+from stages.shared.readers import files_to_read, kind_of, read_file
+from stages.shared.sources import Folder, copy_license, open_source, package, write_source
+
+TEXTS = "texts.jsonl"
+WANTED = re.compile(
+    r"\.(txt|(jsonl|ndjson|json|csv|tsv|parquet)(\.(gz|zst|bz2|xz))?)$", re.IGNORECASE
+)
+# More than any tokenizer takes, so that of a large source this much is enough.
+CHARACTERS_A_TOKEN = 16
+
+
+def texts_in(folder: Path, names: list[str], section: Retention) -> Iterator[dict]:
+    """Rows {row, text}: the paragraphs of text files, and the column `text` of the others."""
+    plain = [name for name in names if kind_of(folder / name) is None]
+    rows = [name for name in names if name not in plain]
+    if section.source == "hub" and rows:
+        rows = files_to_read(folder, section, None)[0]
+    for name in sorted(plain):
+        for number, text in enumerate(paragraphs(folder / name), 1):
+            yield {"row": f"{name}:{number}", "text": text}
+    for name in sorted(rows):
+        for line, row in read_file(folder / name):
+            where = f"{name}:{line}"
+            yield {"row": where, "text": text_of(row, where)}
+
+
+def paragraphs(path: Path) -> Iterator[str]:
+    """What blank lines part in a text file. Raises StageError for what is no text."""
+    check_data(path, is_text=True)
+    lines: list[str] = []
+    size = 0
+    for number, ended in lines_of(path):
+        line = ended.rstrip("\r\n")
+        size += len(line)
+        if size > MAX_ROW_BYTES:
+            raise too_big(f"{path}:{number}")
+        if line.strip():
+            lines.append(line)
+        elif lines:
+            yield "\n".join(lines)
+            lines, size = [], 0
+    if lines:
+        yield "\n".join(lines)
+
+
+def text_of(row: dict, where: str) -> str:
+    """The column `text` of a row. Raises StageError where it is none that can be scored."""
+    text = row.get("text")
+    if not isinstance(text, str):
+        raise StageError(
+            f"{where}: no text in a column `text`, which texts for retention have; the row has "
+            f"{', '.join(map(str, row))[:100] or 'no column'}"
+        )
+    if len(text) > MAX_ROW_BYTES:
+        raise too_big(where)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise StageError(
+            f"{where}: `text` holds half a surrogate pair; write the whole character"
+        ) from None
+    return text
+
+
+def enough(texts: Iterator[dict], tokens: int) -> list[dict]:
+    """The first of `texts` that are not blank, until `tokens` can be had of them."""
+    found, left = [], CHARACTERS_A_TOKEN * tokens
+    for row in texts:
+        if row["text"].strip() and left > 0:
+            found.append(row)
+            left -= len(row["text"])
+        if left <= 0:
+            break
+    return found
+
+
+def extract(section: Retention, out: Path) -> list[dict]:
+    """The texts of the package adventure, with its licence."""
+    if section.id != "adventure":
+        raise StageError(f"retention.id: only adventure is known as a package, not {section.id}")
+    assert section.revision is not None  # Null for a local folder alone.
+    found = package(section.id, section.revision)
+    data = Path(str(found.locate_file("adventure/advent.dat")))
+    write_source(out, section, None, copy_license(found, out), {})
+    return adventure_texts(data)
+
+
+def take(source: Repository | Folder, section: Retention, out: Path) -> list[dict]:
+    """Copy or download the files, and leave of them what is said about them."""
+    names = fetch(source, section, out, WANTED)
+    texts = enough(texts_in(out, names, section), section.tokens)
+    for name in names:
+        (out / name).unlink()
+    return texts
+
+
+def texts_of(section: Retention, source: Repository | Folder | None, out: Path) -> list[dict]:
+    """The texts of a source; the package where there is no other. Raises StageError for none."""
+    found = take(source, section, out) if source else extract(section, out)
+    if not (texts := enough(iter(found), section.tokens)):
+        raise StageError(f"retention.id: {section.id} has no text in it")
+    return texts
+
+
+def main() -> None:
+    section = load_params().retention
+    fetched = section is not None and section.source != "pypi"
+    source = open_source("retention", section) if section and fetched else None
+    with whole_folder(RETENTION, resume_key=source.commit if source else None) as out:
+        texts = texts_of(section, source, out) if section else []
+        if section is None:
+            write_json(out / "source.json", {})
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in texts)
+        (out / TEXTS).write_text("".join(lines), encoding="utf-8")
+    print(f"fetch_retention: {len(texts)} texts in {RETENTION}")
+
+
+if __name__ == "__main__":
+    main()

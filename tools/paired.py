@@ -1,0 +1,104 @@
+"""Two runs that scored the same rows, compared row by row.
+
+Each run keeps what its rows scored in metrics/rows.csv (stages/evaluating/row_scores.py). Rows
+differ far more from each other than two models on one row, so differences of pairs say more than
+two intervals.
+"""
+
+import csv
+import functools
+import io
+import math
+from typing import NamedTuple
+
+from stages.evaluating.bootstrap import p_value
+from stages.shared.process import StageError
+from stages.shared.screen import on_screen
+from tools.revision import Revision
+
+ROWS = "metrics/rows.csv"
+EVAL, ANSWERS = "metrics/eval.json", "metrics/answers.json"
+# What the metrics of a set begin with -> what rows.csv calls it.
+SETS = {"retention_": "retention", "group_": "group", "": "eval"}
+BY_NLL = ("perplexity", "bits_per_byte")
+Scores = dict[tuple[str, str], dict[str, float]]
+
+
+class Paired(NamedTuple):
+    """The mean of now - before over `rows` rows that both scored, and how likely by chance."""
+
+    change: float
+    p: float
+    rows: int
+
+    def __str__(self) -> str:
+        p = "p < 0.01" if self.p < 0.01 else f"p = {self.p:.2g}"
+        return f"{p}, {self.rows} rows"
+
+
+def read_rows(revision: Revision) -> Scores:
+    """(set, row) -> column -> number; empty where there is no such file.
+
+    Raises StageError with the line that is no such row.
+    """
+    where = revision.where(ROWS)
+    try:
+        text = (revision.bytes(ROWS) or b"").decode()
+        lines = csv.DictReader(io.StringIO(text), strict=True)
+        found: Scores = {}
+        for line in lines:
+            key = (line.pop("set"), line.pop("row"))
+            found[key] = {name: _number(value) for name, value in line.items() if value}
+    except UnicodeDecodeError:
+        raise StageError(f"{where}: not UTF-8 text; run evaluate again") from None
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        reason = on_screen(error, 60)
+        raise StageError(
+            f"{where}:{lines.line_num}: not a row of scores ({reason}); run evaluate again"
+        ) from None
+    return found
+
+
+def _number(value: str) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"{value} is not finite")
+    return number
+
+
+class Pairs:
+    """What `before` and `now` say of the same rows."""
+
+    def __init__(self, before: Revision, now: Revision):
+        self.before, self.now = read_rows(before), read_rows(now)
+
+    @functools.cache  # noqa: B019 (two of them in a process, which then ends)
+    def of(self, path: str, key: str) -> Paired | None:
+        """The comparison of a metric; None for one that is no mean over rows that both scored."""
+        prefix = next(prefix for prefix in SETS if key.startswith(prefix))
+        who, _, name = key.removeprefix(prefix).partition("_")
+        if path == EVAL and who in ("base", "tuned") and name in BY_NLL:
+            plus, minus = f"{who}_nll", None
+        elif path == EVAL and key == "retention_perplexity_change_percent":
+            plus, minus = "tuned_nll", "base_nll"
+        elif path == ANSWERS and who in ("base", "tuned"):
+            plus, minus = f"{who}_{name}", None
+        else:
+            return None
+        differences = []
+        for row, new in self.now.items():
+            old = self.before.get(row, {})
+            if row[0] == SETS[prefix] and old.get("tokens") == new.get("tokens"):
+                earlier, after = (_value(side, plus, minus) for side in (old, new))
+                if earlier is not None and after is not None:
+                    differences.append(after - earlier)
+        if not differences:
+            return None
+        mean = math.fsum(differences) / len(differences)
+        return Paired(mean, p_value(differences), len(differences))
+
+
+def _value(scores: dict[str, float], plus: str, minus: str | None) -> float | None:
+    """One column, or one less another; None where a row has no such score."""
+    if plus not in scores or (minus and minus not in scores):
+        return None
+    return scores[plus] - (scores[minus] if minus else 0.0)
