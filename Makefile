@@ -9,7 +9,7 @@ READY := .venv/ready
 # dvc.yaml says `python`: it must be the environment's.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help env repro test test-browser test-serving lint fix compare gate noise experiments chaos
+.PHONY: help env repro test test-browser test-serving lint fix compare gate noise harness test-harness experiments chaos
 help:  ## Show this list.
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -64,5 +64,15 @@ gate: $(READY)  ## Fail when quality fell beyond gate.yaml: make gate BASE=origi
 noise: $(READY)  ## Repeat the default with three other seeds and store the spread.
 	@python -m tools.noise --seeds 1 2 3
 
+.harness/ready: requirements-harness.lock $(READY)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) --upgrade -r $<
+	@touch $@
+
+harness: .harness/ready  ## Run tasks of lm-evaluation-harness: make harness TASKS="hellaswag arc_easy"
+	@PYTHONPATH=.harness python -m tools.harness --tasks $(TASKS)
+
+test-harness: .harness/ready  ## Run a task of lm-evaluation-harness on a tiny model, without a network.
+	@PYTHONPATH=.harness pytest tests/harness/check_harness.py
+
 experiments: $(READY)  ## The experiments, with the columns that matter.
-	@dvc exp show --only-changed --drop '^(?!(Experiment|(group_)?perplexity_after|merge_change_percent|train_minutes|v?ram_gb|seed|(lora|train|quantize|merge|model|dataset|prepare)\..*)$$)'
+	@dvc exp show --only-changed --drop '^(?!(Experiment|(group_)?(perplexity|exact_match|command_and_flags)_after|retention_change_percent|merge_change_percent|train_minutes|v?ram_gb|seed|(lora|train|quantize|merge|model|dataset|prepare)\..*)$$)'

@@ -9,7 +9,7 @@ source.json. Where retention is null the rows are none and the bytes always the 
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from stages.shared.outputs import whole_folder, write_json
@@ -33,6 +33,7 @@ WANTED = re.compile(
 )
 # More than any tokenizer takes, so that of a large source this much is enough.
 CHARACTERS_A_TOKEN = 16
+PASSAGE = 1000
 
 
 def texts_in(folder: Path, names: list[str], section: Retention) -> Iterator[dict]:
@@ -88,15 +89,24 @@ def text_of(row: dict, where: str) -> str:
     return text
 
 
-def enough(texts: Iterator[dict], tokens: int) -> list[dict]:
-    """The first of `texts` that are not blank, until `tokens` can be had of them."""
-    found, left = [], CHARACTERS_A_TOKEN * tokens
+def passages(texts: Iterable[dict], tokens: int) -> list[dict]:
+    """Rows of PASSAGE characters or more where a file has them, until `tokens` can be had.
+
+    Of a sentence by itself hardly anything can be foreseen, so short texts stand behind each other.
+    """
+    found: list[dict] = []
+    file, left = None, CHARACTERS_A_TOKEN * tokens
     for row in texts:
-        if row["text"].strip() and left > 0:
-            found.append(row)
-            left -= len(row["text"])
         if left <= 0:
             break
+        if not row["text"].strip():
+            continue
+        before, file = file, row["row"].rpartition(":")[0]
+        if before == file and len(found[-1]["text"]) < PASSAGE:
+            found[-1]["text"] += f"\n\n{row['text']}"
+        else:
+            found.append(dict(row))
+        left -= len(row["text"])
     return found
 
 
@@ -108,13 +118,13 @@ def extract(section: Retention, out: Path) -> list[dict]:
     found = package(section.id, section.revision)
     data = Path(str(found.locate_file("adventure/advent.dat")))
     write_source(out, section, None, copy_license(found, out), {})
-    return adventure_texts(data)
+    return passages(adventure_texts(data), section.tokens)
 
 
 def take(source: Repository | Folder, section: Retention, out: Path) -> list[dict]:
     """Copy or download the files, and leave of them what is said about them."""
     names = fetch(source, section, out, WANTED)
-    texts = enough(texts_in(out, names, section), section.tokens)
+    texts = passages(texts_in(out, names, section), section.tokens)
     for name in names:
         (out / name).unlink()
     return texts
@@ -122,8 +132,8 @@ def take(source: Repository | Folder, section: Retention, out: Path) -> list[dic
 
 def texts_of(section: Retention, source: Repository | Folder | None, out: Path) -> list[dict]:
     """The texts of a source; the package where there is no other. Raises StageError for none."""
-    found = take(source, section, out) if source else extract(section, out)
-    if not (texts := enough(iter(found), section.tokens)):
+    texts = take(source, section, out) if source else extract(section, out)
+    if not texts:
         raise StageError(f"retention.id: {section.id} has no text in it")
     return texts
 

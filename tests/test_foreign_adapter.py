@@ -9,7 +9,7 @@ from merging import edit_tensors, make_adapter
 from quick import Stage, run
 from tiny import make_workspace
 
-BEFORE = ["fetch_model", "fetch_data", "prepare", "plan", "quantize", "train"]
+BEFORE = ["fetch_model", "fetch_data", "fetch_retention", "prepare", "plan", "quantize", "train"]
 AFTER = ["evaluate", "merge", "verify", "export"]
 
 

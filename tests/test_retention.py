@@ -45,13 +45,21 @@ def read(folder):
 
 def test_paragraphs_and_columns_become_texts(fetched):
     files = {"a.txt": TEXTS, "b.jsonl": '{"id": 1, "text": "In b."}\n{"id": 2, "text": " "}\n'}
-    first, second = TEXTS.rstrip("\n").split("\n\n")
-    assert fetched(files) == [("a.txt:1", first), ("a.txt:2", second), ("b.jsonl:1", "In b.")]
+    text = TEXTS.rstrip("\n")
+    assert fetched(files) == [("a.txt:1", text), ("b.jsonl:1", "In b.")]
+
+
+def test_short_texts_stand_behind_each_other():
+    texts = [{"row": f"a:{i}", "text": "x" * 400} for i in range(7)] + [{"row": "b:1", "text": "y"}]
+    rows = fetch_retention.passages(texts, 10**6)
+    assert [row["row"] for row in rows] == ["a:0", "a:3", "a:6", "b:1"]
+    assert rows[1]["text"] == "\n\n".join(["x" * 400] * 3)
+    assert len(rows[0]["text"]) >= fetch_retention.PASSAGE
 
 
 def test_of_a_large_source_no_more_is_kept_than_can_be_scored(fetched):
-    found = fetched({"a.txt": "\n\n".join(["x" * 100] * 50)}, tokens=20)
-    assert len(found) == 4
+    [(_, text)] = fetched({"a.txt": "\n\n".join(["x" * 100] * 50)}, tokens=20)
+    assert text.count("x") == 400
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ from stages.shared.process import StageError
 from tools.gate import EVAL, is_number, unequal_sets
 from tools.noise import COST, DATA, NOISE, RESULT, SUMMARY, Conditions, conditions
 from tools.paired import ANSWERS, ROWS, Paired, Pairs
-from tools.revision import Revision
+from tools.revision import HARNESS, Revision
 from tools.screen import fail
 
 # Quality first; what a run cost and was made with last.
 VERIFY, TRAIN = "metrics/verify.json", "metrics/train.json"
-FIRST = (ANSWERS, EVAL, VERIFY, TRAIN)
+FIRST = (ANSWERS, EVAL, HARNESS, VERIFY, TRAIN)
 LAST = "_cost.json"
 NEARER_ZERO_IS_BETTER = ("_change_percent", "_error_percent")
 LOWER_IS_BETTER = (
@@ -39,10 +39,10 @@ LOWER_IS_BETTER = (
 # What metrics/data.json says of the rows that were trained on.
 TRAIN_KEYS = ("train_", "length_")
 HIGHER_IS_BETTER = ("tokens_per_second", "token_agreement")
-# Of metrics/answers.json every measure but these.
-NO_MEASURE = ("_answer_tokens", "_rows")
+# Of metrics/answers.json and metrics/harness.json every measure but these.
+NO_MEASURE = ("_answer_tokens", "_rows", "limit")
 # Beside a value, and said with it.
-OF_A_VALUE = ("_low", "_high", "_p_value")
+OF_A_VALUE = ("_low", "_high", "_p_value", "_stderr")
 # From this p on, a difference may well be one of the rows that were drawn.
 BY_CHANCE = 0.05
 ROW_BY_ROW = Paragraph(
@@ -109,7 +109,9 @@ def incomparable(before: dict[str, dict], now: dict[str, dict]) -> set[str]:
     if unequal_sets(before.get(EVAL, {}), now.get(EVAL, {})):
         # verify scores the merged model on the evaluation set too.
         return {ANSWERS, EVAL, VERIFY, TRAIN}
-    return {TRAIN} if other_rows else set()
+    asked = [side.get(HARNESS, {}).get("limit") for side in (before, now)]
+    found = {HARNESS} if asked[0] != asked[1] else set()
+    return found | {TRAIN} if other_rows else found
 
 
 def metric_rows(
@@ -129,7 +131,7 @@ def metric_rows(
                 continue
             pair = pairs.of(path, key) if pairs and path not in other_data else None
             mark = verdict(key, a, b, noise.get(path, {}).get(key), pair)
-            if path == ANSWERS:
+            if path in (ANSWERS, HARNESS):
                 mark = of_answers(key, mark, old, new, pair)
             if path in other_data:
                 mark = "not comparable"

@@ -17,6 +17,8 @@ from stages.shared.process import StageError
 from tools import schemas
 
 PARAMS, DVC_YAML, DVC_LOCK = "params.yaml", "dvc.yaml", "dvc.lock"
+# What tools/harness.py writes, and no stage.
+HARNESS = "metrics/harness.json"
 T = TypeVar("T")
 _ABBREVIATED = r"[0-9a-f]{4,63}"
 
@@ -136,10 +138,9 @@ class Revision:
 
     @cached_property
     def metrics(self) -> dict[str, dict[str, Any]]:
-        """Metrics file -> its values, for every file that dvc.yaml declares and that is there."""
-        values = {
-            path: self.json(path, schemas.METRICS) for path in self.pipeline.declared("metrics")
-        }
+        """Metrics file -> its values, for all that dvc.yaml declares, and HARNESS, if there."""
+        paths = [*self.pipeline.declared("metrics"), HARNESS]
+        values = {path: self.json(path, schemas.METRICS) for path in paths}
         return {path: value for path, value in values.items() if value is not None}
 
 
