@@ -247,9 +247,9 @@ def run_stage(folder: Path, stage: str, limit: float | None) -> dict:
 
 def allocator_bytes(card: float, managed: float = 0.0) -> float:
     """What the allocator of a process may reserve on a card of `card` GB."""
-    from stages.shared import vram
+    from stages.shared import placement
 
-    return card * GB - vram.CONTEXT - vram.OFFLOADING_CONTEXT - managed
+    return card * GB - placement.CONTEXT - placement.OFFLOADING_CONTEXT - managed
 
 
 def chain(recipe: str, shape: str, source: Path, work: Path, card: int, merging) -> None:
@@ -340,7 +340,7 @@ def seventy() -> None:
     limit = allocator_bytes(48)
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
     point = Point("llama-2-70b", "qlora", 16, 2048)
-    trainer, fast = prepare(point, torch.device("cuda", 0), random_rows(point, STEPS_70B))
+    trainer, fast, _ = prepare(point, torch.device("cuda", 0), random_rows(point, STEPS_70B))
     print(json.dumps(facts_of(trainer)), flush=True)
     trainer.train()
     found = vars(point) | {"fast": vars(fast)} | peaks(trainer)

@@ -32,11 +32,11 @@ import yaml
 from benchmarks.random_models import build, config_of, scratch, tokenizer
 from benchmarks.speed import random_rows, row_lengths
 from benchmarks.vram import LIBRARIES, ROWS_A_STEP, Point, alone, peaks, prepare, version
-from stages.planning.workload import shape_of
 from stages.shared import vram
 from stages.shared.fast_path import FastPath, choose_fast_path
 from stages.shared.outputs import GB
 from stages.shared.params import PARAMS, Params
+from stages.shared.workload import shape_of
 
 FOLDER = Path("benchmarks/results")
 RESULTS = FOLDER / "methods.json"
@@ -122,7 +122,7 @@ def measure_method(method: str, device: torch.device) -> dict:
     chosen = longest_first(random_rows(ROWS), ROWS_A_STEP, (STEPS - 1) * ROWS_A_STEP)
     tokens = sum(map(len, chosen[:ROWS_A_STEP]))
     point = Point(SHAPE, method, RANK if method != "full" else 0, tokens)
-    trainer, fast = prepare(point, device, dataset(chosen))
+    trainer, fast, _ = prepare(point, device, dataset(chosen))
     rate = timed_steps(trainer, STEPS, WARM_STEPS)
     found = peaks(trainer)
     seconds = sum(row_lengths(ROWS)) / rate["tokens_per_second"]

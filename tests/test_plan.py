@@ -8,14 +8,12 @@ import yaml
 from transformers import AutoConfig
 
 from stages import plan
-from stages.planning import workload
 from stages.planning.token_ids import check_token_ids
-from stages.planning.workload import Lengths, match_targets, planned_training, read_model
-from stages.shared import vram
 from stages.shared.outputs import write_sums
 from stages.shared.params import Params
 from stages.shared.process import StageError
 from stages.shared.rows import SCHEMA
+from stages.shared.workload import Lengths, match_targets, read_model
 from tests.tiny import PARAMS, make_model, make_tokenizer
 
 

@@ -203,7 +203,7 @@ def _run_out(*args, **kwargs):
     ("module", "fault", "batch_size", "remedy"),
     [
         ("training/trainer", "Trainer.training_step", 4, "lower train.batch_size (now 4)"),
-        ("training/trainer", "Trainer.training_step", 1, "set train.gradient_checkpointing: true"),
+        ("training/trainer", "Trainer.training_step", 1, "set train.gradient_checkpointing: auto"),
         ("shared/model", "load_base", 1, "take a smaller base"),
     ],
 )
