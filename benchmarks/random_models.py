@@ -54,6 +54,9 @@ SHAPES = {
     "mistral-7b": Family("mistral", 4096, 14336, 32, 32, 8, 32000, False),
     "llama-2-7b": Family("llama", 4096, 11008, 32, 32, 32, 32000, False),
     "llama-2-13b": Family("llama", 5120, 13824, 40, 40, 40, 32000, False),
+    "qwen2.5-7b": Family("qwen2", 3584, 18944, 28, 28, 4, 152064, False),
+    "llama-3-8b": Family("llama", 4096, 14336, 32, 32, 8, 128256, False),
+    "qwen1.5-110b": Family("qwen2", 8192, 49152, 80, 64, 8, 152064, False),
     "llama-2-70b": Family("llama", 8192, 28672, 80, 64, 8, 32000, False),
 }
 
@@ -71,7 +74,7 @@ def config_of(name: str) -> PretrainedConfig:
         num_key_value_heads=shape.kv_heads,
         vocab_size=shape.vocabulary,
         tie_word_embeddings=shape.tied,
-        max_position_embeddings=32768,
+        max_position_embeddings=262144,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,

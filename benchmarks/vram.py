@@ -228,8 +228,10 @@ def alone(function, *args):
 
 def peaks(trainer) -> dict[str, float]:
     """Peaks of this process in GB, when nothing else runs on its GPU."""
+    from stages.training.paged import state_bytes
+
     torch.cuda.synchronize()
-    managed = trainer.optimizer_bytes()[1]
+    managed = state_bytes(trainer.optimizer)[1]
     free, total = torch.cuda.mem_get_info()
     context = total - free - torch.cuda.memory_reserved() - managed
     allocated, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()

@@ -123,13 +123,22 @@ def describe(placed: Placement, sizes: Sizes) -> str:
 
 
 def card_budget() -> float:
-    """Bytes that this process can have of the card, its context included, or of what
-    plan.vram_limit_gb leaves it of the card."""
+    """Bytes that this process can have of the card, its context included: what is free, or
+    plan.vram_limit_gb, to which the allocator is then held."""
     free, total = torch.cuda.mem_get_info()
-    share = torch.cuda.get_per_process_memory_fraction() * total
-    budget = min(free, share) - CONTEXT_GROWTH - SPARE + placement.CONTEXT
+    budget = free - CONTEXT_GROWTH - SPARE + placement.CONTEXT
     limit = read_json(PLAN).get("vram_limit_gb") if PLAN.exists() else None
-    return budget if limit is None else min(budget, limit * GB)
+    if limit is None or limit * GB >= budget:
+        return budget
+    hold_to(limit * GB)
+    return limit * GB
+
+
+def hold_to(limit: float) -> None:
+    """Let this process's allocator take no more of the card than `limit` bytes, less CUDA's own."""
+    own = placement.CONTEXT + placement.OFFLOADING_CONTEXT
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(max(0.0, limit - own) / total)
 
 
 def measured_rates(device: torch.device) -> Rates:
