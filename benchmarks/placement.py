@@ -11,6 +11,7 @@ benchmarks/results/placement.json after every point.
 
 import argparse
 import json
+import os
 import random
 import shutil
 import statistics
@@ -150,7 +151,8 @@ def measure_point(name: str) -> tuple[dict, dict]:
     data = data.add_column("labels", data["input_ids"])
     params, config = params_of(point), config_of(point.shape)
     fast = choose_fast_path(params, config, gpu=True)
-    model = build(point.shape, point.quantize == "nf4", device, fast.attention)
+    where = torch.device("cpu") if placed.streamed else device
+    model = build(point.shape, point.quantize == "nf4", where, fast.attention)
     streamer = stream_layers(model, device, placed.streamed) if placed.streamed else None
     torch.cuda.empty_cache()
     if point.cap_gb is not None:
@@ -274,6 +276,8 @@ def main() -> None:
     parser.add_argument("action", choices=["measure", "report"])
     parser.add_argument("names", nargs="*", metavar="NAME")
     arguments = parser.parse_args()
+    # As every stage has it: what the allocator reserves stays near what is used.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if arguments.action == "measure":
         measure(arguments.names)
     else:

@@ -4,9 +4,11 @@ An NF4 model is built from random 4-bit codes, so that a 70B shape never exists 
 training computes with it is as fast and as large as with the real one, and means nothing.
 """
 
+import functools
 import importlib
 import json
 import tempfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,10 +84,22 @@ def config_of(name: str) -> PretrainedConfig:
     )
 
 
+@functools.cache
+def _host_codes(count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count // 2, 1), dtype=torch.uint8)
+
+
 def random_nf4(outputs: int, inputs: int, double_quant: bool, device: torch.device) -> Params4bit:
-    """A weight [outputs, inputs] of random NF4 codes in [-SPREAD, SPREAD]."""
+    """A weight [outputs, inputs] of random NF4 codes in [-SPREAD, SPREAD].
+
+    In host memory all weights of a size share their codes, as pages of a mapped file would wait to
+    be copied: a 70B shape is there at once.
+    """
     count = outputs * inputs
-    codes = torch.randint(0, 256, (count // 2, 1), dtype=torch.uint8, device=device)
+    if device.type == "cpu":
+        codes = _host_codes(count)
+    else:
+        codes = torch.randint(0, 256, (count // 2, 1), dtype=torch.uint8, device=device)
     stats = {
         "quant_type": "nf4",
         "blocksize": 64,
@@ -182,8 +196,10 @@ def write_base(name: str, folder: Path, device: torch.device) -> int:
     def write(file: str, shard: list) -> tuple[str, str]:
         tensors = {}
         for key, dims in shard:
+            # Every model of GPU writes the same weights, whichever thread comes first.
+            seeded = torch.Generator(device).manual_seed(zlib.crc32(key.encode()))
             value = torch.empty(dims, dtype=torch.bfloat16, device=device)
-            value = value.fill_(1) if len(dims) == 1 else value.normal_(0, SPREAD)
+            value = value.fill_(1) if len(dims) == 1 else value.normal_(0, SPREAD, generator=seeded)
             tensors[key] = value.cpu()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         return file, sha256(folder / file)

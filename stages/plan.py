@@ -51,17 +51,18 @@ def table(prediction: Prediction, run: Training, shape: Shape, placed: Placement
     return "\n".join(f"  {n:<20}{size / GB:>8.3f} GB  {why}".rstrip() for n, size, why in lines)
 
 
-def cards(sizes: Sizes, kept: str) -> dict[str, dict | None]:
+def cards(sizes: Sizes, kept: str) -> list[dict]:
     """For each usual size of card in GB, the placement that training would take and what that
-    needs; None where nothing fits."""
-    found: dict[str, dict | None] = {}
+    needs; `placed` is None where nothing fits."""
+    found = []
     for size in CARDS_GB:
         placed = placement.choose(sizes, size * GB, kept=kept)
-        found[str(size)] = card(sizes, placed) if placed else None
+        found.append({"card_gb": size, "placed": card(sizes, placed) if placed else None})
     return found
 
 
 def card(sizes: Sizes, placed: Placement) -> dict:
+    """What `placed` asks of the card, the machine and the bus between them, to the MB."""
     prediction = placement.predict(sizes, placed)
     sent, _ = placement.sent_bytes(sizes, placed)
     return {
@@ -69,39 +70,46 @@ def card(sizes: Sizes, placed: Placement) -> dict:
         "kept_mlp_layers": placed.kept_mlp,
         "kept_attention_layers": placed.kept_attention,
         "offloaded_inputs": int(placed.offload),
-        "predicted_peak_vram_gb": prediction.peak / GB,
-        "predicted_device_gb": prediction.device / GB,
-        "predicted_ram_gb": prediction.host / GB,
-        "sent_gb_per_step": sent / GB,
+        "mlp_tile_tokens": placed.tile,
+        "predicted_peak_vram_gb": round(prediction.peak / GB, 3),
+        "predicted_device_gb": round(prediction.device / GB, 3),
+        "predicted_ram_gb": round(prediction.host / GB, 3),
+        "sent_gb_per_step": round(sent / GB, 3),
         # At PCIe 4 x16's rate, behind the operations of a fast consumer card.
         "copies_hide": int(placement.copies_hide(sizes, placed)),
     }
 
 
-def cards_table(found: dict[str, dict | None], layers: int) -> str:
+def cards_table(found: list[dict], layers: int) -> str:
     """The same, to be read."""
     lines = ["  card GB  weights          kept (MLP, attention)  GPU GB  RAM GB  sent GB a step"]
-    for size, entry in found.items():
-        if entry is None:
+    for entry in found:
+        size, placed = entry["card_gb"], entry["placed"]
+        if placed is None:
             lines.append(f"  {size:>7}  does not fit")
             continue
-        streamed = entry["streamed_layers"]
+        streamed = placed["streamed_layers"]
         weights = f"{streamed} of {layers} streamed" if streamed else "resident"
-        kept = f"{entry['kept_mlp_layers']}, {entry['kept_attention_layers']} of {layers}"
-        sent = f"{entry['sent_gb_per_step']:.1f}" + "" if entry["copies_hide"] else ", slower"
+        kept = f"{placed['kept_mlp_layers']}, {placed['kept_attention_layers']} of {layers}"
+        remarks = ", MLPs in tiles" * bool(placed["mlp_tile_tokens"])
+        remarks += "" if placed["copies_hide"] else ", slower"
         lines.append(
-            f"  {size:>7}  {weights:<16} {kept:<22} {entry['predicted_device_gb']:>6.1f}  "
-            f"{entry['predicted_ram_gb']:>6.1f}  {sent}"
+            f"  {size:>7}  {weights:<16} {kept:<22} {placed['predicted_device_gb']:>6.1f}  "
+            f"{placed['predicted_ram_gb']:>6.1f}  {placed['sent_gb_per_step']:.1f}{remarks}"
         )
     return "\n".join(lines)
 
 
 def metrics(shape: Shape, run: Training, sizes: Sizes, params: Params) -> dict:
-    """metrics/plan.json: the same on every machine."""
+    """metrics/plan.json: the same on every machine.
+
+    `cards` is a list, which dvc's tables and tools/compare.py leave out: ninety numbers more in
+    every comparison would hide those that matter.
+    """
     kept = KEPT[params.train.gradient_checkpointing]
     prediction = placement.predict(sizes, placement.resident(sizes, kept))
     every, by_card = placement.methods(shape, run), cards(sizes, kept)
-    fits = [int(size) for size, entry in by_card.items() if entry]
+    fits = [entry["card_gb"] for entry in by_card if entry["placed"]]
     parts = ("weights", "adapter", "optimizer", "activations", "logits", "overhead")
     return {
         "predicted_peak_vram_gb": prediction.peak / GB,
