@@ -26,14 +26,15 @@ from transformers import AutoConfig, AutoTokenizer
 
 from stages.shared.device import memory_metrics, pick_device
 from stages.shared.fast_path import choose_fast_path, step_tokens
-from stages.shared.model import load_base
 from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
 from stages.shared.provenance import device_name, provenance
-from stages.shared.rows import read_rows, token_counts
+from stages.shared.rows import read_rows
+from stages.shared.workload import read_lengths
 from stages.training.checkpoints import Checkpoints, checkpoint_folder, fingerprint, newest_complete
 from stages.training.faults import Faults
 from stages.training.out_of_memory import no_memory_for_base, no_memory_for_step
 from stages.training.paged import state_bytes
+from stages.training.placing import load_placed, place, tighter, try_tighter
 from stages.training.probe import Probe, needs_probe
 from stages.training.progress import Progress, mean_loss, write_curve
 from stages.training.trainer import (
@@ -49,32 +50,34 @@ def train(params: Params, device: torch.device, folder: Path) -> None:
     """Train, from the newest checkpoint in `folder` if there is one, and write the outputs."""
     disable_caching()
     named = Dataset.from_file(str(PREPARED / "train.arrow"))
-    row_tokens = token_counts(named.data.table)
+    rows = read_lengths(PREPARED)
     data = TrainingSet(
         rows=named.select_columns(["input_ids", "labels"]),
         tokenizer=AutoTokenizer.from_pretrained(PREPARED / "tokenizer"),
-        max_length=read_json(PREPARED / "prepared.json")["max_length"],
+        max_length=rows.max_length,
     )
     config = AutoConfig.from_pretrained(QUANTIZED)
-    largest = step_tokens(params.train, row_tokens, data.max_length)
-    fast = as_installed(choose_fast_path(params, config, largest, device.type == "cuda"))
+    largest = step_tokens(params.train, rows.tokens, data.max_length)
+    fast = as_installed(choose_fast_path(params, config, device.type == "cuda"))
+    placed = place(params, config, rows, device, tighter())
     try:
-        model = load_base(QUANTIZED, device, fast.attention)
+        model, streamer = load_placed(QUANTIZED, device, fast.attention, placed.placement)
     except torch.cuda.OutOfMemoryError:
-        raise no_memory_for_base() from None
+        raise no_memory_for_base(placed.prediction) from None
     base_bytes = torch.cuda.memory_allocated()
-    trainer = build_trainer(model, data, params, fast, folder)
+    trainer = build_trainer(model, data, params, fast, placed.placement, folder, streamer)
     progress = Progress(trainer, read_rows(PREPARED / "eval.arrow"), largest)
     watchers = [progress, Faults(named)]
     if device.type == "cuda" and needs_probe(trainer.train_dataset):
         # Within the time that progress counts, and before faults notes batches.
         watchers.insert(1, Probe(trainer))
-    announce(params, len(named), sum(row_tokens), trainer, f"{device_name(device)}; {fast}")
+    announce(params, len(named), sum(rows.tokens), trainer, f"{device_name(device)}; {fast}")
     try:
         fit(trainer, watchers, folder)
     except torch.cuda.OutOfMemoryError:
-        raise no_memory_for_step(trainer, base_bytes, params) from None
-    write_outputs(trainer, progress)
+        try_tighter(placed)
+        raise no_memory_for_step(trainer, base_bytes, params, placed.prediction) from None
+    write_outputs(trainer, progress, placed.metrics())
 
 
 def announce(params: Params, rows: int, tokens: int, trainer: Trainer, where: str) -> None:
@@ -103,8 +106,8 @@ def fit(trainer: Trainer, watchers: list, folder: Path) -> None:
     checkpoints.raise_if_stopped()
 
 
-def write_outputs(trainer: Trainer, progress: Progress) -> None:
-    """The adapter, the metrics and the curve of a whole run."""
+def write_outputs(trainer: Trainer, progress: Progress, placement: dict) -> None:
+    """The adapter, the metrics and the curve of a whole run; `placement` says what lay where."""
     with whole_folder(ADAPTER) as out:
         write_adapter(trainer, out)
     trainable, total = trainer.model.get_nb_trainable_parameters()
@@ -122,6 +125,7 @@ def write_outputs(trainer: Trainer, progress: Progress) -> None:
         "adapter_sha256": sha256(ADAPTER / "adapter_model.safetensors"),
         **progress.cost(),
         **memory_metrics(state_bytes(trainer.optimizer)[1]),
+        **placement,
     }
     write_metrics(Path("metrics/train.json"), metrics)
     write_metrics(Path("metrics/train_cost.json"), cost)

@@ -21,7 +21,9 @@ from stages.shared.params import Params
 from stages.shared.process import sha256
 from stages.shared.rows import read_rows
 from stages.shared.scoring import TOKENS_PER_BATCH, Scores, score
+from stages.shared.workload import Lengths
 from stages.training import progress
+from stages.training.placing import place
 from stages.training.probe import Probe, needs_probe
 from stages.training.trainer import TrainingSet, build_trainer, largest_pass
 from tests.tiny import make_model
@@ -159,9 +161,12 @@ def test_a_probe_of_the_longest_batch_changes_no_byte(project, tmp_path, changes
     adapters, tokens, tried = [], [], []
     for probed in (False, True):
         model = load_base(project / "models/quantized", CPU)
-        fast = choose_fast_path(params, model.config, 8 * 160, gpu=False)
+        fast = choose_fast_path(params, model.config, gpu=False)
+        # On the CPU the lengths play no part.
+        placed = place(params, model.config, Lengths([], [], 160), CPU).placement
         torch.manual_seed(0)
-        trainer = build_trainer(model, TrainingSet(rows, tokenizer, 160), params, fast, tmp_path)
+        data = TrainingSet(rows, tokenizer, 160)
+        trainer = build_trainer(model, data, params, fast, placed, tmp_path)
         if probed:
             collate = trainer.data_collator
 
@@ -216,7 +221,7 @@ def _run_out(*args, **kwargs):
     ("module", "fault", "batch_size", "remedy"),
     [
         ("training/trainer", "Trainer.training_step", 4, "lower train.batch_size (now 4)"),
-        ("training/trainer", "Trainer.training_step", 1, "set train.gradient_checkpointing: true"),
+        ("training/trainer", "Trainer.training_step", 1, "set train.gradient_checkpointing: auto"),
         ("shared/model", "load_base", 1, "take a smaller base"),
     ],
 )

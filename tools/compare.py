@@ -36,6 +36,8 @@ LOWER_IS_BETTER = (
 # What metrics/data.json says of the rows that were trained on.
 TRAIN_KEYS = ("train_", "length_")
 HIGHER_IS_BETTER = ("tokens_per_second", "token_agreement")
+# A parameter that train reads from plan's metrics: it stands among the parameters.
+REPEATED = "vram_limit_gb"
 
 
 def verdict(key: str, before: Any, now: Any, noise: float | None) -> str:
@@ -100,7 +102,7 @@ def metric_rows(before: dict, now: dict, noise: dict[str, dict[str, float]]) -> 
         old, new = before.get(path, {}), now.get(path, {})
         for key in dict.fromkeys([*old, *new]):
             a, b = old.get(key), new.get(key)
-            if a == b or key.endswith(("_low", "_high")):
+            if a == b or key == REPEATED or key.endswith(("_low", "_high")):
                 continue
             mark = verdict(key, a, b, noise.get(path, {}).get(key))
             if path in other_data:

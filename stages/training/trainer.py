@@ -18,7 +18,9 @@ from trl import SFTConfig, SFTTrainer
 
 from stages.shared.fast_path import FastPath, plain_layers
 from stages.shared.params import Lora, Params, Train
+from stages.shared.placement import Placement
 from stages.shared.rows import token_counts
+from stages.shared.streaming import Streamer
 from stages.training import attention
 from stages.training.fused_lora import fuse_lora
 from stages.training.offload import HostStash
@@ -105,16 +107,25 @@ def largest_pass(rows: Dataset, batch_size: int, padding_free: bool) -> int:
 
 
 def build_trainer(
-    model: PreTrainedModel, data: TrainingSet, params: Params, fast: FastPath, folder: Path
+    model: PreTrainedModel,
+    data: TrainingSet,
+    params: Params,
+    fast: FastPath,
+    placement: Placement,
+    folder: Path,
+    streamer: Streamer | None = None,
 ) -> Trainer:
-    """A trainer of a float32 adapter on a frozen base of load_base; `folder` takes checkpoints."""
+    """A trainer of a float32 adapter on a frozen base of load_base; `folder` takes checkpoints.
+
+    streamer  of the base, where its layers' weights are streamed
+    """
     if fast.liger:
         apply_liger(model)
     if dropped := leave_out_attention_dropout(model):
         print(f"train: the base's attention_dropout ({dropped:g}) is left out")
     trainer = Trainer(
         model=model,
-        args=trainer_config(model, data, params, fast, folder),
+        args=trainer_config(model, data, params, fast, placement, folder),
         train_dataset=data.rows,
         processing_class=data.tokenizer,
         peft_config=lora_config(params.lora),
@@ -129,9 +140,9 @@ def build_trainer(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if fast.fused_lora:
-        stash = host_stash(trainer, fast)
-        fuse_lora(trainer.model, fast.liger, params.train.gradient_checkpointing, stash)
-    elif params.train.gradient_checkpointing:
+        stash = host_stash(trainer, fast, placement)
+        fuse_lora(trainer.model, fast.liger, placement, stash, streamer)
+    elif not placement.kept_mlp:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         trainer.model.enable_input_require_grads()
     remember_parameters(trainer.model)
@@ -172,7 +183,12 @@ def apply_liger(model: PreTrainedModel) -> None:
 
 
 def trainer_config(
-    model: PreTrainedModel, data: TrainingSet, params: Params, fast: FastPath, folder: Path
+    model: PreTrainedModel,
+    data: TrainingSet,
+    params: Params,
+    fast: FastPath,
+    placement: Placement,
+    folder: Path,
 ) -> SFTConfig:
     """params.train in trl's words. Checkpointing of gradients is switched on elsewhere."""
     train, gpu = params.train, model.device.type == "cuda"
@@ -194,7 +210,7 @@ def trainer_config(
         optim=train.optimizer if gpu else "adamw_torch",
         gradient_checkpointing=False,
         # Layers that are checkpointed in two parts have a stash of their own.
-        activation_offloading=fast.offload and not (fast.fused_lora and plain_layers(model)),
+        activation_offloading=placement.offload and not (fast.fused_lora and plain_layers(model)),
         train_sampling_strategy="group_by_length" if grouped else "random",
         packing=packing,
         padding_free=fast.padding_free,
@@ -215,9 +231,9 @@ def trainer_config(
     return config
 
 
-def host_stash(trainer: Trainer, fast: FastPath) -> HostStash | None:
+def host_stash(trainer: Trainer, fast: FastPath, placement: Placement) -> HostStash | None:
     """Host memory for what layers that are checkpointed in two parts keep; None without such."""
-    if not fast.offload or not plain_layers(trainer.model):
+    if not placement.offload or not plain_layers(trainer.model):
         return None
     size = trainer.args.per_device_train_batch_size
     tokens = largest_pass(trainer.train_dataset, size, fast.padding_free)
