@@ -35,7 +35,8 @@ def load_base(
         folder, dtype=dtype, device_map={"": device}, attn_implementation=attention
     )
     set_compute_dtype(model, dtype)
-    if device.type == "cpu":
+    # What is loaded in bfloat16 on the CPU is on its way to a GPU.
+    if device.type == "cpu" and dtype == torch.float32:
         unpack_odd_layers(model)
     model.config.use_cache = False
     return model.eval()
