@@ -12,7 +12,9 @@ import os
 import resource
 import runpy
 import signal
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +138,7 @@ def _run(
             os.dup2(file.fileno(), target.fileno())
     sys.path.insert(0, folder)
     sys.dont_write_bytecode = True
+    subprocess.Popen = _Started  # type: ignore[misc]
     if kill_at:
         _watch(folder, kill_at, number)
     if largest_file:
@@ -143,9 +146,13 @@ def _run(
     if not privileged:
         _drop_capabilities()
     sys.argv = [name]
+    _run_to_the_end(f"stages.{name}")
+
+
+def _run_to_the_end(module: str) -> None:
     status = 0
     try:
-        runpy.run_module(f"stages.{name}", run_name="__main__", alter_sys=True)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         if isinstance(ended.code, str):
             print(ended.code, file=sys.stderr)
@@ -157,6 +164,36 @@ def _run(
     sys.stderr.flush()
     # Threads of libraries must not keep the process.
     os._exit(status)
+
+
+class _Started(subprocess.Popen):
+    """subprocess.Popen, which forks a rank where it is told to start one."""
+
+    def __init__(self, command, *, env=None, stdout=None, stderr=None, **options):
+        if command[1:3] != ["-m", "stages.shared.launch"]:
+            super().__init__(command, env=env, stdout=stdout, stderr=stderr, **options)
+            return
+        self.args, self.returncode, self._waitpid_lock = command, None, threading.Lock()
+        self.stdin = self.stdout = self.stderr = None
+        self._child_created, self._sigint_wait_secs = True, 0.25
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid:
+            return
+        os.setpgid(0, 0)
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            if callable(signal.getsignal(number)):
+                python = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+                signal.signal(number, python)
+        for file, target in ((stdout, 1), (stderr, 2)):
+            if file:
+                os.dup2(file.fileno(), target)
+        os.environ.clear()
+        os.environ.update(env)
+        for module in [m for m in sys.modules if m.split(".")[0] == "stages"]:
+            del sys.modules[module]
+        sys.argv = ["launch", *command[3:]]
+        _run_to_the_end("stages.shared.launch")
 
 
 def _watch(folder: str, kill_at: int, number: int) -> None:

@@ -74,10 +74,7 @@ def begin(name: str) -> None:
     if not sys.stderr.isatty():
         # Bars are for terminals; in a log each step of one would be a line.
         os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
-    # Libraries warn their callers, and the caller is us: none of it is for the user to act on.
-    warnings.simplefilter("ignore")
-    for library in ("bitsandbytes", "liger_kernel"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    quiet_libraries()
     _end_with_dvc()
     _check_dvc()
     entry = _entry(name)
@@ -91,6 +88,13 @@ def begin(name: str) -> None:
         # What lies in the future was written before somebody set the clock back.
         if path.endswith(".py") and started < os.stat(path).st_mtime <= time.time():
             raise StageError(f"{path} was edited while this stage started; run it again")
+
+
+def quiet_libraries() -> None:
+    """Libraries warn their callers, and the caller is us: none of it is for the user to act on."""
+    warnings.simplefilter("ignore")
+    for library in ("bitsandbytes", "liger_kernel"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def lock(path: Path, name: str) -> IO[str]:
@@ -250,7 +254,7 @@ def _disk_fault(error: BaseException) -> str | None:
 def _report(
     name: str, kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    message = _message(name, kind, error)
+    message = fault_line(name, error)
     if message is None:
         sys.__excepthook__(kind, error, trace)
         return
@@ -266,8 +270,9 @@ def _report(
             )
 
 
-def _message(name: str, kind: type[BaseException], error: BaseException) -> str | None:
-    """The fault in a line, or None where it is the code's and needs its traceback."""
+def fault_line(name: str, error: BaseException) -> str | None:
+    """The fault of stage `name` in a line, or None where it is the code's: it needs a traceback."""
+    kind = type(error)
     if issubclass(kind, KeyboardInterrupt):
         return "interrupted"
     if issubclass(kind, StageError):

@@ -17,19 +17,21 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from stages.shared.interrupts import kill_oneself, note_interrupt
+from stages.shared.interrupts import (
+    ONE_PRESS_SECONDS,
+    SIGNALS,
+    kill_oneself,
+    note_interrupt,
+)
 from stages.shared.outputs import SUMS, check_space, check_sums, sync_folder, write_sums
 from stages.shared.process import StageError, check_inputs, lock, sha256
+from stages.shared.ranks import ALONE, World
 from stages.training.paged import page_again
 
 KEPT = 2
 # A kill costs at most this much work. The variable exists for tests that kill often.
 SECONDS = float(os.environ.get("CHECKPOINT_SECONDS", "600"))
-# A signal that comes again sooner is the same press of Ctrl-C, or the same end of dvc.
-ONE_PRESS_SECONDS = 1.0
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
-# In the order in which they are caught: whoever waits for SIGTERM to be may send any.
-SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
 
 def fingerprint(params: dict, inputs: list[Path], code: list[Path], device: str) -> str:
@@ -68,8 +70,11 @@ def checkpoint_folder(key: str):
         shutil.rmtree(folder)
 
 
-def newest_complete(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are as written, to go on from; damaged ones are removed."""
+def newest_complete(folder: Path, ranks: int = 1) -> Path | None:
+    """The newest checkpoint whose files are as written, to go on from; damaged ones are removed.
+
+    One that another number of ranks made serves as well: every step has the same rows.
+    """
     for checkpoint in reversed(_numbered(folder)):
         try:
             check_sums(checkpoint, "train")
@@ -77,7 +82,11 @@ def newest_complete(folder: Path) -> Path | None:
             print(f"train: {checkpoint.name} is incomplete or damaged, skipped", flush=True)
             shutil.rmtree(checkpoint)
         else:
-            print(f"train: goes on from {checkpoint.name}", flush=True)
+            made = len(list(checkpoint.glob("rng_state*.pth")))
+            other = f", made by {made} and not {ranks} ranks: roundings may differ"
+            print(
+                f"train: goes on from {checkpoint.name}{other if made != ranks else ''}", flush=True
+            )
             return checkpoint
     return None
 
@@ -92,11 +101,13 @@ class Checkpoints(TrainerCallback):
 
     A signal only sets a flag: it usually comes twice, and the step at hand ends first. One that
     comes during the last step, or later, lets this stage write what is left and the next one not
-    begin. A second Ctrl-C ends the stage at once, whatever it does.
+    begin. A second Ctrl-C ends the stage at once, whatever it does. Ranks agree at every step: the
+    clock of the first and the signal of any count for all.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, world: World = ALONE):
         self.folder = folder
+        self.world = world
         self.stopped_by: int | None = None
         self.signaled_at: float | None = None
         self.trained = False
@@ -136,17 +147,26 @@ class Checkpoints(TrainerCallback):
             if self.stopped_by:
                 self.stopped_by = None
                 note_interrupt()
-        elif self.stopped_by or time.monotonic() - self.saved_at >= SECONDS:
+            return
+        due = time.monotonic() - self.saved_at >= SECONDS
+        said = self.world.gather((due, self.stopped_by))
+        agreed = next((signal for _, signal in said if signal), None)
+        # One that comes now waits for the next step.
+        self.stopped_by = agreed or self.stopped_by
+        if agreed or said[0][0]:
             control.should_save = True
-            control.should_training_stop = bool(self.stopped_by)
+            control.should_training_stop = bool(agreed)
 
     def on_save(self, args, state, control, **kwargs):
         checkpoint = self.folder / f"checkpoint-{state.global_step}"
-        write_sums(checkpoint)
-        sync_folder(checkpoint)
+        # Each rank has written its random states.
+        self.world.wait()
         self.saved_at = time.monotonic()
-        for old in _numbered(self.folder)[:-KEPT]:
-            shutil.rmtree(old)
+        if self.world.first:
+            write_sums(checkpoint)
+            sync_folder(checkpoint)
+            for old in _numbered(self.folder)[:-KEPT]:
+                shutil.rmtree(old)
         if not self.stopped_by:
             try:
                 check_inputs()

@@ -33,7 +33,7 @@ class Progress(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, held_out: list[dict], step_tokens: int):
-        self.trainer = trainer
+        self.trainer, self.world = trainer, trainer.world
         self.held_out = held_out[:CURVE_ROWS]
         self.tokens_per_batch = min(step_tokens, TOKENS_PER_BATCH)
         self.seconds = 0.0
@@ -56,7 +56,7 @@ class Progress(TrainerCallback):
         self.seconds += time.monotonic() - self.mark
         self.bar.update()
         if scoring:
-            scores = score(model, self.held_out, self.tokens_per_batch)
+            scores = score(model, self.held_out, self.tokens_per_batch, self.world)
             loss = math.fsum(scores.nll) / sum(scores.tokens)
             state.log_history.append({"step": state.global_step, "eval_loss": loss})
         if control.should_save:
@@ -65,10 +65,14 @@ class Progress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
+            self.last = (self.seconds, sum(self.world.gather(self.trainer.tokens)))
             if state.global_step >= WARM_STEPS and self.warm is None:
-                self.warm = (self.seconds, self.trainer.tokens)
-            self.last = (self.seconds, self.trainer.tokens)
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+                self.warm = self.last
+            shown = {"loss": f"{logs['loss']:.3f}"}
+            if self.warm and self.last != self.warm:
+                (seconds, tokens), (before, warm) = self.last, self.warm
+                shown["tokens/s"] = f"{(tokens - warm) / (seconds - before):.0f}"
+            self.bar.set_postfix(shown)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
