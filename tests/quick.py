@@ -185,9 +185,10 @@ class _Started(subprocess.Popen):
             if callable(signal.getsignal(number)):
                 python = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
                 signal.signal(number, python)
-        for file, target in ((stdout, 1), (stderr, 2)):
-            if file:
-                os.dup2(file.fileno(), target)
+        if stdout == subprocess.DEVNULL:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if stderr:
+            os.dup2(stderr.fileno(), 2)
         os.environ.clear()
         os.environ.update(env)
         for module in [m for m in sys.modules if m.split(".")[0] == "stages"]:

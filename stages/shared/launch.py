@@ -115,7 +115,8 @@ class Ranks:
         command = [sys.executable, "-m", "stages.shared.launch", stage, named]
         for i, device in enumerate(devices):
             # Of the first rank a person sees everything, of the others what they die of.
-            streams = {} if first + i == 0 else {"stdout": self.words[i], "stderr": self.words[i]}
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": self.words[i]}
+            streams = quiet if first + i else {}
             self.processes.append(
                 subprocess.Popen(
                     command,
