@@ -299,10 +299,14 @@ def test_a_step_of_one_row_leaves_the_second_device_idle(quantized, tmp_path):
     assert json.loads((folder / "metrics/train_cost.json").read_text())["ranks"] == 1
 
 
-@pytest.mark.parametrize("stage", ["evaluate"])
+@pytest.mark.parametrize("stage", ["evaluate", "verify"])
 def test_figures_of_two_ranks_are_those_of_one(alone, tmp_path, stage):
     """Of the same batches, in whose order nothing is added up."""
     found = []
+    if stage == "verify":
+        shutil.copytree(alone, tmp_path / "merged")
+        alone = tmp_path / "merged"
+        quick.run("merge", alone)
     for ranks in ("1", "2"):
         folder = tmp_path / ranks
         shutil.copytree(alone, folder)
@@ -311,8 +315,9 @@ def test_figures_of_two_ranks_are_those_of_one(alone, tmp_path, stage):
         scoring.write_text(code.replace("TOKENS_PER_BATCH = 4096", "TOKENS_PER_BATCH = 300"))
         said = quick.run(stage, folder, CPU_RANKS=ranks).said
         assert ("2 ranks" in said) == (ranks == "2")
-        cost = folder / "metrics" / {"evaluate": "eval_cost.json"}[stage]
-        assert json.loads(cost.read_text())["ranks"] == int(ranks)
+        if stage == "evaluate":
+            cost = json.loads((folder / "metrics/eval_cost.json").read_text())
+            assert cost["ranks"] == int(ranks)
         files = (path for path in (folder / "metrics").iterdir() if "cost" not in path.name)
         found.append({path.name: path.read_bytes() for path in files})
     assert found[0] == found[1]
