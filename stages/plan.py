@@ -26,6 +26,11 @@ from stages.shared.paths import PREPARED, TOKENIZER
 
 METRICS = Path("metrics/plan.json")
 VERDICT = Path("models/plan.ok")
+# Bytes of a trained value, beside its gradient, where DDP adds up what ranks have: float32.
+BUCKET = 4
+# Host memory of a process that trains on a GPU, layer inputs and mapped weights not counted: the
+# 4.2e9 of train in benchmarks/results/cards.json less the 2.1e9 of the inputs there.
+RANK_HOST = 2.1e9
 
 
 def table(prediction: vram.Prediction, run: vram.Training, shape: vram.Shape) -> str:
@@ -45,6 +50,22 @@ def table(prediction: vram.Prediction, run: vram.Training, shape: vram.Shape) ->
         ("the card must have", prediction.device, ""),
     ]
     return "\n".join(f"  {n:<20}{size / GB:>8.3f} GB  {why}".rstrip() for n, size, why in lines)
+
+
+def further_gpus(shape: vram.Shape, run: vram.Training) -> str:
+    """What several GPUs cost: each has a rank of its own, with a share of a step's rows."""
+    adapter = vram.adapter_parameters(shape, run.rank, run.targets)
+    buckets = BUCKET * adapter
+    # Two of 16 bit a layer, in locked memory.
+    kept = 2 * 2 * shape.hidden * run.tokens * shape.layers if run.offloading else 0
+    lines = [
+        ("gradient buckets", buckets, "on each card, beside the table above"),
+        ("layer inputs", kept, "of host memory for each rank, at the table's tokens a step"),
+        ("a rank itself", RANK_HOST, "of host memory: Python, libraries, CUDA"),
+    ]
+    return "plan: with several GPUs, for each\n" + "\n".join(
+        f"  {name:<20}{size / GB:>8.3f} GB  {why}" for name, size, why in lines if size
+    )
 
 
 def metrics(shape: vram.Shape, run: vram.Training) -> dict:
@@ -106,6 +127,7 @@ def main() -> None:
     where = "this GPU" if torch.cuda.is_available() else "an NVIDIA GPU; this machine has none"
     print(f"plan: the VRAM that training needs on {where}, {len(rows.tokens)} rows")
     print(table(prediction, run, shape))
+    print(further_gpus(shape, run))
     print(advice(config, shape, params, rows, prediction.device))
     refuse_over_limit(config, shape, params, rows, prediction.device)
     write_metrics(METRICS, metrics(shape, run))

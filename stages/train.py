@@ -27,15 +27,21 @@ from transformers import AutoConfig, AutoTokenizer
 
 from stages.shared.device import memory_metrics, memory_of_ranks, pick_device
 from stages.shared.fast_path import choose_fast_path, step_tokens
-from stages.shared.launch import devices, run_ranks, see_one
+from stages.shared.launch import Ranks, devices, see_one, watched
 from stages.shared.model import load_base
 from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
 from stages.shared.provenance import device_name, provenance
-from stages.shared.ranks import ALONE, World
+from stages.shared.ranks import ALONE, World, host, put
 from stages.shared.rows import read_rows, token_counts
-from stages.training.checkpoints import Checkpoints, checkpoint_folder, fingerprint, newest_complete
+from stages.training.checkpoints import (
+    Checkpoints,
+    checkpoint_folder,
+    fingerprint,
+    same_checkpoint,
+)
 from stages.training.dealing import share, who_works, workers
 from stages.training.faults import Faults
+from stages.training.machines import assign, describe, how_many, wait_for
 from stages.training.out_of_memory import no_memory_for_base, no_memory_for_step
 from stages.training.paged import state_bytes
 from stages.training.probe import Probe, needs_probe
@@ -102,7 +108,7 @@ def fit(trainer: Trainer, watchers: list, folder: Path) -> None:
     for callback in (checkpoints, *watchers):
         trainer.add_callback(callback)
     checkpoints.check_space(trainer.model.get_nb_trainable_parameters()[0])
-    resumed = world.same(newest_complete(folder, world.size) if world.first else None)
+    resumed = same_checkpoint(folder, world)
     # Or every collection looks through all that the libraries and the rows hold.
     gc.freeze()
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
@@ -171,16 +177,26 @@ def write_adapter(trainer: Trainer, out: Path) -> None:
 
 
 def train_on(devices: list[str], params: Params, folder: Path) -> dict[str, Any]:
-    """Train in this process on one device, or in a rank on each of so many as a step feeds."""
-    if len(devices) > 1:
+    """Train in this process on one device, or in a rank on each of so many as a step feeds.
+
+    The devices of other machines count, where MACHINES or a scheduler names some.
+    """
+    machines = how_many()
+    store, joined = wait_for(machines, describe(params)) if machines > 1 else (None, {})
+    available = len(devices) + sum(joined.values())
+    if available > 1:
         kind = "GPUs" if devices[0] else "ranks"
-        print(f"train: {who_works(params.train, len(devices), kind)}", flush=True)
-    count = workers(params.train, len(devices))
-    if count == 1:
+        print(f"train: {who_works(params.train, available, kind)}", flush=True)
+    size = workers(params.train, available)
+    own = devices[:size]
+    others = assign(store, joined, len(own), size, folder.name)
+    if size == 1:
         see_one(devices[0])
         return train(params, pick_device(), folder)
-    task = {"folder": str(folder)}
-    return run_ranks("train", work, task, devices[:count], stoppable=True)
+    store = store or host()
+    put(store, "task", {"key": folder.name})
+    ranks = Ranks("train", work, own, store, size=size, others=others)
+    return watched(ranks, stoppable=True)
 
 
 def main() -> None:

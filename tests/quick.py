@@ -38,6 +38,7 @@ CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.trun
 class Stage:
     """A running `python -m stages.NAME` in `folder`, with its output in `folder`/NAME.log.
 
+    A name with a dot in it is that of the module, which takes `arguments`.
     kill_at: signal the process, by default to kill it, at that change of a file, counted from 1.
     largest_file: bytes beyond which the system refuses to write, as a full disk does.
     privileged: without it, permissions hold for root too.
@@ -51,13 +52,14 @@ class Stage:
         number: int = signal.SIGKILL,
         largest_file: int = 0,
         privileged: bool = True,
+        arguments: tuple[str, ...] = (),
         **env: str,
     ):
         self.folder, self.log = folder, folder / f"{name}.log"
         _ensure_running()
         self.process = _processes.Process(
             target=_run,
-            args=(name, str(folder), env, kill_at, number, largest_file, privileged),
+            args=(name, str(folder), env, kill_at, number, largest_file, privileged, arguments),
         )
         self.process.start()
 
@@ -127,6 +129,7 @@ def _run(
     number: int,
     largest_file: int,
     privileged: bool,
+    arguments: tuple[str, ...],
 ) -> None:
     # As in a terminal: what nohup or a shell's `&` starts ignores them, and all that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -145,8 +148,8 @@ def _run(
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     if not privileged:
         _drop_capabilities()
-    sys.argv = [name]
-    _run_to_the_end(f"stages.{name}")
+    sys.argv = [name, *arguments]
+    _run_to_the_end(name if "." in name else f"stages.{name}")
 
 
 def _run_to_the_end(module: str) -> None:

@@ -159,6 +159,19 @@ def test_the_advised_change_fits_and_is_the_first_that_does(mistral):
         assert workload.cheapest_change(config, shape, params, ROWS, limit).startswith(first)
 
 
+def test_what_a_further_gpu_costs_is_said(mistral):
+    config, shape = mistral
+    params = params_of(train={"batch_size": 4, "gradient_checkpointing": True}, lora={"r": 64})
+    run = planned_training(config, shape, params, ROWS)
+    lines = plan.further_gpus(shape, run).splitlines()[1:]
+    said = {line[:22].strip(): float(line[22:].split()[0]) for line in lines}
+    # 64 x (inputs + outputs) of seven projections in 32 layers, four bytes each.
+    of_layer = 4096 + 4096 + 2 * (4096 + 1024) + 4096 + 4096 + 3 * (4096 + 14336)
+    assert said["gradient buckets"] == pytest.approx(4 * 64 * 32 * of_layer / 1e9, abs=1e-3)
+    assert said["layer inputs"] == pytest.approx(4 * 4096 * run.tokens * 32 / 1e9, abs=1e-3)
+    assert "a rank itself" in said
+
+
 def test_no_limit_and_a_high_limit_pass(mistral):
     for limit in (None, 1000.0):
         plan.refuse_over_limit(*mistral, params_of(plan={"vram_limit_gb": limit}), ROWS, 5e9)

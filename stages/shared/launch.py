@@ -36,6 +36,8 @@ FOREIGN = ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD")
 CONTRACT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 # After the first failure: others may tell more of the cause, and rank 0 what all met.
 CAUSE_SECONDS, AGREED_SECONDS = 3.0, 0.5
+# Of another machine, after which it counts as lost: each says every second that it is there.
+SILENCE_SECONDS = 10.0
 # After rank 0 has given its result.
 PARTING_SECONDS = 15.0
 # The same sums in the same order on every run; multicast over NVLink has an order of its own.
@@ -86,15 +88,23 @@ def run_ranks(
     """
     store = host()
     put(store, "task", task)
+    return watched(Ranks(stage, function, devices, store), stoppable)
+
+
+def watched(ranks: "Ranks", stoppable: bool) -> Any:
+    """What rank 0 returned, once all of `ranks` have ended. Raises StageError."""
     try:
-        with Ranks(stage, function, devices, store) as ranks:
+        with ranks:
             return ranks.watch(stoppable)
     except _Ended as ended:
         kill_oneself(ended.number)
 
 
 class Ranks:
-    """The processes of this machine, numbered from `first` among `size` in all."""
+    """The processes of this machine, numbered from `first` among `size` in all.
+
+    others  machines that take part besides, by the number of their first rank
+    """
 
     def __init__(
         self,
@@ -104,8 +114,12 @@ class Ranks:
         store,
         first: int = 0,
         size: int | None = None,
+        others: list[int] | None = None,
     ):
         self.store, self.first, self.size = store, first, size or len(devices)
+        now = time.monotonic()
+        self.others = dict.fromkeys(others or [], (0, now))
+        self.said_at = now
         self.signaled: tuple[int, float] | None = None
         self.beats, self.beat_at = 0, time.monotonic()
         self.words = [tempfile.TemporaryFile() for _ in devices]  # noqa: SIM115 (until __exit__)
@@ -165,27 +179,72 @@ class Ranks:
                 # nohup and a script's `&` ignore signals on purpose.
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     signal.signal(number, self._hand_on)
-        given: float | None = None
-        while any(process.poll() is None for process in self.processes):
-            time.sleep(0.05)
-            self._listen()
-            if look(self.store, "result") is not None and not self._failed():
-                given = given or time.monotonic()
-                if time.monotonic() - given > PARTING_SECONDS:
-                    break
-            elif self._failed():
-                raise self._cause()
-        if self._failed() and given is None:
-            raise self._cause()
+        try:
+            result = self._wait()
+        except BaseException as error:
+            if not self.first:
+                # Others read it, and lose the store with this process.
+                put(self.store, "over", str(error))
+                time.sleep(2.0 if self.others else 0.0)
+            raise
         if self.signaled:
             # It came too late for the ranks: what follows must not begin.
             note_interrupt()
+        return result
+
+    def _wait(self) -> Any:
+        given: float | None = None
+        while any(process.poll() is None for process in self.processes):
+            time.sleep(0.05)
+            try:
+                self._listen()
+                over = look(self.store, "over") if self.first else None
+                result = look(self.store, "result")
+                failed = self._failed()
+            except (ConnectionError, RuntimeError):
+                raise StageError("the first machine does not answer any more") from None
+            if over:
+                raise StageError(f"the first machine says: {over}")
+            if result is not None and not failed:
+                given = given or time.monotonic()
+                if time.monotonic() - given > PARTING_SECONDS:
+                    break
+            elif failed:
+                raise self._cause()
+        if given is None and any(process.returncode for process in self.processes):
+            raise self._cause()
+        return self._part()
+
+    def _part(self) -> Any:
+        """The result, when the other machines need the store no more."""
+        if self.first:
+            self.store.add(f"ended {self.first}", 1)
+            return None
+        until = time.monotonic() + PARTING_SECONDS
+        while time.monotonic() < until and not self._failed():
+            if all(self.store.add(f"ended {other}", 0) for other in self.others):
+                break
+            time.sleep(0.05)
         return look(self.store, "result")
 
     def _listen(self) -> None:
+        """Hear of the ranks' steps, and of the other machines."""
+        now = time.monotonic()
         beats = self.store.add("beats", 0)
         if beats != self.beats:
-            self.beats, self.beat_at = beats, time.monotonic()
+            self.beats, self.beat_at = beats, now
+        if self.first and now - self.said_at > 1:
+            self.said_at = now
+            self.store.add(f"alive {self.first}", 1)
+        for other, (count, at) in self.others.items():
+            heard = self.store.add(f"alive {other}", 0)
+            if heard != count:
+                self.others[other] = (heard, now)
+            elif now - at > SILENCE_SECONDS:
+                raise StageError(
+                    f"the machine of rank {other} has not been heard of for {now - at:.0f} s; see "
+                    "what became of it, then run it again"
+                )
 
     def _failed(self) -> bool:
         return bool(self.store.add("faults", 0)) or any(p.poll() for p in self.processes)
@@ -205,7 +264,11 @@ class Ranks:
                 where = f"rank {first['rank']}: " if first["rank"] else ""
                 return StageError(where + first["line"])
             if passed > AGREED_SECONDS and dead:
-                return self._death(*dead[0])
+                died = self._death(*dead[0])
+                if self.first:
+                    fault = {"rank": self.first + dead[0][0], "line": str(died), "trace": ""}
+                    tell(self.store, fault | {"waiting": False})
+                return died
             if passed > CAUSE_SECONDS:
                 break
             time.sleep(0.05)
@@ -214,6 +277,9 @@ class Ranks:
             for i, process in enumerate(self.processes)
             if process.poll() is None and self.first + i not in told
         ]
+        # Of another machine nothing but what its ranks told is known.
+        local = range(self.first, self.first + len(self.processes))
+        silent += [str(i) for i in range(self.size) if i not in local and i not in told]
         if silent:
             return StageError(
                 f"rank {', '.join(silent)} has not answered the others for "
@@ -314,9 +380,13 @@ def tell_fault(world: World, stage: str, error: BaseException) -> None:
     if world.store is None:
         print(trace or line, file=sys.stderr)
         return
-    fault = {"rank": world.rank, "line": line, "trace": trace, "waiting": waiting}
-    put(world.store, f"fault {world.store.add('told', 1)}", fault)
-    world.store.add("faults", 1)
+    tell(world.store, {"rank": world.rank, "line": line, "trace": trace, "waiting": waiting})
+
+
+def tell(store, fault: dict) -> None:
+    """Add to what the stages look at: rank, line, trace ("" for none), waiting."""
+    put(store, f"fault {store.add('told', 1)}", fault)
+    store.add("faults", 1)
 
 
 if __name__ == "__main__":

@@ -95,12 +95,13 @@ def is_of_waiting(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_WAITING)
 
 
-def host(address: str = "127.0.0.1", port: int = 0) -> dist.TCPStore:
-    """What ranks and machines tell each other by, served by this process at `address` alone.
+def host(address: str = "127.0.0.1", port: int = 0, everywhere: bool = False) -> dist.TCPStore:
+    """What ranks and machines tell each other by, served by this process at `address`.
 
-    Port 0 takes a free one. Raises OSError where the port is taken.
+    Port 0 takes a free one. With `everywhere` any address of this machine will do, since others
+    may know it by another. Raises OSError where the port is taken.
     """
-    listening = socket.create_server((address, port))
+    listening = socket.create_server(("" if everywhere else address, port))
     # The store closes it.
     number, port = listening.fileno(), listening.getsockname()[1]
     listening.detach()

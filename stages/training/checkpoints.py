@@ -49,14 +49,41 @@ def fingerprint(params: dict, inputs: list[Path], code: list[Path], device: str)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def folder_of(key: str) -> Path:
+    return Path(os.environ.get("DVC_ROOT", ".")) / "checkpoints" / key
+
+
+def same_checkpoint(folder: Path, world: World) -> Path | None:
+    """The checkpoint that all ranks go on from: rank 0's newest, sent to machines without it."""
+    newest = newest_complete(folder, world.size) if world.first else None
+    if world.size == 1 or not world.same(newest is not None):
+        return newest
+    checkpoint = folder / world.same(newest.name if newest else "")
+    sums = checkpoint / SUMS
+    seal = world.same(sums.read_bytes() if world.first else b"")
+    lacks = not sums.exists() or sums.read_bytes() != seal
+    if any(world.gather(lacks)):
+        names = [p.name for p in checkpoint.iterdir()] if world.first else []
+        for name in world.same(sorted(names)):
+            content = world.same((checkpoint / name).read_bytes() if world.first else b"")
+            if lacks:
+                checkpoint.mkdir(parents=True, exist_ok=True)
+                # Other ranks of this machine write the same.
+                partial = checkpoint / f".{name}.{world.rank}"
+                partial.write_bytes(content)
+                partial.replace(checkpoint / name)
+    world.wait()
+    return checkpoint
+
+
 @contextmanager
 def checkpoint_folder(key: str):
     """Yield the folder of run `key`, held against a second run; remove it on success.
 
     It lies in the project that DVC calls its root, also for experiments run in a temporary copy.
     """
-    root = Path(os.environ.get("DVC_ROOT", ".")) / "checkpoints"
-    folder = root / key
+    folder = folder_of(key)
+    root = folder.parent
     with lock(folder / "lock", "train"):
         others = [other for other in root.iterdir() if other != folder and any(_numbered(other))]
         if others:
@@ -159,10 +186,14 @@ class Checkpoints(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         checkpoint = self.folder / f"checkpoint-{state.global_step}"
-        # Each rank has written its random states.
-        self.world.wait()
+        # Each rank has written its random states, on its own machine.
+        own = checkpoint / f"rng_state_{self.world.rank}.pth"
+        states = self.world.gather((own.name, own.read_bytes() if own.exists() else b""))
         self.saved_at = time.monotonic()
         if self.world.first:
+            for name, content in states:
+                if content and not (checkpoint / name).exists():
+                    (checkpoint / name).write_bytes(content)
             write_sums(checkpoint)
             sync_folder(checkpoint)
             for old in _numbered(self.folder)[:-KEPT]:

@@ -1,6 +1,5 @@
 """What a rank of train does: the same as one process, on its share of every step."""
 
-from pathlib import Path
 from typing import Any
 
 from stages.shared.libraries import load_libraries
@@ -11,11 +10,12 @@ from stages.shared.ranks import World
 def work(world: World, task: dict) -> dict[str, Any]:
     """Train with the others; returns, as every rank does, what comes of it.
 
-    task  folder: that of the checkpoints, in which rank 0 leaves the adapter
+    task  key: that of the checkpoints, in whose folder rank 0 leaves the adapter
     """
     load_libraries("bitsandbytes", "datasets", "peft", "trl.trainer.sft_trainer")
     # The stage's script, which imports this file.
     from stages.shared.device import pick_device
     from stages.train import train
+    from stages.training.checkpoints import folder_of
 
-    return train(load_params(), pick_device(), Path(task["folder"]), world)
+    return train(load_params(), pick_device(), folder_of(task["key"]), world)
