@@ -26,14 +26,16 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from stages.shared.adapter import check_adapter_sums, read_adapter
-from stages.shared.device import memory_metrics, pick_device, reset_peaks
+from stages.shared.device import memory_metrics, memory_of_ranks, pick_device, reset_peaks
 from stages.shared.end_tokens import end_tokens
+from stages.shared.launch import on_devices
 from stages.shared.model import load_adapter, load_base
 from stages.shared.named_base import check_named_base
 from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
 from stages.shared.provenance import device_name, provenance
+from stages.shared.ranks import ALONE, World
 from stages.shared.rows import read_rows, set_sha256
-from stages.shared.scoring import Scores, perplexity, score
+from stages.shared.scoring import Scores, batch_count, perplexity, score
 from stages.shared.sets import HELD_OUT, SET_NAMES, held_out_sets
 from stages.shared.weights import Weights
 
@@ -128,33 +130,54 @@ def samples(
 
 
 def main() -> None:
-    params = load_params()
     for folder, stage in ((PREPARED, "prepare"), (QUANTIZED, "quantize")):
         check_sums(folder, stage)
     check_adapter_sums(ADAPTER)
     # Named here what PEFT would load in part or fail on.
     read_adapter(ADAPTER, Weights(QUANTIZED).shapes)
     check_named_base(ADAPTER, QUANTIZED)
-    sets = {prefix: read_rows(file) for prefix, file in held_out_sets().items()}
-    device = pick_device()
+    made = on_devices("evaluate", measure, max(map(batch_count, held_out().values())))
+    texts = "".join(json.dumps(text) + "\n" for text in made["samples"])
+    write_text(Path("metrics/samples.jsonl"), texts)
+    write_metrics(Path("metrics/eval.json"), made["metrics"])
+    write_metrics(Path("metrics/eval_cost.json"), made["cost"])
+
+
+def held_out() -> dict[str, list[dict]]:
+    """The rows of each held-out set, by the prefix of its metrics."""
+    return {prefix: read_rows(file) for prefix, file in held_out_sets().items()}
+
+
+def measure(world: World, task: dict) -> dict:
+    """Load the models, score the sets with the other ranks of `world`, and let rank 0 answer.
+
+    Returns metrics, cost and samples.
+    """
+    params = load_params()
+    sets, device = held_out(), pick_device()
     base = load_base(QUANTIZED, device)
     weights = torch.cuda.memory_allocated() / GB if device.type == "cuda" else None
     model = load_adapter(base, ADAPTER)
     counts = [f"{SET_NAMES[HELD_OUT[prefix]]} ({len(rows)} rows)" for prefix, rows in sets.items()]
-    print(f"evaluate: {', '.join(counts)}, base and tuned, on {device_name(device)}", flush=True)
+    where = device_name(device) + (f", {world.size} ranks" if world.size > 1 else "")
+    print(f"evaluate: {', '.join(counts)}, base and tuned, on {where}", flush=True)
     reset_peaks()
+    texts = []
     try:
-        metrics, cost = evaluate(model, sets)
-        # An adapter from elsewhere may bring no tokenizer; the rows were made with this one.
-        tokenizer = AutoTokenizer.from_pretrained(PREPARED / "tokenizer")
-        ends = end_tokens(PREPARED / "tokenizer")
-        texts = samples(model, tokenizer, sets, params.evaluate.samples, ends)
+        metrics, cost = evaluate(model, sets, world)
+        peaks = world.gather(memory_metrics())
+        if world.first:
+            # An adapter from elsewhere may bring no tokenizer; the rows were made with this one.
+            tokenizer = AutoTokenizer.from_pretrained(PREPARED / "tokenizer")
+            ends = end_tokens(PREPARED / "tokenizer")
+            texts = samples(model, tokenizer, sets, params.evaluate.samples, ends)
+            peaks[0] = memory_metrics()
     except torch.cuda.OutOfMemoryError:
         raise no_memory_to_score(weights or 0.0) from None
-    write_text(Path("metrics/samples.jsonl"), "".join(json.dumps(text) + "\n" for text in texts))
-    write_metrics(Path("metrics/eval.json"), metrics)
-    cost |= memory_metrics() | ({"weights_vram_gb": weights} if weights is not None else {})
-    write_metrics(Path("metrics/eval_cost.json"), provenance(device) | cost)
+    cost |= memory_of_ranks(peaks)
+    cost |= {"weights_vram_gb": weights} if weights is not None else {}
+    cost = provenance(device) | {"ranks": world.size} | cost
+    return {"metrics": metrics, "cost": cost, "samples": texts}
 
 
 def no_memory_to_score(weights: float) -> StageError:
@@ -167,14 +190,14 @@ def no_memory_to_score(weights: float) -> StageError:
     )
 
 
-def evaluate(model, sets: dict[str, list[dict]]) -> tuple[dict, dict]:
+def evaluate(model, sets: dict[str, list[dict]], world: World = ALONE) -> tuple[dict, dict]:
     """Quality metrics of every held-out set, and what scoring them cost."""
     metrics: dict[str, float | str] = {}
     tokens, started = 0, time.monotonic()
     for prefix, rows in sets.items():
-        tuned = score(model, rows)
+        tuned = score(model, rows, world=world)
         with model.disable_adapter():
-            base = score(model, rows)
+            base = score(model, rows, world=world)
         check_numbers(base, rows, "the base's", "name another model.id")
         check_numbers(tuned, rows, "the tuned model's", "lower train.learning_rate")
         metrics |= set_metrics(prefix, rows, base, tuned)

@@ -51,6 +51,19 @@ def table(prediction: Prediction, run: Training, shape: Shape, placed: Placement
     return "\n".join(f"  {n:<20}{size / GB:>8.3f} GB  {why}".rstrip() for n, size, why in lines)
 
 
+def further_gpus(sizes: Sizes, placed: Placement) -> str:
+    """What several GPUs cost: each has a rank of its own, with a share of a step's rows."""
+    lines = [
+        ("gradient buckets", sizes.gradients, "on each card, beside the table above"),
+        ("a rank itself", placement.PROCESS, "of host memory: Python, libraries, CUDA"),
+        ("its layer inputs", placement.waiting(sizes, placed), "of host memory for each rank"),
+        ("streamed weights", placement.copied(sizes, placed), "of host memory, once a machine"),
+    ]
+    return "plan: with several GPUs, for each\n" + "\n".join(
+        f"  {name:<20}{size / GB:>8.3f} GB  {why}" for name, size, why in lines if size
+    )
+
+
 def cards(sizes: Sizes, kept: str) -> list[dict]:
     """For each usual size of card in GB, the placement that training would take and what that
     needs; `placed` is None where nothing fits."""
@@ -167,6 +180,7 @@ def main() -> None:
     print("plan: at the least with all weights on the card, and what each card makes of it")
     print(table(placement.predict(sizes, placed), run, shape, placed))
     print(cards_table(found["cards"], shape.layers))
+    print(further_gpus(sizes, placed))
     check_positions(config, rows)
     refuse_over_limit(config, shape, params, rows, sizes)
     write_metrics(METRICS, found)

@@ -15,6 +15,7 @@ from stages.planning.token_ids import check_token_ids
 from stages.shared import placement, workload
 from stages.shared.outputs import write_sums
 from stages.shared.params import Params
+from stages.shared.placement import Placement
 from stages.shared.process import StageError
 from stages.shared.rows import SCHEMA
 from stages.shared.vram import CARDS_GB, sizes_of
@@ -280,6 +281,20 @@ def test_rows_beyond_the_positions_of_the_model_are_said(tiny, capsys):
         "plan: the longest row has 513 tokens and the model was made for 512 "
         "(max_position_embeddings); lower prepare.max_length\n",
     ]
+
+
+def test_what_a_further_gpu_costs_is_said(mistral):
+    config, shape = mistral
+    params = params_of(train={"batch_size": 4, "gradient_checkpointing": True}, lora={"r": 64})
+    run = planned(config, shape, params, ROWS)
+    placed = Placement(offload=True)
+    lines = plan.further_gpus(sizes_of(shape, run), placed).splitlines()[1:]
+    said = {line[:22].strip(): float(line[22:].split()[0]) for line in lines}
+    # 64 x (inputs + outputs) of seven projections in 32 layers, four bytes each.
+    of_layer = 4096 + 4096 + 2 * (4096 + 1024) + 4096 + 4096 + 3 * (4096 + 14336)
+    assert said["gradient buckets"] == pytest.approx(4 * 64 * 32 * of_layer / 1e9, abs=1e-3)
+    assert said["its layer inputs"] == pytest.approx(4 * 4096 * run.tokens * 32 / 1e9, abs=1e-3)
+    assert "a rank itself" in said
 
 
 @pytest.mark.parametrize(("size", "chunk"), [(261, 100), (260, 100), (260, 3)])

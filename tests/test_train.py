@@ -19,6 +19,7 @@ from stages.shared.fast_path import choose_fast_path
 from stages.shared.model import load_base
 from stages.shared.params import Params
 from stages.shared.process import sha256
+from stages.shared.ranks import ALONE
 from stages.shared.rows import read_rows
 from stages.shared.scoring import TOKENS_PER_BATCH, Scores, score
 from stages.shared.workload import Lengths
@@ -274,13 +275,14 @@ def test_only_learned_positions_are_scored(tmp_path, monkeypatch):
 def test_held_out_rows_are_scored_in_the_memory_of_a_step(monkeypatch):
     asked = []
 
-    def scored(model, rows, tokens_per_batch):
+    def scored(model, rows, tokens_per_batch, world):
         asked.append(tokens_per_batch)
         return Scores([1.0], [1])
 
     monkeypatch.setattr(progress, "score", scored)
     for step_tokens in (100, 2 * TOKENS_PER_BATCH):
-        callback = progress.Progress(SimpleNamespace(tokens=0), [], step_tokens)
+        trainer = SimpleNamespace(tokens=0, world=ALONE)
+        callback = progress.Progress(trainer, [], step_tokens)
         state = TrainerState(global_step=4, max_steps=4)
         callback.on_train_begin(None, state, None)
         model = SimpleNamespace(device=CPU)

@@ -137,7 +137,7 @@ def predict(sizes: Sizes, placement: Placement) -> Prediction:
         logits=logits,
         workspaces=WORKSPACES,
         reserve=context + FRAGMENTATION * _one_layer(sizes, placement),
-        host=PROCESS + _copied(sizes, placement) + _waiting(sizes, placement),
+        host=PROCESS + copied(sizes, placement) + waiting(sizes, placement),
     )
 
 
@@ -222,12 +222,12 @@ def _one_layer(sizes: Sizes, placement: Placement) -> float:
     return max(unit.worst for unit in first) - shared
 
 
-def _copied(sizes: Sizes, placement: Placement) -> float:
+def copied(sizes: Sizes, placement: Placement) -> float:
     """Bytes of the layers that wait in host memory."""
     return placement.streamed * sizes.layer_weights
 
 
-def _waiting(sizes: Sizes, placement: Placement) -> float:
+def waiting(sizes: Sizes, placement: Placement) -> float:
     """Bytes of the inputs that wait in host memory."""
     if not placement.offload:
         return 0.0
@@ -240,7 +240,7 @@ def _waiting(sizes: Sizes, placement: Placement) -> float:
 def sent_bytes(sizes: Sizes, placement: Placement) -> tuple[float, float]:
     """Bytes a step to the GPU, and from it."""
     weights = 2 * max(0, placement.streamed - SLOTS) * sizes.layer_weights
-    inputs = _waiting(sizes, placement)
+    inputs = waiting(sizes, placement)
     return weights + inputs, inputs
 
 

@@ -4,6 +4,7 @@ No stage's result depends on it: the same params give the same adapter on every 
 """
 
 import os
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from stages.shared.outputs import GB, read_json
 from stages.shared.params import Params
 from stages.shared.placement import Placement, Prediction, Rates
 from stages.shared.process import StageError
+from stages.shared.ranks import ALONE, World
 from stages.shared.streaming import Streamer, stream_layers
 from stages.shared.vram import Shape, Sizes, sizes_of
 from stages.shared.workload import KEPT, Lengths, planned_training, shape_of
@@ -66,6 +68,7 @@ def place(
     config: PretrainedConfig,
     rows: Lengths,
     device: torch.device,
+    world: World = ALONE,
     leave: float = 0.0,
 ) -> Placed:
     """The fastest placement that fits the device now, printed.
@@ -78,8 +81,10 @@ def place(
         return Placed(Placement(kept, kept))
     shape, kind = shape_of(config), base_kind(config)
     sizes = sizes_of(shape, planned_training(config, shape, params, rows, *kind))
-    budget, host = card_budget() - leave, available_bytes() + placement.PROCESS
-    rates, kept = measured_rates(device), KEPT[params.train.gradient_checkpointing]
+    # Every rank places the same: in the smallest budget, by the first one's rates.
+    budget = min(world.gather(card_budget() - leave))
+    host = available_bytes() + placement.PROCESS
+    rates, kept = world.same(measured_rates(device)), KEPT[params.train.gradient_checkpointing]
     placed = placement.choose(sizes, budget, host, rates, kept)
     if placed is None:
         # The prediction is no promise: it is tried, and fails with an explanation.
@@ -204,14 +209,23 @@ def no_host_memory(sizes: Sizes, budget: float, kept: str) -> StageError:
 
 
 def load_placed(
-    folder: Path, device: torch.device, attention: str, placed: Placement
+    folder: Path, device: torch.device, attention: str, placed: Placement, world: World = ALONE
 ) -> tuple[PreTrainedModel, Streamer | None]:
-    """The base of `folder` where it is placed, and what streams it."""
+    """The base of `folder` where it is placed, and what streams it.
+
+    The ranks of a machine stream from one copy, which the first of them makes.
+    """
     if not placed.streamed:
         return load_base(folder, device, attention), None
     # Mapped from its files: nothing is read before it is copied to where it belongs.
     model = load_base(folder, torch.device("cpu"), attention, torch.bfloat16)
-    return model, stream_layers(model, device, placed.streamed)
+    machines = world.gather(socket.gethostname())
+    maker = machines.index(machines[world.rank])
+    if maker == world.rank:
+        streamer = stream_layers(model, device, placed.streamed)
+        world.gather(streamer.source.path)
+        return model, streamer
+    return model, stream_layers(model, device, placed.streamed, world.gather(None)[maker])
 
 
 def tighter() -> float:

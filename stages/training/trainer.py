@@ -11,17 +11,19 @@ import torch
 import trl.trainer.utils
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
 from stages.shared.fast_path import FastPath, plain_layers
 from stages.shared.params import Lora, Params, Train
 from stages.shared.placement import Placement
+from stages.shared.ranks import ALONE, World
 from stages.shared.rows import token_counts
 from stages.shared.streaming import Streamer
 from stages.training import attention
+from stages.training.dealing import Dealt, GroupedByLength, no_rows
 from stages.training.fused_lora import fuse_lora
 from stages.training.offload import HostStash
 
@@ -51,7 +53,8 @@ class Trainer(SFTTrainer):
     train_dataset: Dataset
     tokens = 0
 
-    def __init__(self, **options):
+    def __init__(self, world: World = ALONE, **options):
+        self.world = world
         super().__init__(**options)
         self.remove_callback(PrinterCallback)
         # The tokens of every batch are counted on the host, where it is made ahead of its step.
@@ -60,7 +63,7 @@ class Trainer(SFTTrainer):
 
         def counting(examples):
             self.ahead.append(sum(len(example["input_ids"]) for example in examples))
-            return collate(examples)
+            return collate(examples or no_rows(self.train_dataset))
 
         self.data_collator = counting
 
@@ -68,15 +71,42 @@ class Trainer(SFTTrainer):
         """Mean NLL of the learned tokens of a whole step, through trl's fused output head."""
         self.tokens += self.ahead.popleft()
         output = model(**inputs, use_cache=False, fused_lm_head=True)
-        return -output.log_probs.sum() / num_items_in_batch
+        # The tokens of all ranks, whose gradients DDP averages.
+        return -output.log_probs.sum() / (num_items_in_batch / self.world.size)
 
     def _get_train_sampler(self, train_dataset=None):
         """As transformers does, told the lengths: it would decode every row to count its tokens."""
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset if train_dataset is None else train_dataset
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(size, lengths=token_counts(rows.with_format("arrow")[:]))
+        lengths = token_counts(rows.with_format("arrow")[:])
+        return GroupedByLength(self.rows_per_step, lengths, self)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Of all ranks together."""
+        args = self.args
+        return args.train_batch_size * args.gradient_accumulation_steps * self.world.size
+
+    def get_train_dataloader(self):
+        """As transformers does; of several ranks each has its share of the rows of every step."""
+        loader = super().get_train_dataloader()
+        if self.world.size > 1:
+            shard: Any = loader.batch_sampler
+            lengths = token_counts(self.train_dataset.with_format("arrow")[:])
+            order = shard.batch_sampler.sampler
+            shard.batch_sampler = Dealt(order, lengths, self)
+            # Passed through: what comes is this rank's already.
+            shard.num_processes, shard.process_index = 1, 0
+            shard.batch_size, shard.even_batches = None, False
+        return loader
+
+    def _prepare_for_training(self, *positional, **named):
+        """As transformers does; the wrapper of several ranks answers from memory too."""
+        model, loader = super()._prepare_for_training(*positional, **named)
+        if model is not self.model:
+            model.parameters, model.zero_grad = self.model.parameters, self.model.zero_grad
+        return model, loader
 
     def floating_point_ops(self, inputs) -> int:
         """Not estimated: the estimate walks through all modules at every step."""
@@ -113,9 +143,12 @@ def build_trainer(
     fast: FastPath,
     placement: Placement,
     folder: Path,
+    world: World = ALONE,
     streamer: Streamer | None = None,
 ) -> Trainer:
     """A trainer of a float32 adapter on a frozen base of load_base; `folder` takes checkpoints.
+
+    Of several ranks each has one, whose batch size and accumulation are those of its share.
 
     streamer  of the base, where its layers' weights are streamed
     """
@@ -129,6 +162,7 @@ def build_trainer(
         train_dataset=data.rows,
         processing_class=data.tokenizer,
         peft_config=lora_config(params.lora),
+        world=world,
     )
     assert trainer.args.train_batch_size == params.train.batch_size
     if optimizer_steps(len(trainer.train_dataset), params.train) == 1:
@@ -146,6 +180,8 @@ def build_trainer(
         model.gradient_checkpointing_enable({"use_reentrant": False})
         trainer.model.enable_input_require_grads()
     remember_parameters(trainer.model)
+    if world.size > 1:
+        train_together(trainer.model, world, params.seed)
     return trainer
 
 
@@ -172,6 +208,20 @@ def leave_out_attention_dropout(model: PreTrainedModel) -> float:
         if isinstance(share := getattr(module, "attention_dropout", None), float):
             dropped, module.attention_dropout = max(dropped, share), 0.0
     return dropped
+
+
+def train_together(model: PeftModel, world: World, seed: int) -> None:
+    """Prepare `model` for DDP: the same adapter on every rank, and a frozen base that stays."""
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    trained = {name for name, tensor in named.items() if tensor.requires_grad}
+    world.equalize(named[name].data for name in sorted(trained))
+    # DDP would send every rank the whole base, wherever it lies.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, list(named.keys() - trained)
+    )
+    if world.rank:
+        # Or the same values of different rows would be dropped.
+        torch.manual_seed(seed + world.rank)
 
 
 def apply_liger(model: PreTrainedModel) -> None:
@@ -225,6 +275,9 @@ def trainer_config(
         save_strategy="no",
         report_to=train.report_to,
         disable_tqdm=True,
+        # Every rank computes with the whole adapter in every pass.
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
     )
     # transformers takes every GPU that it sees into DataParallel, with a batch for each.
     config._n_gpu = min(config.n_gpu, 1)
