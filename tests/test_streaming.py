@@ -1,7 +1,7 @@
-"""Weights that wait in host memory: what is computed does not change.
+"""Weights that wait in host memory: what is computed does not change (test_gpu_placement.py: a GPU).
 
 On the CPU the buffers are filled at once, so that a layer that was not asked for again computes
-with another one's weights, as it would on a GPU (which tests/test_gpu_placement.py has).
+with another one's weights, as it would on a GPU.
 """
 
 import itertools
