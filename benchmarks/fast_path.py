@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from benchmarks.methods import PEFT_ONLY, SHAPE, strategy_path, with_changes
+from benchmarks.methods import PEFT_ONLY, SHAPE, strategy_path, told, with_changes
 from benchmarks.random_models import build, scratch
 from benchmarks.speed import random_rows
 from benchmarks.vram import LIBRARIES, alone, version
@@ -62,13 +62,14 @@ def losses(side: str, project: Path, device: torch.device) -> tuple[list[float],
     with tempfile.TemporaryDirectory() as folder:
         quantize(project / "models/base", Path(folder), params.quantize.double_quant)
         config, off = AutoConfig.from_pretrained(folder), PEFT_ONLY if side == "plain" else ()
-        fast = strategy_path(params, config, ROWS_A_STEP * width, device, off)
+        fast, placed = strategy_path(params, config, ROWS_A_STEP * width, device, off)
         torch.manual_seed(params.seed)
         model = load_base(Path(folder), device, fast.attention)
     data = TrainingSet(rows, AutoTokenizer.from_pretrained(prepared / "tokenizer"), width)
-    trainer = build_trainer(model, data, params, fast, scratch())
+    trainer = build_trainer(model, data, params, fast, placed, scratch())
     trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], str(fast)
+    found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return found, told(fast, placed)
 
 
 def curve(project: Path, device: torch.device) -> dict:

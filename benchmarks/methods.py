@@ -31,12 +31,22 @@ import yaml
 
 from benchmarks.random_models import build, config_of, scratch, tokenizer
 from benchmarks.speed import random_rows, row_lengths
-from benchmarks.vram import LIBRARIES, ROWS_A_STEP, Point, alone, peaks, prepare, version
-from stages.planning.workload import shape_of
+from benchmarks.vram import (
+    LIBRARIES,
+    OFFLOADED_BYTES,
+    ROWS_A_STEP,
+    Point,
+    alone,
+    peaks,
+    prepare,
+    version,
+)
 from stages.shared import vram
 from stages.shared.fast_path import FastPath, choose_fast_path
 from stages.shared.outputs import GB
 from stages.shared.params import PARAMS, Params
+from stages.shared.placement import Placement
+from stages.shared.workload import shape_of
 
 FOLDER = Path("benchmarks/results")
 RESULTS = FOLDER / "methods.json"
@@ -51,11 +61,14 @@ LOADED = {"bf16": (False, True), "nf4": (True, False), "nf4, double quantization
 
 RECIPE = Path("recipes/mistral-7b-fast.yaml")
 EVERYTHING = "everything on"
+# Recomputing is one of the strategies, whatever the card that this is measured on could keep.
+ALWAYS = {"train": {"gradient_checkpointing": True, "report_to": "none"}}
 # Rows a step when they are not packed: as many tokens as the recipe's two packs have.
 UNPACKED = {"train": {"batching": "shuffle", "batch_size": 10}}
 PADDED = {"train": UNPACKED["train"] | {"attention": "sdpa"}}
 PEFT_ONLY = ("fused_lora", "liger", "offload")
-# Strategy: changed parameters, and parts of the fast path that are off.
+# Strategy: changed parameters, and parts of the fast path that are off, or `offload`: the inputs of
+# recomputed layers do not wait on the host.
 STRATEGIES: dict[str, tuple[dict, tuple[str, ...]]] = {
     EVERYTHING: ({}, ()),
     "16-bit base": ({"quantize": {"type": "none"}}, ()),
@@ -122,12 +135,13 @@ def measure_method(method: str, device: torch.device) -> dict:
     chosen = longest_first(random_rows(ROWS), ROWS_A_STEP, (STEPS - 1) * ROWS_A_STEP)
     tokens = sum(map(len, chosen[:ROWS_A_STEP]))
     point = Point(SHAPE, method, RANK if method != "full" else 0, tokens)
-    trainer, fast = prepare(point, device, dataset(chosen))
+    trainer, *path = prepare(point, device, dataset(chosen))
     rate = timed_steps(trainer, STEPS, WARM_STEPS)
     found = peaks(trainer)
     seconds = sum(row_lengths(ROWS)) / rate["tokens_per_second"]
     print(
-        f"methods: {method}: {found['measured_gb']:.2f} GB, {seconds:.0f} s an epoch ({fast})",
+        f"methods: {method}: {found['measured_gb']:.2f} GB, {seconds:.0f} s an epoch "
+        f"({told(*path)})",
         flush=True,
     )
     return found | {
@@ -135,7 +149,7 @@ def measure_method(method: str, device: torch.device) -> dict:
         "longest_step_tokens": tokens,
         "tokens_per_second": rate["tokens_per_second"],
         "seconds_per_epoch": seconds,
-        "fast_path": str(fast),
+        "fast_path": told(*path),
         "quoted_gb": QUOTED_GB[method],
         "cards_gb": vram.fitting_cards(found["measured_device_gb"] * GB),
     }
@@ -176,12 +190,24 @@ def with_changes(params: dict, changes: dict) -> Params:
     )
 
 
-def strategy_path(params: Params, config, tokens: int, device, off: tuple[str, ...]) -> FastPath:
-    """What the train stage takes for steps of `tokens`, with parts of it off."""
+def strategy_path(
+    params: Params, config, tokens: int, device, off: tuple[str, ...]
+) -> tuple[FastPath, Placement]:
+    """What training takes with parts of it off, and where things lie for steps of `tokens`: all
+    weights on the GPU, and of the layers all or none recomputed."""
     from stages.training.trainer import as_installed
 
-    fast = as_installed(choose_fast_path(params, config, tokens, device.type == "cuda"))
-    return replace(fast, **dict.fromkeys(off, False))
+    gpu, layers = device.type == "cuda", config.num_hidden_layers
+    fast = as_installed(choose_fast_path(params, config, gpu))
+    fast = replace(fast, **dict.fromkeys(set(off) & vars(fast).keys(), False))
+    if params.train.gradient_checkpointing is not True:
+        return fast, Placement(layers, layers)
+    large = 2 * config.hidden_size * layers * tokens >= OFFLOADED_BYTES
+    return fast, Placement(offload=gpu and large and "offload" not in off)
+
+
+def told(fast: FastPath, placed: Placement) -> str:
+    return f"{fast}{', offload' * placed.offload}"
 
 
 def measure_strategy(name: str, device: torch.device) -> dict:
@@ -189,20 +215,20 @@ def measure_strategy(name: str, device: torch.device) -> dict:
     from stages.training.trainer import TrainingSet, build_trainer
 
     changes, off = STRATEGIES[name]
-    params = with_changes(yaml.safe_load(RECIPE.read_text(encoding="utf-8")), changes)
-    params = with_changes(params.model_dump(), {"train": {"report_to": "none"}})
+    params = with_changes(yaml.safe_load(RECIPE.read_text(encoding="utf-8")), ALWAYS)
+    params = with_changes(params.model_dump(), changes)
     quantize, width = params.quantize, params.prepare.max_length
     # What the recipe decides by: its own two packs.
-    fast = strategy_path(params, config_of(SHAPE), 2 * width, device, off)
+    fast, placed = strategy_path(params, config_of(SHAPE), 2 * width, device, off)
     nf4 = quantize.type == "nf4"
     model = build(SHAPE, nf4, device, fast.attention, quantize.double_quant)
     rows = random_rows(ROWS)[:STRATEGY_ROWS]
     rows = dataset(longest_first(rows, params.train.batch_size, len(rows)))
     data = TrainingSet(rows, tokenizer(), width)
-    trainer = build_trainer(model, data, params, fast, scratch())
+    trainer = build_trainer(model, data, params, fast, placed, scratch())
     rate = timed_steps(trainer, STRATEGY_STEPS, STRATEGY_WARM)
     found = {"strategy": name} | rate | peaks(trainer)
-    found["fast_path"] = str(fast)
+    found["fast_path"] = told(fast, placed)
     found["tokens_per_step"] = found["tokens_per_second"] * found["seconds_per_step"]
     print(
         f"methods: {name}: {found['measured_gb']:.2f} GB, card {found['measured_device_gb']:.2f} "
@@ -243,19 +269,21 @@ def measure_perplexity(name: str, project: Path, device: torch.device) -> dict:
             source.mkdir()
             quantize(base, source, params.quantize.double_quant)
         tokens = params.train.batch_size * width
-        fast = strategy_path(params, AutoConfig.from_pretrained(source), tokens, device, off)
+        config = AutoConfig.from_pretrained(source)
+        fast, placed = strategy_path(params, config, tokens, device, off)
         data = TrainingSet(rows, AutoTokenizer.from_pretrained(prepared / "tokenizer"), width)
         torch.manual_seed(params.seed)
         model = load_base(source, device, fast.attention)
-        trainer = build_trainer(model, data, params, fast, scratch())
+        trainer = build_trainer(model, data, params, fast, placed, scratch())
         trainer.train()
         trainer.model.save_pretrained(adapter, save_embedding_layers=False)
         steps = trainer.state.global_step
         del trainer, model
         tuned = load_adapter(load_base(source, device), adapter)
         found = score(tuned, read_rows(prepared / "eval.arrow")).perplexity
-    print(f"methods: {name}: perplexity {found:.4f} after {steps} steps ({fast})", flush=True)
-    return {"strategy": name, "perplexity": found, "steps": steps, "fast_path": str(fast)}
+    path = told(fast, placed)
+    print(f"methods: {name}: perplexity {found:.4f} after {steps} steps ({path})", flush=True)
+    return {"strategy": name, "perplexity": found, "steps": steps, "fast_path": path}
 
 
 def measure_one(part: str, name: str, project: Path) -> tuple[dict, str]:

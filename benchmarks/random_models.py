@@ -4,9 +4,11 @@ An NF4 model is built from random 4-bit codes, so that a 70B shape never exists 
 training computes with it is as fast and as large as with the real one, and means nothing.
 """
 
+import functools
 import importlib
 import json
 import tempfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +56,9 @@ SHAPES = {
     "mistral-7b": Family("mistral", 4096, 14336, 32, 32, 8, 32000, False),
     "llama-2-7b": Family("llama", 4096, 11008, 32, 32, 32, 32000, False),
     "llama-2-13b": Family("llama", 5120, 13824, 40, 40, 40, 32000, False),
+    "qwen2.5-7b": Family("qwen2", 3584, 18944, 28, 28, 4, 152064, False),
+    "llama-3-8b": Family("llama", 4096, 14336, 32, 32, 8, 128256, False),
+    "qwen1.5-110b": Family("qwen2", 8192, 49152, 80, 64, 8, 152064, False),
     "llama-2-70b": Family("llama", 8192, 28672, 80, 64, 8, 32000, False),
 }
 
@@ -71,7 +76,7 @@ def config_of(name: str) -> PretrainedConfig:
         num_key_value_heads=shape.kv_heads,
         vocab_size=shape.vocabulary,
         tie_word_embeddings=shape.tied,
-        max_position_embeddings=32768,
+        max_position_embeddings=262144,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
@@ -79,10 +84,22 @@ def config_of(name: str) -> PretrainedConfig:
     )
 
 
+@functools.cache
+def _host_codes(count: int) -> torch.Tensor:
+    return torch.randint(0, 256, (count // 2, 1), dtype=torch.uint8)
+
+
 def random_nf4(outputs: int, inputs: int, double_quant: bool, device: torch.device) -> Params4bit:
-    """A weight [outputs, inputs] of random NF4 codes in [-SPREAD, SPREAD]."""
+    """A weight [outputs, inputs] of random NF4 codes in [-SPREAD, SPREAD].
+
+    In host memory all weights of a size share their codes, as pages of a mapped file would wait to
+    be copied: a 70B shape is there at once.
+    """
     count = outputs * inputs
-    codes = torch.randint(0, 256, (count // 2, 1), dtype=torch.uint8, device=device)
+    if device.type == "cpu":
+        codes = _host_codes(count)
+    else:
+        codes = torch.randint(0, 256, (count // 2, 1), dtype=torch.uint8, device=device)
     stats = {
         "quant_type": "nf4",
         "blocksize": 64,
@@ -179,8 +196,10 @@ def write_base(name: str, folder: Path, device: torch.device) -> int:
     def write(file: str, shard: list) -> tuple[str, str]:
         tensors = {}
         for key, dims in shard:
+            # Every model of GPU writes the same weights, whichever thread comes first.
+            seeded = torch.Generator(device).manual_seed(zlib.crc32(key.encode()))
             value = torch.empty(dims, dtype=torch.bfloat16, device=device)
-            value = value.fill_(1) if len(dims) == 1 else value.normal_(0, SPREAD)
+            value = value.fill_(1) if len(dims) == 1 else value.normal_(0, SPREAD, generator=seeded)
             tensors[key] = value.cpu()
         save_file(tensors, folder / file, metadata={"format": "pt"})
         return file, sha256(folder / file)

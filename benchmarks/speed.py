@@ -318,8 +318,9 @@ def profile(work: Path, side: str, steps: int) -> None:
 
     from stages.shared.device import pick_device
     from stages.shared.fast_path import choose_fast_path
-    from stages.shared.model import load_base
     from stages.shared.params import load_params
+    from stages.shared.workload import read_lengths
+    from stages.training.placing import load_placed, place
     from stages.training.trainer import TrainingSet, as_installed, build_trainer
 
     disable_caching()
@@ -334,8 +335,11 @@ def profile(work: Path, side: str, steps: int) -> None:
     params = load_params()
     device = pick_device()
     config = AutoConfig.from_pretrained("models/quantized")
-    fast = as_installed(choose_fast_path(params, config, batch * MAX_LENGTH, device.type == "cuda"))
-    model = load_base(Path("models/quantized"), device, fast.attention)
+    fast = as_installed(choose_fast_path(params, config, device.type == "cuda"))
+    placed = place(params, config, read_lengths(Path("data/prepared")), device)
+    model, streamer = load_placed(
+        Path("models/quantized"), device, fast.attention, placed.placement
+    )
     rows = Dataset.from_file("data/prepared/train.arrow").select_columns(["input_ids", "labels"])
     tokenizer = AutoTokenizer.from_pretrained("data/prepared/tokenizer")
 
@@ -369,7 +373,8 @@ def profile(work: Path, side: str, steps: int) -> None:
                 control.should_training_stop = True
 
     data = TrainingSet(rows, tokenizer, MAX_LENGTH)
-    trainer = build_trainer(model, data, params, fast, Path("out"))
+    where = placed.placement
+    trainer = build_trainer(model, data, params, fast, where, Path("out"), streamer)
     trainer.add_callback(Window())
     trainer.train()
 

@@ -30,15 +30,18 @@ import torch
 import yaml
 
 from benchmarks.random_models import SHAPES, build, config_of, scratch, tokenizer
-from stages.planning.workload import match_targets, shape_of
-from stages.shared import vram
+from stages.shared import placement, vram
 from stages.shared.fast_path import choose_fast_path
 from stages.shared.outputs import GB
 from stages.shared.params import PARAMS, Params
+from stages.shared.placement import Placement
+from stages.shared.workload import match_targets, shape_of
 
 RESULTS = Path("benchmarks/results/plan.json")
 STEPS = 3
 ROWS_A_STEP = 4
+# Kept inputs from which on they wait on the host where a point does not say.
+OFFLOADED_BYTES = 1e9
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel")
 
 
@@ -132,7 +135,7 @@ def random_rows(point: Point, steps: int):
     return Dataset.from_dict({"input_ids": rows, "labels": rows})
 
 
-def full_trainer(model, rows, params: Params, folder: Path, fast):
+def full_trainer(model, rows, params: Params, folder: Path, fast, placed: Placement):
     """Every weight trained in bf16, with bf16 moments: what the table calls full fine-tuning."""
     from trl import SFTConfig
 
@@ -149,8 +152,8 @@ def full_trainer(model, rows, params: Params, folder: Path, fast):
         per_device_train_batch_size=params.train.batch_size,
         learning_rate=params.train.learning_rate,
         optim="adamw_torch_fused",
-        gradient_checkpointing=params.train.gradient_checkpointing,
-        activation_offloading=fast.offload,
+        gradient_checkpointing=placed.kept_mlp == 0,
+        activation_offloading=placed.offload,
         padding_free=fast.padding_free,
         max_length=None,
         bf16=gpu,
@@ -164,22 +167,28 @@ def full_trainer(model, rows, params: Params, folder: Path, fast):
 
 
 def prepare(point: Point, device: torch.device, rows):
-    """(trainer, fast path) for `point`: the model, the adapter and what training would choose."""
+    """(trainer, fast path, placement) for `point`: the model, the adapter and what runs it."""
     from stages.training.trainer import TrainingSet, as_installed, build_trainer
 
     params, config = params_of(point), config_of(point.shape)
-    fast = as_installed(
-        choose_fast_path(params, config, point.tokens_per_step, device.type == "cuda")
-    )
+    fast = as_installed(choose_fast_path(params, config, device.type == "cuda"))
     model = build(point.shape, point.method == "qlora", device, fast.attention)
-    if point.offloading is not None:
-        fast = replace(fast, offload=point.offloading)
+    kept = 0 if point.checkpointing else config.num_hidden_layers
+    placed = Placement(kept, kept, offload=offloads(point, device))
     folder = scratch()
     if point.method == "full":
         fast = replace(fast, fused_lora=False)
-        return full_trainer(model, rows, params, folder, fast), fast
+        return full_trainer(model, rows, params, folder, fast, placed), fast, placed
     data = TrainingSet(rows, tokenizer(), point.tokens_per_step)
-    return build_trainer(model, data, params, fast, folder), fast
+    return build_trainer(model, data, params, fast, placed, folder), fast, placed
+
+
+def offloads(point: Point, device: torch.device) -> bool:
+    """Whether layer inputs wait on the host: as the point says, or from a size on."""
+    shape = SHAPES[point.shape]
+    kept = 2 * shape.hidden * shape.layers * point.tokens_per_step
+    wanted = kept >= OFFLOADED_BYTES if point.offloading is None else point.offloading
+    return device.type == "cuda" and point.checkpointing and wanted
 
 
 def training_of(point: Point, fast: dict) -> tuple[vram.Shape, vram.Training]:
@@ -219,8 +228,10 @@ def alone(function, *args):
 
 def peaks(trainer) -> dict[str, float]:
     """Peaks of this process in GB, when nothing else runs on its GPU."""
+    from stages.training.paged import state_bytes
+
     torch.cuda.synchronize()
-    managed = trainer.optimizer_bytes()[1]
+    managed = state_bytes(trainer.optimizer)[1]
     free, total = torch.cuda.mem_get_info()
     context = total - free - torch.cuda.memory_reserved() - managed
     allocated, held = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
@@ -240,7 +251,7 @@ def measure_point(point: Point) -> tuple[dict, dict]:
 
     disable_caching()
     started = time.monotonic()
-    trainer, fast = prepare(point, torch.device("cuda", 0), random_rows(point, STEPS))
+    trainer, fast, placed = prepare(point, torch.device("cuda", 0), random_rows(point, STEPS))
     built = time.monotonic() - started
     trainer.train()
     found = peaks(trainer)
@@ -252,7 +263,8 @@ def measure_point(point: Point) -> tuple[dict, dict]:
         flush=True,
     )
     allocator = torch.cuda.memory._snapshot()["allocator_settings"]
-    return asdict(point) | {"fast": asdict(fast)} | found, {
+    used = asdict(fast) | {"offload": placed.offload}
+    return asdict(point) | {"fast": used} | found, {
         "device": torch.cuda.get_device_name(),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {name: version(name) for name in LIBRARIES},
@@ -303,9 +315,9 @@ def measured_training(point: dict) -> tuple[vram.Shape, vram.Training]:
     return training_of(Point(**fields), point["fast"])
 
 
-def predicted(point: dict) -> vram.Prediction:
+def predicted(point: dict) -> placement.Prediction:
     """What `plan` says of a measured point."""
-    return vram.predict(*measured_training(point))
+    return placement.predict_run(*measured_training(point))
 
 
 def fit() -> None:
@@ -318,38 +330,38 @@ def fit() -> None:
         offloaded = [
             p
             for p in points
-            if p["fast"]["offload"] and vram.two_parts(*measured_training(p)) == ours
+            if p["fast"]["offload"] and vram.in_halves(*measured_training(p)) == ours
         ]
         if not offloaded:
             raise SystemExit(f"vram: no fit point tells {name}; measure all six first")
         gaps = {}
         for returned in (1, 2, 3, 4):
-            setattr(vram, name, returned)
+            setattr(placement, name, returned)
             gaps[returned] = max(abs(p["measured_gb"] * GB - predicted(p).peak) for p in offloaded)
         best = min(gaps, key=gaps.get)
-        setattr(vram, name, best)
+        setattr(placement, name, best)
         print(f"{name} = {best}  (of {len(offloaded)} points)")
     workspaces = statistics.median(
-        p["measured_gb"] * GB - predicted(p).peak + vram.WORKSPACES for p in points
+        p["measured_gb"] * GB - predicted(p).peak + placement.WORKSPACES for p in points
     )
-    vram.WORKSPACES = workspaces
+    placement.WORKSPACES = workspaces
     without, offloading = (
         statistics.median(p["context_gb"] for p in points if p["fast"]["offload"] == on) * GB
         for on in (False, True)
     )
-    vram.CONTEXT, vram.OFFLOADING_CONTEXT = without, offloading - without
+    placement.CONTEXT, placement.OFFLOADING_CONTEXT = without, offloading - without
     errors = {}
     for hundredth in range(0, 201, 5):
-        vram.FRAGMENTATION = hundredth / 100
-        errors[vram.FRAGMENTATION] = [
+        placement.FRAGMENTATION = hundredth / 100
+        errors[placement.FRAGMENTATION] = [
             error(predicted(p).device, p["measured_device_gb"]) for p in points
         ]
     # The share whose worst point is best, by what is wanted: 5 % above, 2 % below.
     share = min(errors, key=lambda x: max(max(e / 5, -e / 2) for e in errors[x]))
     print(f"WORKSPACES = {workspaces / GB:.3f}e9")
     print(f"FRAGMENTATION = {share:.2f}  (the card's errors in per cent: {errors[share]})")
-    print(f"CONTEXT = {vram.CONTEXT / GB:.3f}e9")
-    print(f"OFFLOADING_CONTEXT = {vram.OFFLOADING_CONTEXT / GB:.3f}e9")
+    print(f"CONTEXT = {placement.CONTEXT / GB:.3f}e9")
+    print(f"OFFLOADING_CONTEXT = {placement.OFFLOADING_CONTEXT / GB:.3f}e9")
     print(f"{len(points)} points")
 
 

@@ -30,14 +30,16 @@ from stages.evaluating.perplexity import set_metrics
 from stages.evaluating.retention import PREFIX, forgetting, retention_rows
 from stages.evaluating.row_scores import rows_csv
 from stages.shared.adapter import check_adapter_sums, read_adapter
-from stages.shared.device import memory_metrics, pick_device, reset_peaks
+from stages.shared.device import memory_metrics, memory_of_ranks, pick_device, reset_peaks
 from stages.shared.end_tokens import end_tokens
+from stages.shared.launch import on_devices
 from stages.shared.model import load_adapter, load_base
 from stages.shared.named_base import check_named_base
 from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED, RETENTION
 from stages.shared.provenance import device_name, provenance
+from stages.shared.ranks import ALONE, World
 from stages.shared.rows import read_rows
-from stages.shared.scoring import Scores, score
+from stages.shared.scoring import Scores, batch_count, score
 from stages.shared.sets import HELD_OUT, SET_NAMES, held_out_sets
 from stages.shared.weights import Weights
 
@@ -50,40 +52,65 @@ SCORERS = ("sacrebleu", "rapidfuzz")
 
 
 def main() -> None:
-    params = load_params()
     for folder, stage in INPUTS.items():
         check_sums(folder, stage)
     check_adapter_sums(ADAPTER)
     # Named here what PEFT would load in part or fail on.
     read_adapter(ADAPTER, Weights(QUANTIZED).shapes)
     check_named_base(ADAPTER, QUANTIZED)
+    made = on_devices("evaluate", measure, max(map(batch_count, held_out().values())))
+    lines = (json.dumps(one) + "\n" for one in made["samples"])
+    write_text(METRICS / "samples.jsonl", "".join(lines))
+    write_metrics(METRICS / "answers.json", made["answers"])
+    write_metrics(METRICS / "eval.json", made["metrics"])
+    write_text(METRICS / "rows.csv", made["rows"])
+    write_metrics(METRICS / "eval_cost.json", made["cost"])
+
+
+def held_out() -> dict[str, list[dict]]:
+    """The rows of each held-out set, by the prefix of its metrics."""
+    return {prefix: read_rows(file) for prefix, file in held_out_sets().items()}
+
+
+def measure(world: World, task: dict) -> dict:
+    """Load the models, score the sets with the other ranks of `world`, and let rank 0 answer.
+
+    Returns what the files of the stage hold: metrics, answers, rows, samples and cost.
+    """
+    params = load_params()
     # An adapter from elsewhere may bring no tokenizer; the rows were made with this one.
     tokenizer = AutoTokenizer.from_pretrained(PREPARED / "tokenizer")
-    sets = {prefix: read_rows(file) for prefix, file in held_out_sets().items()}
     tokens = params.retention.tokens if params.retention else 0
     texts = retention_rows(RETENTION, tokenizer, tokens)
-    device = pick_device()
+    sets, device = held_out(), pick_device()
+    scored = sets | ({PREFIX: texts} if texts else {})
     base = load_base(QUANTIZED, device)
     weights = torch.cuda.memory_allocated() / GB if device.type == "cuda" else None
     model = load_adapter(base, ADAPTER)
-    scored = sets | ({PREFIX: texts} if texts else {})
     counts = [f"{NAMES[prefix]} ({len(rows)} rows)" for prefix, rows in scored.items()]
-    print(f"evaluate: {', '.join(counts)}, base and tuned, on {device_name(device)}", flush=True)
+    where = device_name(device) + (f", {world.size} ranks" if world.size > 1 else "")
+    print(f"evaluate: {', '.join(counts)}, base and tuned, on {where}", flush=True)
     reset_peaks()
+    found: list[Answered] = []
     try:
-        metrics, scores, cost = evaluate(model, scored)
-        found, answer_cost = answer(model, tokenizer, sets, params.evaluate)
+        metrics, scores, cost = evaluate(model, scored, world)
+        peaks = world.gather(memory_metrics())
+        if world.first:
+            found, answer_cost = answer(model, tokenizer, sets, params.evaluate)
+            cost |= answer_cost
+            peaks[0] = memory_metrics()
     except torch.cuda.OutOfMemoryError:
         raise no_memory_to_score(weights or 0.0) from None
-    lines = (json.dumps(sample(one)) + "\n" for one in found)
-    write_text(METRICS / "samples.jsonl", "".join(lines))
-    write_metrics(METRICS / "answers.json", answer_metrics(found))
-    write_metrics(METRICS / "eval.json", metrics)
-    write_text(METRICS / "rows.csv", rows_csv(scores, found))
-    cost |= answer_cost | memory_metrics()
+    cost |= memory_of_ranks(peaks)
     cost |= {"weights_vram_gb": weights} if weights is not None else {}
     scorers = {f"{name}_version": version(name) for name in SCORERS}
-    write_metrics(METRICS / "eval_cost.json", provenance(device) | scorers | cost)
+    return {
+        "metrics": metrics,
+        "answers": answer_metrics(found),
+        "rows": rows_csv(scores, found),
+        "samples": [sample(one) for one in found],
+        "cost": provenance(device) | scorers | {"ranks": world.size} | cost,
+    }
 
 
 def no_memory_to_score(weights: float) -> StageError:
@@ -96,15 +123,17 @@ def no_memory_to_score(weights: float) -> StageError:
     )
 
 
-def evaluate(model, sets: dict[str, list[dict]]) -> tuple[dict, dict[str, dict[str, Scores]], dict]:
+def evaluate(
+    model, sets: dict[str, list[dict]], world: World = ALONE
+) -> tuple[dict, dict[str, dict[str, Scores]], dict]:
     """Quality metrics of every set by its prefix, its rows' scores, and what scoring cost."""
     metrics: dict[str, float | str] = {}
     scores: dict[str, dict[str, Scores]] = {}
     tokens, started = 0, time.monotonic()
     for prefix, rows in sets.items():
-        tuned = score(model, rows)
+        tuned = score(model, rows, world=world)
         with model.disable_adapter():
-            base = score(model, rows)
+            base = score(model, rows, world=world)
         check_numbers(base, rows, "the base's", "name another model.id")
         check_numbers(tuned, rows, "the tuned model's", "lower train.learning_rate")
         metrics |= set_metrics(prefix, rows, base, tuned)

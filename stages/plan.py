@@ -18,21 +18,25 @@ if __name__ == "__main__":
     load_libraries("transformers.modeling_utils")
 
 import torch
+from transformers import PretrainedConfig
 
-from stages.planning import workload
+from stages.planning.advice import cheapest_change, planned
 from stages.planning.token_ids import check_token_ids
-from stages.shared import vram
+from stages.shared import placement
 from stages.shared.paths import PREPARED, TOKENIZER
+from stages.shared.placement import Placement, Prediction
+from stages.shared.vram import CARDS_GB, Shape, Sizes, Training, sizes_of
+from stages.shared.workload import KEPT, Lengths, read_lengths, read_model
 
 METRICS = Path("metrics/plan.json")
 VERDICT = Path("models/plan.ok")
 
 
-def table(prediction: vram.Prediction, run: vram.Training, shape: vram.Shape) -> str:
+def table(prediction: Prediction, run: Training, shape: Shape, placed: Placement) -> str:
     """Where each GB goes, at the moment of a step that needs most."""
     size = f"{shape.parameters / 1e9:.3f}e9 parameters"
     kind = {"qlora": "NF4", "lora": "16 bit"}[run.method]
-    saving = ", checkpointed" * run.checkpointing + ", kept in host memory" * run.offloading
+    saving = ", kept in host memory" * placed.offload
     lines = [
         ("base weights", prediction.weights, f"{size}, {kind}"),
         ("adapter", prediction.adapter, f"rank {run.rank}: weights and gradients, float32"),
@@ -42,15 +46,83 @@ def table(prediction: vram.Prediction, run: vram.Training, shape: vram.Shape) ->
         ("workspaces", prediction.workspaces, "of the matrix products"),
         ("training allocates", prediction.peak, f"most in {prediction.moment}"),
         ("reserve", prediction.reserve, "CUDA itself, and gaps between allocations"),
-        ("the card must have", prediction.device, ""),
+        ("GPU memory needed", prediction.device, ""),
     ]
     return "\n".join(f"  {n:<20}{size / GB:>8.3f} GB  {why}".rstrip() for n, size, why in lines)
 
 
-def metrics(shape: vram.Shape, run: vram.Training) -> dict:
-    """metrics/plan.json."""
-    prediction, every = vram.predict(shape, run), vram.methods(shape, run)
-    fits = vram.fitting_cards(prediction.device)
+def further_gpus(sizes: Sizes, placed: Placement) -> str:
+    """What several GPUs cost: each has a rank of its own, with a share of a step's rows."""
+    lines = [
+        ("gradient buckets", sizes.gradients, "on each card, beside the table above"),
+        ("a rank itself", placement.PROCESS, "of host memory: Python, libraries, CUDA"),
+        ("its layer inputs", placement.waiting(sizes, placed), "of host memory for each rank"),
+        ("streamed weights", placement.copied(sizes, placed), "of host memory, once a machine"),
+    ]
+    return "plan: with several GPUs, for each\n" + "\n".join(
+        f"  {name:<20}{size / GB:>8.3f} GB  {why}" for name, size, why in lines if size
+    )
+
+
+def cards(sizes: Sizes, kept: str) -> list[dict]:
+    """For each usual size of card in GB, the placement that training would take and what that
+    needs; `placed` is None where nothing fits."""
+    found = []
+    for size in CARDS_GB:
+        placed = placement.choose(sizes, size * GB, kept=kept)
+        found.append({"card_gb": size, "placed": card(sizes, placed) if placed else None})
+    return found
+
+
+def card(sizes: Sizes, placed: Placement) -> dict:
+    """What `placed` asks of the card, the machine and the bus between them, to the MB."""
+    prediction = placement.predict(sizes, placed)
+    sent, _ = placement.sent_bytes(sizes, placed)
+    return {
+        "streamed_layers": placed.streamed,
+        "kept_mlp_layers": placed.kept_mlp,
+        "kept_attention_layers": placed.kept_attention,
+        "offloaded_inputs": int(placed.offload),
+        "mlp_tile_tokens": placed.tile,
+        "predicted_peak_vram_gb": round(prediction.peak / GB, 3),
+        "predicted_device_gb": round(prediction.device / GB, 3),
+        "predicted_ram_gb": round(prediction.host / GB, 3),
+        "sent_gb_per_step": round(sent / GB, 3),
+        # At PCIe 4 x16's rate, behind the operations of a fast consumer card.
+        "copies_hide": int(placement.copies_hide(sizes, placed)),
+    }
+
+
+def cards_table(found: list[dict], layers: int) -> str:
+    """The same, to be read."""
+    lines = ["  card GB  weights          kept (MLP, attention)  GPU GB  RAM GB  sent GB a step"]
+    for entry in found:
+        size, placed = entry["card_gb"], entry["placed"]
+        if placed is None:
+            lines.append(f"  {size:>7}  does not fit")
+            continue
+        streamed = placed["streamed_layers"]
+        weights = f"{streamed} of {layers} streamed" if streamed else "resident"
+        kept = f"{placed['kept_mlp_layers']}, {placed['kept_attention_layers']} of {layers}"
+        remarks = ", MLPs in tiles" * bool(placed["mlp_tile_tokens"])
+        remarks += "" if placed["copies_hide"] else ", slower"
+        lines.append(
+            f"  {size:>7}  {weights:<16} {kept:<22} {placed['predicted_device_gb']:>6.1f}  "
+            f"{placed['predicted_ram_gb']:>6.1f}  {placed['sent_gb_per_step']:.1f}{remarks}"
+        )
+    return "\n".join(lines)
+
+
+def metrics(shape: Shape, run: Training, sizes: Sizes, params: Params) -> dict:
+    """metrics/plan.json: the same on every machine.
+
+    `cards` is a list, which dvc's tables and tools/compare.py leave out: ninety numbers more in
+    every comparison would hide those that matter.
+    """
+    kept = KEPT[params.train.gradient_checkpointing]
+    prediction = placement.predict(sizes, placement.resident(sizes, kept))
+    every, by_card = placement.methods(shape, run), cards(sizes, kept)
+    fits = [entry["card_gb"] for entry in by_card if entry["placed"]]
     parts = ("weights", "adapter", "optimizer", "activations", "logits", "overhead")
     return {
         "predicted_peak_vram_gb": prediction.peak / GB,
@@ -60,55 +132,58 @@ def metrics(shape: vram.Shape, run: vram.Training) -> dict:
         "lora_gb": every["lora"].device / GB,
         "qlora_gb": every["qlora"].device / GB,
         "smallest_gpu_gb": fits[0] if fits else None,
+        "vram_limit_gb": params.plan.vram_limit_gb,
+        "cards": by_card,
     }
 
 
-def advice(config, shape: vram.Shape, params: Params, rows: workload.Lengths, needed: float) -> str:
-    """Which cards hold `needed` bytes, what would make the next smaller one do, and whether a row
-    is longer than the model's positions: it would train without a complaint, and badly."""
-    fits = vram.fitting_cards(needed)
-    lines = [f"fits cards of {', '.join(map(str, fits)) or 'no usual size in'} GB"]
-    if smaller := [size for size in vram.CARDS_GB if size not in fits]:
-        change = workload.cheapest_change(config, shape, params, rows, smaller[-1] * GB)
-        lines.append(f"to fit {smaller[-1]} GB: {change}")
+def check_positions(config: PretrainedConfig, rows: Lengths) -> None:
+    """Say where a row is longer than the model's positions: it would train without a complaint,
+    and badly."""
     longest = max(rows.tokens)
     positions = getattr(config.get_text_config(), "max_position_embeddings", longest)
     if longest > positions:
-        lines.append(
-            f"the longest row has {longest:,} tokens and the model was made for {positions:,} "
-            "(max_position_embeddings); lower prepare.max_length"
+        print(
+            f"plan: the longest row has {longest:,} tokens and the model was made for "
+            f"{positions:,} (max_position_embeddings); lower prepare.max_length"
         )
-    return "\n".join(f"plan: {line}" for line in lines)
 
 
 def refuse_over_limit(
-    config, shape: vram.Shape, params: Params, rows: workload.Lengths, needed: float
+    config: PretrainedConfig, shape: Shape, params: Params, rows: Lengths, sizes: Sizes
 ) -> None:
-    """Raise StageError when plan.vram_limit_gb is exceeded."""
-    limit = params.plan.vram_limit_gb
-    if limit is not None and needed > limit * GB:
-        change = workload.cheapest_change(config, shape, params, rows, limit * GB)
-        raise StageError(
-            f"training would need {needed / GB:.2f} GB and plan.vram_limit_gb is {limit:g}; "
-            f"cheapest change that fits: {change}"
-        )
+    """Raise StageError when no placement keeps to plan.vram_limit_gb."""
+    limit, kept = params.plan.vram_limit_gb, KEPT[params.train.gradient_checkpointing]
+    if limit is None or placement.choose(sizes, limit * GB, kept=kept):
+        return
+    needed = placement.predict(sizes, placement.tightest(sizes, kept)).device
+    change = cheapest_change(config, shape, params, rows, limit * GB)
+    raise StageError(
+        f"training would need {needed / GB:.2f} GB at the least and plan.vram_limit_gb is "
+        f"{limit:g}; cheapest change that fits: {change}"
+    )
 
 
 def main() -> None:
     params = load_params()
     check_sums(TOKENIZER, "fetch_model")
     check_sums(PREPARED, "prepare")
-    config, shape = workload.read_model(TOKENIZER)
+    config, shape = read_model(TOKENIZER)
     check_token_ids(config, PREPARED)
-    rows = workload.read_lengths(PREPARED)
-    run = workload.planned_training(config, shape, params, rows)
-    prediction = vram.predict(shape, run)
+    rows = read_lengths(PREPARED)
+    run = planned(config, shape, params, rows)
+    sizes = sizes_of(shape, run)
+    found = metrics(shape, run, sizes, params)
+    placed = placement.resident(sizes, KEPT[params.train.gradient_checkpointing])
     where = "this GPU" if torch.cuda.is_available() else "an NVIDIA GPU; this machine has none"
-    print(f"plan: the VRAM that training needs on {where}, {len(rows.tokens)} rows")
-    print(table(prediction, run, shape))
-    print(advice(config, shape, params, rows, prediction.device))
-    refuse_over_limit(config, shape, params, rows, prediction.device)
-    write_metrics(METRICS, metrics(shape, run))
+    print(f"plan: the VRAM that training needs on {where}, {len(rows.tokens)} rows,")
+    print("plan: at the least with all weights on the card, and what each card makes of it")
+    print(table(placement.predict(sizes, placed), run, shape, placed))
+    print(cards_table(found["cards"], shape.layers))
+    print(further_gpus(sizes, placed))
+    check_positions(config, rows)
+    refuse_over_limit(config, shape, params, rows, sizes)
+    write_metrics(METRICS, found)
     write_text(VERDICT, "training may start\n")
 
 

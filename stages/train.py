@@ -10,11 +10,12 @@ the permission to start. A killed run continues from its last checkpoint.
 import gc
 import shutil
 from pathlib import Path
+from typing import Any
 
 from stages.shared.libraries import load_libraries
 from stages.shared.outputs import check_sums, read_json, whole_folder, write_json, write_metrics
 from stages.shared.params import Params, load_params
-from stages.shared.process import begin, code_files, sha256
+from stages.shared.process import StageError, begin, code_files, sha256
 
 if __name__ == "__main__":
     begin("train")
@@ -24,16 +25,26 @@ import torch
 from datasets import Dataset, disable_caching
 from transformers import AutoConfig, AutoTokenizer
 
-from stages.shared.device import memory_metrics, pick_device
+from stages.shared.device import memory_metrics, memory_of_ranks, pick_device
 from stages.shared.fast_path import choose_fast_path, step_tokens
-from stages.shared.model import load_base
+from stages.shared.launch import Ranks, devices, see_one, watched
 from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
 from stages.shared.provenance import device_name, provenance
-from stages.shared.rows import read_rows, token_counts
-from stages.training.checkpoints import Checkpoints, checkpoint_folder, fingerprint, newest_complete
+from stages.shared.ranks import ALONE, World, host, put
+from stages.shared.rows import read_rows
+from stages.shared.workload import read_lengths
+from stages.training.checkpoints import (
+    Checkpoints,
+    checkpoint_folder,
+    fingerprint,
+    same_checkpoint,
+)
+from stages.training.dealing import share, who_works, workers
 from stages.training.faults import Faults
+from stages.training.machines import assign, describe, how_many, wait_for
 from stages.training.out_of_memory import no_memory_for_base, no_memory_for_step
 from stages.training.paged import state_bytes
+from stages.training.placing import load_placed, place, tighter, try_tighter
 from stages.training.probe import Probe, needs_probe
 from stages.training.progress import Progress, mean_loss, write_curve
 from stages.training.trainer import (
@@ -43,38 +54,48 @@ from stages.training.trainer import (
     build_trainer,
     optimizer_steps,
 )
+from stages.training.worker import work
 
 
-def train(params: Params, device: torch.device, folder: Path) -> None:
-    """Train, from the newest checkpoint in `folder` if there is one, and write the outputs."""
+def train(whole: Params, device: torch.device, folder: Path, world: World = ALONE) -> dict:
+    """Train, from the newest checkpoint in `folder` if there is one; returns what comes of it.
+
+    Each rank of `world` has a share of every step that the params, `whole`, say.
+    """
     disable_caching()
+    params = whole.model_copy(update={"train": share(whole.train, world.size)})
     named = Dataset.from_file(str(PREPARED / "train.arrow"))
-    row_tokens = token_counts(named.data.table)
+    rows = read_lengths(PREPARED)
     data = TrainingSet(
         rows=named.select_columns(["input_ids", "labels"]),
         tokenizer=AutoTokenizer.from_pretrained(PREPARED / "tokenizer"),
-        max_length=read_json(PREPARED / "prepared.json")["max_length"],
+        max_length=rows.max_length,
     )
     config = AutoConfig.from_pretrained(QUANTIZED)
-    largest = step_tokens(params.train, row_tokens, data.max_length)
-    fast = as_installed(choose_fast_path(params, config, largest, device.type == "cuda"))
+    largest = step_tokens(params.train, rows.tokens, data.max_length)
+    fast = as_installed(choose_fast_path(params, config, device.type == "cuda"))
+    placed = place(params, config, rows, device, world, tighter())
     try:
-        model = load_base(QUANTIZED, device, fast.attention)
+        model, streamer = load_placed(QUANTIZED, device, fast.attention, placed.placement, world)
     except torch.cuda.OutOfMemoryError:
-        raise no_memory_for_base() from None
+        raise no_memory_for_base(placed.prediction) from None
     base_bytes = torch.cuda.memory_allocated()
-    trainer = build_trainer(model, data, params, fast, folder)
+    trainer = build_trainer(model, data, params, fast, placed.placement, folder, world, streamer)
     progress = Progress(trainer, read_rows(PREPARED / "eval.arrow"), largest)
-    watchers = [progress, Faults(named)]
-    if device.type == "cuda" and needs_probe(trainer.train_dataset):
+    watchers = [progress, Faults(named, world)]
+    # DDP lays its buckets anew after a first backward pass, and with them the order of its sums:
+    # a run that goes on would differ from an undisturbed one.
+    if world.size > 1 or (device.type == "cuda" and needs_probe(trainer.train_dataset)):
         # Within the time that progress counts, and before faults notes batches.
         watchers.insert(1, Probe(trainer))
-    announce(params, len(named), sum(row_tokens), trainer, f"{device_name(device)}; {fast}")
+    announce(whole, len(named), sum(rows.tokens), trainer, f"{device_name(device)}; {fast}")
     try:
         fit(trainer, watchers, folder)
     except torch.cuda.OutOfMemoryError:
-        raise no_memory_for_step(trainer, base_bytes, params) from None
-    write_outputs(trainer, progress)
+        if world.size == 1:
+            try_tighter(placed)
+        raise no_memory_for_step(trainer, base_bytes, whole, placed.prediction) from None
+    return outcome(trainer, progress, placed.metrics(), folder)
 
 
 def announce(params: Params, rows: int, tokens: int, trainer: Trainer, where: str) -> None:
@@ -92,41 +113,65 @@ def announce(params: Params, rows: int, tokens: int, trainer: Trainer, where: st
 
 def fit(trainer: Trainer, watchers: list, folder: Path) -> None:
     """Train to the end under `watchers` (callbacks); a signal ends it with StageError."""
-    checkpoints = Checkpoints(folder)
+    world = trainer.world
+    checkpoints = Checkpoints(folder, world)
     for callback in (checkpoints, *watchers):
         trainer.add_callback(callback)
     checkpoints.check_space(trainer.model.get_nb_trainable_parameters()[0])
-    resumed = newest_complete(folder)
+    resumed = same_checkpoint(folder, world)
     # Or every collection looks through all that the libraries and the rows hold.
     gc.freeze()
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     checkpoints.raise_if_stopped()
 
 
-def write_outputs(trainer: Trainer, progress: Progress) -> None:
-    """The adapter, the metrics and the curve of a whole run."""
-    with whole_folder(ADAPTER) as out:
-        write_adapter(trainer, out)
+def outcome(trainer: Trainer, progress: Progress, placement: dict, folder: Path) -> dict[str, Any]:
+    """The metrics and the curve of a whole run, of which `placement` says what lay where; the
+    adapter is left in `folder`."""
+    world = trainer.world
+    adapter = folder / "adapter"
+    if world.first:
+        shutil.rmtree(adapter, ignore_errors=True)
+        write_adapter(trainer, adapter)
+    check_alike(trainer)
     trainable, total = trainer.model.get_nb_trainable_parameters()
     history = trainer.state.log_history
     metrics = {
         "train_loss": mean_loss(history),
         "steps": trainer.state.global_step,
-        "tokens": trainer.tokens,
+        "tokens": progress.tokens,
         "trainable_params": trainable,
         "trainable_percent": 100 * trainable / total,
     }
     cost = {
         **provenance(trainer.model.device),
-        # By it export knows whether these figures are those of the adapter that was merged.
-        "adapter_sha256": sha256(ADAPTER / "adapter_model.safetensors"),
+        "ranks": world.size,
         **progress.cost(),
-        **memory_metrics(state_bytes(trainer.optimizer)[1]),
+        **memory_of_ranks(world.gather(memory_metrics(state_bytes(trainer.optimizer)[1]))),
+        **placement,
     }
-    write_metrics(Path("metrics/train.json"), metrics)
-    write_metrics(Path("metrics/train_cost.json"), cost)
-    write_curve(Path("metrics/curve.csv"), history)
-    print(f"train: loss {metrics['train_loss']:.4f}, {progress.seconds:.0f} s")
+    return {"metrics": metrics, "cost": cost, "history": history}
+
+
+def check_alike(trainer: Trainer) -> None:
+    """Raise StageError when the ranks' adapters are not the same to the last bit."""
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    sums = trainer.world.gather([float(p.detach().double().sum()) for p in trained])
+    if any(other != sums[0] for other in sums):
+        raise StageError("the ranks' adapters differ; look at the GPUs, then run it again")
+
+
+def write_outputs(made: dict[str, Any], folder: Path) -> None:
+    """What `outcome` gave, and left in `folder`."""
+    with whole_folder(ADAPTER) as out:
+        shutil.copytree(folder / "adapter", out, dirs_exist_ok=True)
+    # By it export knows whether these figures are those of the adapter that was merged.
+    adapter = {"adapter_sha256": sha256(ADAPTER / "adapter_model.safetensors")}
+    write_metrics(Path("metrics/train.json"), made["metrics"])
+    write_metrics(Path("metrics/train_cost.json"), adapter | made["cost"])
+    write_curve(Path("metrics/curve.csv"), made["history"])
+    loss, seconds = made["metrics"]["train_loss"], made["cost"]["train_seconds"]
+    print(f"train: loss {loss:.4f}, {seconds:.0f} s")
 
 
 def write_adapter(trainer: Trainer, out: Path) -> None:
@@ -143,19 +188,42 @@ def write_adapter(trainer: Trainer, out: Path) -> None:
     shutil.copytree(PREPARED / "tokenizer", out, dirs_exist_ok=True)
 
 
+def train_on(devices: list[str], params: Params, folder: Path) -> dict[str, Any]:
+    """Train in this process on one device, or in a rank on each of so many as a step feeds.
+
+    The devices of other machines count, where MACHINES or a scheduler names some.
+    """
+    machines = how_many()
+    store, joined = wait_for(machines, describe(params)) if machines > 1 else (None, {})
+    available = len(devices) + sum(joined.values())
+    if available > 1:
+        kind = "GPUs" if devices[0] else "ranks"
+        print(f"train: {who_works(params.train, available, kind)}", flush=True)
+    size = workers(params.train, available)
+    own = devices[:size]
+    others = assign(store, joined, len(own), size, folder.name)
+    if size == 1:
+        see_one(devices[0])
+        return train(params, pick_device(), folder)
+    store = store or host()
+    put(store, "task", {"key": folder.name})
+    ranks = Ranks("train", work, own, store, size=size, others=others)
+    return watched(ranks, stoppable=True)
+
+
 def main() -> None:
     params = load_params()
     check_sums(QUANTIZED, "quantize")
     check_sums(PREPARED, "prepare")
-    device = pick_device()
+    found = devices()
     key = fingerprint(
         params.model_dump(include={"seed", "lora", "train"}),
         [PREPARED, QUANTIZED],
         code_files("train"),
-        device.type,
+        "cuda" if found[0] else "cpu",
     )
     with checkpoint_folder(key) as folder:
-        train(params, device, folder)
+        write_outputs(train_on(found, params, folder), folder)
 
 
 if __name__ == "__main__":

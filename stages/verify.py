@@ -13,6 +13,7 @@ models/verify.ok and metrics/verify.json, and only when every check has passed:
 """
 
 import gc
+import math
 import tempfile
 from pathlib import Path
 
@@ -29,10 +30,13 @@ import torch
 
 from stages.shared.adapter import Update, check_adapter_sums, read_adapter
 from stages.shared.device import pick_device
+from stages.shared.launch import on_devices
 from stages.shared.merging import merged_rows
 from stages.shared.model import load_adapter, load_base
 from stages.shared.paths import ADAPTER, BASE, MERGED, PREPARED, QUANTIZED
+from stages.shared.ranks import ALONE, World
 from stages.shared.rows import read_rows
+from stages.shared.scoring import batch_count
 from stages.shared.sets import held_out_sets
 from stages.shared.weights import Weights
 from stages.verifying.agreement import Reference, agreement, reference
@@ -85,8 +89,13 @@ def scores(model, rows: list[dict], ref: Reference, device: torch.device) -> dic
         "kl_tokens": found.kl_tokens,
         "token_agreement": found.token_agreement,
         "nonfinite_values": found.nonfinite,
-        "max_activation": float(largest),
+        "max_activation": max(ref.world.gather(float(largest)), key=_with_nan),
     }
+
+
+def _with_nan(value: float) -> float:
+    """NaN is the largest activation of all."""
+    return math.inf if math.isnan(value) else value
 
 
 def merge_onto(source: Weights, updates: dict[str, Update], dtype, device: torch.device):
@@ -139,8 +148,11 @@ def check_scores(metrics: dict, limit: float, dtype: str) -> None:
         raise StageError(f"{MERGED} must not be shipped: {'; '.join(faults)}")
 
 
-def verify(params, rows: list[dict], device: torch.device) -> dict:
-    """All that needs a model, cheapest first. Returns the metrics; raises StageError."""
+def verify(params, rows: list[dict], device: torch.device, world: World = ALONE) -> dict:
+    """All that needs a model, cheapest first, shared by the ranks of `world`.
+
+    Returns the metrics; raises StageError.
+    """
     dtype = getattr(torch, params.merge.dtype)
     merged, quantized, base = Weights(MERGED), Weights(QUANTIZED), Weights(BASE)
     check_headers(merged, quantized, base, dtype)
@@ -149,8 +161,8 @@ def verify(params, rows: list[dict], device: torch.device) -> dict:
     source, other = (quantized, base) if params.merge.base == "dequantized" else (base, quantized)
     with tempfile.TemporaryFile(dir=MERGED.parent) as cache:
         model = load_adapter(load_base(QUANTIZED, device), ADAPTER)
-        check_tensors(merged, model, source, dtype, device)
-        ref = reference(model, rows, cache)
+        check_tensors(merged, model, source, dtype, device, world)
+        ref = reference(model, rows, cache, world)
         # Only one of the two models is in memory at a time.
         del model
         gc.collect()
@@ -164,11 +176,20 @@ def verify(params, rows: list[dict], device: torch.device) -> dict:
     return metrics
 
 
+def compare(world: World, task: dict) -> dict:
+    """`verify` in a rank of `world`, or alone. Returns the metrics."""
+    device = pick_device()
+    rows = read_rows(held_out_sets()[""])
+    where = str(device) + (f", {world.size} ranks" if world.size > 1 else "")
+    print(
+        f"verify: {MERGED} against {QUANTIZED} + {ADAPTER}, {len(rows)} rows, on {where}",
+        flush=True,
+    )
+    return verify(load_params(), rows, device, world)
+
+
 def main() -> None:
-    params, device = load_params(), pick_device()
-    rows = check_inputs(params)
-    print(f"verify: {MERGED} against {QUANTIZED} + {ADAPTER}, {len(rows)} rows, on {device}")
-    metrics = verify(params, rows, device)
+    metrics = on_devices("verify", compare, batch_count(check_inputs(load_params())))
     write_metrics(METRICS, metrics)
     write_text(VERDICT, "verified\n")
     print(

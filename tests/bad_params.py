@@ -198,7 +198,7 @@ VALUES = {
         "paged_adamw": "must be 'adamw_torch_fused', 'paged_adamw_32bit' or 'paged_adamw_8bit' "
         "(got 'paged_adamw'); did you mean paged_adamw_8bit?",
     },
-    "train.gradient_checkpointing": {"'true'": "must be true or false (got 'true')"},
+    "train.gradient_checkpointing": {"'true'": "must be auto, true or false (got 'true')"},
     "train.batching": {
         "pack": "must be 'group_by_length', 'packing' or 'shuffle' (got 'pack'); "
         "did you mean packing?",

@@ -79,7 +79,13 @@ PLAN = {
     "full_finetune_gb": 4.1,
     "lora_gb": 2.8,
     "qlora_gb": 2.41,
-    "smallest_gpu_gb": 8,
+    "smallest_gpu_gb": 6,
+    "vram_limit_gb": None,
+    "cards": [
+        {"card_gb": 4, "placed": None},
+        {"card_gb": 6, "placed": {"streamed_layers": 30, "predicted_device_gb": 5.9}},
+        {"card_gb": 8, "placed": {"streamed_layers": 0, "predicted_device_gb": 2.41}},
+    ],
 }
 MADE = {"device": "CPU, 2 cores", "threads": 2, "torch_version": "2.13.0"}
 METRICS = {
@@ -128,6 +134,11 @@ GPU_COST = {
     "peak_vram_gb": 1.84,
     "peak_vram_reserved_gb": 2.03,
     "device": "NVIDIA L4",
+    "streamed_layers": 12,
+    "kept_mlp_layers": 7,
+    "kept_attention_layers": 3,
+    "predicted_peak_vram_gb": 1.87,
+    "predicted_device_gb": 2.6,
 }
 
 

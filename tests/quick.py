@@ -12,7 +12,9 @@ import os
 import resource
 import runpy
 import signal
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +38,7 @@ CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.trun
 class Stage:
     """A running `python -m stages.NAME` in `folder`, with its output in `folder`/NAME.log.
 
+    A name with a dot in it is that of the module, which takes `arguments`.
     kill_at: signal the process, by default to kill it, at that change of a file, counted from 1.
     largest_file: bytes beyond which the system refuses to write, as a full disk does.
     privileged: without it, permissions hold for root too.
@@ -49,13 +52,14 @@ class Stage:
         number: int = signal.SIGKILL,
         largest_file: int = 0,
         privileged: bool = True,
+        arguments: tuple[str, ...] = (),
         **env: str,
     ):
         self.folder, self.log = folder, folder / f"{name}.log"
         _ensure_running()
         self.process = _processes.Process(
             target=_run,
-            args=(name, str(folder), env, kill_at, number, largest_file, privileged),
+            args=(name, str(folder), env, kill_at, number, largest_file, privileged, arguments),
         )
         self.process.start()
 
@@ -125,6 +129,7 @@ def _run(
     number: int,
     largest_file: int,
     privileged: bool,
+    arguments: tuple[str, ...],
 ) -> None:
     # As in a terminal: what nohup or a shell's `&` starts ignores them, and all that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -136,16 +141,21 @@ def _run(
             os.dup2(file.fileno(), target.fileno())
     sys.path.insert(0, folder)
     sys.dont_write_bytecode = True
+    subprocess.Popen = _Started  # type: ignore[misc]
     if kill_at:
         _watch(folder, kill_at, number)
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     if not privileged:
         _drop_capabilities()
-    sys.argv = [name]
+    sys.argv = [name, *arguments]
+    _run_to_the_end(name if "." in name else f"stages.{name}")
+
+
+def _run_to_the_end(module: str) -> None:
     status = 0
     try:
-        runpy.run_module(f"stages.{name}", run_name="__main__", alter_sys=True)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         if isinstance(ended.code, str):
             print(ended.code, file=sys.stderr)
@@ -157,6 +167,37 @@ def _run(
     sys.stderr.flush()
     # Threads of libraries must not keep the process.
     os._exit(status)
+
+
+class _Started(subprocess.Popen):
+    """subprocess.Popen, which forks a rank where it is told to start one."""
+
+    def __init__(self, command, *, env=None, stdout=None, stderr=None, **options):
+        if command[1:3] != ["-m", "stages.shared.launch"]:
+            super().__init__(command, env=env, stdout=stdout, stderr=stderr, **options)
+            return
+        self.args, self.returncode, self._waitpid_lock = command, None, threading.Lock()
+        self.stdin = self.stdout = self.stderr = None
+        self._child_created, self._sigint_wait_secs = True, 0.25
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid:
+            return
+        os.setpgid(0, 0)
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+            if callable(signal.getsignal(number)):
+                python = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+                signal.signal(number, python)
+        if stdout == subprocess.DEVNULL:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if stderr:
+            os.dup2(stderr.fileno(), 2)
+        os.environ.clear()
+        os.environ.update(env)
+        for module in [m for m in sys.modules if m.split(".")[0] == "stages"]:
+            del sys.modules[module]
+        sys.argv = ["launch", *command[3:]]
+        _run_to_the_end("stages.shared.launch")
 
 
 def _watch(folder: str, kill_at: int, number: int) -> None:

@@ -10,7 +10,7 @@ from transformers.models.llama import modeling_llama
 
 from benchmarks import cards, random_models
 from benchmarks.random_models import SHAPES, build, config_of, write_base
-from stages.planning.workload import shape_of
+from stages.shared.workload import shape_of
 
 
 @pytest.mark.parametrize("recipe", ["mistral-7b-guanaco", "mistral-7b-fast"])

@@ -160,6 +160,34 @@ def test_a_loss_of_other_data_is_neither_better_nor_worse(other):
     assert "| `train: train_loss` | 2 | 1.9 | -5.00 % | not comparable |" in text
 
 
+def test_the_table_of_cards_and_the_limit_fill_no_comparison(repository):
+    """plan.json says of every size of card what lies where; what matters is in its plain keys."""
+    placed = {"streamed_layers": 1, "predicted_device_gb": 3.5}
+
+    def plan(limit, layers):
+        cards = [{"card_gb": 4, "placed": None}, {"card_gb": 8, "placed": placed | layers}]
+        return {"predicted_device_gb": 3.0, "vram_limit_gb": limit, "cards": cards}
+
+    before, now = plan(None, {}), plan(24, {"streamed_layers": 32})
+    text = comparison(texts("main", train=before), texts("now", train=now))
+    assert "No metric changed." in text
+    now["predicted_device_gb"] = 2.0
+    text = comparison(texts("main", train=before), texts("now", train=now))
+    assert [line for line in text.splitlines() if line.startswith("| `")] == [
+        "| `train: predicted_device_gb` | 3 | 2 | -33.33 % | better |"
+    ]
+    # DVC's own tables are as quiet.
+    file = repository / "metrics/verify.json"
+    kept = file.read_bytes()
+    try:
+        file.write_text(json.dumps(now))
+        shown = json.loads(must(repository, "dvc", "metrics", "show", "--json"))
+    finally:
+        file.write_bytes(kept)
+    [files] = [revision["data"] for revision in shown.values()]
+    assert files["metrics/verify.json"]["data"] == {"predicted_device_gb": 2.0, "vram_limit_gb": 24}
+
+
 HOSTILE = (
     "# H\n\n# [x](http://evil.example) | `<b>` www.evil.example a@evil.example \x1b[31m\u2028# H"
 )

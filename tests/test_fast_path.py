@@ -10,12 +10,15 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from stages.quantize import quantize
 from stages.shared.model import load_base
+from stages.shared.placement import Placement
 from stages.training import fused_lora
 from stages.training.fused_lora import fuse_lora
 from stages.training.trainer import remember_parameters
 from tests.tiny import make_model
 
 CPU = torch.device("cpu")
+# Of two layers: everything kept, and everything computed again.
+PLACEMENTS = {False: Placement(2, 2), True: Placement()}
 
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "gemma"]
@@ -69,7 +72,7 @@ def loss_and_gradients(model):
 def test_fused_lora_has_the_loss_and_gradients_of_peft(quantized, arch, checkpointing):
     loss, expected = loss_and_gradients(adapted(quantized[arch]))
     model = adapted(quantized[arch])
-    assert fuse_lora(model, liger=False, checkpointing=checkpointing) == 2 * 7
+    assert fuse_lora(model, liger=False, placement=PLACEMENTS[checkpointing]) == 2 * 7
     fused_loss, gradients = loss_and_gradients(model)
     assert fused_loss == pytest.approx(loss, rel=1e-5)
     assert gradients.keys() == expected.keys()
@@ -81,7 +84,7 @@ def test_fused_lora_has_the_loss_and_gradients_of_peft(quantized, arch, checkpoi
 
 def test_a_second_pass_skips_the_products_that_end_a_part(quantized, monkeypatch):
     model = adapted(quantized["llama"])
-    fuse_lora(model, liger=False, checkpointing=True)
+    fuse_lora(model, liger=False, placement=Placement())
     read = []
     weight = fused_lora._Products.weight
     monkeypatch.setattr(
@@ -95,7 +98,7 @@ def test_a_second_pass_skips_the_products_that_end_a_part(quantized, monkeypatch
 def test_a_pass_that_failed_leaves_nothing_for_the_next(quantized):
     expected = loss_and_gradients(adapted(quantized["qwen2"]))[0]
     model = adapted(quantized["qwen2"])
-    fuse_lora(model, liger=False, checkpointing=False)
+    fuse_lora(model, liger=False, placement=Placement(2, 2))
     # As when it ends between the products that are computed together.
     model.get_base_model().model.layers[0].self_attn.q_proj(torch.ones(1, 3, 64))
     assert loss_and_gradients(model)[0] == pytest.approx(expected, rel=1e-5)
@@ -128,7 +131,7 @@ def test_an_mlp_of_another_formula_keeps_it(checkpointing):
     lora = LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj"])
     plain = with_random_adapter(get_peft_model(base, lora).train())
     fused = copy.deepcopy(plain)
-    assert fuse_lora(fused, liger=False, checkpointing=checkpointing) == 2 * 3
+    assert fuse_lora(fused, liger=False, placement=PLACEMENTS[checkpointing]) == 2 * 3
     (loss, expected), (fused_loss, gradients) = loss_and_gradients(plain), loss_and_gradients(fused)
     assert fused_loss == pytest.approx(loss, rel=1e-5)
     for name, gradient in gradients.items():
@@ -143,7 +146,7 @@ def test_float32_inputs_under_autocast(targets):
     lora = LoraConfig(r=4, target_modules=targets)
     plain = with_random_adapter(get_peft_model(torch.nn.Sequential(mlp), lora).train())
     fused = copy.deepcopy(plain)
-    fuse_lora(fused, liger=False, checkpointing=False)
+    fuse_lora(fused, liger=False, placement=Placement(2, 2))
     results = []
     for model in (plain, fused):
         x = torch.linspace(-1, 1, 2 * 3 * 64).view(2, 3, 64).requires_grad_()

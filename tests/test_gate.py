@@ -12,6 +12,12 @@ from tools.gate import broken
 BRANCHES = {
     "same": ({}, {}, 0, "passed: 5 metrics within the limits"),
     "better": ({"params.yaml": ("12.0", "11.0")}, {}, 0, "gate: passed"),
+    "with_a_table": (
+        {"evaluate.py": ('"token_agreement"', '"cards": [{"card_gb": 4}], "token_agreement"')},
+        {},
+        0,
+        "gate: passed",
+    ),
     "slightly_worse": ({"params.yaml": ("12.0", "12.5")}, {}, 0, "gate: passed"),
     "worse": (
         {"params.yaml": ("12.0", "13.4")},

@@ -25,6 +25,7 @@ from stages import train as train_stage
 from stages.quantize import quantize
 from stages.shared.model import load_base, set_compute_dtype
 from stages.shared.outputs import write_sums
+from stages.shared.placement import Placement
 from stages.shared.process import StageError, sha256
 from stages.shared.scoring import scored_logits
 from stages.training.checkpoints import SIGNALS, Checkpoints
@@ -107,7 +108,7 @@ def fast(folder, bounds=None, offload=False):
     """Loss and gradients of all rows in one flattened batch, as the fast path computes them."""
     model = adapted(folder, "varlen", liger=True)
     stash = HostStash(model.device, sum(LENGTHS) * 256 * 2) if offload else None
-    fuse_lora(model, liger=True, checkpointing=True, stash=stash)
+    fuse_lora(model, liger=True, placement=Placement(offload=offload), stash=stash)
     ids = torch.cat(rows())[None].cuda()
     ends = torch.tensor([0, *LENGTHS]).cumsum(0)
     bounds = (ends if bounds is None else bounds).to(torch.int32)

@@ -4,18 +4,22 @@ import json
 
 import pyarrow as pa
 import pytest
+import torch
 import yaml
 from transformers import AutoConfig
 
 from stages import plan
-from stages.planning import workload
+from stages.planning import advice
+from stages.planning.advice import planned
 from stages.planning.token_ids import check_token_ids
-from stages.planning.workload import Lengths, match_targets, planned_training, read_model
-from stages.shared import vram
+from stages.shared import placement, workload
 from stages.shared.outputs import write_sums
 from stages.shared.params import Params
+from stages.shared.placement import Placement
 from stages.shared.process import StageError
 from stages.shared.rows import SCHEMA
+from stages.shared.vram import CARDS_GB, sizes_of
+from stages.shared.workload import KEPT, Lengths, match_targets, read_model
 from tests.tiny import PARAMS, make_model, make_tokenizer
 
 
@@ -133,48 +137,164 @@ def test_a_model_that_it_does_not_know_is_refused_in_one_line(tmp_path, config, 
     assert "\n" not in str(refused.value)
 
 
+def sizes_for(model, params, rows=ROWS):
+    config, shape = model
+    return sizes_of(shape, planned(config, shape, params, rows))
+
+
+def chosen(model, params, limit):
+    """What training would place within `limit` bytes, None where nothing fits."""
+    kept = KEPT[params.train.gradient_checkpointing]
+    return placement.choose(sizes_for(model, params), limit, kept=kept)
+
+
 def test_a_limit_that_is_too_low_names_the_change_that_fits(mistral):
-    params = params_of(plan={"vram_limit_gb": 12.0}, train={"batch_size": 4})
-    run = planned_training(*mistral, params, ROWS)
-    needed = vram.predict(mistral[1], run).device
+    params = params_of(plan={"vram_limit_gb": 8.0}, train={"batch_size": 4})
+    sizes = sizes_for(mistral, params)
+    least = placement.predict(sizes, placement.tightest(sizes, "all")).device
     with pytest.raises(StageError) as refused:
-        plan.refuse_over_limit(*mistral, params, ROWS, needed)
+        plan.refuse_over_limit(*mistral, params, ROWS, sizes)
     line = str(refused.value)
-    assert f"would need {needed / 1e9:.2f} GB and plan.vram_limit_gb is 12" in line
-    assert "train.gradient_checkpointing=true" in line
+    assert f"would need {least / 1e9:.2f} GB at the least and plan.vram_limit_gb is 8" in line
+    assert line.endswith(advice.cheapest_change(*mistral, params, ROWS, 8e9))
+    assert "train.gradient_checkpointing=auto" in line
     assert "\n" not in line
 
 
-def test_the_advised_change_fits_and_is_the_first_that_does(mistral):
+SETTINGS = {
+    "nothing recomputed": {
+        "train": {"batch_size": 4, "gradient_checkpointing": False},
+        "lora": {"r": 256, "dropout": 0.1},
+    },
+    "auto": {
+        "train": {"batch_size": 4, "gradient_checkpointing": "auto"},
+        "lora": {"r": 256, "dropout": 0.1},
+        "quantize": {"type": "none"},
+    },
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_advised_change_fits_and_is_the_first_that_does(mistral, settings):
+    params = params_of(**SETTINGS[settings])
+    advised = set()
+    for limit in (60e9, 40e9, 30e9, 24e9, 16e9, 12e9, 8e9, 4e9):
+        said = advice.cheapest_change(*mistral, params, ROWS, limit)
+        for text, changed in advice.changes(params):
+            if placed := chosen(mistral, changed, limit):
+                needed = placement.predict(sizes_for(mistral, changed), placed).device
+                assert needed <= limit
+                assert said == f"{text} ({needed / 1e9:.2f} GB)"
+                break
+        else:
+            text = "none of the settings"
+            assert said.startswith(text)
+        advised.add(text)
+    # Or the limits told nothing apart.
+    assert len(advised) > 2
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_every_advised_change_asks_for_less(mistral, settings):
+    def least(params):
+        sizes = sizes_for(mistral, params)
+        tightest = placement.tightest(sizes, KEPT[params.train.gradient_checkpointing])
+        return placement.predict(sizes, tightest).device
+
+    params = params_of(**SETTINGS[settings])
+    texts = [text for text, changed in advice.changes(params) if least(changed) >= least(params)]
+    assert texts == []
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "limit"), [("auto", None), (False, None), ("auto", 12.0), (False, 24.0)]
+)
+def test_what_some_placement_keeps_to_passes(mistral, checkpointing, limit):
+    train = {"batch_size": 2, "gradient_checkpointing": checkpointing}
+    params = params_of(plan={"vram_limit_gb": limit}, train=train)
+    plan.refuse_over_limit(*mistral, params, ROWS, sizes_for(mistral, params))
+
+
+def test_no_checkpointing_is_refused_where_it_cannot_fit(mistral):
+    limit = 12.0
+    for checkpointing, refused in (("auto", False), (True, False), (False, True)):
+        train = {"batch_size": 4, "gradient_checkpointing": checkpointing}
+        params = params_of(plan={"vram_limit_gb": limit}, train=train)
+        sizes = sizes_for(mistral, params)
+        if refused:
+            with pytest.raises(StageError, match=r"plan\.vram_limit_gb is 12"):
+                plan.refuse_over_limit(*mistral, params, ROWS, sizes)
+        else:
+            plan.refuse_over_limit(*mistral, params, ROWS, sizes)
+
+
+@pytest.mark.parametrize("checkpointing", ["auto", True, False])
+def test_each_card_has_what_it_holds_or_nothing(mistral, checkpointing):
+    params = params_of(train={"batch_size": 4, "gradient_checkpointing": checkpointing})
+    sizes, kept = sizes_for(mistral, params), KEPT[checkpointing]
+    found = plan.cards(sizes, kept)
+    assert [entry["card_gb"] for entry in found] == list(CARDS_GB)
+    assert {entry["placed"] is None for entry in found} == {True, False}
+    for entry in found:
+        card, placed = entry["card_gb"], entry["placed"]
+        best = placement.choose(sizes, card * 1e9, kept=kept)
+        assert (placed is None) == (best is None)
+        if placed is None:
+            continue
+        assert placed["predicted_peak_vram_gb"] < placed["predicted_device_gb"] <= card
+        assert placed["streamed_layers"] == best.streamed
+        assert (placed["sent_gb_per_step"] > 0) == bool(best.streamed or best.offload)
+        layers = sizes.layers
+        if checkpointing != "auto":
+            assert placed["kept_mlp_layers"] == (0 if checkpointing else layers)
+            assert placed["kept_attention_layers"] == (0 if checkpointing else layers)
+
+
+def test_the_table_says_of_each_card_what_fits(mistral):
+    sizes = sizes_for(mistral, params_of(train={"gradient_checkpointing": "auto"}))
+    found = plan.cards(sizes, "auto")
+    lines = plan.cards_table(found, sizes.layers).splitlines()[1:]
+    for line, entry in zip(lines, found, strict=True):
+        size, *words = line.split()
+        assert int(size) == entry["card_gb"]
+        placed = entry["placed"]
+        if placed is None:
+            assert words == ["does", "not", "fit"]
+            continue
+        assert f"{placed['predicted_device_gb']:.1f}" in words
+        assert f"{placed['sent_gb_per_step']:.1f}" in line
+        assert ("streamed" in words) == bool(placed["streamed_layers"])
+    slow = {"copies_hide": 0, "sent_gb_per_step": 7.5, "mlp_tile_tokens": 0}
+    fits = next(entry["placed"] for entry in found if entry["placed"])
+    table = plan.cards_table([{"card_gb": 8, "placed": fits | slow}], sizes.layers)
+    assert table.endswith(" 7.5, slower")
+
+
+def test_rows_beyond_the_positions_of_the_model_are_said(tiny, capsys):
+    config, _ = tiny
+    said = []
+    for size in (config.max_position_embeddings, config.max_position_embeddings + 1):
+        plan.check_positions(config, Lengths([20, size], [10, 10], 2048))
+        said.append(capsys.readouterr().out)
+    assert said == [
+        "",
+        "plan: the longest row has 513 tokens and the model was made for 512 "
+        "(max_position_embeddings); lower prepare.max_length\n",
+    ]
+
+
+def test_what_a_further_gpu_costs_is_said(mistral):
     config, shape = mistral
-    params = params_of(train={"batch_size": 4}, lora={"r": 256, "dropout": 0.1})
-    needed = [
-        (text, vram.predict(shape, planned_training(config, shape, changed, ROWS)).device)
-        for text, changed in workload.changes(params)
-    ]
-    now = vram.predict(shape, planned_training(config, shape, params, ROWS)).device
-    assert all(size < now for _, size in needed)
-    for limit in (60e9, 40e9, 30e9, 24e9):
-        first = next((text for text, size in needed if size <= limit), "none of the settings")
-        assert workload.cheapest_change(config, shape, params, ROWS, limit).startswith(first)
-
-
-def test_no_limit_and_a_high_limit_pass(mistral):
-    for limit in (None, 1000.0):
-        plan.refuse_over_limit(*mistral, params_of(plan={"vram_limit_gb": limit}), ROWS, 5e9)
-
-
-def test_rows_beyond_the_positions_of_the_model_are_said(tiny):
-    config, shape = tiny
-    said = [
-        plan.advice(config, shape, params_of(), Lengths([20, size], [10, 10], 2048), 5e9)
-        for size in (config.max_position_embeddings, config.max_position_embeddings + 1)
-    ]
-    assert "longest row" not in said[0]
-    assert said[1].endswith(
-        "\nplan: the longest row has 513 tokens and the model was made for 512 "
-        "(max_position_embeddings); lower prepare.max_length"
-    )
+    params = params_of(train={"batch_size": 4, "gradient_checkpointing": True}, lora={"r": 64})
+    run = planned(config, shape, params, ROWS)
+    placed = Placement(offload=True)
+    lines = plan.further_gpus(sizes_of(shape, run), placed).splitlines()[1:]
+    said = {line[:22].strip(): float(line[22:].split()[0]) for line in lines}
+    # 64 x (inputs + outputs) of seven projections in 32 layers, four bytes each.
+    of_layer = 4096 + 4096 + 2 * (4096 + 1024) + 4096 + 4096 + 3 * (4096 + 14336)
+    assert said["gradient buckets"] == pytest.approx(4 * 64 * 32 * of_layer / 1e9, abs=1e-3)
+    assert said["its layer inputs"] == pytest.approx(4 * 4096 * run.tokens * 32 / 1e9, abs=1e-3)
+    assert "a rank itself" in said
 
 
 @pytest.mark.parametrize(("size", "chunk"), [(261, 100), (260, 100), (260, 3)])
@@ -212,9 +332,9 @@ def test_a_token_beyond_the_embeddings_is_refused_where_it_is_used(
         check_token_ids(config, folder)
 
 
-def test_the_stage_writes_the_promised_keys_and_a_constant_verdict(
-    tokenizer, tmp_path, monkeypatch, capsys
-):
+@pytest.fixture
+def project(tokenizer, tmp_path, monkeypatch):
+    """A project in which plan can start."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / "models/tokenizer").symlink_to(tokenizer)
@@ -223,9 +343,13 @@ def test_the_stage_writes_the_promised_keys_and_a_constant_verdict(
     for folder in (tokenizer, tmp_path / "data/prepared"):
         write_sums(folder)
     (tmp_path / "params.yaml").write_text(PARAMS.read_text())
+    return tmp_path
+
+
+def test_the_stage_writes_the_promised_keys_and_a_constant_verdict(project, capsys):
     plan.main()
-    assert (tmp_path / "models/plan.ok").read_bytes() == b"training may start\n"
-    found = json.loads((tmp_path / "metrics/plan.json").read_text())
+    assert (project / "models/plan.ok").read_bytes() == b"training may start\n"
+    found = json.loads((project / "metrics/plan.json").read_text())
     parts = ("weights", "adapter", "optimizer", "activations", "logits", "overhead")
     assert {
         "predicted_peak_vram_gb",
@@ -234,10 +358,48 @@ def test_the_stage_writes_the_promised_keys_and_a_constant_verdict(
         "lora_gb",
         "qlora_gb",
         "smallest_gpu_gb",
+        "vram_limit_gb",
+        "cards",
         *(f"{part}_gb" for part in parts),
     } == set(found)
     assert sum(found[f"{part}_gb"] for part in parts) == pytest.approx(
         found["predicted_device_gb"], rel=1e-4
     )
-    assert found["smallest_gpu_gb"] == 8
-    assert "the card must have" in capsys.readouterr().out
+    fitting = [entry["card_gb"] for entry in found["cards"] if entry["placed"]]
+    assert found["smallest_gpu_gb"] == min(fitting)
+    assert found["vram_limit_gb"] is None
+    said = capsys.readouterr().out
+    assert "GPU memory needed" in said
+    assert f"{found['predicted_device_gb']:.3f} GB" in said
+
+
+def test_plan_json_is_the_same_on_every_machine(project, monkeypatch, capsys):
+    """What this machine has or lacks is nowhere in it."""
+    written, said = [], []
+    for gpu, free in ((False, 0), (True, 3 * 10**9), (True, 80 * 10**9)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, free=free: (free, free))
+        plan.main()
+        written.append((project / "metrics/plan.json").read_bytes())
+        said.append(capsys.readouterr().out)
+    assert written[0] == written[1] == written[2]
+    assert "this machine has none" in said[0]
+    assert "on this GPU" in said[1]
+
+
+def test_a_limit_is_written_for_train_to_read(project):
+    params = yaml.safe_load(PARAMS.read_text())
+    params["plan"]["vram_limit_gb"] = 6.5
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    plan.main()
+    assert json.loads((project / "metrics/plan.json").read_text())["vram_limit_gb"] == 6.5
+
+
+def test_over_the_limit_nothing_is_written(project):
+    params = yaml.safe_load(PARAMS.read_text())
+    params["plan"]["vram_limit_gb"] = 0.5
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    with pytest.raises(StageError, match=r"at the least and plan\.vram_limit_gb is 0\.5"):
+        plan.main()
+    assert not (project / "metrics/plan.json").exists()
+    assert not (project / "models/plan.ok").exists()

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import yaml
 from quick import Stage
-from tiny import ROOT, make_model, make_tokenizer, make_workspace
+from tiny import CHATML, ROOT, make_model, make_tokenizer, make_workspace
 
 from stages.shared.params import faults
 
@@ -33,10 +33,21 @@ SMALL = {
 }
 
 
-def make_guanaco(path):
+def make_rows(path, form):
+    """As the recipes' data: in Llama-2's template (guanaco), or conversations (FineTome)."""
+    asked = [(f"What is item {i}?", f"It stands in box {i % 7}.") for i in range(40)]
     rows = [
-        {"text": f"<s>[INST] What is item {i}? [/INST] It stands in box {i % 7}. </s>"}
-        for i in range(40)
+        {"text": f"<s>[INST] {question} [/INST] {answer} </s>"}
+        if form == "rendered"
+        else {
+            "conversations": [
+                {"from": "human", "value": question},
+                {"from": "gpt", "value": answer},
+            ],
+            "source": "tests",
+            "score": 5.0,
+        }
+        for question, answer in asked
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -47,11 +58,13 @@ def test_recipe_runs_end_to_end(recipe, tmp_path):
     assert faults(text) == []
     folder = make_workspace(tmp_path / "project")
     shutil.rmtree(folder / "tiny")
-    # As the models of the recipes: no chat template, a BOS, and Llama's names of the projections.
-    make_tokenizer(folder / "tiny", chat_template=None)
-    make_model(folder / "tiny", "mistral" if "mistral" in recipe.stem else "llama")
-    make_guanaco(folder / "data/source/rows.jsonl")
     params = yaml.safe_load(text)
+    family, form = recipe.stem.split("-")[0], params["prepare"]["format"]
+    # As the models of the recipes: a BOS, Llama's names of the projections, and no chat template
+    # but Qwen's own.
+    make_tokenizer(folder / "tiny", chat_template=CHATML if family == "qwen" else None)
+    make_model(folder / "tiny", {"qwen": "qwen2"}.get(family, family))
+    make_rows(folder / "data/source/rows.jsonl", form)
     for section, values in SMALL.items():
         params[section] |= values
     (folder / "params.yaml").write_text(yaml.safe_dump(params))

@@ -19,9 +19,12 @@ from stages.shared.fast_path import choose_fast_path
 from stages.shared.model import load_base
 from stages.shared.params import Params
 from stages.shared.process import sha256
+from stages.shared.ranks import ALONE
 from stages.shared.rows import read_rows
 from stages.shared.scoring import TOKENS_PER_BATCH, Scores, score
+from stages.shared.workload import Lengths
 from stages.training import progress
+from stages.training.placing import place
 from stages.training.probe import Probe, needs_probe
 from stages.training.trainer import TrainingSet, build_trainer, largest_pass
 from tests.tiny import make_model
@@ -159,9 +162,12 @@ def test_a_probe_of_the_longest_batch_changes_no_byte(project, tmp_path, changes
     adapters, tokens, tried = [], [], []
     for probed in (False, True):
         model = load_base(project / "models/quantized", CPU)
-        fast = choose_fast_path(params, model.config, 8 * 160, gpu=False)
+        fast = choose_fast_path(params, model.config, gpu=False)
+        # On the CPU the lengths play no part.
+        placed = place(params, model.config, Lengths([], [], 160), CPU).placement
         torch.manual_seed(0)
-        trainer = build_trainer(model, TrainingSet(rows, tokenizer, 160), params, fast, tmp_path)
+        data = TrainingSet(rows, tokenizer, 160)
+        trainer = build_trainer(model, data, params, fast, placed, tmp_path)
         if probed:
             collate = trainer.data_collator
 
@@ -216,7 +222,7 @@ def _run_out(*args, **kwargs):
     ("module", "fault", "batch_size", "remedy"),
     [
         ("training/trainer", "Trainer.training_step", 4, "lower train.batch_size (now 4)"),
-        ("training/trainer", "Trainer.training_step", 1, "set train.gradient_checkpointing: true"),
+        ("training/trainer", "Trainer.training_step", 1, "set train.gradient_checkpointing: auto"),
         ("shared/model", "load_base", 1, "take a smaller base"),
     ],
 )
@@ -269,13 +275,14 @@ def test_only_learned_positions_are_scored(tmp_path, monkeypatch):
 def test_held_out_rows_are_scored_in_the_memory_of_a_step(monkeypatch):
     asked = []
 
-    def scored(model, rows, tokens_per_batch):
+    def scored(model, rows, tokens_per_batch, world):
         asked.append(tokens_per_batch)
         return Scores([1.0], [1])
 
     monkeypatch.setattr(progress, "score", scored)
     for step_tokens in (100, 2 * TOKENS_PER_BATCH):
-        callback = progress.Progress(SimpleNamespace(tokens=0), [], step_tokens)
+        trainer = SimpleNamespace(tokens=0, world=ALONE)
+        callback = progress.Progress(trainer, [], step_tokens)
         state = TrainerState(global_step=4, max_steps=4)
         callback.on_train_begin(None, state, None)
         model = SimpleNamespace(device=CPU)

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.random_models import build, config_of
 from benchmarks.vram import Point, prepare, random_rows, training_of
-from stages.planning.workload import match_targets, read_model, shape_of
 from stages.quantize import quantize
-from stages.shared import vram
+from stages.shared import placement, vram
+from stages.shared.placement import Placement
+from stages.shared.workload import match_targets, read_model, shape_of
 from stages.training.fused_lora import fuse_lora
 from tests.tiny import make_model
 
@@ -139,7 +140,7 @@ def test_a_layer_keeps_the_bytes_that_the_model_says(tmp_path, changes):
         base, LoraConfig(r=run.rank, target_modules=targets, task_type="CAUSAL_LM")
     ).train()
     if run.fused_lora:
-        fuse_lora(model, liger=False, checkpointing=False)
+        fuse_lora(model, liger=False, placement=Placement(1, 1))
     # Autocast's bf16 copies of the adapter are counted apart (`casts` in vram.moments).
     casts = 0 if run.fused_lora else 2 * vram.adapter_parameters(shape, run.rank, run.targets)
     kept = bytes_of_layer(model, base.model.layers[0], shape.hidden) - casts
@@ -156,14 +157,12 @@ def test_checkpointing_keeps_the_inputs_that_the_model_says(tmp_path, arch, fuse
         folder = tmp_path / f"{layers}"
         make_model(folder, arch, num_hidden_layers=layers)
         _, shape = read_model(folder)
-        assert vram.two_parts(shape, run_of(shape, checkpointing=True, fused_lora=fused)) == (
-            streams == 2
-        )
+        assert vram.in_halves(shape, run_of(shape, fused_lora=fused)) == (streams == 2)
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(base, config).train()
         if fused:
-            fuse_lora(model, liger=False, checkpointing=True)
+            fuse_lora(model, liger=False, placement=Placement())
         else:
             base.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
@@ -225,14 +224,14 @@ def test_llama_2_7b_has_its_published_size():
 )
 def test_a_saving_saves(less, more):
     base = run_of(LLAMA_7B, tokens=4096, learned_tokens=4096, liger=True)
-    assert vram.predict(LLAMA_7B, replace(base, **less)).device < (
-        vram.predict(LLAMA_7B, replace(base, **more)).device
+    assert placement.predict_run(LLAMA_7B, replace(base, **less)).device < (
+        placement.predict_run(LLAMA_7B, replace(base, **more)).device
     )
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_the_parts_are_the_whole(method):
-    found = vram.predict(LLAMA_7B, run_of(LLAMA_7B, method=method))
+    found = placement.predict_run(LLAMA_7B, run_of(LLAMA_7B, method=method))
     parts = ("weights", "adapter", "optimizer", "activations", "logits", "overhead")
     assert sum(getattr(found, part) for part in parts) == found.device
     assert found.device - found.peak == pytest.approx(found.reserve)
@@ -267,11 +266,11 @@ def test_a_random_nf4_model_is_as_large_as_predicted_and_computes(double_quant):
     ids=lambda point: point.method,
 )
 def test_a_point_of_the_benchmark_trains_and_has_a_prediction(point):
-    trainer, fast = prepare(point, torch.device("cpu"), random_rows(point, 2))
+    trainer, fast, placed = prepare(point, torch.device("cpu"), random_rows(point, 2))
     assert trainer.train().global_step == 2
-    shape, run = training_of(point, asdict(fast))
+    shape, run = training_of(point, asdict(fast) | {"offload": placed.offload})
     assert run.tokens == 64
-    assert vram.predict(shape, run).peak > vram.weights_bytes(shape, point.method, True)
+    assert placement.predict_run(shape, run).peak > vram.weights_bytes(shape, point.method, True)
 
 
 def test_one_long_row_needs_more_for_attention_than_many_short_ones(folders):

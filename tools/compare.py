@@ -39,6 +39,8 @@ LOWER_IS_BETTER = (
 # What metrics/data.json says of the rows that were trained on.
 TRAIN_KEYS = ("train_", "length_")
 HIGHER_IS_BETTER = ("tokens_per_second", "token_agreement")
+# A parameter that train reads from plan's metrics: it stands among the parameters.
+REPEATED = "vram_limit_gb"
 # Of metrics/answers.json and metrics/harness.json every measure but these.
 NO_MEASURE = ("_answer_tokens", "_rows", "limit")
 # Beside a value, and said with it.
@@ -127,7 +129,7 @@ def metric_rows(
         old, new = before.get(path, {}), now.get(path, {})
         for key in dict.fromkeys([*old, *new]):
             a, b = old.get(key), new.get(key)
-            if a == b or key.endswith(OF_A_VALUE):
+            if a == b or key == REPEATED or key.endswith(OF_A_VALUE):
                 continue
             pair = pairs.of(path, key) if pairs and path not in other_data else None
             mark = verdict(key, a, b, noise.get(path, {}).get(key), pair)

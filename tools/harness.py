@@ -83,7 +83,9 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         if importlib.util.find_spec("lm_eval") is None:
-            raise StageError('lm-evaluation-harness is not there; run it as: make harness TASKS="…"')
+            raise StageError(
+                'lm-evaluation-harness is not there; run it as: make harness TASKS="…"'
+            )
         for folder in SIDES.values():
             if not (folder / SUMS).exists():
                 raise StageError(f"{folder} is not there; run: dvc repro")

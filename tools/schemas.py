@@ -10,6 +10,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainValidator,
@@ -50,6 +51,17 @@ def _scalar(value: Any) -> Any:
     if isinstance(value, int) and abs(value) >= 2**63:
         raise ValueError("must be a number of 64 bits")
     return value
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
+
+
+def _without_tables(values: Any) -> Any:
+    """As DVC does, which shows and compares none of what a list holds."""
+    if not isinstance(values, dict):
+        return values
+    return {key: value for key, value in values.items() if not _is_table(value)}
 
 
 # Files of DVC's cache are found by it, and deleted: it must be no path.
@@ -124,7 +136,9 @@ class Listed(Part):
 TRACKED, LISTING = TypeAdapter(Tracked), TypeAdapter(list[Listed])
 PIPELINE, LOCK = TypeAdapter(Pipeline), TypeAdapter(Lock)
 PARAMS = TypeAdapter(dict[str, Any])
-METRICS = TypeAdapter(dict[str, Annotated[Any, AfterValidator(_scalar)]])
+METRICS = TypeAdapter(
+    Annotated[dict[str, Annotated[Any, AfterValidator(_scalar)]], BeforeValidator(_without_tables)]
+)
 
 
 def read_yaml(content: bytes, schema: TypeAdapter[T], where: str) -> T:

@@ -24,10 +24,8 @@ from stages.reporting.results import (
     memory_parts,
     scored_sets,
 )
-from stages.shared.outputs import GB
 from stages.shared.provenance import made_with
 from stages.shared.sets import SET_NAMES
-from stages.shared.vram import CARDS_GB, fitting_cards
 
 SHOWN_CHARACTERS = 2000
 MEASURES = {
@@ -191,16 +189,19 @@ def _memory(results: Results) -> Section:
     plan, cost = results.plan, results.train_cost
     if "peak_vram_gb" in cost:
         text = (
-            f"Training ran on a GPU ({cost['device']}). Measured are the peak that torch allocated "
-            "and, in the last line, reserved; the CUDA context comes on top of the latter."
+            f"Training ran on a GPU ({cost['device']}), with the weights of "
+            f"{cost['streamed_layers']} layers streamed from host memory and the activations of "
+            f"{cost['kept_mlp_layers']} MLPs and {cost['kept_attention_layers']} attentions kept; "
+            "so the peak is predicted, and the parts are those of the least that a card needs with "
+            "all weights on it. Measured are the peak that torch allocated and, in the last line, "
+            "reserved; the CUDA context comes on top of the latter."
         )
     else:
         text = (
             "Training ran on the CPU, so VRAM is a prediction for a GPU and only RAM was measured: "
             f"{number(cost['peak_ram_gb'])} GB at its peak."
         )
-    fitting = fitting_cards(plan["predicted_device_gb"] * GB)
-    fits = ["This run", *("fits" if size in fitting else "does not fit" for size in CARDS_GB)]
+    cards = {f"{card['card_gb']} GB": _fits(card["placed"]) for card in plan["cards"]}
     methods = {"Full fine-tuning": "full_finetune_gb", "LoRA": "lora_gb", "QLoRA": "qlora_gb"}
     by_method = [[name, number(plan[key])] for name, key in methods.items()]
     return Section(
@@ -209,17 +210,26 @@ def _memory(results: Results) -> Section:
             Paragraph(text),
             charts.memory(memory_parts(plan, cost)),
             _memory_table(plan, cost, results.eval_cost),
-            Table(["Card", *(f"{size} GB" for size in CARDS_GB)], [fits]),
+            Table(["Card", *cards], [["This run", *cards.values()]]),
             Table(["The same rows by", "Predicted GB"], by_method),
         ],
     )
 
 
+def _fits(placed: dict | None) -> str:
+    """What plan says of one size of card."""
+    if placed is None:
+        return "does not fit"
+    return "fits, streamed" if placed["streamed_layers"] else "fits"
+
+
 def _memory_table(plan: dict, cost: dict, eval_cost: dict) -> Table:
     head = ["GB (10^9 bytes)", "Predicted"]
     rows = [[part, number(plan[f"{part}_gb"])] for part in MEMORY_PARTS]
-    rows.append(["peak of training", number(plan["predicted_peak_vram_gb"])])
-    rows.append(["needed on the card", number(plan["predicted_device_gb"])])
+    # Of where things lay, where that is known.
+    predicted = cost if "peak_vram_gb" in cost else plan
+    rows.append(["peak of training", number(predicted["predicted_peak_vram_gb"])])
+    rows.append(["needed on the card", number(predicted["predicted_device_gb"])])
     if "peak_vram_gb" in cost:
         head.append("Measured")
         measured = {

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from stages.shared.sets import HELD_OUT, SET_NAMES
-from stages.shared.vram import GB, fitting_cards
 
 MEMORY_PARTS = ("weights", "adapter", "optimizer", "activations", "logits", "overhead")
 
@@ -73,7 +72,9 @@ def summary(results: Results) -> dict:
     figures["merge_change_percent"] = results.verify["perplexity_change_percent"]
     if not results.train:
         return figures
-    cost, predicted = results.train_cost, results.plan["predicted_peak_vram_gb"]
+    cost = results.train_cost
+    # On a GPU, of where things lay there; else of what a card needs at the least.
+    predicted = (cost if "peak_vram_gb" in cost else results.plan)["predicted_peak_vram_gb"]
     figures["train_minutes"] = cost["train_seconds"] / 60
     if measured := cost.get("peak_vram_gb"):
         figures["vram_gb"] = measured
@@ -81,7 +82,7 @@ def summary(results: Results) -> dict:
     else:
         figures["ram_gb"] = cost["peak_ram_gb"]
     figures["predicted_vram_gb"] = predicted
-    fitting = fitting_cards(results.plan["predicted_device_gb"] * GB)
+    fitting = [card["card_gb"] for card in results.plan["cards"] if card["placed"]]
     figures["fits_gpus"] = ", ".join(f"{size} GB" for size in fitting) or "none"
     return figures
 

@@ -2,6 +2,7 @@
 
 import os
 import resource
+from typing import Any
 
 import torch
 
@@ -59,3 +60,12 @@ def memory_metrics(managed_bytes: int = 0) -> dict[str, float]:
         metrics["peak_vram_gb"] = (torch.cuda.max_memory_allocated() + managed_bytes) / GB
         metrics["peak_vram_reserved_gb"] = torch.cuda.max_memory_reserved() / GB
     return metrics
+
+
+def memory_of_ranks(peaks: list[dict[str, float]]) -> dict[str, Any]:
+    """The largest of each peak, in GB; of several ranks those of all, in a line, as well."""
+    found: dict[str, Any] = {key: max(peak[key] for peak in peaks) for key in peaks[0]}
+    if len(peaks) > 1:
+        for key in peaks[0]:
+            found[f"{key}_by_rank"] = " ".join(f"{peak[key]:.6g}" for peak in peaks)
+    return found

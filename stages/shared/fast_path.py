@@ -43,40 +43,34 @@ FLATTENED = {
 }
 # Layers that are residual attention, then a residual MLP, each after its norm, and nothing more.
 PLAIN_LAYERS = {f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
-# Below this the inputs of the checkpointed layers are not worth a trip to host memory.
-OFFLOADED_BYTES = 1e9
 
 
 @dataclass(frozen=True)
 class FastPath:
     """`attention` is varlen, sdpa or eager. `padding_free` lays the rows of a batch behind each
-    other, `liger` takes Liger's kernels, `fused_lora` the products of training/fused_lora.py, and
-    `offload` lets the inputs of checkpointed layers wait in host memory."""
+    other, `liger` takes Liger's kernels, `fused_lora` the products of training/fused_lora.py."""
 
     attention: str
     padding_free: bool
     liger: bool
     fused_lora: bool
-    offload: bool
 
     def __str__(self) -> str:
         used = [name.replace("_", " ") for name, on in vars(self).items() if on is True]
         return ", ".join([f"{self.attention} attention", *used])
 
 
-def choose_fast_path(params: Params, config: PretrainedConfig, tokens: int, gpu: bool) -> FastPath:
-    """What training takes on an NVIDIA GPU (`gpu`) or on a CPU, with `tokens` in a forward pass.
+def choose_fast_path(params: Params, config: PretrainedConfig, gpu: bool) -> FastPath:
+    """What training takes on an NVIDIA GPU (`gpu`) or on a CPU.
 
     Raises StageError when the model cannot be trained as `params.train` says.
     """
-    attention, text = choose_attention(params.train, config, gpu), config.get_text_config()
-    kept = 2 * text.hidden_size * text.num_hidden_layers * tokens
+    attention = choose_attention(params.train, config, gpu)
     return FastPath(
         attention=attention,
         padding_free=attention == VARLEN,
         liger=gpu,
         fused_lora=gpu and params.lora.dropout == 0,
-        offload=gpu and params.train.gradient_checkpointing and kept >= OFFLOADED_BYTES,
     )
 
 

@@ -14,6 +14,10 @@ from pathlib import Path
 from types import FrameType
 
 NOTE = Path(".dvc/tmp/interrupted")
+# In the order in which they are caught: whoever waits for SIGTERM to be may send any.
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+# A signal that comes again sooner is the same press of Ctrl-C, or the same end of dvc.
+ONE_PRESS_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
 
 

@@ -14,21 +14,29 @@ from stages.shared.process import StageError
 logging.disable_progress_bar()
 
 
-def load_base(folder: Path, device: torch.device, attention: str | None = None) -> PreTrainedModel:
+def load_base(
+    folder: Path,
+    device: torch.device,
+    attention: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
     """Load a base model (NF4 or 16 bit) in evaluation mode.
 
-    `attention` is an attention implementation of transformers, None the best that it has itself.
+    attention  an attention implementation of transformers, None the best that it has itself
+    dtype      what it computes in, None for what `device` is fast in
 
     Everything that is not quantized, and the products of what is, computes in bfloat16 on a GPU
     and in float32 on the CPU, where bfloat16 is 10 to 30 times slower. A pre-quantized checkpoint
     ignores `dtype=`, so both are set after loading.
     """
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, device_map={"": device}, attn_implementation=attention
     )
     set_compute_dtype(model, dtype)
-    if device.type == "cpu":
+    # What is loaded in bfloat16 on the CPU is on its way to a GPU.
+    if device.type == "cpu" and dtype == torch.float32:
         unpack_odd_layers(model)
     model.config.use_cache = False
     return model.eval()

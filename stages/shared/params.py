@@ -55,6 +55,12 @@ def _text(value: Any) -> str:
     return value
 
 
+def _auto_or_bool(value: Any) -> bool | str:
+    if value is not True and value is not False and value != "auto":
+        raise ValueError("must be auto, true or false")
+    return value
+
+
 def _template(value: Any) -> str:
     value = _characters(value)
     file = value.startswith("templates/") and value.endswith(".jinja") and ".." not in value
@@ -175,7 +181,7 @@ class Train(Section):
     weight_decay: NotNegative
     max_grad_norm: Positive
     optimizer: Literal["adamw_torch_fused", "paged_adamw_32bit", "paged_adamw_8bit"]
-    gradient_checkpointing: bool
+    gradient_checkpointing: Annotated[bool | Literal["auto"], BeforeValidator(_auto_or_bool)]
     batching: Literal["group_by_length", "packing", "shuffle"]
     attention: Literal["auto", "sdpa", "eager", "varlen"]
     report_to: Literal["none", "tensorboard"]

@@ -60,26 +60,10 @@ def begin(name: str) -> None:
     hear_interrupts()
     if sys.argv[1:]:
         raise StageError(f"takes no arguments, but was given {sys.argv[1]}; change params.yaml")
-    for variable, value in {
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DATASETS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "false",
-        "BITSANDBYTES_NOWELCOME": "1",
-        # Segments that grow: what the allocator reserves stays near what is used, as plan says.
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
-    }.items():
-        os.environ.setdefault(variable, value)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As stderr does: a file's name need not be text, nor the terminal's encoding have it.
         sys.stdout.reconfigure(errors="backslashreplace")
-    if not sys.stderr.isatty():
-        # Bars are for terminals; in a log each step of one would be a line.
-        os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
-    # Libraries warn their callers, and the caller is us: none of it is for the user to act on.
-    warnings.simplefilter("ignore")
-    for library in ("bitsandbytes", "liger_kernel"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    quiet_libraries()
     _end_with_dvc()
     _check_dvc()
     entry = _entry(name)
@@ -93,6 +77,27 @@ def begin(name: str) -> None:
         # What lies in the future was written before somebody set the clock back.
         if path.endswith(".py") and started < os.stat(path).st_mtime <= time.time():
             raise StageError(f"{path} was edited while this stage started; run it again")
+
+
+def quiet_libraries() -> None:
+    """Set what libraries read when they are imported, and what they say."""
+    for variable, value in {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "BITSANDBYTES_NOWELCOME": "1",
+        # Segments that grow: what the allocator reserves stays near what is used, as plan says.
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    }.items():
+        os.environ.setdefault(variable, value)
+    if not sys.stderr.isatty():
+        # Bars are for terminals; in a log each step of one would be a line.
+        os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
+    # They warn their callers, and the caller is us: none of it is for the user to act on.
+    warnings.simplefilter("ignore")
+    for library in ("bitsandbytes", "liger_kernel"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def lock(path: Path, name: str) -> IO[str]:
@@ -151,6 +156,12 @@ def note_writing(path: Path) -> None:
 def code_files(name: str) -> list[Path]:
     """The Python files that stage `name` depends on, as dvc.yaml lists them."""
     return [Path(dep) for dep in _entry(name)["deps"] if dep.endswith(".py")]
+
+
+def recorded() -> str:
+    """dvc.lock, by which another machine finds in a remote what was made here; "" without one."""
+    path = Path("dvc.lock")
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def _entry(name: str) -> dict:
@@ -252,7 +263,7 @@ def _disk_fault(error: BaseException) -> str | None:
 def _report(
     name: str, kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    message = _message(name, kind, error)
+    message = fault_line(name, error)
     if message is None:
         for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
             print(on_screen(line), file=sys.stderr)
@@ -270,8 +281,9 @@ def _report(
             )
 
 
-def _message(name: str, kind: type[BaseException], error: BaseException) -> str | None:
-    """The fault in a line, or None where it is the code's and needs its traceback."""
+def fault_line(name: str, error: BaseException) -> str | None:
+    """The fault of stage `name` in a line, or None where it is the code's: it needs a traceback."""
+    kind = type(error)
     if issubclass(kind, KeyboardInterrupt):
         return "interrupted"
     if issubclass(kind, StageError):

@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from stages.shared.process import StageError
+from stages.shared.ranks import ALONE, World
 from stages.shared.rows import IGNORED, length_batches
 
 # Padded tokens in one forward pass, and logits that are in memory at once: with their copies in
@@ -40,15 +41,25 @@ def perplexity(nll: float) -> float:
     return math.exp(min(nll, 700))
 
 
-def score(model, rows: list[dict], tokens_per_batch: int = TOKENS_PER_BATCH) -> Scores:
-    """Score the labelled tokens of `rows` (see rows.py) under `model`, with or without adapter."""
+def score(
+    model, rows: list[dict], tokens_per_batch: int = TOKENS_PER_BATCH, world: World = ALONE
+) -> Scores:
+    """Score the labelled tokens of `rows` (see rows.py) under `model`, with or without adapter.
+
+    The ranks of `world` share the batches, which are those of one: to the last digit the same.
+    """
     nll, tokens = [0.0] * len(rows), [0] * len(rows)
-    for index, targets, logits in scored_logits(model, rows, tokens_per_batch):
+    for index, targets, logits in scored_logits(model, rows, tokens_per_batch, world=world):
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").double()
         for row, loss in zip(index.tolist(), losses.tolist(), strict=True):
             nll[row] += loss
             tokens[row] += 1
-    return Scores(nll, tokens)
+    # A row is in a batch of one rank and 0 elsewhere.
+    parts = world.gather((nll, tokens))
+    return Scores(
+        nll=[sum(of_row) for of_row in zip(*(part[0] for part in parts), strict=True)],
+        tokens=[sum(of_row) for of_row in zip(*(part[1] for part in parts), strict=True)],
+    )
 
 
 @torch.no_grad()
@@ -57,11 +68,13 @@ def scored_logits(
     rows: list[dict],
     tokens_per_batch: int = TOKENS_PER_BATCH,
     device: torch.device | None = None,
+    world: World = ALONE,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yield (row index [n], target ids [n], logits [n, vocabulary] in float32) in chunks.
 
-    Every scored token comes once; batches hold rows of like length and are padded on the right.
-    The order depends on the rows alone, so two models' chunks can be compared one by one.
+    Every scored token comes once, on one rank of `world`; batches hold rows of like length and are
+    padded on the right. The order depends on the rows alone, so two models' chunks can be compared
+    one by one.
     `device` computes, by default the one that the model is on.
     """
     causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -70,7 +83,7 @@ def scored_logits(
     numbered = [row | {"index": i} for i, row in enumerate(rows)]
     was_training = model.training
     model.eval()
-    for batch in length_batches(numbered, tokens_per_batch):
+    for batch in length_batches(numbered, tokens_per_batch)[world.rank :: world.size]:
         width = len(batch[0]["input_ids"])
         ids, labels, mask = (torch.zeros(len(batch), width, dtype=torch.long) for _ in range(3))
         labels += IGNORED
@@ -92,6 +105,11 @@ def scored_logits(
                 part = slice(start, start + chunk)
                 yield index[part], targets[part], head(causal, hidden[part]).float()
     model.train(was_training)
+
+
+def batch_count(rows: list[dict]) -> int:
+    """How many ranks can have a part in scoring `rows`."""
+    return len(length_batches(rows, TOKENS_PER_BATCH))
 
 
 def head(causal: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How much VRAM training needs, part by part, from shapes and settings alone.
+"""The sizes of a training step, part by part, from shapes and settings alone.
 
 Symbols: H hidden size, I intermediate size, A = heads x head size, K = kv heads x head size,
 L layers, r rank, T tokens a step on the device, N of them learned. All sizes are bytes; GB is 10^9
@@ -29,36 +29,20 @@ recomputes the rest.
 Output head. trl scores the learned tokens in tiles of 4,096 x 32,768 and never makes the logits of
 all of them (trl/kernels/chunked_logprob.py).
 
-The peak is the worst of the `moments` of a step. Beyond what is saved, one layer works with
-gradients and with one dequantized weight (`mlp_working`, `attention_working`). The card must also
-hold the CUDA context and what the allocator reserves in vain.
+Beyond what is saved, one layer works with gradients and with one dequantized weight
+(`mlp_working`, `attention_working`). Where all of it lies, and what the worst moment of a step then
+takes, is stages/shared/placement.py.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from stages.shared.outputs import GB
 
-CARDS_GB = (8, 12, 16, 24, 40, 48, 80)
+# The usual sizes of cards.
+CARDS_GB = (4, 6, 8, 12, 16, 24, 40, 48, 80)
 
-# CUDA context and loaded kernels: on the card, unseen by the allocator, and more of it when tensors
-# wait in host memory.
-CONTEXT = 0.787e9
-OFFLOADING_CONTEXT = 0.082e9
-# What the caching allocator reserves and cannot use, as a share of what one layer's backward pass
-# takes: that comes and goes in other sizes than it finds, while what is saved stacks up in order.
-FRAGMENTATION = 0.40
-# Layer inputs that trl's offloading still holds on the GPU (max_fwd_stash_size).
-OFFLOAD_STASH = 5
-# Layer inputs that it has brought back and not yet let go, in the backward pass.
-OFFLOAD_RETURNED = 3
-# The same of layers checkpointed in two parts (stages/training/offload.py): the last two are still
-# leaving at the head; in the backward pass there are the one at work, the one on its way back and,
-# as measured, a third.
-PARTS_STASH, PARTS_RETURNED = 2, 3
 # Of an H100 or H200. Most consumer cards have fewer and need less than is counted.
 MULTIPROCESSORS = 132
-# cuBLAS workspaces, taken from the allocator by the forward and the backward thread.
-WORKSPACES = 0.070e9
 # Tiles of trl's fused head: tokens x vocabulary.
 HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
 
@@ -127,34 +111,6 @@ class Training:
     attention: str  # varlen | sdpa | eager
     liger: bool  # Liger's RMSNorm, RoPE and SwiGLU
     fused_lora: bool  # stages/training/fused_lora.py
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Bytes at the worst moment of a step. `peak` is what training allocates (allocator and managed
-    memory), `device` what the card must have."""
-
-    moment: str
-    weights: float
-    adapter: float
-    optimizer: float
-    activations: float
-    logits: float
-    workspaces: float
-    reserve: float
-
-    @property
-    def overhead(self) -> float:
-        return self.workspaces + self.reserve
-
-    @property
-    def device(self) -> float:
-        parts = self.weights + self.adapter + self.optimizer + self.activations + self.logits
-        return parts + self.overhead
-
-    @property
-    def peak(self) -> float:
-        return self.device - self.reserve
 
 
 def adapted(shape: Shape, targets: frozenset[str]) -> list[Linear]:
@@ -249,7 +205,7 @@ def dequantized_bytes(shape: Shape, run: Training) -> float:
     return (2 + constants) * max(x.parameters for x in shape.linears)
 
 
-def one_operation_working(shape: Shape, run: Training) -> float:
+def one_operation_working(shape: Shape, run: Training, again: bool) -> float:
     """`mlp_working` of an MLP that is one operation, with Liger's kernels."""
     h, i, t = shape.hidden, shape.intermediate, run.tokens
     # Backward through down_proj: the product's gradient beside the weight. The product itself is
@@ -257,16 +213,19 @@ def one_operation_working(shape: Shape, run: Training) -> float:
     backward = t * (2 * h + 2 * i)
     # Forward: the product, the stream and the output. In the first of two passes nothing is saved,
     # and gate and up are gone.
-    forward = t * (2 * i + 6 * h - (4 * i if two_parts(shape, run) else 0))
+    forward = t * (2 * i + 6 * h - (4 * i if again and shape.plain else 0))
     return max(backward, forward) + dequantized_bytes(shape, run)
 
 
-def mlp_working(shape: Shape, run: Training) -> float:
-    """Bytes beyond what the MLP half of a layer saved, at its worst moment, forward or backward."""
+def mlp_working(shape: Shape, run: Training, again: bool) -> float:
+    """Bytes beyond what the MLP half of a layer saved, at its worst moment, forward or backward.
+
+    again  it is computed twice, and nothing is saved the first time
+    """
     h, i, t = shape.hidden, shape.intermediate, run.tokens
     one = one_operation_mlp(shape, run)
     if one and run.liger:
-        return one_operation_working(shape, run)
+        return one_operation_working(shape, run, again)
     trained = run.method != "full" and adapts(shape, run, MLP_OUTPUT)
     dropped = run.dropout > 0 and run.method != "full"
     dequantized = dequantized_bytes(shape, run)
@@ -316,21 +275,9 @@ def attention_working(shape: Shape, run: Training) -> float:
     return run.tokens * live
 
 
-def two_parts(shape: Shape, run: Training) -> bool:
-    """Whether attention and MLP are checkpointed apart (stages/training/fused_lora.py)."""
-    return run.checkpointing and run.fused_lora and shape.plain
-
-
-def one_layer(shape: Shape, run: Training) -> float:
-    """Bytes at the worst moment of one layer's backward pass, what it saved included."""
-    attention = run.tokens * attention_saved(shape, run)
-    mlp = run.tokens * mlp_saved(shape, run) + mlp_working(shape, run)
-    if not two_parts(shape, run):
-        mlp += attention
-    worst = max(mlp, attention + attention_working(shape, run))
-    # Liger's norm saves the layer's input itself, which checkpointing stores already.
-    shared = 2 * shape.hidden * run.tokens if run.checkpointing and run.liger else 0
-    return worst - shared
+def in_halves(shape: Shape, run: Training) -> bool:
+    """Whether attention and MLP are placed apart (stages/training/fused_lora.py)."""
+    return run.fused_lora and shape.plain
 
 
 def mask_bytes(run: Training) -> float:
@@ -347,51 +294,6 @@ def trainable_bytes(shape: Shape, run: Training) -> tuple[float, float, float]:
     return 4.0 * count, 4.0 * count, 0.0 if run.fused_lora else 2.0 * count
 
 
-def moments(shape: Shape, run: Training) -> dict[str, tuple[float, float, float]]:
-    """(gradients and casts, activations, output head) at each moment that can be the worst."""
-    _, gradients, casts = trainable_bytes(shape, run)
-    # Gradients of an earlier micro-step are still there when a step adds several up.
-    before = gradients if run.accumulation > 1 else 0.0
-    held = 0.0 if run.checkpointing else casts
-    at_head, last, first = kept_inputs(shape, run)
-    # The whole step: mask, cosines and sines of the positions.
-    always = mask_bytes(run) + 4.0 * shape.head_dim * run.tokens
-    stream = 2.0 * shape.hidden * run.tokens
-    final_norm = at_head + always + (stream if run.liger else 2 * stream)
-    head_forward, head_backward = head_bytes(shape, run)
-    layer, layers = one_layer(shape, run) + always, shape.layers
-    # Without Liger, the norm's backward pass makes several fp32 copies.
-    norm_working = stream if run.liger else 10 * stream
-    return {
-        "scoring, forward": (before + casts, final_norm + stream, head_forward),
-        "scoring, backward": (before + held, final_norm, head_backward),
-        "the final norm, backward": (before + held, final_norm + norm_working, 0.0),
-        "the last layer's backward pass": (before + max(held, casts / layers), last + layer, 0.0),
-        "the first layer's backward pass": (
-            gradients * (layers - 1) / layers + casts / layers,
-            first + layer,
-            0.0,
-        ),
-        "the optimizer's step": (gradients, 0.0, 0.0),
-    }
-
-
-def kept_inputs(shape: Shape, run: Training) -> tuple[float, float, float]:
-    """Bytes that all layers keep at the output head; and the others while the last one runs
-    backward, and while the first one does."""
-    stream, halves = 2.0 * shape.hidden * run.tokens, two_parts(shape, run)
-    if not run.checkpointing:
-        saved = run.tokens * (attention_saved(shape, run) + mlp_saved(shape, run))
-        return saved * shape.layers, saved * (shape.layers - 1), 0.0
-    if run.offloading:
-        stash, returned = OFFLOAD_STASH, OFFLOAD_RETURNED
-        if halves:
-            stash, returned = PARTS_STASH, PARTS_RETURNED
-        return stash * stream, returned * stream, returned * stream
-    kept = 2 * stream if halves else stream
-    return kept * shape.layers, kept * shape.layers, kept
-
-
 def head_bytes(shape: Shape, run: Training) -> tuple[float, float]:
     """Bytes of the output head, forward and backward."""
     h, n = shape.hidden, run.learned_tokens
@@ -401,29 +303,95 @@ def head_bytes(shape: Shape, run: Training) -> tuple[float, float]:
     return tile + 2.0 * h * n, tile + 6.0 * h * n + weight
 
 
-def predict(shape: Shape, run: Training) -> Prediction:
-    """The parts at the moment of a step that needs most."""
-    adapter = MOMENT_BYTES[run.optimizer] * adapter_parameters(shape, run.rank, run.targets)
-    name, (gradients, activations, logits) = max(
-        moments(shape, run).items(), key=lambda item: sum(item[1])
-    )
-    context = CONTEXT + OFFLOADING_CONTEXT * run.offloading
-    return Prediction(
-        moment=name,
+@dataclass(frozen=True)
+class Sizes:
+    """A step in bytes, whatever lies where: what stages/shared/placement.py places.
+
+    What a half of a layer saves for its backward pass and works with beyond that is for a step's
+    tokens; `mlp_working_again` is that of an MLP computed twice. `layer_weights` are a layer's
+    that can be streamed. `casts` are autocast's copies of the adapter.
+    """
+
+    layers: int
+    tokens: int
+    halves: bool
+    accumulation: int
+    norm_keeps_input: bool
+    weights: float
+    layer_weights: float
+    adapter: float
+    gradients: float
+    casts: float
+    optimizer: float
+    stream: float
+    attention_saved: float
+    attention_working: float
+    mlp_saved: float
+    mlp_working: float
+    mlp_working_again: float
+    dequantized: float
+    always: float
+    final_norm: float
+    final_norm_working: float
+    head_forward: float
+    head_backward: float
+    checkpointing: bool
+    offloading: bool
+    # What the time of a step is made of: operations of all layers' frozen weights, forward, and
+    # of those that a half computed again repeats, a layer each.
+    operations: float
+    mlp_operations: float
+    attention_operations: float
+
+
+def sizes_of(shape: Shape, run: Training) -> Sizes:
+    """What a step of `run` is made of."""
+    adapter, gradients, casts = trainable_bytes(shape, run)
+    moments = MOMENT_BYTES[run.optimizer] * adapter_parameters(shape, run.rank, run.targets)
+    stream, tokens = 2.0 * shape.hidden * run.tokens, run.tokens
+    head_forward, head_backward = head_bytes(shape, run)
+    linears = sum(x.parameters for x in shape.linears)
+    # Of NF4 the codes; the constants stay on the GPU.
+    packed = (0.5 if run.method == "qlora" else 2.0) * linears / shape.layers
+    width, attention = shape.heads * shape.head_dim, 2.0 * tokens * tokens / run.sequences
+    return Sizes(
+        layers=shape.layers,
+        tokens=tokens,
+        halves=in_halves(shape, run),
+        accumulation=run.accumulation,
+        norm_keeps_input=run.liger,
         weights=weights_bytes(shape, run.method, run.double_quant),
-        adapter=trainable_bytes(shape, run)[0] + gradients,
-        optimizer=4.0 * shape.parameters if run.method == "full" else adapter,
-        activations=activations,
-        logits=logits,
-        workspaces=WORKSPACES,
-        reserve=context + FRAGMENTATION * one_layer(shape, run),
+        layer_weights=packed,
+        adapter=adapter,
+        gradients=gradients,
+        casts=casts,
+        optimizer=4.0 * shape.parameters if run.method == "full" else moments,
+        stream=stream,
+        attention_saved=tokens * attention_saved(shape, run),
+        attention_working=attention_working(shape, run),
+        mlp_saved=tokens * mlp_saved(shape, run),
+        mlp_working=mlp_working(shape, run, again=False),
+        mlp_working_again=mlp_working(shape, run, again=True),
+        dequantized=dequantized_bytes(shape, run),
+        # The whole step: mask, cosines and sines of the positions.
+        always=mask_bytes(run) + 4.0 * shape.head_dim * tokens,
+        final_norm=stream if run.liger else 2 * stream,
+        # Without Liger, the norm's backward pass makes several fp32 copies.
+        final_norm_working=stream if run.liger else 10 * stream,
+        head_forward=head_forward,
+        head_backward=head_backward,
+        checkpointing=run.checkpointing,
+        offloading=run.offloading,
+        operations=2.0 * tokens * (linears + shape.hidden * shape.vocabulary),
+        mlp_operations=2.0 * tokens * _parameters(shape, MLP_INPUTS) / shape.layers,
+        attention_operations=2.0 * tokens * _parameters(shape, ATTENTION_INPUTS) / shape.layers
+        + attention * width,
     )
 
 
-def methods(shape: Shape, run: Training) -> dict[str, Prediction]:
-    """The same rows by full fine-tuning (bf16 weights, gradients and moments), LoRA and QLoRA."""
-    full = predict(shape, replace(run, method="full", fused_lora=False))
-    return {"full": full} | {m: predict(shape, replace(run, method=m)) for m in ("lora", "qlora")}
+def _parameters(shape: Shape, names: frozenset[str]) -> int:
+    """Of all Linears of these short names."""
+    return sum(x.parameters for x in shape.linears if x.name.rsplit(".", 1)[-1] in names)
 
 
 def fitting_cards(needed: float) -> list[int]:

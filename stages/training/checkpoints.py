@@ -17,19 +17,21 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from stages.shared.interrupts import kill_oneself, note_interrupt
+from stages.shared.interrupts import (
+    ONE_PRESS_SECONDS,
+    SIGNALS,
+    kill_oneself,
+    note_interrupt,
+)
 from stages.shared.outputs import SUMS, check_space, check_sums, sync_folder, write_sums
 from stages.shared.process import StageError, check_inputs, lock, sha256
+from stages.shared.ranks import ALONE, World
 from stages.training.paged import page_again
 
 KEPT = 2
 # A kill costs at most this much work. The variable exists for tests that kill often.
 SECONDS = float(os.environ.get("CHECKPOINT_SECONDS", "600"))
-# A signal that comes again sooner is the same press of Ctrl-C, or the same end of dvc.
-ONE_PRESS_SECONDS = 1.0
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
-# In the order in which they are caught: whoever waits for SIGTERM to be may send any.
-SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
 
 def fingerprint(params: dict, inputs: list[Path], code: list[Path], device: str) -> str:
@@ -47,14 +49,41 @@ def fingerprint(params: dict, inputs: list[Path], code: list[Path], device: str)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def folder_of(key: str) -> Path:
+    return Path(os.environ.get("DVC_ROOT", ".")) / "checkpoints" / key
+
+
+def same_checkpoint(folder: Path, world: World) -> Path | None:
+    """The checkpoint that all ranks go on from: rank 0's newest, sent to machines without it."""
+    newest = newest_complete(folder, world.size) if world.first else None
+    if world.size == 1 or not world.same(newest is not None):
+        return newest
+    checkpoint = folder / world.same(newest.name if newest else "")
+    sums = checkpoint / SUMS
+    seal = world.same(sums.read_bytes() if world.first else b"")
+    lacks = not sums.exists() or sums.read_bytes() != seal
+    if any(world.gather(lacks)):
+        names = [p.name for p in checkpoint.iterdir()] if world.first else []
+        for name in world.same(sorted(names)):
+            content = world.same((checkpoint / name).read_bytes() if world.first else b"")
+            if lacks:
+                checkpoint.mkdir(parents=True, exist_ok=True)
+                # Other ranks of this machine write the same.
+                partial = checkpoint / f".{name}.{world.rank}"
+                partial.write_bytes(content)
+                partial.replace(checkpoint / name)
+    world.wait()
+    return checkpoint
+
+
 @contextmanager
 def checkpoint_folder(key: str):
     """Yield the folder of run `key`, held against a second run; remove it on success.
 
     It lies in the project that DVC calls its root, also for experiments run in a temporary copy.
     """
-    root = Path(os.environ.get("DVC_ROOT", ".")) / "checkpoints"
-    folder = root / key
+    folder = folder_of(key)
+    root = folder.parent
     with lock(folder / "lock", "train"):
         others = [other for other in root.iterdir() if other != folder and any(_numbered(other))]
         if others:
@@ -68,8 +97,11 @@ def checkpoint_folder(key: str):
         shutil.rmtree(folder)
 
 
-def newest_complete(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are as written, to go on from; damaged ones are removed."""
+def newest_complete(folder: Path, ranks: int = 1) -> Path | None:
+    """The newest checkpoint whose files are as written, to go on from; damaged ones are removed.
+
+    One that another number of ranks made serves as well: every step has the same rows.
+    """
     for checkpoint in reversed(_numbered(folder)):
         try:
             check_sums(checkpoint, "train")
@@ -77,7 +109,11 @@ def newest_complete(folder: Path) -> Path | None:
             print(f"train: {checkpoint.name} is incomplete or damaged, skipped", flush=True)
             shutil.rmtree(checkpoint)
         else:
-            print(f"train: goes on from {checkpoint.name}", flush=True)
+            made = len(list(checkpoint.glob("rng_state*.pth")))
+            other = f", made by {made} and not {ranks} ranks: roundings may differ"
+            print(
+                f"train: goes on from {checkpoint.name}{other if made != ranks else ''}", flush=True
+            )
             return checkpoint
     return None
 
@@ -92,11 +128,13 @@ class Checkpoints(TrainerCallback):
 
     A signal only sets a flag: it usually comes twice, and the step at hand ends first. One that
     comes during the last step, or later, lets this stage write what is left and the next one not
-    begin. A second Ctrl-C ends the stage at once, whatever it does.
+    begin. A second Ctrl-C ends the stage at once, whatever it does. Ranks agree at every step: the
+    clock of the first and the signal of any count for all.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, world: World = ALONE):
         self.folder = folder
+        self.world = world
         self.stopped_by: int | None = None
         self.signaled_at: float | None = None
         self.trained = False
@@ -136,17 +174,30 @@ class Checkpoints(TrainerCallback):
             if self.stopped_by:
                 self.stopped_by = None
                 note_interrupt()
-        elif self.stopped_by or time.monotonic() - self.saved_at >= SECONDS:
+            return
+        due = time.monotonic() - self.saved_at >= SECONDS
+        said = self.world.gather((due, self.stopped_by))
+        agreed = next((signal for _, signal in said if signal), None)
+        # One that comes now waits for the next step.
+        self.stopped_by = agreed or self.stopped_by
+        if agreed or said[0][0]:
             control.should_save = True
-            control.should_training_stop = bool(self.stopped_by)
+            control.should_training_stop = bool(agreed)
 
     def on_save(self, args, state, control, **kwargs):
         checkpoint = self.folder / f"checkpoint-{state.global_step}"
-        write_sums(checkpoint)
-        sync_folder(checkpoint)
+        # Each rank has written its random states, on its own machine.
+        own = checkpoint / f"rng_state_{self.world.rank}.pth"
+        states = self.world.gather((own.name, own.read_bytes() if own.exists() else b""))
         self.saved_at = time.monotonic()
-        for old in _numbered(self.folder)[:-KEPT]:
-            shutil.rmtree(old)
+        if self.world.first:
+            for name, content in states:
+                if content and not (checkpoint / name).exists():
+                    (checkpoint / name).write_bytes(content)
+            write_sums(checkpoint)
+            sync_folder(checkpoint)
+            for old in _numbered(self.folder)[:-KEPT]:
+                shutil.rmtree(old)
         if not self.stopped_by:
             try:
                 check_inputs()

@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from stages.shared.process import StageError
+from stages.shared.ranks import ALONE, World
 
 # A loss explodes when it lies this many nats above the median of the steps before (perplexity
 # seven times as high), this many steps in a row: one hard row does not.
@@ -27,11 +28,12 @@ NAMED_ROWS = 8
 class Faults(TrainerCallback):
     """Stops training with the step, the rows of its batches, and what to try.
 
-    rows: train.arrow with its column `row`. The trainer must log every step.
+    rows: train.arrow with its column `row`. The trainer must log every step, and all ranks the
+    same: then each names the rows of all.
     """
 
-    def __init__(self, rows: Dataset):
-        self.rows = rows
+    def __init__(self, rows: Dataset, world: World = ALONE):
+        self.rows, self.world = rows, world
         self.losses: deque[float] = deque(maxlen=MEDIAN_STEPS)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -63,7 +65,8 @@ class Faults(TrainerCallback):
         self.hook.remove()
 
     def _stop(self, state, reason: str, remedy: str) -> None:
-        names = row_names(self.batches, self.rows)
+        own = row_names(filter(has_labels, self.batches), self.rows)
+        names = [name for of_rank in self.world.gather(own) for name in of_rank]
         shown = ", ".join(names[:NAMED_ROWS]) + (", …" if len(names) > NAMED_ROWS else "")
         remedy = remedy.format(rate="train.learning_rate", targets="lora.target_modules")
         raise StageError(f"{reason} at step {state.global_step} (rows {shown}); {remedy}")
@@ -72,6 +75,11 @@ class Faults(TrainerCallback):
 def moved(model: torch.nn.Module) -> bool:
     """Whether training has changed an adapter, whose every B starts as zero (LoRA, section 4.1)."""
     return any(p.any().item() for name, p in model.named_parameters() if ".lora_B." in name)
+
+
+def has_labels(batch: dict) -> bool:
+    """Whether something of `batch` is learned: a rank without rows computes one for nothing."""
+    return "labels" not in batch or bool((batch["labels"] >= 0).any())
 
 
 def row_names(batches, rows: Dataset) -> list[str]:

@@ -28,6 +28,8 @@ from peft.tuners.lora import LoraLayer
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from stages.shared.fast_path import plain_layers
+from stages.shared.placement import Placement
+from stages.shared.streaming import Streamer
 from stages.training.offload import HostStash, Slot
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
@@ -50,8 +52,16 @@ def _within(which: str):
 class _Products:
     """LoRA linear layers that read the same input: their frozen weights, adapters and products."""
 
-    def __init__(self, layers: list[LoraLayer], dequantize, ends_part: bool = False):
+    def __init__(
+        self,
+        layers: list[LoraLayer],
+        dequantize,
+        ends_part: bool = False,
+        streamer: Streamer | None = None,
+    ):
         self.bases: list[Any] = [layer.get_base_layer() for layer in layers]
+        # The decoder layer to ask for before a weight is read, if it is streamed.
+        self.enter = streamer.entrance(self.bases[0].weight) if streamer else None
         self.dequantize = dequantize
         self.a: list[torch.Tensor] = [m.lora_A.get_parameter("default.weight") for m in layers]
         self.b: list[torch.Tensor] = [m.lora_B.get_parameter("default.weight") for m in layers]
@@ -65,6 +75,8 @@ class _Products:
         return [*self.a, *self.b]
 
     def weight(self, i: int, dtype: torch.dtype) -> torch.Tensor:
+        if self.enter:
+            self.enter()
         weight = self.bases[i].weight
         if isinstance(weight, Params4bit):
             weight = self.dequantize(weight.data, weight.quant_state)
@@ -198,11 +210,14 @@ class TorchSwiglu:
 
 
 class _Residual(torch.autograd.Function):
-    """hidden + branch(hidden), of which `hidden` alone is kept: the branch is computed again."""
+    """hidden + branch(hidden), of which `hidden` alone is kept: the branch is computed again.
+
+    tile  a branch that computes every token by itself takes so many at once; 0 for all
+    """
 
     @staticmethod
-    def forward(ctx, hidden, branch, slot):
-        ctx.branch, ctx.slot = branch, slot
+    def forward(ctx, hidden, branch, slot, tile):
+        ctx.branch, ctx.slot, ctx.tile = branch, slot, tile
         ctx.device = hidden.device.type
         ctx.autocast = torch.is_autocast_enabled(ctx.device), torch.get_autocast_dtype(ctx.device)
         if slot is None:
@@ -210,26 +225,52 @@ class _Residual(torch.autograd.Function):
         else:
             slot.put(hidden)
         with _within(FIRST):
-            return branch(hidden).add_(hidden)
+            if not tile:
+                return branch(hidden).add_(hidden)
+            result = torch.empty_like(hidden)
+            for part, out in zip(_tiles(hidden, tile), _tiles(result, tile), strict=True):
+                torch.add(branch(part), part, out=out)
+            return result
 
     @staticmethod
     def backward(ctx, dy):
         kept = ctx.saved_tensors[0] if ctx.slot is None else ctx.slot.take()
+        if not ctx.tile:
+            return _Residual.again(ctx, kept, dy).add_(dy), None, None, None
+        result = dy.clone()
+        parts = (_tiles(x, ctx.tile) for x in (kept, dy, result))
+        for part, gradient, out in zip(*parts, strict=True):
+            out.add_(_Residual.again(ctx, part, gradient))
+        return result, None, None, None
+
+    @staticmethod
+    def again(ctx, kept, dy):
+        """The gradient of the branch's input; those of its parameters are summed up."""
         hidden = kept.detach().requires_grad_()
         enabled, dtype = ctx.autocast
         with torch.enable_grad(), torch.autocast(ctx.device, dtype, enabled), _within(SECOND):
             branch = ctx.branch(hidden)
         branch.backward(dy)
-        return hidden.grad.add_(dy), None, None
+        return hidden.grad
+
+
+def _tiles(x: torch.Tensor, tokens: int) -> tuple[torch.Tensor, ...]:
+    """Views of x [batch, tokens, hidden], as [1, at most `tokens`, hidden]."""
+    return x.view(1, -1, x.shape[-1]).split(tokens, dim=1)
 
 
 def fuse_lora(
-    model: PeftModel, liger: bool, checkpointing: bool, stash: HostStash | None = None
+    model: PeftModel,
+    liger: bool,
+    placement: Placement,
+    stash: HostStash | None = None,
+    streamer: Streamer | None = None,
 ) -> int:
     """Let every LoRA layer of `model` compute by the products above; returns how many do.
 
-    For training only: the adapter cannot be switched off afterwards. With `checkpointing`, layers
-    of a known form checkpoint their two parts, in `stash` if given; others by their own method.
+    For training only: the adapter cannot be switched off afterwards. Layers of a known form compute
+    again what `placement` does not keep, a half at a time, from inputs in `stash` if given; others
+    by their own method. `streamer` is asked for the weights that it streams.
     """
     dequantize: Callable[..., torch.Tensor] = dequantize_4bit
     swiglu: type = TorchSwiglu
@@ -240,31 +281,34 @@ def fuse_lora(
     modules = list(model.modules())
     layers = [m for m in modules if isinstance(m, LoraLayer)]
     plain: list[Any] = plain_layers(model)
-    ending = plain if checkpointing else []
-    ends = {end for m in ending for end in (m.self_attn.o_proj, m.mlp.down_proj)}
+    ends = {end for m in plain for end in (m.self_attn.o_proj, m.mlp.down_proj)}
     groups = [[getattr(m.self_attn, name) for name in ATTENTION_INPUTS] for m in plain]
     groups = [[m for m in group if isinstance(m, LoraLayer)] for group in groups]
     grouped = {m for group in groups for m in group}
     groups += [[m] for m in layers if m not in grouped]
     for group in filter(None, groups):
-        _read_together(group, _Products(group, dequantize, group[0] in ends))
+        _read_together(group, _Products(group, dequantize, group[0] in ends, streamer))
     for mlp in filter(_is_swiglu_mlp, modules):
         gate, up, down = (getattr(mlp, f"{part}_proj") for part in MLP_PARTS)
-        gate_up = _Products([gate, up], dequantize)
-        down = _Products([down], dequantize, down in ends)
+        gate_up = _Products([gate, up], dequantize, streamer=streamer)
+        down = _Products([down], dequantize, down in ends, streamer)
         mlp.forward = MethodType(_mlp_forward(gate_up, down, swiglu), mlp)
-    if checkpointing:
-        for layer in plain:
-            slots = [stash.slot() if stash else None for _ in range(2)]
-            layer.forward = MethodType(_two_parts(*slots), layer)
-        if not plain:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+    count = len(plain)
+    if plain and min(placement.kept_mlp, placement.kept_attention) < count:
+        for i, layer in enumerate(plain):
+            kept = i >= count - placement.kept_attention, i >= count - placement.kept_mlp
+            slots = [None if keeps or not stash else stash.slot() for keeps in kept]
+            layer.forward = MethodType(_in_halves(kept, slots, placement.tile), layer)
+        model.enable_input_require_grads()
+    elif not plain and not placement.kept_mlp:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return len(layers)
 
 
-def _two_parts(before_attention: Slot | None, before_mlp: Slot | None):
-    """The forward pass of a decoder layer, which keeps only the inputs of its two parts."""
+def _in_halves(kept: tuple[bool, bool], slots: list[Slot | None], tile: int):
+    """The forward pass of a decoder layer, of whose two halves those that are not `kept` keep only
+    their inputs."""
 
     def forward(layer, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         def attend(hidden):
@@ -273,11 +317,14 @@ def _two_parts(before_attention: Slot | None, before_mlp: Slot | None):
         def transform(hidden):
             return layer.mlp(layer.post_attention_layernorm(hidden))
 
-        if not layer.training:
-            hidden_states = hidden_states + attend(hidden_states)
-            return hidden_states + transform(hidden_states)
-        hidden_states = _Residual.apply(hidden_states, attend, before_attention)
-        return _Residual.apply(hidden_states, transform, before_mlp)
+        for half, keeps, slot, at_once in zip(
+            (attend, transform), kept, slots, (0, tile), strict=True
+        ):
+            if keeps or not layer.training:
+                hidden_states = hidden_states + half(hidden_states)
+            else:
+                hidden_states = _Residual.apply(hidden_states, half, slot, at_once)
+        return hidden_states
 
     return forward
 

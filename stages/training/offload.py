@@ -5,16 +5,12 @@ work the GPU holds the one that left last in the forward pass, and the next one 
 pass.
 """
 
-import weakref
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from stages.shared.process import StageError
-
-# More of them wait for each other in the driver, and so does the launch of kernels.
-LOCKING_THREADS = 2
+from stages.shared.host_memory import LOCKING_THREADS, pinned
 
 
 class HostStash:
@@ -103,21 +99,3 @@ class Slot:
             tensor.copy_(self.waiting, non_blocking=True)
             self.returning = (tensor, stream.record_event())
         self.waiting = None
-
-
-def pinned(size: int) -> torch.Tensor:
-    """`size` bytes of page-locked host memory, uint8.
-
-    torch's own pinned memory is rounded up to a power of two and faulted in by a single core.
-    Raises StageError when the system does not allow it.
-    """
-    buffer = torch.empty(size, dtype=torch.uint8).zero_()
-    runtime = torch.cuda.cudart()
-    status = runtime.cudaHostRegister(buffer.data_ptr(), size, 0)
-    if status != runtime.cudaError.success:
-        raise StageError(
-            f"{size / 1e9:.2f} GB of host memory for layer inputs cannot be page-locked "
-            f"({status}); free host memory or lower train.batch_size"
-        )
-    weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
-    return buffer

@@ -6,6 +6,7 @@ import torch
 
 from stages.shared.outputs import GB, read_json
 from stages.shared.params import Params
+from stages.shared.placement import Prediction
 from stages.shared.process import StageError
 from stages.training.paged import state_bytes
 from stages.training.probe import ADAM_BYTES, needs_probe
@@ -14,15 +15,18 @@ from stages.training.trainer import Trainer
 PLAN = Path("metrics/plan.json")
 
 
-def no_memory_for_base() -> StageError:
+def no_memory_for_base(prediction: Prediction | None) -> StageError:
     """The GPU ran out before there was anything to train."""
     return StageError(
-        f"out of GPU memory{of_the_card()} while the base model was loaded; {predicted()}; set "
-        "quantize.type: nf4 or take a smaller base, or see with nvidia-smi who else uses the GPU"
+        f"out of GPU memory{of_the_card()} while the base model was loaded; "
+        f"{predicted(prediction)}; set quantize.type: nf4 or take a smaller base, or see with "
+        "nvidia-smi who else uses the GPU"
     )
 
 
-def no_memory_for_step(trainer: Trainer, base_bytes: int, params: Params) -> StageError:
+def no_memory_for_step(
+    trainer: Trainer, base_bytes: int, params: Params, prediction: Prediction | None
+) -> StageError:
     """The GPU ran out while it trained. `base_bytes` are those of the model as loaded."""
     peak = torch.cuda.max_memory_allocated()
     parts = {"base model": base_bytes, **trained_parts(trainer)}
@@ -33,7 +37,7 @@ def no_memory_for_step(trainer: Trainer, base_bytes: int, params: Params) -> Sta
     listed = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items() if size)
     return StageError(
         f"out of GPU memory{of_the_card()} with {peak / GB:.2f} GB allocated ({listed}); "
-        f"{predicted()}; {cheaper(params)}"
+        f"{predicted(prediction)}; {cheaper(params)}"
     )
 
 
@@ -60,8 +64,13 @@ def of_the_card() -> str:
     return f" of {total / GB:.1f} GB, of which others and CUDA hold {others / GB:.1f},"
 
 
-def predicted() -> str:
-    """What plan said, if it ran: its figures are metrics and may be absent."""
+def predicted(prediction: Prediction | None) -> str:
+    """What was expected: of where things lay, or of the settings, whose metrics may be absent."""
+    if prediction:
+        return (
+            f"{prediction.peak / GB:.2f} GB had been predicted, and {prediction.device / GB:.2f} "
+            "GB for the card"
+        )
     if not PLAN.exists():
         return "plan left no prediction"
     plan = read_json(PLAN)
@@ -77,8 +86,8 @@ def cheaper(params: Params) -> str:
     if train.batch_size > 1:
         first = f"lower train.batch_size (now {train.batch_size})"
         first += " and raise train.gradient_accumulation as much"
-    elif not train.gradient_checkpointing:
-        first = "set train.gradient_checkpointing: true"
+    elif train.gradient_checkpointing is False:
+        first = "set train.gradient_checkpointing: auto"
     elif params.lora.dropout:
         first = "set lora.dropout: 0"
     elif not train.optimizer.startswith("paged"):

@@ -28,7 +28,7 @@ class Progress(TrainerCallback):
     """One bar, the held-out loss along the way, the clock and the tokens.
 
     `seconds` is the wall time of training with its data loading and warm-up, without the scoring
-    of held-out rows; the trainer counts the tokens. Both travel in the checkpoints: a resumed run
+    of held-out rows; `tokens` are those of all ranks. Both travel in the checkpoints: a resumed run
     reports its whole cost.
 
     step_tokens  of the largest step: scoring takes no more at once, so that the memory that was
@@ -36,14 +36,14 @@ class Progress(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, held_out: list[dict], step_tokens: int):
-        self.trainer = trainer
+        self.trainer, self.world = trainer, trainer.world
         self.held_out = held_out[:CURVE_ROWS]
         self.tokens_per_batch = min(step_tokens, TOKENS_PER_BATCH)
 
     def on_train_begin(self, args, state, control, **kwargs):
         saved = [entry for entry in state.log_history if "seconds" in entry]
         before = saved[-1] if saved else dict.fromkeys(COUNTS, 0)
-        self.seconds, self.trainer.tokens = before["seconds"], before["tokens"]
+        self.seconds, self.tokens = before["seconds"], before["tokens"]
         self.steady_seconds, self.steady_tokens = before["steady_seconds"], before["steady_tokens"]
         self.warm_steps = WARM_STEPS
         self.bar = tqdm(
@@ -51,6 +51,7 @@ class Progress(TrainerCallback):
         )
         # What loading a checkpoint takes is not of training.
         reset_peaks()
+        # This rank's own, of what it has added so far.
         self.counted = self.trainer.tokens
         self.mark = time.monotonic()
 
@@ -62,11 +63,11 @@ class Progress(TrainerCallback):
         self._count(time.monotonic() - self.mark)
         self.bar.update()
         if scoring:
-            scores = score(model, self.held_out, self.tokens_per_batch)
+            scores = score(model, self.held_out, self.tokens_per_batch, self.world)
             loss = math.fsum(scores.nll) / sum(scores.tokens)
             state.log_history.append({"step": state.global_step, "eval_loss": loss})
         if control.should_save:
-            counts = (self.seconds, self.trainer.tokens, self.steady_seconds, self.steady_tokens)
+            counts = (self.seconds, self.tokens, self.steady_seconds, self.steady_tokens)
             saved = dict(zip(COUNTS, counts, strict=True))
             state.log_history.append({"step": state.global_step, **saved})
         self.mark = time.monotonic()
@@ -74,8 +75,9 @@ class Progress(TrainerCallback):
     def _count(self, seconds: float) -> None:
         """Add a step. The first ones of this process are no measure of the others."""
         self.seconds += seconds
-        tokens = self.trainer.tokens - self.counted
+        tokens = sum(self.world.gather(self.trainer.tokens - self.counted))
         self.counted = self.trainer.tokens
+        self.tokens += tokens
         if self.warm_steps:
             self.warm_steps -= 1
         else:
@@ -84,7 +86,10 @@ class Progress(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+            shown = {"loss": f"{logs['loss']:.3f}"}
+            if self.steady_seconds:
+                shown["tokens/s"] = f"{self.steady_tokens / self.steady_seconds:.0f}"
+            self.bar.set_postfix(shown)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
@@ -95,7 +100,7 @@ class Progress(TrainerCallback):
         The steady rate leaves out the first WARM_STEPS steps of every process, but when hardly any
         are left: then it is that of all.
         """
-        seconds, tokens = self.seconds, self.trainer.tokens
+        seconds, tokens = self.seconds, self.tokens
         steady = seconds, tokens
         if 2 * self.steady_tokens >= tokens:
             steady = self.steady_seconds, self.steady_tokens

@@ -11,15 +11,19 @@ import torch
 import trl.trainer.utils
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
 from stages.shared.fast_path import FastPath, plain_layers
 from stages.shared.params import Lora, Params, Train
+from stages.shared.placement import Placement
+from stages.shared.ranks import ALONE, World
 from stages.shared.rows import token_counts
+from stages.shared.streaming import Streamer
 from stages.training import attention
+from stages.training.dealing import Dealt, GroupedByLength, no_rows
 from stages.training.fused_lora import fuse_lora
 from stages.training.offload import HostStash
 
@@ -49,7 +53,8 @@ class Trainer(SFTTrainer):
     train_dataset: Dataset
     tokens = 0
 
-    def __init__(self, **options):
+    def __init__(self, world: World = ALONE, **options):
+        self.world = world
         super().__init__(**options)
         self.remove_callback(PrinterCallback)
         # The tokens of every batch are counted on the host, where it is made ahead of its step.
@@ -58,7 +63,7 @@ class Trainer(SFTTrainer):
 
         def counting(examples):
             self.ahead.append(sum(len(example["input_ids"]) for example in examples))
-            return collate(examples)
+            return collate(examples or no_rows(self.train_dataset))
 
         self.data_collator = counting
 
@@ -66,15 +71,42 @@ class Trainer(SFTTrainer):
         """Mean NLL of the learned tokens of a whole step, through trl's fused output head."""
         self.tokens += self.ahead.popleft()
         output = model(**inputs, use_cache=False, fused_lm_head=True)
-        return -output.log_probs.sum() / num_items_in_batch
+        # The tokens of all ranks, whose gradients DDP averages.
+        return -output.log_probs.sum() / (num_items_in_batch / self.world.size)
 
     def _get_train_sampler(self, train_dataset=None):
         """As transformers does, told the lengths: it would decode every row to count its tokens."""
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset if train_dataset is None else train_dataset
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(size, lengths=token_counts(rows.with_format("arrow")[:]))
+        lengths = token_counts(rows.with_format("arrow")[:])
+        return GroupedByLength(self.rows_per_step, lengths, self)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Of all ranks together."""
+        args = self.args
+        return args.train_batch_size * args.gradient_accumulation_steps * self.world.size
+
+    def get_train_dataloader(self):
+        """As transformers does; of several ranks each has its share of the rows of every step."""
+        loader = super().get_train_dataloader()
+        if self.world.size > 1:
+            shard: Any = loader.batch_sampler
+            lengths = token_counts(self.train_dataset.with_format("arrow")[:])
+            order = shard.batch_sampler.sampler
+            shard.batch_sampler = Dealt(order, lengths, self)
+            # Passed through: what comes is this rank's already.
+            shard.num_processes, shard.process_index = 1, 0
+            shard.batch_size, shard.even_batches = None, False
+        return loader
+
+    def _prepare_for_training(self, *positional, **named):
+        """As transformers does; the wrapper of several ranks answers from memory too."""
+        model, loader = super()._prepare_for_training(*positional, **named)
+        if model is not self.model:
+            model.parameters, model.zero_grad = self.model.parameters, self.model.zero_grad
+        return model, loader
 
     def floating_point_ops(self, inputs) -> int:
         """Not estimated: the estimate walks through all modules at every step."""
@@ -105,19 +137,32 @@ def largest_pass(rows: Dataset, batch_size: int, padding_free: bool) -> int:
 
 
 def build_trainer(
-    model: PreTrainedModel, data: TrainingSet, params: Params, fast: FastPath, folder: Path
+    model: PreTrainedModel,
+    data: TrainingSet,
+    params: Params,
+    fast: FastPath,
+    placement: Placement,
+    folder: Path,
+    world: World = ALONE,
+    streamer: Streamer | None = None,
 ) -> Trainer:
-    """A trainer of a float32 adapter on a frozen base of load_base; `folder` takes checkpoints."""
+    """A trainer of a float32 adapter on a frozen base of load_base; `folder` takes checkpoints.
+
+    Of several ranks each has one, whose batch size and accumulation are those of its share.
+
+    streamer  of the base, where its layers' weights are streamed
+    """
     if fast.liger:
         apply_liger(model)
     if dropped := leave_out_attention_dropout(model):
         print(f"train: the base's attention_dropout ({dropped:g}) is left out")
     trainer = Trainer(
         model=model,
-        args=trainer_config(model, data, params, fast, folder),
+        args=trainer_config(model, data, params, fast, placement, folder),
         train_dataset=data.rows,
         processing_class=data.tokenizer,
         peft_config=lora_config(params.lora),
+        world=world,
     )
     assert trainer.args.train_batch_size == params.train.batch_size
     if optimizer_steps(len(trainer.train_dataset), params.train) == 1:
@@ -129,12 +174,14 @@ def build_trainer(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if fast.fused_lora:
-        stash = host_stash(trainer, fast)
-        fuse_lora(trainer.model, fast.liger, params.train.gradient_checkpointing, stash)
-    elif params.train.gradient_checkpointing:
+        stash = host_stash(trainer, fast, placement)
+        fuse_lora(trainer.model, fast.liger, placement, stash, streamer)
+    elif not placement.kept_mlp:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         trainer.model.enable_input_require_grads()
     remember_parameters(trainer.model)
+    if world.size > 1:
+        train_together(trainer.model, world, params.seed)
     return trainer
 
 
@@ -163,6 +210,20 @@ def leave_out_attention_dropout(model: PreTrainedModel) -> float:
     return dropped
 
 
+def train_together(model: PeftModel, world: World, seed: int) -> None:
+    """Prepare `model` for DDP: the same adapter on every rank, and a frozen base that stays."""
+    named = dict(model.named_parameters()) | dict(model.named_buffers())
+    trained = {name for name, tensor in named.items() if tensor.requires_grad}
+    world.equalize(named[name].data for name in sorted(trained))
+    # DDP would send every rank the whole base, wherever it lies.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        model, list(named.keys() - trained)
+    )
+    if world.rank:
+        # Or the same values of different rows would be dropped.
+        torch.manual_seed(seed + world.rank)
+
+
 def apply_liger(model: PreTrainedModel) -> None:
     """Let `model` take Liger's norms, rotary embedding and SwiGLU, and keep its own loss."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
@@ -172,7 +233,12 @@ def apply_liger(model: PreTrainedModel) -> None:
 
 
 def trainer_config(
-    model: PreTrainedModel, data: TrainingSet, params: Params, fast: FastPath, folder: Path
+    model: PreTrainedModel,
+    data: TrainingSet,
+    params: Params,
+    fast: FastPath,
+    placement: Placement,
+    folder: Path,
 ) -> SFTConfig:
     """params.train in trl's words. Checkpointing of gradients is switched on elsewhere."""
     train, gpu = params.train, model.device.type == "cuda"
@@ -194,7 +260,7 @@ def trainer_config(
         optim=train.optimizer if gpu else "adamw_torch",
         gradient_checkpointing=False,
         # Layers that are checkpointed in two parts have a stash of their own.
-        activation_offloading=fast.offload and not (fast.fused_lora and plain_layers(model)),
+        activation_offloading=placement.offload and not (fast.fused_lora and plain_layers(model)),
         train_sampling_strategy="group_by_length" if grouped else "random",
         packing=packing,
         padding_free=fast.padding_free,
@@ -209,15 +275,18 @@ def trainer_config(
         save_strategy="no",
         report_to=train.report_to,
         disable_tqdm=True,
+        # Every rank computes with the whole adapter in every pass.
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
     )
     # transformers takes every GPU that it sees into DataParallel, with a batch for each.
     config._n_gpu = min(config.n_gpu, 1)
     return config
 
 
-def host_stash(trainer: Trainer, fast: FastPath) -> HostStash | None:
+def host_stash(trainer: Trainer, fast: FastPath, placement: Placement) -> HostStash | None:
     """Host memory for what layers that are checkpointed in two parts keep; None without such."""
-    if not fast.offload or not plain_layers(trainer.model):
+    if not placement.offload or not plain_layers(trainer.model):
         return None
     size = trainer.args.per_device_train_batch_size
     tokens = largest_pass(trainer.train_dataset, size, fast.padding_free)

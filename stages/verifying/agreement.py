@@ -11,6 +11,7 @@ from io import BufferedRandom
 import torch
 from peft import PeftModel
 
+from stages.shared.ranks import ALONE, World
 from stages.shared.scoring import perplexity, scored_logits
 
 # Logits are kept in float32: in 16 bit their rounding would exceed the divergence of a good merge
@@ -23,13 +24,17 @@ KL_CHUNK = 64
 
 @dataclass(frozen=True)
 class Reference:
-    """Scores of the reference model: mean of NLL in nats, and what comparisons need."""
+    """Scores of the reference model: mean of NLL in nats, and what comparisons need.
+
+    `top` and `cache` are of the tokens that this rank scores.
+    """
 
     nll: float
     tokens: int
     top: torch.Tensor  # most likely next token of every scored token, [tokens]
     every: int  # KL is over rows 0, every, 2 * every, …
     cache: BufferedRandom  # logits of the scored tokens of those rows, [n, vocabulary] float32
+    world: World
 
     @property
     def perplexity(self) -> float:
@@ -48,24 +53,30 @@ class Agreement:
     nonfinite: int
 
 
-def reference(model: PeftModel, rows: list[dict], cache: BufferedRandom) -> Reference:
-    """Score `model` and write its logits to `cache`, an empty binary file."""
+def reference(
+    model: PeftModel, rows: list[dict], cache: BufferedRandom, world: World = ALONE
+) -> Reference:
+    """Score `model` and write its logits to `cache`, an empty binary file.
+
+    The ranks of `world` share the batches; each has a cache of its own.
+    """
     vocabulary = model.get_output_embeddings().weight.shape[0]
     tokens = sum(label >= 0 for row in rows for label in row["labels"][1:])
     every = max(1, math.ceil(tokens * vocabulary * 4 / MAX_CACHE_BYTES))
-    losses, top = [], []
-    for index, targets, logits in scored_logits(model, rows):
+    losses, top = [], [torch.empty(0, dtype=torch.long)]
+    for index, targets, logits in scored_logits(model, rows, world=world):
         losses.append(_nll(logits, targets))
         top.append(logits.argmax(-1).cpu())
         cache.write(logits[index % every == 0].cpu().numpy().data)
-    return Reference(math.fsum(losses) / tokens, tokens, torch.cat(top), every, cache)
+    nll = math.fsum(_all(world, losses)) / tokens
+    return Reference(nll, tokens, torch.cat(top), every, cache, world)
 
 
 def agreement(model, rows: list[dict], ref: Reference, device: torch.device) -> Agreement:
     """Score `model` on the rows that `ref` was made with, computing on `device`."""
     losses, divergences, agreed, nonfinite, done = [], [], 0, 0, 0
     ref.cache.seek(0)
-    for index, targets, logits in scored_logits(model, rows, device=device):
+    for index, targets, logits in scored_logits(model, rows, device=device, world=ref.world):
         nonfinite += int((~logits.isfinite()).sum())
         losses.append(_nll(logits, targets))
         agreed += int((logits.argmax(-1).cpu() == ref.top[done : done + len(logits)]).sum())
@@ -74,16 +85,31 @@ def agreement(model, rows: list[dict], ref: Reference, device: torch.device) -> 
             cached = torch.empty_like(kept, device="cpu")
             ref.cache.readinto(cached.numpy().data)
             p = cached.to(kept.device, torch.float64).log_softmax(-1)
-            divergences.append((p.exp() * (p - kept.double().log_softmax(-1))).sum(-1).cpu())
-    kl = torch.cat(divergences)
+            kl = (p.exp() * (p - kept.double().log_softmax(-1))).sum(-1)
+            divergences += kl.tolist()
+    every = _all(ref.world, divergences)
     return Agreement(
-        perplexity=perplexity(math.fsum(losses) / ref.tokens),
-        mean_kl=float(kl.mean()),
-        max_kl=float(kl.max()),
-        kl_tokens=len(kl),
-        token_agreement=agreed / ref.tokens,
-        nonfinite=nonfinite,
+        perplexity=perplexity(math.fsum(_all(ref.world, losses)) / ref.tokens),
+        mean_kl=_sum(every) / len(every),
+        # Python's max would lose a NaN.
+        max_kl=float(torch.tensor(every, dtype=torch.float64).max()),
+        kl_tokens=len(every),
+        token_agreement=sum(ref.world.gather(agreed)) / ref.tokens,
+        nonfinite=sum(ref.world.gather(nonfinite)),
     )
+
+
+def _all(world: World, values: list[float]) -> list[float]:
+    """Those of every rank."""
+    return [value for of_rank in world.gather(values) for value in of_rank]
+
+
+def _sum(values: list[float]) -> float:
+    """Exact, whatever the order, of finite values: of infinities too there is no error."""
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):
+        return math.nan
 
 
 def _nll(logits: torch.Tensor, targets: torch.Tensor) -> float:

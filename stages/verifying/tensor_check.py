@@ -14,23 +14,31 @@ from peft.tuners.lora import LoraLayer
 from tqdm import tqdm
 
 from stages.shared.process import StageError
+from stages.shared.ranks import ALONE, World
 from stages.shared.weights import Weights
 from stages.verifying.folder_check import AGAIN
 
 
 def check_tensors(
-    merged: Weights, model: PeftModel, source: Weights, dtype: torch.dtype, device: torch.device
+    merged: Weights,
+    model: PeftModel,
+    source: Weights,
+    dtype: torch.dtype,
+    device: torch.device,
+    world: World = ALONE,
 ) -> None:
     """Compare every merged tensor with what PEFT and bitsandbytes compute from the sources.
 
-    Raises StageError naming the tensors that differ by more than rounding.
+    The ranks of `world` share the tensors. Raises StageError naming those that differ by more than
+    rounding.
     """
     modules = dict(model.get_base_model().named_modules())
     wrong = []
-    sizes = {name: torch.Size(merged.shapes[name]).numel() for name in merged.names}
+    names = merged.names[world.rank :: world.size]
+    sizes = {name: torch.Size(merged.shapes[name]).numel() for name in names}
     total = sum(sizes.values()) * dtype.itemsize / 1e9
     with tqdm(total=total, unit="GB", desc="tensors", disable=None) as bar:
-        for name in merged.names:
+        for name in names:
             found = merged.read(name).to(device)
             module: Any = modules.get(name.rpartition(".")[0])
             updated = isinstance(module, LoraLayer) and name.endswith(".weight")
@@ -50,7 +58,7 @@ def check_tensors(
                 fault = difference(found, expected, plain, slack)
                 wrong += [f"{name} ({fault})"] if fault else []
             bar.update(sizes[name] * dtype.itemsize / 1e9)
-    if wrong:
+    if wrong := sorted(fault for of_rank in world.gather(wrong) for fault in of_rank):
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise StageError(
             f"{merged.folder}: not the base plus the adapter: {', '.join(wrong[:3])}{more}; {AGAIN}"

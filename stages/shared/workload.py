@@ -1,8 +1,7 @@
-"""What training is asked to do: the base model's shape, the rows and the settings, for the VRAM
-model; and settings that ask for less."""
+"""What training is asked to do: the base model's shape, the rows and the settings, for what places
+them (stages/shared/placement.py)."""
 
 import difflib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from stages.shared import vram
-from stages.shared.fast_path import choose_fast_path, plain_layers, step_tokens
-from stages.shared.outputs import GB, read_json
+from stages.shared.fast_path import choose_fast_path, plain_layers
+from stages.shared.outputs import read_json
 from stages.shared.params import Params, Train
 from stages.shared.process import StageError
 from stages.shared.rows import lengths
@@ -109,14 +108,21 @@ def largest_step(rows: Lengths, train: Train, padding_free: bool) -> tuple[int, 
     return size, size * max(rows.tokens), learned
 
 
-def planned_training(config, shape: vram.Shape, params: Params, rows: Lengths) -> vram.Training:
-    """The settings as training uses them on an NVIDIA GPU. Raises StageError as it would."""
-    full = step_tokens(params.train, rows.tokens, rows.max_length)
-    fast = choose_fast_path(params, config, full, gpu=True)
+def planned_training(
+    config: PretrainedConfig,
+    shape: vram.Shape,
+    params: Params,
+    rows: Lengths,
+    nf4: bool,
+    double_quant: bool,
+) -> vram.Training:
+    """The settings as training uses them on an NVIDIA GPU, with a base in NF4 or in 16 bit. Raises
+    StageError as it would."""
+    fast = choose_fast_path(params, config, gpu=True)
     count, tokens, learned = largest_step(rows, params.train, fast.padding_free)
     return vram.Training(
-        method="qlora" if params.quantize.type == "nf4" else "lora",
-        double_quant=params.quantize.double_quant,
+        method="qlora" if nf4 else "lora",
+        double_quant=double_quant,
         rank=params.lora.r,
         targets=match_targets(shape, params.lora.target_modules),
         dropout=params.lora.dropout,
@@ -127,47 +133,13 @@ def planned_training(config, shape: vram.Shape, params: Params, rows: Lengths) -
         tokens=tokens,
         learned_tokens=learned,
         accumulation=params.train.gradient_accumulation,
-        checkpointing=params.train.gradient_checkpointing,
-        offloading=fast.offload,
+        checkpointing=params.train.gradient_checkpointing is not False,
+        offloading=False,
         attention=fast.attention,
         liger=fast.liger,
         fused_lora=fast.fused_lora,
     )
 
 
-def changes(params: Params) -> Iterator[tuple[str, Params]]:
-    """Settings that need less, from the cheapest for time and quality to the dearest."""
-
-    def change(section: str, **values) -> tuple[str, Params]:
-        new = getattr(params, section).model_copy(update=values)
-        text = ", ".join(f"{section}.{k}={v}".replace("True", "true") for k, v in values.items())
-        return text, params.model_copy(update={section: new})
-
-    train, lora = params.train, params.lora
-    size, times = train.batch_size, train.gradient_accumulation
-    while size % 2 == 0:
-        size, times = size // 2, times * 2
-        yield change("train", batch_size=size, gradient_accumulation=times)
-    smallest = {"batch_size": size, "gradient_accumulation": times}
-    if not train.gradient_checkpointing:
-        yield change("train", gradient_checkpointing=True)
-        if size < train.batch_size:
-            yield change("train", gradient_checkpointing=True, **smallest)
-    if params.quantize.type == "none":
-        yield change("quantize", type="nf4", double_quant=True)
-    if lora.dropout > 0:
-        yield change("lora", dropout=0.0)
-    if train.optimizer != "paged_adamw_8bit":
-        yield change("train", optimizer="paged_adamw_8bit")
-    for rank in (64, 16, 8):
-        if rank < lora.r:
-            yield change("lora", r=rank)
-
-
-def cheapest_change(config, shape: vram.Shape, params: Params, rows: Lengths, limit: float) -> str:
-    """The first of `changes` after which `limit` bytes are enough, as -S takes it."""
-    for text, changed in changes(params):
-        needed = vram.predict(shape, planned_training(config, shape, changed, rows)).device
-        if needed <= limit:
-            return f"{text} ({needed / GB:.2f} GB)"
-    return "none of the settings alone; take a smaller base or a shorter prepare.max_length"
+# What train.gradient_checkpointing lets layers keep, as placement.choose takes it.
+KEPT = {"auto": "auto", True: "none", False: "all"}

@@ -1,0 +1,75 @@
+"""Host memory that a GPU copies from and to: page-locked, and shared between processes."""
+
+import os
+import weakref
+from pathlib import Path
+
+import torch
+
+from stages.shared.outputs import GB
+from stages.shared.process import StageError
+
+# More threads contend for the driver's lock and delay kernel launches.
+LOCKING_THREADS = 2
+
+
+def available_bytes() -> int:
+    """Bytes that this process can still take: the machine's, or its control group's if fewer."""
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        return min(available, int(limit) - int(used))
+    except (OSError, ValueError):
+        # No control group of version 2, or one without a limit.
+        return available
+
+
+def used_bytes() -> int:
+    """Bytes of host memory that this process holds and the system cannot take back: its own and
+    shared ones, without the pages of mapped files."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+
+
+def lock(buffer: torch.Tensor) -> str | None:
+    """Page-lock a contiguous buffer until it is freed; returns what the driver says against it.
+
+    torch's own pinned memory is rounded up to a power of two and faulted in by a single core.
+    """
+    runtime = torch.cuda.cudart()
+    status = runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
+    if status != runtime.cudaError.success:
+        return str(status)
+    weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())
+    return None
+
+
+def pinned(size: int, what: str = "layer inputs") -> torch.Tensor:
+    """`size` bytes of page-locked host memory, uint8, for `what`.
+
+    Raises StageError when the system does not allow it.
+    """
+    buffer = torch.empty(size, dtype=torch.uint8).zero_()
+    if refusal := lock(buffer):
+        raise StageError(
+            f"{size / GB:.2f} GB of host memory for {what} cannot be page-locked ({refusal}); "
+            "free host memory or lower train.batch_size"
+        )
+    return buffer
+
+
+def shared_buffer(size: int, path: str | None = None) -> tuple[torch.Tensor, str]:
+    """(`size` bytes, uint8, the path under which other processes of this user map the same).
+
+    path  of another process's buffer; None for a new one. It has no name in any folder, so that
+          nothing is left of it when the last process that maps it ends, however it ends.
+    """
+    if path is None:
+        file = os.memfd_create("weights")
+        os.ftruncate(file, size)
+        path = f"/proc/{os.getpid()}/fd/{file}"
+    return torch.from_file(path, shared=True, size=size, dtype=torch.uint8), path

@@ -1,0 +1,374 @@
+"""Where a training step's weights and activations lie, what that takes, and which way is fastest.
+
+A card's memory is a budget. A placement says, of a base with L layers:
+
+    kept_mlp, kept_attention   the last so many layers keep what their MLP or attention saves for
+                               the backward pass; the others keep their input and compute it again
+    offload                    the inputs of what is computed again wait in host memory
+    streamed                   so many layers' weights wait in host memory and arrive ahead of use
+                               (stages/shared/streaming.py)
+    tile                       tokens that an MLP computes at once; 0 for all
+
+None of it changes what is learned: the same kernels compute the same products of the same bytes.
+A tile alone rounds differently, since products over fewer rows may take another kernel and the
+adapter's gradient is a sum over tiles; it is used only where nothing else fits.
+
+Memory. A step's worst moment is found by walking through it: the output head, then every layer's
+backward pass from the last to the first, each beside all that the layers before it keep.
+
+Time. A step takes as long as the slowest of three: its operations, the bytes that go to the GPU,
+and those that leave it. The operations are 4 a frozen parameter and token (2 forward, 2 backward),
+2 more for a product that is computed again (not those that end a half: their result is not needed),
+and those of attention's scores. A streamed layer is sent twice a step, but for the SLOTS layers
+that are still there when the pass turns around; an input that waits on the host leaves and comes
+back. However small a step is, the host takes LAUNCHING to launch a layer. RATES is a fast consumer
+card's: 165e12 operations/s in bf16 and PCIe 4 x16's 25e9 bytes/s each way; the slower a card is,
+the better its copies hide. Training measures its own.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from stages.shared.vram import Shape, Sizes, Training, sizes_of
+
+# Buffers that streamed layers take turns in.
+SLOTS = 3
+
+# CUDA context and loaded kernels: on the card, unseen by the allocator, and more of it when tensors
+# wait in host memory.
+CONTEXT = 0.787e9
+OFFLOADING_CONTEXT = 0.082e9
+# What the caching allocator reserves and cannot use, as a share of what one layer's backward pass
+# takes: that comes and goes in other sizes than it finds, while what is saved stacks up in order.
+FRAGMENTATION = 0.40
+# Layer inputs that trl's offloading still holds on the GPU (max_fwd_stash_size).
+OFFLOAD_STASH = 5
+# Layer inputs that it has brought back and not yet let go, in the backward pass.
+OFFLOAD_RETURNED = 3
+# The same of layers checkpointed in two parts (stages/training/offload.py): the last two are still
+# leaving at the head; in the backward pass there are the one at work, the one on its way back and,
+# as measured, a third.
+PARTS_STASH, PARTS_RETURNED = 2, 3
+# cuBLAS workspaces, taken from the allocator by the forward and the backward thread.
+WORKSPACES = 0.070e9
+# What training holds of host memory besides: libraries, CUDA, the loaded program.
+PROCESS = 1.6e9
+# Seconds a layer and step that the host takes to launch its kernels, whatever their size.
+LAUNCHING = 8e-3
+# Placements within this share of the fastest count as equally fast: fewer moving parts then win.
+ALIKE = 0.03
+# Steps in which the number of streamed layers is tried, in shares of all.
+STREAMED_STEPS = 16
+TILE = 8192
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations/s in bf16, and bytes/s between host and GPU, each way."""
+
+    operations: float = 165e12
+    bus: float = 25e9
+
+
+RATES = Rates()
+
+
+@dataclass(frozen=True)
+class Placement:
+    kept_mlp: int = 0
+    kept_attention: int = 0
+    offload: bool = False
+    streamed: int = 0
+    tile: int = 0
+
+    @property
+    def moving_parts(self) -> int:
+        return self.offload + bool(self.streamed) + bool(self.tile)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes at the worst moment of a step. `peak` is what training allocates (allocator and managed
+    memory), `device` what the card must have, `host` what the machine must."""
+
+    moment: str
+    weights: float
+    adapter: float
+    optimizer: float
+    activations: float
+    logits: float
+    workspaces: float
+    reserve: float
+    host: float
+
+    @property
+    def overhead(self) -> float:
+        return self.workspaces + self.reserve
+
+    @property
+    def device(self) -> float:
+        parts = self.weights + self.adapter + self.optimizer + self.activations + self.logits
+        return parts + self.overhead
+
+    @property
+    def peak(self) -> float:
+        return self.device - self.reserve
+
+
+def as_set(sizes: Sizes) -> Placement:
+    """Everything on the GPU, and activations as `checkpointing` and `offloading` say."""
+    kept = 0 if sizes.checkpointing else sizes.layers
+    return Placement(kept, kept, offload=sizes.offloading)
+
+
+def predict(sizes: Sizes, placement: Placement) -> Prediction:
+    """The parts at the moment of a step that needs most."""
+    name, (trained, activations, logits) = max(
+        moments(sizes, placement), key=lambda moment: sum(moment[1])
+    )
+    context = CONTEXT + OFFLOADING_CONTEXT * (placement.offload or placement.streamed > 0)
+    buffers = min(SLOTS, placement.streamed)
+    return Prediction(
+        moment=name,
+        weights=sizes.weights - (placement.streamed - buffers) * sizes.layer_weights,
+        adapter=sizes.adapter + trained,
+        optimizer=sizes.optimizer,
+        activations=activations,
+        logits=logits,
+        workspaces=WORKSPACES,
+        reserve=context + FRAGMENTATION * _one_layer(sizes, placement),
+        host=PROCESS + copied(sizes, placement) + waiting(sizes, placement),
+    )
+
+
+def moments(sizes: Sizes, placement: Placement) -> Iterator[tuple[str, tuple[float, float, float]]]:
+    """(name, (gradients and casts, activations, output head)) of every moment of a step that can
+    be the worst."""
+    layers, stream, before = sizes.layers, sizes.stream, 0.0
+    if sizes.accumulation > 1:
+        # Those of earlier micro-steps.
+        before = sizes.gradients
+    again = recomputes(sizes, placement)
+    held = 0.0 if again else sizes.casts
+    units = list(_units(sizes, placement))
+    inputs = 0.0 if placement.offload else stream
+    live = sum(unit.saved if unit.kept else inputs for unit in units)
+    leaving, returned = 0.0, 0.0
+    if placement.offload and again:
+        leaving = stream * (PARTS_STASH if sizes.halves else OFFLOAD_STASH)
+        returned = stream * (PARTS_RETURNED if sizes.halves else OFFLOAD_RETURNED)
+    norm = live + leaving + sizes.always + sizes.final_norm
+    yield "scoring, forward", (before + sizes.casts, norm + stream, sizes.head_forward)
+    yield "scoring, backward", (before + held, norm, sizes.head_backward)
+    yield "the final norm, backward", (before + held, norm + sizes.final_norm_working, 0.0)
+    # Liger's norm saves the unit's input itself, which is there already.
+    own = 0.0 if sizes.norm_keeps_input else inputs
+    if returned and sizes.norm_keeps_input:
+        returned -= stream
+    for unit in reversed(units):
+        live -= unit.saved if unit.kept else inputs
+        gradients = max(before, sizes.gradients * (layers - 1 - unit.layer) / layers)
+        casts = sizes.casts * (1 if again else unit.layer + 1) / layers
+        activations = live + returned + sizes.always + unit.worst + (0.0 if unit.kept else own)
+        yield f"the backward pass of layer {unit.layer + 1}", (gradients + casts, activations, 0.0)
+    yield "the optimizer's step", (sizes.gradients, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What is kept or computed again as one: half a layer, or a whole one. `worst` is what its
+    backward pass takes, with what it saved."""
+
+    layer: int
+    kept: bool
+    saved: float
+    worst: float
+
+
+def _units(sizes: Sizes, placement: Placement) -> Iterator[_Unit]:
+    """In the order of the forward pass."""
+    attention, mlp = sizes.attention_saved, sizes.mlp_saved
+    tile = placement.tile / sizes.tokens if placement.tile else 1.0
+    of_tile = tile * (mlp + sizes.mlp_working_again - sizes.dequantized) + sizes.dequantized
+    for layer in range(sizes.layers):
+        keeps_mlp = layer >= sizes.layers - placement.kept_mlp
+        if not sizes.halves:
+            worst = max(attention + mlp + sizes.mlp_working, attention + sizes.attention_working)
+            yield _Unit(layer, keeps_mlp, attention + mlp, worst)
+            continue
+        keeps_attention = layer >= sizes.layers - placement.kept_attention
+        yield _Unit(layer, keeps_attention, attention, attention + sizes.attention_working)
+        if keeps_mlp:
+            yield _Unit(layer, True, mlp, mlp + sizes.mlp_working)
+        else:
+            # Beside a tile: all of the input's gradient and of the output's.
+            beside = 2 * sizes.stream if placement.tile else 0.0
+            yield _Unit(layer, False, 0.0, of_tile + beside)
+
+
+def recomputes(sizes: Sizes, placement: Placement) -> bool:
+    """Whether any layer computes something a second time."""
+    return min(placement.kept_mlp, placement.kept_attention) < sizes.layers
+
+
+def _one_layer(sizes: Sizes, placement: Placement) -> float:
+    """Bytes at the worst moment of one layer's backward pass, what it saved included."""
+    first = list(_units(sizes, placement))[: 2 if sizes.halves else 1]
+    again = recomputes(sizes, placement)
+    shared = sizes.stream if again and sizes.norm_keeps_input else 0.0
+    if sizes.halves and not again:
+        attention, mlp = first
+        return max(attention.worst, attention.saved + mlp.worst)
+    return max(unit.worst for unit in first) - shared
+
+
+def copied(sizes: Sizes, placement: Placement) -> float:
+    """Bytes of the layers that wait in host memory."""
+    return placement.streamed * sizes.layer_weights
+
+
+def waiting(sizes: Sizes, placement: Placement) -> float:
+    """Bytes of the inputs that wait in host memory."""
+    if not placement.offload:
+        return 0.0
+    again = sizes.layers - placement.kept_mlp
+    if sizes.halves:
+        again += sizes.layers - placement.kept_attention
+    return again * sizes.stream
+
+
+def sent_bytes(sizes: Sizes, placement: Placement) -> tuple[float, float]:
+    """Bytes a step to the GPU, and from it."""
+    weights = 2 * max(0, placement.streamed - SLOTS) * sizes.layer_weights
+    inputs = waiting(sizes, placement)
+    return weights + inputs, inputs
+
+
+def copies_hide(sizes: Sizes, placement: Placement, rates: Rates = RATES) -> bool:
+    """Whether a step computes for longer than its copies take."""
+    copies = max(sent_bytes(sizes, placement)) / rates.bus
+    return copies <= _operations(sizes, placement) / rates.operations
+
+
+def _operations(sizes: Sizes, placement: Placement) -> float:
+    again = (sizes.layers - placement.kept_mlp) * sizes.mlp_operations
+    again += (sizes.layers - placement.kept_attention) * sizes.attention_operations
+    return 2 * sizes.operations + again
+
+
+def seconds(sizes: Sizes, placement: Placement, rates: Rates) -> float:
+    """Of a step, by the model above."""
+    operations = _operations(sizes, placement) / rates.operations
+    copies = max(sent_bytes(sizes, placement)) / rates.bus
+    return max(operations, copies, LAUNCHING * sizes.layers)
+
+
+def choose(
+    sizes: Sizes,
+    budget: float,
+    host: float = float("inf"),
+    rates: Rates = RATES,
+    kept: str = "auto",
+) -> Placement | None:
+    """The fastest placement in `budget` bytes of the card and `host` bytes of the machine.
+
+    kept  `auto`, or what train.gradient_checkpointing says: `none` computes all layers again, `all`
+          none of them
+
+    None when nothing fits.
+    """
+    found = list(_fitting(sizes, budget, host, kept))
+    if not found:
+        return None
+    fastest = min(seconds(sizes, placement, rates) for placement in found)
+    alike = [p for p in found if seconds(sizes, p, rates) <= (1 + ALIKE) * fastest]
+    fewest = min(p.moving_parts for p in alike)
+    return min(
+        (p for p in alike if p.moving_parts == fewest),
+        key=lambda p: (seconds(sizes, p, rates), p.streamed),
+    )
+
+
+def resident(sizes: Sizes, kept: str = "auto") -> Placement:
+    """The placement that takes least of the card with all weights on it."""
+    if kept == "all":
+        return Placement(sizes.layers, sizes.layers)
+    found = (Placement(offload=offload) for offload in (False, True))
+    return min(found, key=lambda placement: predict(sizes, placement).device)
+
+
+def tightest(sizes: Sizes, kept: str = "auto") -> Placement:
+    """The placement that takes least of the card."""
+    if kept == "all":
+        return Placement(sizes.layers, sizes.layers, streamed=sizes.layers)
+    tile = TILE if sizes.halves and sizes.tokens > TILE else 0
+    return Placement(offload=True, streamed=sizes.layers, tile=tile)
+
+
+def _fitting(sizes: Sizes, budget: float, host: float, kept: str) -> Iterator[Placement]:
+    """For each way to stream, offload and tile that fits, the one that keeps most."""
+
+    def fits(placement: Placement) -> bool:
+        prediction = predict(sizes, placement)
+        return prediction.device <= budget and prediction.host <= host
+
+    most = {"none": 0}.get(kept, sizes.layers)
+    tiles = (0, TILE) if sizes.halves and sizes.tokens > TILE else (0,)
+    for tile in tiles:
+        any_fits = False
+        for streamed in _counts(sizes.layers):
+            for offload in (False, True):
+                start = Placement(offload=offload, streamed=streamed, tile=tile)
+                if kept == "all":
+                    start = replace(start, kept_mlp=most, kept_attention=most, offload=False)
+                if not fits(start):
+                    continue
+                any_fits = True
+                if kept == "all":
+                    yield start
+                    break
+                yield _keeping(sizes, start, most, fits)
+        if any_fits:
+            return
+
+
+def _counts(layers: int) -> list[int]:
+    """Of streamed layers, that are tried."""
+    steps = {round(layers * i / STREAMED_STEPS) for i in range(STREAMED_STEPS + 1)}
+    return sorted(step for step in steps if step == 0 or step > SLOTS or step == layers)
+
+
+def _keeping(sizes: Sizes, start: Placement, most: int, fits) -> Placement:
+    """`start` with as many MLPs kept as fit, which save most time a byte, then attentions."""
+    if start.tile:
+        return start
+
+    def largest(placed) -> int:
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(placed(middle)) else (low, middle - 1)
+        return low
+
+    if not sizes.halves:
+        # Families that checkpoint by their own method do so for all layers or none.
+        whole = replace(start, kept_mlp=most, kept_attention=most, offload=False)
+        return whole if fits(whole) else start
+    mlp = largest(lambda n: replace(start, kept_mlp=n))
+    start = replace(start, kept_mlp=mlp)
+    attention = largest(lambda n: replace(start, kept_attention=n))
+    placed = replace(start, kept_attention=attention)
+    return replace(placed, offload=placed.offload and recomputes(sizes, placed))
+
+
+def predict_run(shape: Shape, run: Training) -> Prediction:
+    """What `run` needs with everything on the GPU, as its settings say."""
+    found = sizes_of(shape, run)
+    return predict(found, as_set(found))
+
+
+def methods(shape: Shape, run: Training) -> dict[str, Prediction]:
+    """The same rows by full fine-tuning (bf16 weights, gradients and moments), LoRA and QLoRA."""
+    full = predict_run(shape, replace(run, method="full", fused_lora=False))
+    others = {m: predict_run(shape, replace(run, method=m)) for m in ("lora", "qlora")}
+    return {"full": full} | others

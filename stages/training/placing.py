@@ -1,0 +1,246 @@
+"""Where this run's weights and activations lie, decided on the machine that trains.
+
+No stage's result depends on it: the same params give the same adapter on every card.
+"""
+
+import os
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from stages.shared import placement
+from stages.shared.host_memory import available_bytes, pinned
+from stages.shared.model import load_base
+from stages.shared.outputs import GB, read_json
+from stages.shared.params import Params
+from stages.shared.placement import Placement, Prediction, Rates
+from stages.shared.process import StageError
+from stages.shared.ranks import ALONE, World
+from stages.shared.streaming import Streamer, stream_layers
+from stages.shared.vram import Shape, Sizes, sizes_of
+from stages.shared.workload import KEPT, Lengths, planned_training, shape_of
+
+PLAN = Path("metrics/plan.json")
+# Of the card, beside what is predicted.
+SPARE = 0.3e9
+# What the context still grows by: kernels are loaded when they first run.
+CONTEXT_GROWTH = 0.25e9
+# After an attempt that did not fit: bytes that the next one leaves free, in the environment.
+TIGHTER, TIGHTER_SHARE = "TRAIN_TIGHTER_BYTES", 0.1
+# Bytes and square products by which the rates are measured.
+PROBE_BYTES, PROBE_SIZE, PROBE_RUNS = 2**26, 4096, 8
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A placement and why. `prediction` and `budget` (bytes) are None on the CPU, where everything
+    lies in host memory."""
+
+    placement: Placement
+    prediction: Prediction | None = None
+    budget: float | None = None
+    rates: Rates | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """For metrics/train_cost.json: what lay where, what was predicted, what was measured."""
+        if not (self.prediction and self.rates):
+            return {}
+        return {
+            "kept_mlp_layers": self.placement.kept_mlp,
+            "kept_attention_layers": self.placement.kept_attention,
+            "offloaded_inputs": int(self.placement.offload),
+            "streamed_layers": self.placement.streamed,
+            "mlp_tile_tokens": self.placement.tile,
+            "predicted_peak_vram_gb": self.prediction.peak / GB,
+            "predicted_device_gb": self.prediction.device / GB,
+            "predicted_ram_gb": self.prediction.host / GB,
+            "bus_gb_per_second": self.rates.bus / GB,
+        }
+
+
+def place(
+    params: Params,
+    config: PretrainedConfig,
+    rows: Lengths,
+    device: torch.device,
+    world: World = ALONE,
+    leave: float = 0.0,
+) -> Placed:
+    """The fastest placement that fits the device now, printed.
+
+    leave  bytes that stay free besides, after an attempt that did not fit
+    """
+    layers = config.get_text_config().num_hidden_layers
+    if device.type == "cpu":
+        kept = 0 if params.train.gradient_checkpointing is True else layers
+        return Placed(Placement(kept, kept))
+    shape, kind = shape_of(config), base_kind(config)
+    sizes = sizes_of(shape, planned_training(config, shape, params, rows, *kind))
+    # Every rank places the same: in the smallest budget, by the first one's rates.
+    budget = min(world.gather(card_budget() - leave))
+    host = available_bytes() + placement.PROCESS
+    rates, kept = world.same(measured_rates(device)), KEPT[params.train.gradient_checkpointing]
+    placed = placement.choose(sizes, budget, host, rates, kept)
+    if placed is None:
+        # The prediction is no promise: it is tried, and fails with an explanation.
+        placed = placement.tightest(sizes, kept)
+        if placement.choose(sizes, budget, kept=kept):
+            raise no_host_memory(sizes, budget, kept)
+    prediction = placement.predict(sizes, placed)
+    print(
+        f"train: {describe(placed, sizes)}; {prediction.device / GB:.2f} GB of the card predicted, "
+        f"{budget / GB:.2f} GB free; host and GPU exchange {rates.bus / GB:.0f} GB/s",
+        flush=True,
+    )
+    if hint := faster(config, shape, params, rows, budget, rates):
+        print(f"train: {hint}", flush=True)
+    return Placed(placed, prediction, budget, rates)
+
+
+def base_kind(config: PretrainedConfig) -> tuple[bool, bool]:
+    """Whether the base is in NF4, and doubly quantized."""
+    quantization = getattr(config, "quantization_config", None) or {}
+    return bool(quantization), bool(quantization.get("bnb_4bit_use_double_quant"))
+
+
+def describe(placed: Placement, sizes: Sizes) -> str:
+    """What lies where, in words."""
+    layers = sizes.layers
+    weights = "weights on the GPU"
+    if placed.streamed:
+        weights = f"weights of {placed.streamed} of {layers} layers streamed from host memory"
+    recomputed = "nothing is computed again"
+    if placement.recomputes(sizes, placed):
+        recomputed = (
+            f"{layers - placed.kept_mlp} of {layers} MLPs and {layers - placed.kept_attention} "
+            "attentions are computed again"
+        )
+        if placed.offload:
+            recomputed += ", from inputs in host memory"
+        if placed.tile:
+            recomputed += f", MLPs {placed.tile} tokens at a time"
+    return f"{weights}; {recomputed}"
+
+
+def card_budget() -> float:
+    """Bytes that this process can have of the card, its context included: what is free, or
+    plan.vram_limit_gb, to which the allocator is then held."""
+    free = torch.cuda.mem_get_info()[0]
+    budget = free - CONTEXT_GROWTH - SPARE + placement.CONTEXT
+    limit = read_json(PLAN).get("vram_limit_gb") if PLAN.exists() else None
+    if limit is None or limit * GB >= budget:
+        return budget
+    hold_to(limit * GB)
+    return limit * GB
+
+
+def hold_to(limit: float) -> None:
+    """Let this process's allocator take no more of the card than `limit` bytes, less CUDA's own."""
+    own = placement.CONTEXT + placement.OFFLOADING_CONTEXT
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(max(0.0, limit - own) / total)
+
+
+def measured_rates(device: torch.device) -> Rates:
+    """Operations/s and bytes/s of this machine, in a fraction of a second."""
+    host = pinned(PROBE_BYTES, "a measurement of the bus")
+    there = torch.empty_like(host, device=device)
+    square = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=torch.bfloat16, device=device)
+
+    def seconds(run) -> float:
+        run()
+        torch.cuda.synchronize()
+        started = time.monotonic()
+        for _ in range(PROBE_RUNS):
+            run()
+        torch.cuda.synchronize()
+        return (time.monotonic() - started) / PROBE_RUNS
+
+    bus = PROBE_BYTES / seconds(lambda: there.copy_(host, non_blocking=True))
+    operations = 2 * PROBE_SIZE**3 / seconds(lambda: square @ square)
+    return Rates(operations, bus)
+
+
+def faster(
+    config: PretrainedConfig,
+    shape: Shape,
+    params: Params,
+    rows: Lengths,
+    budget: float,
+    rates: Rates,
+) -> str | None:
+    """Another split of the same effective batch that would be faster on this card."""
+    train, kind, found = params.train, base_kind(config), {}
+    effective = train.batch_size * train.gradient_accumulation
+    for size in (n for n in range(1, effective + 1) if effective % n == 0):
+        times = effective // size
+        changed = train.model_copy(update={"batch_size": size, "gradient_accumulation": times})
+        other = params.model_copy(update={"train": changed})
+        sizes = sizes_of(shape, planned_training(config, shape, other, rows, *kind))
+        kept = KEPT[train.gradient_checkpointing]
+        if placed := placement.choose(sizes, budget, rates=rates, kept=kept):
+            found[size] = times * placement.seconds(sizes, placed, rates)
+    if train.batch_size not in found:
+        return None
+    best = min(found, key=lambda size: (found[size], -size))
+    gain = found[train.batch_size] / found[best] - 1
+    if gain < 2 * placement.ALIKE:
+        return None
+    return (
+        f"batch_size {best} with gradient_accumulation {effective // best} would be about "
+        f"{100 * gain:.0f} % faster on this card"
+    )
+
+
+def no_host_memory(sizes: Sizes, budget: float, kept: str) -> StageError:
+    """The card would do, and the machine's memory does not."""
+    placed = placement.choose(sizes, budget, kept=kept)
+    assert placed is not None  # The caller asks after it found one.
+    needed = placement.predict(sizes, placed).host
+    return StageError(
+        f"training on this card needs {needed / GB:.1f} GB of host memory and the machine has "
+        f"{available_bytes() / GB:.1f} GB free; close other programs or lower train.batch_size"
+    )
+
+
+def load_placed(
+    folder: Path, device: torch.device, attention: str, placed: Placement, world: World = ALONE
+) -> tuple[PreTrainedModel, Streamer | None]:
+    """The base of `folder` where it is placed, and what streams it.
+
+    The ranks of a machine stream from one copy, which the first of them makes.
+    """
+    if not placed.streamed:
+        return load_base(folder, device, attention), None
+    # Mapped from its files: nothing is read before it is copied to where it belongs.
+    model = load_base(folder, torch.device("cpu"), attention, torch.bfloat16)
+    machines = world.gather(socket.gethostname())
+    maker = machines.index(machines[world.rank])
+    if maker == world.rank:
+        streamer = stream_layers(model, device, placed.streamed)
+        world.gather(streamer.source.path)
+        return model, streamer
+    return model, stream_layers(model, device, placed.streamed, world.gather(None)[maker])
+
+
+def tighter() -> float:
+    """Bytes of the card to leave free, since an attempt before this one ran out of them."""
+    return float(os.environ.get(TIGHTER, "0"))
+
+
+def try_tighter(placed: Placed) -> None:
+    """After the GPU ran out of memory: start the stage anew, once, with less to place.
+
+    In the same process, so that dvc and its locks see no end of it, and from the last checkpoint.
+    Returns where that was tried already, or there is no GPU.
+    """
+    if TIGHTER in os.environ or placed.budget is None:
+        return
+    print("train: out of GPU memory; once more, with less on the card", flush=True)
+    os.environ[TIGHTER] = str(TIGHTER_SHARE * placed.budget)
+    os.execv(sys.executable, [sys.executable, "-m", "stages.train"])

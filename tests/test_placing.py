@@ -1,0 +1,182 @@
+"""What train takes for its budget, and what it does when the card or the machine has too little.
+
+The card is a stand-in; tests/test_gpu_placement.py has a real one.
+"""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.random_models import config_of
+from stages.shared import placement
+from stages.shared.outputs import GB
+from stages.shared.placement import RATES, Placement
+from stages.shared.process import StageError
+from stages.shared.vram import sizes_of
+from stages.shared.workload import KEPT, Lengths, planned_training, shape_of
+from stages.training import placing
+from stages.training.placing import TIGHTER, card_budget, place, try_tighter
+from tests.test_plan import params_of
+
+CPU, GPU = torch.device("cpu"), SimpleNamespace(type="cuda")
+ROWS = Lengths([2048] * 8, [2048] * 8, 2048)
+HOST = 64 * GB
+
+
+def forget_attempts(monkeypatch):
+    """Now, and when the test is over."""
+    monkeypatch.setenv(TIGHTER, "0")
+    monkeypatch.delenv(TIGHTER)
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    """A function that sets the free GB of the card, of the host, and what plan wrote as a limit."""
+    monkeypatch.chdir(tmp_path)
+    forget_attempts(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(placing, "measured_rates", lambda device: RATES)
+    held = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", held.append)
+
+    def have(free=80.0, host=HOST / GB, limit=None, planned=True):
+        memory = int(free * GB), int(80 * GB)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: memory)
+        monkeypatch.setattr(placing, "available_bytes", lambda: host * GB)
+        placing.PLAN.parent.mkdir(exist_ok=True)
+        if planned:
+            placing.PLAN.write_text(json.dumps({"vram_limit_gb": limit}))
+        return held
+
+    return have
+
+
+def mistral(checkpointing="auto", **train):
+    params = params_of(train=train | {"gradient_checkpointing": checkpointing})
+    return params, config_of("mistral-7b")
+
+
+def test_the_limit_is_that_of_plan_json(card):
+    held = card(free=80)
+    whole = card_budget()
+    assert 79 * GB < whole < 81 * GB
+    card(free=80, limit=24)
+    assert card_budget() == 24 * GB
+    # A larger limit than there is of the card changes nothing.
+    card(free=12, limit=24)
+    assert card_budget() < 12.5 * GB
+    card(free=80, planned=False)
+    placing.PLAN.unlink()
+    assert card_budget() == whole
+    # The allocator is held to the one limit that is smaller than the card.
+    assert len(held) == 1
+    assert 0 < held[0] < 24 / 80
+
+
+@pytest.mark.parametrize("limit", [8, 12, 24, None])
+def test_what_is_placed_fits_the_card_and_its_limit(card, capsys, limit):
+    for free in (8, 20, 80):
+        card(free=free, limit=limit)
+        placed = place(*mistral(batch_size=2), ROWS, GPU)
+        assert placed.budget <= min(free + 1, limit or free + 1) * GB
+        assert placed.prediction.device <= placed.budget
+        said = capsys.readouterr().out
+        assert f"{placed.prediction.device / GB:.2f} GB of the card predicted" in said
+        assert ("streamed from host memory" in said) == bool(placed.placement.streamed)
+        recorded = placed.metrics()
+        assert recorded["streamed_layers"] == placed.placement.streamed
+        assert recorded["predicted_device_gb"] * GB == placed.prediction.device
+
+
+@pytest.mark.parametrize(("checkpointing", "kept"), [("auto", 32), (False, 32), (True, 0)])
+def test_on_the_cpu_auto_recomputes_nothing(checkpointing, kept):
+    placed = place(*mistral(checkpointing), ROWS, CPU)
+    assert placed.placement == Placement(kept, kept)
+    # There is no card to say anything of.
+    assert placed.metrics() == {}
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_what_was_asked_for_is_kept(card, checkpointing):
+    card(free=80)
+    placed = place(*mistral(checkpointing), ROWS, GPU).placement
+    layers = 0 if checkpointing else 32
+    assert (placed.kept_mlp, placed.kept_attention) == (layers, layers)
+
+
+def test_too_little_host_memory_is_refused_in_a_line(card):
+    card(free=8, host=64)
+    needed = place(*mistral(batch_size=2), ROWS, GPU).prediction.host
+    card(free=8, host=0.5)
+    with pytest.raises(StageError) as refused:
+        place(*mistral(batch_size=2), ROWS, GPU)
+    line = str(refused.value)
+    assert "GB of host memory and the machine has 0.5 GB free" in line
+    assert f"needs {needed / GB:.1f} GB" in line
+    assert "\n" not in line
+
+
+def test_a_card_that_is_too_small_is_tried_all_the_same(card):
+    """The prediction is no promise, and memory that runs out is explained."""
+    card(free=3)
+    placed = place(*mistral(batch_size=4), ROWS, GPU)
+    assert placed.prediction.device > placed.budget
+    assert placed.placement.streamed == 32
+
+
+def test_a_faster_split_of_the_batch_is_said(card, capsys):
+    card(free=24)
+    params, config = mistral(batch_size=8)
+    place(params, config, ROWS, GPU)
+    said = [line for line in capsys.readouterr().out.splitlines() if "would be about" in line]
+    assert len(said) == 1
+    words = said[0].split()
+    size, times = (
+        int(words[words.index(name) + 1]) for name in ("batch_size", "gradient_accumulation")
+    )
+    assert size * times == 8
+    gain = int(words[words.index("about") + 1])
+    # And taking the advice leaves nothing to say.
+    train = params.train.model_copy(update={"batch_size": size, "gradient_accumulation": times})
+    changed = params.model_copy(update={"train": train})
+    taken = place(changed, config, ROWS, GPU)
+    assert "would be about" not in capsys.readouterr().out
+    before = step_seconds(params, config, place(params, config, ROWS, GPU).placement)
+    after = times * step_seconds(changed, config, taken.placement)
+    assert 100 * (before / after - 1) == pytest.approx(gain, abs=0.6)
+
+
+def step_seconds(params, config, placed):
+    shape = shape_of(config)
+    run = planned_training(config, shape, params, ROWS, *placing.base_kind(config))
+    return placement.seconds(sizes_of(shape, run), placed, RATES)
+
+
+def test_a_lack_of_memory_is_answered_once(card, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr("os.execv", lambda *command: started.append(command))
+    card(free=24)
+    first = place(*mistral(batch_size=2), ROWS, GPU, placing.tighter())
+    try_tighter(first)
+    assert started == [(sys.executable, [sys.executable, "-m", "stages.train"])]
+    assert "once more" in capsys.readouterr().out
+    # As the new process begins.
+    second = place(*mistral(batch_size=2), ROWS, GPU, placing.tighter())
+    assert second.prediction.device < first.prediction.device
+    assert second.budget == pytest.approx(0.9 * first.budget)
+    try_tighter(second)
+    assert len(started) == 1
+
+
+def test_nothing_is_tried_again_without_a_gpu(monkeypatch):
+    forget_attempts(monkeypatch)
+    monkeypatch.setattr("os.execv", None)
+    try_tighter(place(*mistral(), ROWS, CPU))
+
+
+def test_every_setting_has_its_placement():
+    assert set(KEPT) == {"auto", True, False}
+    assert len(set(KEPT.values())) == 3

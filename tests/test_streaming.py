@@ -1,0 +1,179 @@
+"""Weights that wait in host memory: what is computed does not change (test_gpu_placement.py: a GPU).
+
+On the CPU the buffers are filled at once, so that a layer that was not asked for again computes
+with another one's weights, as it would on a GPU.
+"""
+
+import itertools
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from stages.quantize import quantize
+from stages.shared import streaming
+from stages.shared.model import load_base
+from stages.shared.placement import SLOTS, Placement
+from stages.shared.streaming import HostCopy, Ring, Streamer, spread, stream_layers
+from stages.training.fused_lora import fuse_lora
+from tests.test_fast_path import with_random_adapter
+from tests.tiny import make_model
+
+CPU = torch.device("cpu")
+LAYERS = 6
+SHAPE = {"num_hidden_layers": LAYERS, "hidden_size": 128, "intermediate_size": 256}
+
+
+@pytest.fixture(autouse=True)
+def small_weights(monkeypatch):
+    monkeypatch.setattr(streaming, "SMALLEST", 1024)
+    # There is no driver to lock memory.
+    monkeypatch.setattr(streaming, "lock", lambda buffer: None)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+    for arch, kind in itertools.product(("llama", "gemma"), ("nf4", "16 bit")):
+        folder = tmp_path_factory.mktemp(f"{arch}")
+        make_model(folder / "base", arch, **SHAPE)
+        made[arch, kind] = folder / "base"
+        if kind == "nf4":
+            (folder / "nf4").mkdir()
+            quantize(folder / "base", folder / "nf4", double_quant=True)
+            made[arch, kind] = folder / "nf4"
+    return made
+
+
+def trained(folder, placement, fused, steps=3, targets="all-linear", ring=False):
+    """Losses, gradients of the first step and the adapter after some steps."""
+    # In float32 RMSNorm reads its input twice, and three gradients add up in another order.
+    model, streamer = load_base(folder, CPU, None, torch.bfloat16), None
+    if placement.streamed:
+        streamer = stream_layers(model, CPU, placement.streamed)
+        assert isinstance(streamer.source, Ring if ring else HostCopy)
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=targets)
+    peft = with_random_adapter(get_peft_model(model, config).train())
+    if fused:
+        fuse_lora(peft, liger=False, placement=placement, streamer=streamer)
+    elif placement.kept_mlp < LAYERS:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        peft.enable_input_require_grads()
+    adapter = {n: p for n, p in peft.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(adapter.values(), lr=1e-2)
+    losses, first = [], None
+    for step in range(steps):
+        ids = (torch.arange(2 * 24) * (step + 3) % 257 + 3).view(2, 24)
+        loss = peft(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        first = first or {name: p.grad.clone() for name, p in adapter.items()}
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, first, {name: p.detach().clone() for name, p in adapter.items()}
+
+
+def same(found, expected):
+    assert found[0] == expected[0]
+    for one, other in zip(found[1:], expected[1:], strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert torch.equal(value, other[name]), name
+
+
+KEPT = Placement(LAYERS, LAYERS)
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [
+        Placement(),
+        Placement(kept_mlp=2),
+        Placement(kept_mlp=4, kept_attention=1),
+        Placement(kept_attention=3),
+        Placement(streamed=6),
+        Placement(streamed=4, kept_mlp=3),
+        Placement(LAYERS, LAYERS, streamed=6),
+        Placement(LAYERS, LAYERS, streamed=1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["nf4", "16 bit"])
+def test_where_things_lie_changes_no_bit_of_the_fused_path(folders, kind, placement):
+    folder = folders["llama", kind]
+    same(trained(folder, placement, True), trained(folder, KEPT, True))
+
+
+@pytest.mark.parametrize("placement", [Placement(streamed=6), Placement(6, 6, streamed=5)], ids=str)
+@pytest.mark.parametrize("arch", ["llama", "gemma"])
+@pytest.mark.parametrize("kind", ["nf4", "16 bit"])
+def test_a_family_outside_the_fused_path_streams_too(folders, arch, kind, placement):
+    folder = folders[arch, kind]
+    resident = Placement(placement.kept_mlp, placement.kept_attention)
+    same(trained(folder, placement, False), trained(folder, resident, False))
+
+
+def test_layers_without_an_adapter_stream_too(folders):
+    """Their products are autograd's own, with the weights that it noted."""
+    folder, targets = folders["llama", "nf4"], ["q_proj", "v_proj"]
+    for placement in (Placement(streamed=6), Placement(6, 6, streamed=6)):
+        resident = Placement(placement.kept_mlp, placement.kept_attention)
+        same(
+            trained(folder, placement, True, targets=targets),
+            trained(folder, resident, True, targets=targets),
+        )
+
+
+def test_memory_that_cannot_be_locked_leaves_a_ring(folders, monkeypatch):
+    monkeypatch.setattr(streaming, "lock", lambda buffer: "refused")
+    for placement in (Placement(streamed=6), Placement(3, 2, streamed=6)):
+        same(
+            trained(folders["llama", "nf4"], placement, True, ring=True),
+            trained(folders["llama", "nf4"], KEPT, True),
+        )
+
+
+@pytest.mark.parametrize("kept", [0, LAYERS])
+def test_a_layer_that_is_not_asked_for_again_would_be_seen(folders, monkeypatch, kept):
+    """Without the calls of the backward pass it multiplies by another layer's weights."""
+    going_up = {"furthest": -1}
+    enter = Streamer.enter
+
+    def only_up(self, i):
+        if i >= going_up["furthest"]:
+            going_up["furthest"] = i
+            enter(self, i)
+
+    expected = trained(folders["llama", "nf4"], KEPT, True, steps=1)
+    monkeypatch.setattr(Streamer, "enter", only_up)
+    found = trained(folders["llama", "nf4"], Placement(kept, kept, streamed=6), True, steps=1)
+    assert found[0] == expected[0]
+    assert any(not torch.equal(found[1][n], expected[1][n]) for n in expected[1])
+
+
+def test_a_pass_sends_every_layer_once_but_those_that_are_still_there(folders):
+    model = load_base(folders["llama", "nf4"], CPU)
+    streamer = stream_layers(model, CPU, LAYERS)
+    for passes in range(3):
+        order = range(LAYERS) if passes % 2 == 0 else reversed(range(LAYERS))
+        for i in order:
+            streamer.enter(i)
+        assert streamer.sent == LAYERS + passes * (LAYERS - SLOTS)
+
+
+def test_another_process_maps_the_same_copy(folders):
+    layers = [[torch.nn.Parameter(torch.randn(7, 40))], [torch.nn.Parameter(torch.randn(2000))]]
+    mine = HostCopy(layers)
+    empty = [[torch.nn.Parameter(torch.empty_like(p)) for p in layer] for layer in layers]
+    other = HostCopy(empty, mine.path)
+    assert all(torch.equal(a, b) for a, b in zip(mine.layers, other.layers, strict=True))
+    mine.layers[0].fill_(3)
+    assert (other.layers[0] == 3).all()
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 8])
+def test_streamed_layers_are_spread(count):
+    chosen = spread(count, 8)
+    assert len(set(chosen)) == count
+    gaps = [b - a for a, b in itertools.pairwise(chosen)]
+    assert max(gaps, default=1) - min(gaps, default=1) <= 1
