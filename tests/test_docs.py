@@ -5,7 +5,14 @@ import re
 import pytest
 from tiny import ROOT
 
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/memory.md", "docs/recovery.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/memory.md",
+    "docs/recovery.md",
+    "docs/scale.md",
+)
 FOLDERS = "stages|tools|tests|benchmarks|recipes|templates|docs|metrics|\\.github"
 MADE = ("metrics/", "templates/NAME", "stages/NAME", "tests/NAME")
 
