@@ -1,11 +1,11 @@
-"""data/prepared and models/base by hand, so that train can be tested without the stages before."""
+"""What prepare and fetch_* make, by hand, so that train can be tested without the stages before."""
 
 import json
 import shutil
 from pathlib import Path
 
 import pyarrow as pa
-from tiny import make_rows, make_tokenizer, make_workspace
+from tiny import TEXTS, make_rows, make_tokenizer, make_workspace
 
 from stages.shared.outputs import write_sums
 from stages.shared.rows import IGNORED, SCHEMA, set_sha256
@@ -35,6 +35,10 @@ def make_prepared_workspace(folder: Path, **sections: dict) -> Path:
     (prepared / "prepared.json").write_text(json.dumps(about))
     (prepared / "source.json").write_text(json.dumps(SOURCE))
     write_sums(prepared)
+    retention = folder / "data/retention"
+    retention.mkdir()
+    (retention / "texts.jsonl").write_text(json.dumps({"row": "texts.txt:1", "text": TEXTS}) + "\n")
+    write_sums(retention)
     shutil.copytree(folder / "tiny", folder / "models/base")
     (folder / "models/base/source.json").write_text(json.dumps(SOURCE))
     write_sums(folder / "models/base")

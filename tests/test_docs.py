@@ -12,6 +12,7 @@ PAGES = (
     "docs/evaluation.md",
     "docs/memory.md",
     "docs/recovery.md",
+    "docs/scale.md",
 )
 FOLDERS = "stages|tools|tests|benchmarks|recipes|templates|docs|metrics|\\.github"
 MADE = ("metrics/", "templates/NAME", "stages/NAME", "tests/NAME")

@@ -5,13 +5,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from stages.quantize import quantize
-from stages.shared import streaming
 from stages.shared.device import pick_device
 from stages.shared.model import load_base
 from stages.shared.placement import Placement
-from stages.shared.streaming import HostCopy, Ring, Streamer, stream_layers
+from stages.training import streaming
 from stages.training.fused_lora import fuse_lora
 from stages.training.offload import HostStash
+from stages.training.streaming import HostCopy, Ring, Streamer, stream_layers
 from stages.training.trainer import apply_liger
 from tests.test_gpu import LENGTHS, liger_put_back, rows
 from tests.tiny import make_model

@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 import signal
@@ -5,15 +6,18 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import merge
 from stages.shared import weights
+from stages.shared.adapter import Config, is_target
 from stages.shared.end_tokens import end_tokens
 from stages.shared.outputs import SUMS, check_sums, write_sums
 from stages.shared.process import StageError, sha256
@@ -250,6 +254,34 @@ def add(key, *shape):
 
 def truncate(adapter):
     (adapter / ADAPTER).write_bytes((adapter / ADAPTER).read_bytes()[:-100])
+
+
+NAMES = [
+    "lm_head",
+    "q_proj",
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.11.self_attn.q_proj",
+    "model.layers.1.mlp.experts.0.up_proj",
+    "model.h.1.xq_proj",
+]
+TARGETS: list = [["q_proj"], "q_proj", r".*\.q_proj", ["self_attn.q_proj", "up_proj"], [NAMES[2]]]
+EXCLUDED: list = [None, [], "", "lm_head", r".*\.0\..*", ["q_proj"], [NAMES[3]]]
+LAYERS: list = [(None, None), ([], None), (0, None), ([1, 11], None), ([0], "layers"),
+                ([1], ["h", "layers"]), ([0], "experts"), ([0], [])]  # fmt: skip
+
+
+def test_an_adapters_modules_are_those_of_peft():
+    for targets, excluded, (layers, pattern) in itertools.product(TARGETS, EXCLUDED, LAYERS):
+        settings = {
+            "target_modules": targets,
+            "exclude_modules": excluded,
+            "layers_to_transform": layers,
+            "layers_pattern": pattern,
+        }
+        ours = Config(r=1, lora_alpha=1, **settings)
+        found = [name for name in NAMES if is_target(ours, name)]
+        peft = SimpleNamespace(**settings)
+        assert found == [name for name in NAMES if check_target_module_exists(peft, name)], settings
 
 
 REFUSED = [

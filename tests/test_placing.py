@@ -41,6 +41,7 @@ def card(monkeypatch, tmp_path):
     monkeypatch.setattr(placing, "measured_rates", lambda device: RATES)
     held = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", held.append)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)
 
     def have(free=80.0, host=HOST / GB, limit=None, planned=True):
         memory = int(free * GB), int(80 * GB)
@@ -88,7 +89,7 @@ def test_what_is_placed_fits_the_card_and_its_limit(card, capsys, limit):
         assert ("streamed from host memory" in said) == bool(placed.placement.streamed)
         recorded = placed.metrics()
         assert recorded["streamed_layers"] == placed.placement.streamed
-        assert recorded["predicted_device_gb"] * GB == placed.prediction.device
+        assert recorded["predicted_device_gb"] == placed.prediction.device / GB
 
 
 @pytest.mark.parametrize(("checkpointing", "kept"), [("auto", 32), (False, 32), (True, 0)])
@@ -159,12 +160,12 @@ def test_a_lack_of_memory_is_answered_once(card, monkeypatch, capsys):
     started = []
     monkeypatch.setattr("os.execv", lambda *command: started.append(command))
     card(free=24)
-    first = place(*mistral(batch_size=2), ROWS, GPU, placing.tighter())
+    first = place(*mistral(batch_size=2), ROWS, GPU, leave=placing.tighter())
     try_tighter(first)
     assert started == [(sys.executable, [sys.executable, "-m", "stages.train"])]
     assert "once more" in capsys.readouterr().out
     # As the new process begins.
-    second = place(*mistral(batch_size=2), ROWS, GPU, placing.tighter())
+    second = place(*mistral(batch_size=2), ROWS, GPU, leave=placing.tighter())
     assert second.prediction.device < first.prediction.device
     assert second.budget == pytest.approx(0.9 * first.budget)
     try_tighter(second)

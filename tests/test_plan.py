@@ -194,18 +194,6 @@ def test_the_advised_change_fits_and_is_the_first_that_does(mistral, settings):
     assert len(advised) > 2
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_every_advised_change_asks_for_less(mistral, settings):
-    def least(params):
-        sizes = sizes_for(mistral, params)
-        tightest = placement.tightest(sizes, KEPT[params.train.gradient_checkpointing])
-        return placement.predict(sizes, tightest).device
-
-    params = params_of(**SETTINGS[settings])
-    texts = [text for text, changed in advice.changes(params) if least(changed) >= least(params)]
-    assert texts == []
-
-
 @pytest.mark.parametrize(
     ("checkpointing", "limit"), [("auto", None), (False, None), ("auto", 12.0), (False, 24.0)]
 )
@@ -230,7 +218,8 @@ def test_no_checkpointing_is_refused_where_it_cannot_fit(mistral):
 
 @pytest.mark.parametrize("checkpointing", ["auto", True, False])
 def test_each_card_has_what_it_holds_or_nothing(mistral, checkpointing):
-    params = params_of(train={"batch_size": 4, "gradient_checkpointing": checkpointing})
+    train = {"batch_size": 4, "gradient_checkpointing": checkpointing}
+    params = params_of(train=train, lora={"r": 256})
     sizes, kept = sizes_for(mistral, params), KEPT[checkpointing]
     found = plan.cards(sizes, kept)
     assert [entry["card_gb"] for entry in found] == list(CARDS_GB)

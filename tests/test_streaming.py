@@ -1,4 +1,4 @@
-"""Weights that wait in host memory: what is computed does not change (test_gpu_placement.py: a GPU).
+"""Weights that wait in host memory: what is computed does not change.
 
 On the CPU the buffers are filled at once, so that a layer that was not asked for again computes
 with another one's weights, as it would on a GPU.
@@ -11,11 +11,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from stages.quantize import quantize
-from stages.shared import streaming
 from stages.shared.model import load_base
 from stages.shared.placement import SLOTS, Placement
-from stages.shared.streaming import HostCopy, Ring, Streamer, spread, stream_layers
+from stages.training import streaming
 from stages.training.fused_lora import fuse_lora
+from stages.training.streaming import HostCopy, Ring, Streamer, spread, stream_layers
 from tests.test_fast_path import with_random_adapter
 from tests.tiny import make_model
 

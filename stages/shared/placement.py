@@ -6,7 +6,7 @@ A card's memory is a budget. A placement says, of a base with L layers:
                                the backward pass; the others keep their input and compute it again
     offload                    the inputs of what is computed again wait in host memory
     streamed                   so many layers' weights wait in host memory and arrive ahead of use
-                               (stages/shared/streaming.py)
+                               (stages/training/streaming.py)
     tile                       tokens that an MLP computes at once; 0 for all
 
 None of it changes what is learned: the same kernels compute the same products of the same bytes.
@@ -299,10 +299,19 @@ def resident(sizes: Sizes, kept: str = "auto") -> Placement:
 
 def tightest(sizes: Sizes, kept: str = "auto") -> Placement:
     """The placement that takes least of the card."""
-    if kept == "all":
-        return Placement(sizes.layers, sizes.layers, streamed=sizes.layers)
-    tile = TILE if sizes.halves and sizes.tokens > TILE else 0
-    return Placement(offload=True, streamed=sizes.layers, tile=tile)
+    all_kept = sizes.layers if kept == "all" else 0
+    found = [
+        Placement(all_kept, all_kept, offload, streamed, tile)
+        for offload in (False, True)[: 1 if all_kept else 2]
+        for streamed in (0, sizes.layers)
+        for tile in _tiles(sizes, kept)
+    ]
+    return min(found, key=lambda placement: predict(sizes, placement).device)
+
+
+def _tiles(sizes: Sizes, kept: str) -> tuple[int, ...]:
+    """Tokens that an MLP may take at once, from what is best."""
+    return (0, TILE) if sizes.halves and sizes.tokens > TILE and kept != "all" else (0,)
 
 
 def _fitting(sizes: Sizes, budget: float, host: float, kept: str) -> Iterator[Placement]:
@@ -313,8 +322,7 @@ def _fitting(sizes: Sizes, budget: float, host: float, kept: str) -> Iterator[Pl
         return prediction.device <= budget and prediction.host <= host
 
     most = {"none": 0}.get(kept, sizes.layers)
-    tiles = (0, TILE) if sizes.halves and sizes.tokens > TILE else (0,)
-    for tile in tiles:
+    for tile in _tiles(sizes, kept):
         any_fits = False
         for streamed in _counts(sizes.layers):
             for offload in (False, True):

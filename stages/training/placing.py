@@ -14,16 +14,16 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from stages.shared import placement
-from stages.shared.host_memory import available_bytes, pinned
 from stages.shared.model import load_base
 from stages.shared.outputs import GB, read_json
 from stages.shared.params import Params
 from stages.shared.placement import Placement, Prediction, Rates
 from stages.shared.process import StageError
 from stages.shared.ranks import ALONE, World
-from stages.shared.streaming import Streamer, stream_layers
 from stages.shared.vram import Shape, Sizes, sizes_of
 from stages.shared.workload import KEPT, Lengths, planned_training, shape_of
+from stages.training.host_memory import available_bytes, pinned
+from stages.training.streaming import Streamer, stream_layers
 
 PLAN = Path("metrics/plan.json")
 # Of the card, beside what is predicted.
@@ -97,7 +97,7 @@ def place(
         f"{budget / GB:.2f} GB free; host and GPU exchange {rates.bus / GB:.0f} GB/s",
         flush=True,
     )
-    if hint := faster(config, shape, params, rows, budget, rates):
+    if hint := faster(config, shape, params, rows, budget, host, rates):
         print(f"train: {hint}", flush=True)
     return Placed(placed, prediction, budget, rates)
 
@@ -142,8 +142,9 @@ def card_budget() -> float:
 def hold_to(limit: float) -> None:
     """Let this process's allocator take no more of the card than `limit` bytes, less CUDA's own."""
     own = placement.CONTEXT + placement.OFFLOADING_CONTEXT
-    total = torch.cuda.mem_get_info()[1]
-    torch.cuda.set_per_process_memory_fraction(max(0.0, limit - own) / total)
+    share = max(0.0, limit - own) / torch.cuda.mem_get_info()[1]
+    held = min(share, torch.cuda.get_per_process_memory_fraction())
+    torch.cuda.set_per_process_memory_fraction(held)
 
 
 def measured_rates(device: torch.device) -> Rates:
@@ -172,6 +173,7 @@ def faster(
     params: Params,
     rows: Lengths,
     budget: float,
+    host: float,
     rates: Rates,
 ) -> str | None:
     """Another split of the same effective batch that would be faster on this card."""
@@ -183,7 +185,7 @@ def faster(
         other = params.model_copy(update={"train": changed})
         sizes = sizes_of(shape, planned_training(config, shape, other, rows, *kind))
         kept = KEPT[train.gradient_checkpointing]
-        if placed := placement.choose(sizes, budget, rates=rates, kept=kept):
+        if placed := placement.choose(sizes, budget, host, rates, kept):
             found[size] = times * placement.seconds(sizes, placed, rates)
     if train.batch_size not in found:
         return None

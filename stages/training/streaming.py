@@ -16,8 +16,8 @@ from functools import partial
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-from stages.shared.host_memory import LOCKING_THREADS, lock, pinned, shared_buffer
 from stages.shared.placement import SLOTS
+from stages.training.host_memory import LOCKING_THREADS, lock, pinned, shared_buffer
 
 # Smaller parameters (norms, biases) stay on the GPU.
 SMALLEST = 65536

@@ -1,0 +1,408 @@
+"""Several GPUs against one: the same params, the rate, the loss, the bytes, the memory, a kill.
+
+    python -m benchmarks.scale --work DIR                      # every part, on 2 or more GPUs
+    python -m benchmarks.scale --work DIR 7b kill              # some of them
+    python -m benchmarks.scale --work DIR --shape tiny --rows 200 7b kill score   # on a CPU
+
+    7b      Mistral-7B's shape, packed, r = 64, batch_size 8 x gradient_accumulation 2: an epoch of
+            1,000 rows on one GPU, and two on all: rates, both loss curves, adapters' bytes
+    70b     Llama-2-70B's shape on all GPUs held to --cap-gb each, one row of 4,096 tokens a GPU
+    kill    7b's run, rank 1 killed in the middle: seconds until all has ended, the line, and the
+            bytes after it went on
+    score   evaluate and verify on one GPU and on all: figures and rates
+
+Weights and rows are random. Each part runs on 1 GPU and on --gpus of them, by default all that are
+visible. Writes benchmarks/results/scale.json after every part.
+"""
+
+import argparse
+import csv
+import importlib.metadata
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from benchmarks import speed
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results/scale.json"
+PARTS = ("7b", "70b", "kill", "score")
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "liger-kernel")
+TRAINED = ("models/adapter/adapter_model.safetensors", "metrics/train.json", "metrics/curve.csv")
+LORA = {"r": 64, "alpha": 16, "dropout": 0.0, "target_modules": "all-linear"}
+TRAIN = {
+    "epochs": 1.0,
+    "batch_size": 8,
+    "gradient_accumulation": 2,
+    "learning_rate": 2e-4,
+    "batching": "packing",
+    "gradient_checkpointing": True,
+    "optimizer": "adamw_torch_fused",
+}
+SCORED_ROWS = 200
+LONG_ROWS, LONG_TOKENS, SHARD_BYTES = 40, 4096, 4e9
+
+
+def gpus(count: int) -> dict[str, str]:
+    """The environment in which `count` devices are to be seen; on a CPU, as many ranks."""
+    import torch
+
+    if not torch.cuda.device_count():
+        return {"CPU_RANKS": str(count), "OMP_NUM_THREADS": "1"}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else map(str, range(torch.cuda.device_count()))
+    return {"CUDA_VISIBLE_DEVICES": ",".join(list(names)[:count])}
+
+
+def stage(work: Path, name: str, count: int, **env: str) -> tuple[str, float]:
+    """Run a stage of `work` on `count` devices; what it said, and its wall seconds."""
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", f"stages.{name}"],
+        cwd=work,
+        env=os.environ | gpus(count) | env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{work}: {name} failed:\n{done.stdout}\n{done.stderr}")
+    print(done.stdout, end="", flush=True)
+    return done.stdout, time.monotonic() - started
+
+
+def make(work: Path, shape: str, rows: int) -> None:
+    """The workspace of a 16-bit shape of random_models.SHAPES, quantized."""
+    from benchmarks.random_models import SHAPES, write_base
+    from stages.shared.device import pick_device
+
+    if (work / "models/quantized").exists():
+        return
+    speed.SHAPE["vocab_size"] = SHAPES[shape].vocabulary
+    if shape.startswith("tiny"):
+        # A rehearsal, in minutes.
+        speed.MAX_LENGTH = 64
+    speed.make_tokenizer(work / "models/base", SHAPES[shape].vocabulary)
+    write_base(shape, work / "models/base", pick_device())
+    speed.make_workspace(work, rows)
+    write_params(work)
+    stage(work, "quantize", 1)
+
+
+def write_params(work: Path, **sections: dict) -> None:
+    import yaml
+
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    for section, values in ({"lora": LORA, "train": TRAIN} | sections).items():
+        params[section] |= values
+    params["retention"] = None
+    (work / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+
+
+def digests(work: Path) -> dict[str, str]:
+    from stages.shared.process import sha256
+
+    return {name: sha256(work / name) for name in TRAINED}
+
+
+def cost(work: Path, name: str = "train") -> dict:
+    return json.loads((work / f"metrics/{name}_cost.json").read_text(encoding="utf-8"))
+
+
+def rates(work: Path) -> dict:
+    found = cost(work)
+    keys = ("ranks", "tokens_per_second", "steady_tokens_per_second", "train_seconds")
+    return {key: found[key] for key in keys} | {k: v for k, v in found.items() if "peak" in k}
+
+
+def curve(work: Path) -> list[tuple[int, float]]:
+    with (work / "metrics/curve.csv").open(encoding="utf-8") as file:
+        return [(int(line["step"]), float(line["loss"])) for line in csv.DictReader(file)]
+
+
+def seven_b(work: Path, options) -> dict:
+    base = work / "7b"
+    make(base, options.shape, options.rows)
+    write_params(base)
+    # What compiles at its first run, on each GPU.
+    stage(base, "train", options.gpus)
+    runs, sums = {}, []
+    for count in (1, options.gpus, options.gpus):
+        _, seconds = stage(base, "train", count)
+        runs[f"{count} GPUs"] = rates(base) | {"wall_seconds": seconds, "curve": curve(base)}
+        sums += [digests(base)] if count > 1 else []
+    one, many = runs["1 GPUs"], runs[f"{options.gpus} GPUs"]
+    losses = [abs(a[1] - b[1]) for a, b in zip(one["curve"], many["curve"], strict=True)]
+    return {
+        "7b": runs,
+        "7b_steady_ratio": many["steady_tokens_per_second"] / one["steady_tokens_per_second"],
+        "7b_epoch_ratio": many["tokens_per_second"] / one["tokens_per_second"],
+        "7b_largest_difference_of_losses": max(losses),
+        "7b_two_runs_equal": sums[0] == sums[1],
+    }
+
+
+def seventy_b(work: Path, options) -> dict:
+    """Needs a train stage that streams weights; the cap is that of every rank's allocator."""
+    base = work / "70b"
+    shape = "llama-2-70b" if options.shape == "mistral-7b" else options.shape
+    if not (base / "models/quantized").exists():
+        make_quantized(base, shape)
+    runs = {}
+    for count in (1, options.gpus):
+        train = TRAIN | {"batch_size": 1, "gradient_accumulation": options.gpus}
+        train |= {"batching": "shuffle"}
+        write_params(base, lora=LORA | {"r": 16}, train=train)
+        before = shared_memory()
+        peak = Watched(base)
+        stage(base, "train", count, **capped(options.cap_gb))
+        runs[f"{count} GPUs"] = rates(base) | {"host_gb": peak.stop() - before}
+    one, many = runs["1 GPUs"], runs[f"{options.gpus} GPUs"]
+    ratio = many["steady_tokens_per_second"] / one["steady_tokens_per_second"]
+    return {"70b": runs, "70b_steady_ratio": ratio, "70b_cap_gb": options.cap_gb}
+
+
+def make_quantized(work: Path, shape: str) -> None:
+    """Random NF4 weights, layer by layer: a 70B in 16 bit fits neither memory nor many disks."""
+    import torch
+    from safetensors.torch import save_file
+
+    from benchmarks.random_models import SHAPES, SPREAD, _on_meta, config_of, random_nf4
+    from stages.quantize import name_shards, quantization_config
+    from stages.shared.device import pick_device
+    from stages.shared.outputs import write_json, write_sums
+
+    speed.SHAPE["vocab_size"] = SHAPES[shape].vocabulary
+    speed.make_tokenizer(work / "models/base", SHAPES[shape].vocabulary)
+    speed.make_workspace(work, LONG_ROWS)
+    long_rows(work, SHAPES[shape].vocabulary)
+    out, device = work / "models/quantized", pick_device()
+    out.mkdir(parents=True)
+    config = config_of(shape)
+    model = _on_meta(config)
+    head, linear = model.get_output_embeddings(), torch.nn.Linear
+    shards: list[dict[str, int]] = []
+    pending: dict[str, torch.Tensor] = {}
+
+    def flush() -> None:
+        save_file(pending, out / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append({name: tensor.nbytes for name, tensor in pending.items()})
+        pending.clear()
+
+    for path, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            name = f"{path}.{key}"
+            if type(module) is linear and module is not head:
+                weight = random_nf4(*parameter.shape, True, device)
+                state = weight.quant_state.as_dict(packed=True)
+                made = {name: weight.data} | {f"{name}.{k}": v for k, v in state.items()}
+            else:
+                value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+                value = value.fill_(1) if parameter.ndim == 1 else value.normal_(0, SPREAD)
+                made = {name: value}
+            pending |= {name: tensor.cpu() for name, tensor in made.items()}
+            if sum(tensor.nbytes for tensor in pending.values()) > SHARD_BYTES:
+                flush()
+    if pending:
+        flush()
+    name_shards(out, shards)
+    config.architectures, config.dtype = [type(model).__name__], "bfloat16"
+    content = config.to_dict() | {"quantization_config": quantization_config(True).to_dict()}
+    write_json(out / "config.json", content, sort_keys=True)
+    source = {"source": "local", "id": shape, "revision": None, "commit": None, "files": {}}
+    write_json(out / "source.json", source)
+    write_sums(out)
+
+
+def long_rows(work: Path, vocabulary: int) -> None:
+    """Rows of LONG_TOKENS each, in the place of those of speed."""
+    draw = random.Random(speed.SEED)
+    rows = [draw.choices(range(3, vocabulary), k=LONG_TOKENS) for _ in range(LONG_ROWS)]
+    (work / "data/prepared/prepared.json").write_text(json.dumps({"max_length": LONG_TOKENS}))
+    for name, part in (("train", rows), ("eval", rows[:2])):
+        write_rows(
+            work,
+            name,
+            [
+                {"row": str(i), "input_ids": ids, "labels": ids, "prompt_tokens": 1}
+                | {"scored_bytes": len(ids)}
+                for i, ids in enumerate(part)
+            ],
+        )
+
+
+def write_rows(work: Path, name: str, rows: list[dict]) -> None:
+    import pyarrow as pa
+
+    from stages.shared.outputs import write_sums
+    from stages.shared.rows import SCHEMA
+
+    with pa.OSFile(str(work / f"data/prepared/{name}.arrow"), "wb") as file:
+        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        with pa.ipc.new_stream(file, SCHEMA) as writer:
+            writer.write_table(table)
+    write_sums(work / "data/prepared")
+
+
+def capped(gb: float) -> dict[str, str]:
+    """The environment in which torch's allocator has no more of each GPU than `gb`."""
+    import torch
+
+    if not torch.cuda.device_count():
+        return {}
+    total = torch.cuda.get_device_properties(0).total_memory / 1e9
+    share = f"per_process_memory_fraction:{gb / total:.6f}"
+    return {"PYTORCH_ALLOC_CONF": f"expandable_segments:True,{share}"}
+
+
+def shared_memory() -> float:
+    """GB of host memory in use: what /proc/meminfo has no more available."""
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    found = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    return (found["MemTotal"] - found["MemAvailable"]) * 1024 / 1e9
+
+
+class Watched:
+    """The most of `shared_memory` from now on."""
+
+    def __init__(self, work: Path):
+        code = (
+            "import sys, time\nfrom benchmarks.scale import shared_memory\nmost = 0.0\n"
+            "while True:\n    most = max(most, shared_memory())\n"
+            "    open(sys.argv[1], 'w').write(str(most))\n    time.sleep(0.2)"
+        )
+        self.file = work / "host_gb"
+        command = [sys.executable, "-c", code, str(self.file)]
+        self.process = subprocess.Popen(command, cwd=ROOT)
+
+    def stop(self) -> float:
+        self.process.kill()
+        self.process.wait()
+        return float(self.file.read_text())
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def kill(work: Path, options) -> dict:
+    base = work / "7b"
+    make(base, options.shape, options.rows)
+    write_params(base)
+    stage(base, "train", options.gpus)
+    expected, whole = digests(base), cost(base)["train_seconds"]
+    shutil.rmtree(base / "models/adapter")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages.train"],
+        cwd=base,
+        env=os.environ | gpus(options.gpus) | {"CHECKPOINT_SECONDS": str(whole / 10)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not list(base.glob("checkpoints/*/checkpoint-*/SHA256SUMS")):
+        time.sleep(0.05)
+    time.sleep(random.Random(0).uniform(0.2, 0.3) * whole)
+    ranks = children(process.pid)
+    since = time.monotonic()
+    os.kill(ranks[1], signal.SIGKILL)
+    process.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        time.sleep(0.01)
+    seconds = time.monotonic() - since
+    line = [text for text in process.stderr.read().splitlines() if text.startswith("train: ")][-1]
+    said, _ = stage(base, "train", options.gpus)
+    return {
+        "kill_seconds_until_all_ended": seconds,
+        "kill_line": line,
+        "kill_went_on": "goes on from" in said,
+        "kill_same_bytes": digests(base) == expected,
+    }
+
+
+def score(work: Path, options) -> dict:
+    base = work / "7b"
+    make(base, options.shape, options.rows)
+    write_params(base, evaluate={"samples": 0})
+    held_out(base, min(SCORED_ROWS, options.rows))
+    no_retention(base)
+    if not (base / "models/adapter").exists():
+        stage(base, "train", options.gpus)
+    stage(base, "merge", 1)
+    found, runs = [], {}
+    for count in (1, options.gpus):
+        seconds = {name: stage(base, name, count)[1] for name in ("evaluate", "verify")}
+        names = ("metrics/eval.json", "metrics/verify.json")
+        found.append([(base / name).read_text(encoding="utf-8") for name in names])
+        runs[f"{count} GPUs"] = {
+            "evaluate_tokens_per_second": cost(base, "eval")["tokens_per_second"],
+            "evaluate_wall_seconds": seconds["evaluate"],
+            "verify_wall_seconds": seconds["verify"],
+        }
+    return {"score": runs, "score_figures_equal": found[0] == found[1]}
+
+
+def no_retention(work: Path) -> None:
+    """Write what fetch_retention does where there is none."""
+    from stages.shared.outputs import write_sums
+
+    folder = work / "data/retention"
+    folder.mkdir(exist_ok=True)
+    (folder / "texts.jsonl").touch()
+    write_sums(folder)
+
+
+def held_out(work: Path, count: int) -> None:
+    """Make the held-out set `count` rows of the training set."""
+    from stages.shared.rows import read_rows
+
+    write_rows(work, "eval", read_rows(work / "data/prepared/train.arrow")[:count])
+
+
+def machine(options) -> dict:
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.device_count() else "CPU"
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    date = datetime.now(UTC).date().isoformat()
+    shape = {"shape": options.shape, "rows": options.rows, "gpus": options.gpus}
+    return {"date": date, "device": device, "versions": versions} | shape
+
+
+def main() -> None:
+    import torch
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--shape", default="mistral-7b")
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count() or 2)
+    parser.add_argument("--cap-gb", type=float, default=24)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("parts", nargs="*", default=PARTS, metavar="|".join(PARTS))
+    options = parser.parse_args()
+    work = options.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    functions = {"7b": seven_b, "70b": seventy_b, "kill": kill, "score": score}
+    result = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+    for part in options.parts:
+        result |= functions[part](work, options) | machine(options)
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
