@@ -33,7 +33,7 @@ from stages.shared.vram import Sizes, sizes_of
 from stages.shared.workload import KEPT, Lengths, planned_training, shape_of
 from stages.training.host_memory import used_bytes
 
-RESULTS = Path("benchmarks/results/placement.json")
+RESULTS = Path(os.environ.get("RESULTS", "benchmarks/results/placement.json"))
 STEPS, WARM = 8, 3
 
 

@@ -92,6 +92,7 @@ def train_a_little(world, folder: str, rows: int, fused: bool, changes: dict) ->
     os.chdir(folder)
     from stages.shared.fast_path import FastPath
     from stages.shared.model import load_base
+    from stages.shared.placement import Placement
     from stages.training.trainer import TrainingSet, build_trainer
 
     params = load_params()
@@ -104,9 +105,10 @@ def train_a_little(world, folder: str, rows: int, fused: bool, changes: dict) ->
         160,
     )
     model = load_base(Path("models/quantized"), torch.device("cpu"))
-    fast = FastPath("sdpa", False, False, fused, False)
+    fast = FastPath("sdpa", False, False, fused)
+    kept = 0 if params.train.gradient_checkpointing else model.config.num_hidden_layers
     torch.manual_seed(0)
-    trainer = build_trainer(model, data, params, fast, Path("unused"), world)
+    trainer = build_trainer(model, data, params, fast, Placement(kept, kept), Path("unused"), world)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:

@@ -20,6 +20,8 @@ from transformers import (
 from stages.shared.fast_path import FLATTENED, FastPath, choose_fast_path
 from stages.shared.model import load_base
 from stages.shared.params import Params
+from stages.shared.placement import Placement
+from stages.shared.ranks import ALONE
 from stages.shared.scoring import Scores
 from stages.training import progress
 from stages.training.progress import WARM_STEPS, Progress
@@ -27,8 +29,8 @@ from stages.training.trainer import TrainingSet, as_installed, build_trainer
 from tests.tiny import PARAMS, make_model, make_tokenizer
 
 CPU = torch.device("cpu")
-PLAIN = FastPath("sdpa", padding_free=False, liger=False, fused_lora=False, offload=False)
-FUSED = FastPath("sdpa", padding_free=False, liger=False, fused_lora=True, offload=False)
+PLAIN = FastPath("sdpa", padding_free=False, liger=False, fused_lora=False)
+FUSED = FastPath("sdpa", padding_free=False, liger=False, fused_lora=True)
 ROWS = 20
 
 
@@ -50,7 +52,9 @@ def build(tmp_path, tokenizer):
         make_model(tmp_path / "base", **model or {})
         base = load_base(tmp_path / "base", CPU, fast.attention)
         data = TrainingSet(rows, tokenizer, 160)
-        return build_trainer(base, data, Params.model_validate(raw), fast, tmp_path / "out")
+        return build_trainer(
+            base, data, Params.model_validate(raw), fast, Placement(), tmp_path / "out"
+        )
 
     return build
 
@@ -98,7 +102,7 @@ def history_of(steps, monkeypatch, history=()):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock.now)
     monkeypatch.setattr(progress, "score", lambda *_: Scores([1.0], [1]))
-    trainer = SimpleNamespace(tokens=0)
+    trainer = SimpleNamespace(tokens=0, world=ALONE)
     callback = Progress(trainer, [], 100)
     state = TrainerState(log_history=list(history), max_steps=1000)
     model = SimpleNamespace(device=CPU)
@@ -122,7 +126,7 @@ def test_a_resumed_run_has_the_rates_of_the_whole(monkeypatch):
     assert whole.cost()["steady_tokens_per_second"] == 100
     _, saved = history_of(steps, monkeypatch)
     resumed, _ = history_of(steps, monkeypatch, saved)
-    assert resumed.trainer.tokens == 2 * whole.trainer.tokens
+    assert resumed.tokens == 2 * whole.tokens
     cost = resumed.cost()
     assert cost["train_seconds"] == 2 * whole.cost()["train_seconds"]
     assert cost["tokens_per_second"] == pytest.approx(whole.cost()["tokens_per_second"])
@@ -187,7 +191,7 @@ def test_liger_is_planned_with_everywhere_and_taken_where_it_is(monkeypatch, cap
     spec = object() if installed else None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     params = Params.model_validate(yaml.safe_load(PARAMS.read_text()))
-    planned = choose_fast_path(params, AutoConfig.for_model("llama"), 100, gpu=True)
+    planned = choose_fast_path(params, AutoConfig.for_model("llama"), gpu=True)
     assert planned.liger
     assert as_installed(planned).liger is installed
     said = capsys.readouterr().out
