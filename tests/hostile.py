@@ -156,7 +156,7 @@ def edit(path: Path, **changes: object) -> None:
 def read_model(folder: Path, change: Callable[[Path], object]) -> None:
     from stages.fetching.model_files import check_config, small_files, weight_files
     from stages.fetching.model_sizes import declared_shapes
-    from stages.planning.workload import read_model as read_shapes
+    from stages.shared.workload import read_model as read_shapes
 
     shutil.copytree(model(), folder / "m")
     change(folder / "m")
