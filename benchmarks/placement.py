@@ -33,7 +33,7 @@ from stages.shared.vram import Sizes, sizes_of
 from stages.shared.workload import KEPT, Lengths, planned_training, shape_of
 from stages.training.host_memory import used_bytes
 
-RESULTS = Path(os.environ.get("RESULTS", "benchmarks/results/placement.json"))
+RESULTS = Path("benchmarks/results/placement.json")
 STEPS, WARM = 8, 3
 
 
@@ -164,7 +164,7 @@ def measure_point(name: str) -> tuple[dict, dict]:
         fast,
         placed,
         scratch(),
-        streamer,
+        streamer=streamer,
     )
     clock = Clock()
     trainer.add_callback(clock)

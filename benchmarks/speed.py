@@ -337,9 +337,7 @@ def profile(work: Path, side: str, steps: int) -> None:
     config = AutoConfig.from_pretrained("models/quantized")
     fast = as_installed(choose_fast_path(params, config, device.type == "cuda"))
     placed = place(params, config, read_lengths(Path("data/prepared")), device)
-    model, streamer = load_placed(
-        Path("models/quantized"), device, fast.attention, placed.placement
-    )
+    model, streamer = load_placed(Path("models/quantized"), device, fast.attention, placed)
     rows = Dataset.from_file("data/prepared/train.arrow").select_columns(["input_ids", "labels"])
     tokenizer = AutoTokenizer.from_pretrained("data/prepared/tokenizer")
 

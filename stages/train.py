@@ -76,7 +76,7 @@ def train(whole: Params, device: torch.device, folder: Path, world: World = ALON
     fast = as_installed(choose_fast_path(params, config, device.type == "cuda"))
     placed = place(params, config, rows, device, world, tighter())
     try:
-        model, streamer = load_placed(QUANTIZED, device, fast.attention, placed.placement, world)
+        model, streamer = load_placed(QUANTIZED, device, fast.attention, placed, world)
     except torch.cuda.OutOfMemoryError:
         raise no_memory_for_base(placed.prediction) from None
     base_bytes = torch.cuda.memory_allocated()

@@ -110,7 +110,9 @@ def test_what_was_asked_for_is_kept(card, checkpointing):
 
 def test_too_little_host_memory_is_refused_in_a_line(card):
     card(free=8, host=64)
-    needed = place(*mistral(batch_size=2), ROWS, GPU).prediction.host
+    placed = place(*mistral(batch_size=2), ROWS, GPU)
+    assert not placed.ring
+    needed = placing.ring_bytes(sizes_of_run(*mistral(batch_size=2)), placed.placement)
     card(free=8, host=0.5)
     with pytest.raises(StageError) as refused:
         place(*mistral(batch_size=2), ROWS, GPU)
@@ -118,6 +120,18 @@ def test_too_little_host_memory_is_refused_in_a_line(card):
     assert "GB of host memory and the machine has 0.5 GB free" in line
     assert f"needs {needed / GB:.1f} GB" in line
     assert "\n" not in line
+
+
+def test_without_room_for_a_copy_weights_are_read_from_their_files(card, capsys):
+    card(free=8, host=64)
+    placed = place(*mistral(batch_size=2), ROWS, GPU)
+    sizes = sizes_of_run(*mistral(batch_size=2))
+    assert "read from their files" not in capsys.readouterr().out
+    card(free=8, host=(placing.ring_bytes(sizes, placed.placement) - placement.PROCESS) / GB + 0.1)
+    again = place(*mistral(batch_size=2), ROWS, GPU)
+    assert again.ring
+    assert again.placement == placed.placement
+    assert "read from their files" in capsys.readouterr().out
 
 
 def test_a_card_that_is_too_small_is_tried_all_the_same(card):
@@ -150,10 +164,14 @@ def test_a_faster_split_of_the_batch_is_said(card, capsys):
     assert 100 * (before / after - 1) == pytest.approx(gain, abs=0.6)
 
 
-def step_seconds(params, config, placed):
+def sizes_of_run(params, config):
     shape = shape_of(config)
     run = planned_training(config, shape, params, ROWS, *placing.base_kind(config))
-    return placement.seconds(sizes_of(shape, run), placed, RATES)
+    return sizes_of(shape, run)
+
+
+def step_seconds(params, config, placed):
+    return placement.seconds(sizes_of_run(params, config), placed, RATES)
 
 
 def test_a_lack_of_memory_is_answered_once(card, monkeypatch, capsys):

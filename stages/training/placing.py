@@ -23,7 +23,7 @@ from stages.shared.ranks import ALONE, World
 from stages.shared.vram import Shape, Sizes, sizes_of
 from stages.shared.workload import KEPT, Lengths, planned_training, shape_of
 from stages.training.host_memory import available_bytes, pinned
-from stages.training.streaming import Streamer, stream_layers
+from stages.training.streaming import RING, Streamer, stream_layers
 
 PLAN = Path("metrics/plan.json")
 # Of the card, beside what is predicted.
@@ -45,6 +45,8 @@ class Placed:
     prediction: Prediction | None = None
     budget: float | None = None
     rates: Rates | None = None
+    # The machine has no room for a copy of what is streamed: it comes from the files each time.
+    ring: bool = False
 
     def metrics(self) -> dict[str, float]:
         """For metrics/train_cost.json: what lay where, what was predicted, what was measured."""
@@ -86,20 +88,26 @@ def place(
     host = available_bytes() + placement.PROCESS
     rates, kept = world.same(measured_rates(device)), KEPT[params.train.gradient_checkpointing]
     placed = placement.choose(sizes, budget, host, rates, kept)
+    ring = placed is None
     if placed is None:
-        # The prediction is no promise: it is tried, and fails with an explanation.
-        placed = placement.tightest(sizes, kept)
-        if placement.choose(sizes, budget, kept=kept):
-            raise no_host_memory(sizes, budget, kept)
+        placed = placement.choose(sizes, budget, rates=rates, kept=kept)
+        if placed and (needed := ring_bytes(sizes, placed)) > host:
+            raise no_host_memory(needed)
+    # The prediction is no promise: what takes least is tried, and fails with an explanation.
+    placed = placed or placement.tightest(sizes, kept)
     prediction = placement.predict(sizes, placed)
     print(
         f"train: {describe(placed, sizes)}; {prediction.device / GB:.2f} GB of the card predicted, "
         f"{budget / GB:.2f} GB free; host and GPU exchange {rates.bus / GB:.0f} GB/s",
         flush=True,
     )
+    if ring and placed.streamed:
+        print(
+            "train: streamed weights are read from their files: the machine has no room", flush=True
+        )
     if hint := faster(config, shape, params, rows, budget, host, rates):
         print(f"train: {hint}", flush=True)
-    return Placed(placed, prediction, budget, rates)
+    return Placed(placed, prediction, budget, rates, ring)
 
 
 def base_kind(config: PretrainedConfig) -> tuple[bool, bool]:
@@ -199,11 +207,15 @@ def faster(
     )
 
 
-def no_host_memory(sizes: Sizes, budget: float, kept: str) -> StageError:
+def ring_bytes(sizes: Sizes, placed: Placement) -> float:
+    """Bytes of host memory without a copy of what is streamed."""
+    copied = placement.copied(sizes, placed)
+    buffers = RING * sizes.layer_weights if placed.streamed else 0.0
+    return placement.predict(sizes, placed).host - copied + buffers
+
+
+def no_host_memory(needed: float) -> StageError:
     """The card would do, and the machine's memory does not."""
-    placed = placement.choose(sizes, budget, kept=kept)
-    assert placed is not None  # The caller asks after it found one.
-    needed = placement.predict(sizes, placed).host
     return StageError(
         f"training on this card needs {needed / GB:.1f} GB of host memory and the machine has "
         f"{available_bytes() / GB:.1f} GB free; close other programs or lower train.batch_size"
@@ -211,23 +223,26 @@ def no_host_memory(sizes: Sizes, budget: float, kept: str) -> StageError:
 
 
 def load_placed(
-    folder: Path, device: torch.device, attention: str, placed: Placement, world: World = ALONE
+    folder: Path, device: torch.device, attention: str, placed: Placed, world: World = ALONE
 ) -> tuple[PreTrainedModel, Streamer | None]:
     """The base of `folder` where it is placed, and what streams it.
 
     The ranks of a machine stream from one copy, which the first of them makes.
     """
-    if not placed.streamed:
+    count = placed.placement.streamed
+    if not count:
         return load_base(folder, device, attention), None
     # Mapped from its files: nothing is read before it is copied to where it belongs.
     model = load_base(folder, torch.device("cpu"), attention, torch.bfloat16)
+    if placed.ring:
+        return model, stream_layers(model, device, count, ring=True)
     machines = world.gather(socket.gethostname())
     maker = machines.index(machines[world.rank])
     if maker == world.rank:
-        streamer = stream_layers(model, device, placed.streamed)
+        streamer = stream_layers(model, device, count)
         world.gather(streamer.source.path)
         return model, streamer
-    return model, stream_layers(model, device, placed.streamed, world.gather(None)[maker])
+    return model, stream_layers(model, device, count, world.gather(None)[maker])
 
 
 def tighter() -> float:

@@ -219,11 +219,16 @@ def spread(count: int, layers: int) -> list[int]:
 
 
 def stream_layers(
-    model: torch.nn.Module, device: torch.device, count: int, path: str | None = None
+    model: torch.nn.Module,
+    device: torch.device,
+    count: int,
+    path: str | None = None,
+    ring: bool = False,
 ) -> Streamer:
     """Put `model`, which lies in host memory, on `device`, with `count` layers streamed.
 
     path  of another process's HostCopy of the same layers, None to make one
+    ring  make no copy: read the mapped files each time, as where locking a copy is refused
     """
     layers = decoder_layers(model)
     chosen = [streamed_weights(layers[i]) for i in spread(count, len(layers))]
@@ -236,8 +241,9 @@ def stream_layers(
     for parameter in model.parameters():
         if id(parameter) not in streamed:
             parameter.data = parameter.data.to(device)
+    source: HostCopy | Ring
     try:
-        source: HostCopy | Ring = HostCopy(chosen, path)
+        source = Ring(chosen) if ring else HostCopy(chosen, path)
     except MemoryError:
         source = Ring(chosen)
     streamer = Streamer(chosen, device, source)
