@@ -184,9 +184,9 @@ def test_worker_that_dies_ends_the_stage_in_a_line(tmp_path, monkeypatch, death)
     monkeypatch.setattr(writing, "_CHUNK", 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
 
-    def work(chunks, pipe, stage):
-        pipes.append(pipe)
-        begin(chunks, pipe, stage)
+    def work(chunks, numbers, to, stage):
+        pipes.append(to)
+        begin(chunks, numbers, to, stage)
 
     def dying(chunk):
         # One of the workers, in the middle; the other has work left.

@@ -149,22 +149,27 @@ def _encode_in_processes(chunks: list[np.ndarray], workers: int) -> Iterator[Par
     """
     context = multiprocessing.get_context("fork")
     processes, given = {}, 0
+    # Two pipes each: one that goes both ways would be a socket.
+    to: dict[Connection, Connection] = {}
     busy: dict[Connection, deque[int]] = {}
     done: dict[int, Part] = {}
     try:
         for _ in range(workers):
-            here, there = context.Pipe()
-            process = context.Process(target=_work, args=(chunks, there, os.getpid()), daemon=True)
+            results, theirs = context.Pipe(duplex=False)
+            numbers, to[results] = context.Pipe(duplex=False)
+            arguments = (chunks, numbers, theirs, os.getpid())
+            process = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
-            there.close()
-            processes[here], busy[here] = process, deque()
+            numbers.close()
+            theirs.close()
+            processes[results], busy[results] = process, deque()
         for wanted in range(len(chunks)):
             # So many are in flight that no worker waits, and memory stays bounded.
             while given < min(wanted + _IN_FLIGHT * workers, len(chunks)):
                 pipe = min(busy, key=lambda each: len(busy[each]))
                 # A dead one is noticed below.
                 with contextlib.suppress(BrokenPipeError):
-                    pipe.send(given)
+                    to[pipe].send(given)
                 busy[pipe].append(given)
                 given += 1
             while wanted not in done:
@@ -217,11 +222,11 @@ def _name_culprit(chunk: np.ndarray, what: str) -> None:
             )
 
 
-def _work(chunks: list[np.ndarray], pipe: Connection, stage: int) -> None:
-    """Encode the chunks whose numbers come through `pipe`; end when process `stage` ends."""
+def _work(chunks: list[np.ndarray], numbers: Connection, to: Connection, stage: int) -> None:
+    """Encode the chunks whose `numbers` come, and send them; end when process `stage` ends."""
     limit_worker(stage)
     while True:
-        chunk = chunks[pipe.recv()]
+        chunk = chunks[numbers.recv()]
         made: Part | Exception
         try:
             with limited(seconds_for(chunk)):
@@ -230,7 +235,7 @@ def _work(chunks: list[np.ndarray], pipe: Connection, stage: int) -> None:
             # Where it happened does not travel with it.
             error.add_note(traceback.format_exc())
             made = error
-        pipe.send(made)
+        to.send(made)
 
 
 def seconds_for(chunk: np.ndarray) -> float:

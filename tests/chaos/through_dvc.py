@@ -173,7 +173,9 @@ def of_a_worker(folder: Path, draw: random.Random) -> Kill:
     """Kill one of the processes that prepare shares its work among; it must end by itself."""
     run = Run(folder, *PREPARE)
     workers: list[str] = []
-    while not workers and run.process.poll() is None:
+    # Before them it has others, one at a time.
+    at_once = min(2, len(os.sched_getaffinity(0)))
+    while len(workers) < at_once and run.process.poll() is None:
         if stage := running(folder).get("prepare"):
             with contextlib.suppress(OSError):
                 workers = Path(f"/proc/{stage}/task/{stage}/children").read_text().split()
