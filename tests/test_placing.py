@@ -15,8 +15,7 @@ from stages.shared import placement
 from stages.shared.outputs import GB
 from stages.shared.placement import RATES, Placement
 from stages.shared.process import StageError
-from stages.shared.vram import sizes_of
-from stages.shared.workload import KEPT, Lengths, planned_training, shape_of
+from stages.shared.workload import KEPT, Lengths, shape_of
 from stages.training import placing
 from stages.training.placing import TIGHTER, card_budget, place, try_tighter
 from tests.test_plan import params_of
@@ -165,9 +164,7 @@ def test_a_faster_split_of_the_batch_is_said(card, capsys):
 
 
 def sizes_of_run(params, config):
-    shape = shape_of(config)
-    run = planned_training(config, shape, params, ROWS, *placing.base_kind(config))
-    return sizes_of(shape, run)
+    return placing.run_sizes(config, shape_of(config), params, ROWS)
 
 
 def step_seconds(params, config, placed):

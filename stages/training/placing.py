@@ -3,11 +3,12 @@
 No stage's result depends on it: the same params give the same adapter on every card.
 """
 
+import importlib.util
 import os
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -81,8 +82,8 @@ def place(
     if device.type == "cpu":
         kept = 0 if params.train.gradient_checkpointing is True else layers
         return Placed(Placement(kept, kept))
-    shape, kind = shape_of(config), base_kind(config)
-    sizes = sizes_of(shape, planned_training(config, shape, params, rows, *kind))
+    shape = shape_of(config)
+    sizes = run_sizes(config, shape, params, rows)
     # Every rank places the same: in the smallest budget, by the first one's rates.
     budget = min(world.gather(card_budget() - leave))
     host = available_bytes() + placement.PROCESS
@@ -110,10 +111,13 @@ def place(
     return Placed(placed, prediction, budget, rates, ring)
 
 
-def base_kind(config: PretrainedConfig) -> tuple[bool, bool]:
-    """Whether the base is in NF4, and doubly quantized."""
+def run_sizes(config: PretrainedConfig, shape: Shape, params: Params, rows: Lengths) -> Sizes:
+    """Those of this run: with the base that lies there, and the kernels that are installed."""
     quantization = getattr(config, "quantization_config", None) or {}
-    return bool(quantization), bool(quantization.get("bnb_4bit_use_double_quant"))
+    double_quant = bool(quantization.get("bnb_4bit_use_double_quant"))
+    run = planned_training(config, shape, params, rows, bool(quantization), double_quant)
+    installed = importlib.util.find_spec("liger_kernel") is not None
+    return sizes_of(shape, replace(run, liger=run.liger and installed))
 
 
 def describe(placed: Placement, sizes: Sizes) -> str:
@@ -185,13 +189,13 @@ def faster(
     rates: Rates,
 ) -> str | None:
     """Another split of the same effective batch that would be faster on this card."""
-    train, kind, found = params.train, base_kind(config), {}
+    train, found = params.train, {}
     effective = train.batch_size * train.gradient_accumulation
     for size in (n for n in range(1, effective + 1) if effective % n == 0):
         times = effective // size
         changed = train.model_copy(update={"batch_size": size, "gradient_accumulation": times})
         other = params.model_copy(update={"train": changed})
-        sizes = sizes_of(shape, planned_training(config, shape, other, rows, *kind))
+        sizes = run_sizes(config, shape, other, rows)
         kept = KEPT[train.gradient_checkpointing]
         if placed := placement.choose(sizes, budget, host, rates, kept):
             found[size] = times * placement.seconds(sizes, placed, rates)
