@@ -43,7 +43,7 @@ test-browser: $(READY)  ## Open the report and the plots in Chromium with the ne
 test-serving: $(READY) .serving/4.57/ready .serving/5/ready  ## Load releases in transformers 4.57 and 5, apart from the project.
 	@pytest tests/serving/check_release.py
 
-chaos: $(READY)  ## Kill the pipeline 400 times and feed it hostile files, 80 minutes; 3 to 20 of them: make chaos PART=writes
+chaos: $(READY)  ## Kill the pipeline 400 times and feed it hostile files, an hour; 3 to 20 minutes of it: make chaos PART=writes
 	@python -m tests.chaos $(PART)
 
 lint: $(READY)  ## Check style, format and types.

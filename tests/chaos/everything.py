@@ -42,11 +42,11 @@ CHOSEN, AT_RANDOM = 12, 12
 MINUTES = {
     "stages": 9,
     "dvc": 20,
-    "workers": 10,
+    "workers": 3,
     "writes": 15,
     "queue": 10,
     "inputs": 3,
-    "hostile": 13,
+    "hostile": 6,
 }
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "dvc")
 
