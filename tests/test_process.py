@@ -267,7 +267,7 @@ LARGEST = {
     "prepare": 1_000,
     "quantize": 50_000,
     "train": 50_000,
-    "evaluate": 400,
+    "evaluate": 1_000,
     "merge": 50_000,
     "export": 2_000,
 }
