@@ -227,11 +227,11 @@ REFUSED = {
     ),
     "generation impossible": (
         edit("generation_config.json", num_return_sequences=3),
-        "tiny: generation_config.json is refused by Transformers: Greedy methods ",
+        "tiny: its generation_config.json does not load: Greedy methods ",
     ),
     "generation a list": (
         write("generation_config.json", b"[]"),
-        "tiny: generation_config.json must hold an object",
+        "tiny: generation_config.json: must be a mapping (got [])",
     ),
     "no such model": (
         edit("config.json", hidden_act="nothing"),
