@@ -177,6 +177,7 @@ def plots(workspace):
     (workspace / "tools").symlink_to(ROOT / "tools")
     shutil.copytree(ROOT / ".dvc/plots", workspace / ".dvc/plots")
     (workspace / ".gitignore").write_text("/models\n/data\n/tools\n/stages\n")
+    shutil.copy(ROOT / "metrics/rows.csv", workspace / "metrics/rows.csv")
     for command in ("git init -q", "dvc init -q -f", "python -m tools.offline_plots"):
         subprocess.run(command.split(), cwd=workspace, check=True, env=os.environ)
     shutil.copytree(ROOT / ".dvc/plots", workspace / ".dvc/plots", dirs_exist_ok=True)
