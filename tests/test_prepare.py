@@ -22,7 +22,14 @@ from stages import prepare
 from stages.preparing import contract, writing
 from stages.preparing.contract import packed_bins, show
 from stages.preparing.recognizing import recognize
-from stages.preparing.splitting import Store, distinct, normal, prompt_and_rest, text_of
+from stages.preparing.splitting import (
+    Store,
+    distinct,
+    hash64,
+    normal,
+    prompt_and_rest,
+    text_of,
+)
 from stages.shared.end_tokens import end_tokens
 from stages.shared.outputs import SUMS
 from stages.shared.process import StageError, sha256
@@ -669,3 +676,18 @@ def test_stage_in_a_process_of_its_own_fails_in_one_line(tmp_path):
         "quote it\n"
     )
     assert not (folder / "data/prepared").exists()
+
+
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_rows_are_split_by_a_hash_that_every_process_gives(seed):
+    """Python's own is salted anew in each."""
+    code = "from stages.preparing.splitting import hash64; print(hash64('List all machines'))"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONHASHSEED": seed},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(found.stdout) == hash64("List all machines")

@@ -210,3 +210,33 @@ def test_no_family_of_the_fast_path_drops_weights(build, family):
     model = build(eager, dropping | {"embedding_dropout": 0.0}, {"dropout": 0.0}).model.train()
     ids = torch.arange(3, 3 + 24)[None]
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(("size", "times"), [(4, 2), (2, 4)])
+def test_a_step_has_one_gradient_however_it_is_split(build, size, times):
+    """Rows are of unlike length: a loss divided by a micro-batch's own tokens would differ."""
+
+    class First(TrainerCallback):
+        def __init__(self):
+            self.gradients = {}
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            self.gradients = self.gradients or {n: p.grad.clone() for n, p in trained}
+
+    found = []
+    for split in ((8, 1), (size, times)):
+        first = First()
+        trainer = build(batch_size=split[0], gradient_accumulation=split[1])
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.1, generator=generator)
+        trainer.add_callback(first)
+        trainer.train()
+        found.append(first.gradients)
+    whole, parts = found
+    assert len(whole) == len(parts) == 2 * 7 * 2
+    norm = torch.stack([gradient.norm() for gradient in whole.values()]).norm()
+    error = torch.stack([(parts[name] - whole[name]).norm() for name in whole]).norm()
+    assert error < 1e-5 * norm

@@ -1,5 +1,6 @@
 import json
 import shutil
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -450,3 +451,29 @@ def test_a_merged_model_waits_where_there_is_room(monkeypatch, capsys, free, sha
     weights = SimpleNamespace(shapes={"a": (70_000, 50_000), "b": (3_500_000_000,)})
     assert merged_model.place_for(weights, longest, torch.device("cuda", 0)).type == place
     assert ("stay in host memory" in capsys.readouterr().out) == (place == "cpu")
+
+
+def test_kl_is_that_of_the_reference_to_the_model(project, monkeypatch):
+    """On a spoiled model, where the other direction is another number."""
+    monkeypatch.chdir(project)
+    rows = verify.read_rows(verify.held_out_sets()[""])
+    model = verify.load_adapter(
+        verify.load_base(verify.QUANTIZED, torch.device("cpu")), verify.ADAPTER
+    )
+    spoiled = AutoModelForCausalLM.from_pretrained(verify.MERGED, dtype=torch.float32)
+    spoiled.model.norm.weight.data *= 30
+    with tempfile.TemporaryFile() as cache:
+        reference = agreement.reference(model, rows, cache)
+        found = agreement.agreement(spoiled, rows, reference, torch.device("cpu"))
+    directions = [], []
+    for row in rows:
+        ids, scored = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:]) >= 0
+        with torch.no_grad():
+            p, q = (
+                m(ids).logits[0, :-1][scored].double().log_softmax(-1) for m in (model, spoiled)
+            )
+        directions[0].append((p.exp() * (p - q)).sum(-1))
+        directions[1].append((q.exp() * (q - p)).sum(-1))
+    right, wrong = (float(torch.cat(each).mean()) for each in directions)
+    assert abs(wrong / right - 1) > 0.01
+    assert found.mean_kl == pytest.approx(right, rel=1e-4)
