@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import quick
 from stubs import must
-from test_ranks_ending import children, is_alive
+from test_ranks_ending import children, end_in_time
 from test_resume import checkpoints, results, set_params
 
 from stages.shared.process import StageError
@@ -177,7 +177,7 @@ def test_the_loss_of_the_other_machine_ends_all(first, joiner, whole):
         assert stage.wait() == 1
         assert other.wait() == (-signal.SIGKILL if whole else 1)
         assert time.monotonic() - since < SECONDS
-        assert not any(map(is_alive, ranks))
+        assert end_in_time(ranks)
         last = stage.said.splitlines()[-1]
         if whole:
             assert last.startswith("train: rank 1 has not answered the others")
