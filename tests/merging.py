@@ -16,8 +16,6 @@ from stages.shared.outputs import write_sums
 from stages.shared.rows import SCHEMA
 from tests.tiny import PARAMS, make_model, make_tokenizer
 
-# Products of tiny matrices: a second thread only waits for the first.
-torch.set_num_threads(1)
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",

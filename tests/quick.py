@@ -136,6 +136,9 @@ def _run(
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.chdir(folder)
     os.environ.update(ENVIRONMENT | env)
+    if "OMP_NUM_THREADS" in env:
+        # torch read the server's when it was imported.
+        sys.modules["torch"].set_num_threads(int(env["OMP_NUM_THREADS"]))
     for target, mode in ((sys.stdout, "wb"), (sys.stderr, "ab")):
         with open(f"{name}.log", mode) as file:
             os.dup2(file.fileno(), target.fileno())

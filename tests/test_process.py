@@ -596,3 +596,30 @@ def test_stage_whose_dvc_is_gone_does_not_begin(workspace):
     while "\n" not in (said := (workspace / "orphan.log").read_text()):
         time.sleep(0.01)
     assert said == "fetch_data: dvc ended before the stage began\n"
+
+
+def test_a_name_is_on_the_disk_with_its_content(tmp_path, monkeypatch):
+    """Files, folders and, after the renaming, the folder around them are synced, in this order."""
+    done = []
+    fsync, replace = os.fsync, os.replace
+
+    def syncing(handle):
+        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def replacing(source, target):
+        done.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "replace", replacing)
+    with whole_folder(tmp_path / "out") as out:
+        (out / "deep").mkdir()
+        (out / "deep/file").write_text("content")
+    until = done.index("out")
+    assert {path.name for path in done[:until]} >= {out.name, "deep", "file", SUMS}
+    assert done[until + 1 :] == [tmp_path]
+    done.clear()
+    write_text(tmp_path / "metric.json", "{}")
+    assert [Path(path).name for path in done] == [".metric.json.partial", "metric.json", done[2].name]
+    assert done[2] == tmp_path

@@ -49,6 +49,7 @@ def whole_folder(path: Path, resume_key: str | None = None, sums: dict[str, str]
     if path.exists():
         os.rename(path, old)
     os.replace(partial, path)
+    _sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -62,21 +63,22 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         _sync(partial)
         os.replace(partial, path)
+        _sync(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the files of `folder` onto the disk, with the permissions that a new file has.
+    """Bring `folder` and its files onto the disk, with the permissions that a new file has.
 
     A machine that is preempted loses what the disk has not got, though the name may be there.
     """
     umask = os.umask(0)
     os.umask(umask)
-    for file in folder.rglob("*"):
+    for file in [*folder.rglob("*"), folder]:
+        _sync(file)
         if file.is_file():
-            _sync(file)
             # safetensors writes 0600, which a DVC cache shared by a group could not use. A file
             # with a second name may be one of DVC's cache, which is read-only for a reason.
             if file.stat().st_nlink == 1:
@@ -188,6 +190,10 @@ def check_space(folder: Path, size: int, what: str) -> None:
         )
 
 
-def _sync(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
+def _sync(path: Path) -> None:
+    """Wait for the disk: for the bytes of a file, for the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
