@@ -9,7 +9,7 @@ READY := .venv/ready
 # dvc.yaml says `python`: it must be the environment's.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help env repro test test-browser test-serving lint fix compare gate noise harness test-harness experiments chaos
+.PHONY: help env repro test test-browser test-serving lint fix figures compare gate noise harness test-harness experiments chaos
 help:  ## Show this list.
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -54,6 +54,9 @@ lint: $(READY)  ## Check style, format and types.
 fix: $(READY)  ## Mend style and format.
 	@ruff check --fix .
 	@ruff format .
+
+figures: $(READY)  ## Put the figures of metrics/ and benchmarks/results/ into README and docs/.
+	@python -m benchmarks.figures
 
 compare: $(READY)  ## Compare metrics and parameters with another revision: make compare BASE=main
 	@python -m tools.compare --base $(BASE)

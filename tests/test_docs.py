@@ -1,18 +1,18 @@
 """What the pages for people name is there: files, commands, and constants in the files named."""
 
 import re
+import subprocess
+import sys
 
 import pytest
+import yaml
 from tiny import ROOT
 
 PAGES = (
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
-    "docs/evaluation.md",
-    "docs/memory.md",
-    "docs/recovery.md",
-    "docs/scale.md",
+    *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")),
 )
 FOLDERS = "stages|tools|tests|benchmarks|recipes|templates|docs|metrics|\\.github"
 MADE = ("metrics/", "templates/NAME", "stages/NAME", "tests/NAME")
@@ -45,3 +45,26 @@ def test_constants_are_where_contributing_says():
         # `Prepare.format` is a class and what stands in it.
         for part in name.split("."):
             assert re.search(rf"\b{part}\b", text(file)), f"{file} has no {name}"
+
+
+def test_figures_are_those_of_the_results():
+    own, shipped = (
+        yaml.safe_load((ROOT / file).read_text()) for file in ("params.yaml", "tests/params.yaml")
+    )
+    # On a CPU it changes nothing.
+    own["train"]["gradient_checkpointing"] = shipped["train"]["gradient_checkpointing"]
+    if own != shipped:
+        pytest.skip("metrics/ is of other parameters than the default's")
+    command = [sys.executable, "-m", "benchmarks.figures", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", text(page)):
+            assert (ROOT / page).parent.joinpath(link).exists(), f"{page}: {link}"
+
+
+def test_the_readme_stays_short():
+    assert len(text("README.md").splitlines()) <= 150

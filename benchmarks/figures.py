@@ -1,0 +1,311 @@
+"""Put the figures of metrics/ and benchmarks/results/ into README.md and docs/.
+
+    python -m benchmarks.figures            (make figures)
+    python -m benchmarks.figures --check    (tests/test_docs.py: fails where a page differs)
+
+A page names a function of this file in a comment, `<!--[[[cog default_result() ]]]-->`, and what the
+function prints stands below, up to `<!--[[[end]]]-->` (https://cog.readthedocs.io).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from cogapp import Cog
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SIDES = {
+    "ours-packed": ("this pipeline", "8 x 2,048 packed"),
+    "unsloth-packed": ("Unsloth 2026.10.9", "8 x 2,048 packed"),
+    "ours-4": ("this pipeline", "4 rows"),
+    "unsloth-packed-2": ("Unsloth 2026.10.9", "2 x 2,048 packed"),
+    "unsloth-4": ("Unsloth 2026.10.9", "4 rows"),
+    "reference-4": ("TRL and PEFT, the usual script", "4 rows, dropout 0.1"),
+}
+DEFAULT = {
+    "perplexity, 100 held-out rows": "{}_perplexity",
+    "perplexity, 100 rows of services that training never saw": "group_{}_perplexity",
+    "perplexity, English prose (what was forgotten)": "retention_{}_perplexity",
+    "chrF of 12 answers, 0 to 100": "{}_chrf",
+    "command and flags of 12 answers right, 0 to 1": "{}_command_and_flags",
+}
+KILLED = {
+    "dvc writes": "`dvc repro` while DVC writes its own files",
+    "dvc queue": "the queue of experiments",
+    "dvc repro: a worker of prepare": "a worker of `prepare`",
+}
+
+
+def metrics(name: str) -> dict:
+    return json.loads((ROOT / f"metrics/{name}.json").read_text(encoding="utf-8"))
+
+
+def results(name: str):
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
+
+
+def table(head: list[str], rows: list[list[str]]) -> None:
+    """Print a Markdown table; columns whose head ends with ":" are aligned to the right."""
+    aligned = ["--:" if cell.endswith(":") else "---" for cell in head]
+    for row in ([cell.removesuffix(":") for cell in head], aligned, *rows):
+        print(f"| {' | '.join(row)} |")
+
+
+def default_result() -> None:
+    """Perplexity, answers and forgetting of the default run."""
+    scores = metrics("eval") | metrics("answers")
+    lines = [
+        [what, *(_interval(scores, key.format(side)) for side in ("base", "tuned"))]
+        for what, key in DEFAULT.items()
+    ]
+    table(["95 % interval in brackets", "base:", "tuned:"], lines)
+
+
+def _interval(scores: dict, key: str) -> str:
+    value, low, high = (scores[f"{key}{part}"] for part in ("", "_low", "_high"))
+    return f"{value:.3g} ({low:.3g} to {high:.3g})"
+
+
+def default_merge() -> None:
+    found = metrics("verify")
+    print(
+        f"Merging changed the perplexity by {found['perplexity_change_percent']:+.2f} % "
+        f"(mean KL {found['mean_kl']:.1e} a token, top-1 agreement "
+        f"{100 * found['token_agreement']:.1f} %)."
+    )
+
+
+def comparison() -> None:
+    """Speed and memory beside Unsloth and the usual script, on one line each."""
+    sides = results("speed")["sides"]
+    shown = {"ours-packed": "this pipeline", "unsloth-packed": "Unsloth", "reference-4": "TRL + PEFT, 4 rows a step"}
+    lines = [
+        [
+            "tokens/s over an epoch",
+            *(f"{sides[side]['tokens_per_second']:,.0f}" for side in shown),
+        ],
+        ["peak GPU memory", *(f"{sides[side]['peak_vram_gb']:.1f} GB" for side in shown)],
+    ]
+    table(["7B shape, r = 64, one H200", *(f"{name}:" for name in shown.values())], lines)
+
+
+def speed() -> None:
+    sides = results("speed")["sides"]
+    lines = []
+    for side, (who, step) in SIDES.items():
+        found = sides[side]
+        low, high = found["tokens_per_second_range"]
+        lines.append(
+            [
+                who,
+                step,
+                str(found["runs"]),
+                f"{found['tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f})",
+                f"{found['steady_tokens_per_second']:,.0f}",
+                f"{found['peak_vram_gb']:.2f} GB",
+            ]
+        )
+    table(
+        ["", "a step", "runs:", "tokens/s, whole epoch:", "tokens/s, steady:", "peak VRAM:"], lines
+    )
+
+
+def speed_ratios() -> None:
+    lines = [
+        [
+            f"{SIDES[ours][0]}, {SIDES[ours][1]}",
+            f"{SIDES[other][0]}, {SIDES[other][1]}",
+            " and ".join(map(str, found["runs"])),
+            f"{found['ratio']:.2f}",
+        ]
+        for found in results("speed")["ratios"]
+        for ours, other in [found["sides"]]
+    ]
+    table(["on one GPU", "against", "runs:", "ratio:"], sorted(lines))
+
+
+def share_of_floor() -> None:
+    print(
+        f"The steady rate is {100 * results('speed')['share_of_floor']:.0f} % of what the matrix products "
+        "alone would allow with full recomputation."
+    )
+
+
+def vram_errors() -> None:
+    found = results("plan")
+    held_out = [point for point in found["points"] if point["held_out"]]
+    peaks, cards = (
+        [point[key] for point in held_out] for key in ("error_percent", "device_error_percent")
+    )
+    print(
+        f"Over {len(held_out)} measured runs that fitted no constant, from 1.5B to 70B with LoRA, "
+        f"QLoRA and full fine-tuning, the predicted peak is {min(peaks):+.1f} to "
+        f"{max(peaks):+.1f} % off, and the memory that the card needs {min(cards):+.1f} to "
+        f"{max(cards):+.1f} % ({found['device']}, {found['date']})."
+    )
+
+
+def cards() -> None:
+    lines = []
+    for part in results("cards")["parts"]:
+        train = {stage["stage"]: stage for stage in part.get("stages", [])}
+        if part["part"] == "70b":
+            gb = [part["predicted_device_gb"], part["measured_device_gb"]]
+            cells = [*(f"{value:.1f}" for value in gb), "", "", ""]
+            name = "Llama's 70B shape, r = 16, 5 steps of 2,048 tokens"
+        elif "evaluate" in train:
+            stages = (train[name]["device_gb"] for name in ("train", "evaluate", "merge", "verify"))
+            cells = [f"{value:.1f}" for value in (part["predicted_device_gb"], *stages)]
+            name = part["part"]
+        else:
+            continue
+        lines.append([name, str(part["card_gb"]), *cells])
+    head = ["recipe", "card:", "plan said:", "train:", "evaluate:", "merge:", "verify:"]
+    table(head, sorted(lines))
+
+
+def placements() -> None:
+    """Every point of benchmarks/placement.py with what was predicted of it."""
+    lines = []
+    for point in results("placement")["points"]:
+        placed = point["placement"]
+        kept = f"{placed['kept_mlp']}/{placed['kept_attention']}"
+        gb = [
+            f"{point[f'measured_{key}']:.2f} "
+            f"({100 * (point[f'predicted_{key}'] / point[f'measured_{key}'] - 1):+.1f} %)"
+            for key in ("gb", "device_gb", "ram_gb")
+        ]
+        cap = f"{point['cap_gb']} GB" if point["cap_gb"] else "whole card"
+        lines.append(
+            [
+                f"{point['shape']}, r = {point['rank']}",
+                f"{point['tokens_per_step']:,}",
+                cap,
+                str(placed["streamed"]),
+                kept,
+                f"{point['steady_tokens_per_second']:,.0f}",
+                *gb,
+            ]
+        )
+    head = ["shape", "tokens a step:", "held to:", "streamed layers:", "kept MLP/attention:"]
+    table([*head, "tokens/s:", "peak GB (predicted):", "card GB:", "host GB:"], lines)
+
+
+def determinism() -> None:
+    found = results("determinism")
+    equal = sum(pair["equal"] for pair in found["pairs"])
+    print(
+        f"{equal} of {len(found['pairs'])} pairs of runs are equal to the byte, and "
+        f"{found['kills_equal']} of {found['kills']} runs that were killed and resumed equal an "
+        f"undisturbed one. It costs {found['cost_percent']:.1f} % of the speed. The perplexity of "
+        f"the same rows in batches of other sizes differs by at most "
+        f"{found['perplexity_spread_percent']:.3f} % ({found['device']}, {found['date']})."
+    )
+
+
+def chaos() -> None:
+    found = results("chaos")
+    lines = [
+        [KILLED.get(name, f"`{name}`"), str(count)]
+        for name, count in found["kills_by_stage"].items()
+    ]
+    lines.append(["all", str(found["kills"])])
+    table(["killed", "times:"], lines)
+    print(
+        f"\n{found['identical']} of {found['kills']} ended with the bytes of an undisturbed run, "
+        f"{found['lost']} were lost. Of {found['bad_params'] + found['bad_inputs']} malformed "
+        f"parameter files and inputs {found['clear_errors']} got one clear line; of "
+        f"{found['hostile_inputs']:,} hostile ones {found['hangs']} hung and {found['escapes']} "
+        f"steered a terminal or a page ({found['date']})."
+    )
+
+
+def kills() -> None:
+    found = results("chaos")
+    print(
+        f"Of {found['kills']} kills at chosen and random instants, {found['identical']} ended with "
+        "the bytes of an undisturbed run after `dvc repro`."
+    )
+
+
+def noise() -> None:
+    found = results("noise")
+    eval_metrics = found["metrics"]["metrics/eval.json"]
+    percent = eval_metrics["tuned_perplexity"]["noise_percent"]
+    print(
+        f"Two runs of the default that differ by the seed alone lie up to {percent:.1f} % apart in "
+        f"perplexity, 95 times in 100 ({len(found['seeds'])} seeds)."
+    )
+
+
+def preparing() -> None:
+    found = results("prepare")
+    print(
+        f"`prepare` takes {found['prepare_rows_per_second']:,.0f} rows a second on "
+        f"{found['cores']} cores, {found['prepare_to_map_percent']:.0f} % of what `datasets.map` "
+        f"reaches with the tokenizer alone, and {found['prepare_peak_ram_gb']:.2f} GB for "
+        f"{found['rows']:,} rows."
+    )
+
+
+def merging() -> None:
+    lines = [
+        [
+            f"{found['shape']} ({found['layers']} layers)",
+            found["device"],
+            f"{found['written_gb']:.1f}",
+            f"{found['peak_ram_gb']:.2f}",
+            f"{found['seconds']:.0f}",
+            f"{found['copy_seconds']:.0f}",
+            {True: "yes", None: "not compared"}[found["bit_equal"]],
+        ]
+        for found in results("merge")
+    ]
+    head = ["shape", "device", "written GB:", "peak RAM GB:", "seconds:", "plain write, seconds:"]
+    table([*head, "equal to PEFT's"], lines)
+
+
+def scoring() -> None:
+    found = results("fast_path")["evaluation"]
+    ours, plain = found["stage"], found["plain loop"]
+    print(
+        f"Scoring held-out rows takes {ours['tokens_per_second']:,.0f} tokens/s in "
+        f"{ours['peak_gb']:.2f} GB, a plain loop row by row {plain['tokens_per_second']:,.0f} in "
+        f"{plain['peak_gb']:.2f} GB."
+    )
+
+
+def curve() -> None:
+    found = results("fast_path")["curve"]
+    print(
+        f"Over {found['steps']} steps of the default the fast path's loss is "
+        f"{found['from_plain']['mean_nats']:.3f} nats on average from that of PEFT's own layers on "
+        "padded rows with SDPA."
+    )
+
+
+def default_on_gpu() -> None:
+    found = results("default")
+    before = found["runs"][0]["base_perplexity"]
+    after = found["runs"][0]["tuned_perplexity"]
+    print(
+        f"The default on an H200, {len(found['runs'])} times: perplexity {before:.1f} to "
+        f"{after:.2f}, {found['spread_percent']:g} % apart, and "
+        f"{found['from_committed_percent']:.1f} % from the CPU's."
+    )
+
+
+def methods() -> None:
+    print((ROOT / "benchmarks/results/methods.md").read_text(encoding="utf-8").rstrip())
+
+
+def main() -> None:
+    check = ["--check", "--diff"] if "--check" in sys.argv[1:] else ["-r"]
+    prologue = "from benchmarks.figures import *"
+    pages = [str(page) for page in PAGES if "[[[cog" in page.read_text(encoding="utf-8")]
+    sys.exit(Cog().main(["cog", *check, "-P", "-I", str(ROOT), "-p", prologue, *pages]))
+
+
+if __name__ == "__main__":
+    main()
