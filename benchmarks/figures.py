@@ -53,27 +53,23 @@ def table(head: list[str], rows: list[list[str]]) -> None:
 
 
 def default_result() -> None:
-    """Perplexity, answers and forgetting of the default run."""
+    """Perplexity, answers and forgetting of the default run, and what merging changed."""
     scores = metrics("eval") | metrics("answers")
     lines = [
         [what, *(_interval(scores, key.format(side)) for side in ("base", "tuned"))]
         for what, key in DEFAULT.items()
     ]
     table(["95 % interval in brackets", "base:", "tuned:"], lines)
+    found = metrics("verify")
+    print(
+        f"\nMerging changed the perplexity by {found['perplexity_change_percent']:+.2f} % (mean KL "
+        f"{found['mean_kl']:.1e} a token, top-1 agreement {100 * found['token_agreement']:.1f} %)."
+    )
 
 
 def _interval(scores: dict, key: str) -> str:
     value, low, high = (scores[f"{key}{part}"] for part in ("", "_low", "_high"))
     return f"{value:.3g} ({low:.3g} to {high:.3g})"
-
-
-def default_merge() -> None:
-    found = metrics("verify")
-    print(
-        f"Merging changed the perplexity by {found['perplexity_change_percent']:+.2f} % "
-        f"(mean KL {found['mean_kl']:.1e} a token, top-1 agreement "
-        f"{100 * found['token_agreement']:.1f} %)."
-    )
 
 
 def comparison() -> None:
