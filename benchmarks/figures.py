@@ -24,11 +24,11 @@ SIDES = {
     "reference-4": ("TRL and PEFT, the usual script", "4 rows, dropout 0.1"),
 }
 DEFAULT = {
-    "perplexity, 100 held-out rows": "{}_perplexity",
-    "perplexity, 100 rows of services that training never saw": "group_{}_perplexity",
+    "perplexity, {eval_examples} held-out rows": "{}_perplexity",
+    "perplexity, {group_examples} rows of services that training never saw": "group_{}_perplexity",
     "perplexity, English prose (what was forgotten)": "retention_{}_perplexity",
-    "chrF of 12 answers, 0 to 100": "{}_chrf",
-    "command and flags of 12 answers right, 0 to 1": "{}_command_and_flags",
+    "chrF of {answered_rows} answers, 0 to 100": "{}_chrf",
+    "command and flags of {answered_rows} answers right, 0 to 1": "{}_command_and_flags",
 }
 KILLED = {
     "dvc writes": "`dvc repro` while DVC writes its own files",
@@ -54,9 +54,9 @@ def table(head: list[str], rows: list[list[str]]) -> None:
 
 def default_result() -> None:
     """Perplexity, answers and forgetting of the default run, and what merging changed."""
-    scores = metrics("eval") | metrics("answers")
+    scores = metrics("eval") | metrics("answers") | metrics("data")
     lines = [
-        [what, *(_interval(scores, key.format(side)) for side in ("base", "tuned"))]
+        [what.format(**scores), *(_interval(scores, key.format(side)) for side in ("base", "tuned"))]
         for what, key in DEFAULT.items()
     ]
     table(["95 % interval in brackets", "base:", "tuned:"], lines)
