@@ -3,13 +3,15 @@ PYTHON ?= python3
 # The CPU build of torch: make repro TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 BASE ?= main
+# Processes that run tests.
+JOBS ?= 2
 
 BIN := $(CURDIR)/.venv/bin
 READY := .venv/ready
 # dvc.yaml says `python`: it must be the environment's.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help env repro test test-browser test-serving lint fix figures compare gate noise harness test-harness experiments chaos
+.PHONY: help env repro test quick test-browser test-serving lint fix figures compare gate noise harness test-harness experiments chaos
 help:  ## Show this list.
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -29,7 +31,10 @@ repro: $(READY)  ## Run whatever is stale of the pipeline.
 	@python -m tools.recover && dvc repro
 
 test: $(READY)  ## Run the tests.
-	@pytest
+	@pytest -n $(JOBS) --dist loadfile
+
+quick: $(READY)  ## Run the tests that start no stage, in a minute or two.
+	@pytest -n $(JOBS) --dist loadfile -m 'not slow and not gpu'
 
 test-browser: $(READY)  ## Open the report and the plots in Chromium with the network denied.
 	@pytest tests/browser/check_report.py

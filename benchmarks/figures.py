@@ -3,8 +3,8 @@
     python -m benchmarks.figures            (make figures)
     python -m benchmarks.figures --check    (tests/test_docs.py: fails where a page differs)
 
-A page names a function of this file in a comment, `<!--[[[cog default_result() ]]]-->`, and what the
-function prints stands below, up to `<!--[[[end]]]-->` (https://cog.readthedocs.io).
+A page names a function of this file in a comment, `<!--[[[cog default_result() ]]]-->`, and what
+the function prints stands below, up to `<!--[[[end]]]-->` (https://cog.readthedocs.io).
 """
 
 import json
@@ -56,7 +56,10 @@ def default_result() -> None:
     """Perplexity, answers and forgetting of the default run, and what merging changed."""
     scores = metrics("eval") | metrics("answers") | metrics("data")
     lines = [
-        [what.format(**scores), *(_interval(scores, key.format(side)) for side in ("base", "tuned"))]
+        [
+            what.format(**scores),
+            *(_interval(scores, key.format(side)) for side in ("base", "tuned")),
+        ]
         for what, key in DEFAULT.items()
     ]
     table(["95 % interval in brackets", "base:", "tuned:"], lines)
@@ -75,7 +78,11 @@ def _interval(scores: dict, key: str) -> str:
 def comparison() -> None:
     """Speed and memory beside Unsloth and the usual script, on one line each."""
     sides = results("speed")["sides"]
-    shown = {"ours-packed": "this pipeline", "unsloth-packed": "Unsloth", "reference-4": "TRL + PEFT, 4 rows a step"}
+    shown = {
+        "ours-packed": "this pipeline",
+        "unsloth-packed": "Unsloth",
+        "reference-4": "TRL + PEFT, 4 rows a step",
+    }
     lines = [
         [
             "tokens/s over an epoch",
@@ -122,9 +129,10 @@ def speed_ratios() -> None:
 
 
 def share_of_floor() -> None:
+    percent = 100 * results("speed")["share_of_floor"]
     print(
-        f"The steady rate is {100 * results('speed')['share_of_floor']:.0f} % of what the matrix products "
-        "alone would allow with full recomputation."
+        f"The steady rate is {percent:.0f} % of what the matrix products alone would allow with "
+        "full recomputation."
     )
 
 

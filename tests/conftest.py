@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-# Of this process, before torch is imported: in products of tiny matrices a second thread only waits.
+# Before torch is imported. In products of tiny matrices a second thread only waits.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Stages run as `python -m …` from dvc.yaml: the tests' own interpreter must come first.
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"

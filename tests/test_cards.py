@@ -12,6 +12,8 @@ from benchmarks import cards, random_models
 from benchmarks.random_models import SHAPES, build, config_of, write_base
 from stages.shared.workload import shape_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("recipe", ["mistral-7b-guanaco", "mistral-7b-fast"])
 def test_a_recipe_runs_its_stages_in_twenty_steps(tmp_path, monkeypatch, recipe):

@@ -19,6 +19,8 @@ from tiny import ROOT
 
 from tools.recover import broken
 
+pytestmark = pytest.mark.slow
+
 ALL = list(PIPELINE)
 AFTER_TRAIN = ["train", "evaluate", "merge", "verify", "export"]
 AFTER_MODEL = [name for name in ALL if name not in ("fetch_data", "fetch_retention")]

@@ -9,6 +9,8 @@ import stub_pipeline as stub
 from stub_pipeline import must, run, tool
 from tiny import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):

@@ -18,6 +18,8 @@ from stages.shared.params import Model
 from stages.shared.process import StageError
 from stages.shared.sources import Folder
 
+pytestmark = pytest.mark.slow
+
 COMMIT = "c" * 40
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 NAMED = "additional_chat_templates/tool_use.jinja"

@@ -9,6 +9,8 @@ from merging import edit_tensors, make_adapter
 from quick import Stage, run
 from tiny import make_workspace
 
+pytestmark = pytest.mark.slow
+
 BEFORE = ["fetch_model", "fetch_data", "fetch_retention", "prepare", "plan", "quantize", "train"]
 AFTER = ["evaluate", "merge", "verify", "export"]
 

@@ -14,6 +14,8 @@ from stages.shared import bounded
 from stages.shared.process import StageError
 from stages.shared.screen import brief, on_screen
 
+pytestmark = pytest.mark.slow
+
 # Of each kind; those that refuse only a tokenizer or a template take seconds and have fewer.
 TRIED = 12
 SLOW_KINDS = {"template": 4, "tokenizer.json": 5, "Parquet": 6, "screen": 4}

@@ -19,6 +19,8 @@ from stages.shared.hub import Repository
 from stages.shared.process import StageError
 from stages.shared.sources import Folder, copy_license, package, write_source
 
+pytestmark = pytest.mark.slow
+
 A, B = "a" * 40, "b" * 40
 BIG = bytes(range(256)) * 100_000
 TOKEN = "hf_thisTokenMustNeverBeShown"

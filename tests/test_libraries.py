@@ -14,6 +14,8 @@ from tiny import PARAMS, ROOT, TINY_PARAMS
 
 from stages.shared.libraries import compiling_later, load_libraries
 
+pytestmark = pytest.mark.slow
+
 STAGES = ROOT / "stages"
 # Runs stages' scripts up to main(), one after another, and lists what has been imported after each.
 START = """

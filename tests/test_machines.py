@@ -19,6 +19,8 @@ from test_resume import checkpoints, results, set_params
 from stages.shared.process import StageError
 from stages.training.machines import how_many
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 15.0
 
 

@@ -9,6 +9,8 @@ from prepared import make_prepared_workspace
 from benchmarks import fast_path, methods, vram
 from benchmarks.speed import random_rows
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

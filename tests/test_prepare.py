@@ -36,6 +36,8 @@ from stages.shared.process import StageError, sha256
 from stages.shared.rows import IGNORED, read_rows
 from templates import make_shape
 
+pytestmark = pytest.mark.slow
+
 SETS = ("train", "eval", "group")
 
 

@@ -17,6 +17,8 @@ from stages.shared.model import load_base, set_compute_dtype
 from stages.shared.process import StageError
 from tests.tiny import make_model, make_workspace
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -24,6 +24,8 @@ from stages.shared.rows import read_rows
 from stages.training.dealing import Dealt, share, who_works, workers
 from tests.tiny import PARAMS
 
+pytestmark = pytest.mark.slow
+
 # Of the norm of each gradient, and of the loss: sums in another order.
 ROUNDING = 1e-6
 

@@ -11,6 +11,8 @@ import quick
 from prepared import make_prepared_workspace
 from test_resume import break_base, checkpoints, results, set_params, untrained
 
+pytestmark = pytest.mark.slow
+
 # Longer than any test waits, and shorter than the 300 s of a run.
 LONG = {"batch_size": 2, "epochs": 100.0}
 SECONDS = 15.0

@@ -10,6 +10,8 @@ from tiny import CHATML, ROOT, make_model, make_tokenizer, make_workspace
 
 from stages.shared.params import faults
 
+pytestmark = pytest.mark.slow
+
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 STAGES = [
     "fetch_model",

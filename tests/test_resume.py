@@ -24,6 +24,8 @@ from stages.shared.process import StageError
 from stages.training.checkpoints import SIGNALS, Checkpoints, newest_complete
 from stages.training.faults import EXPLODED_STEPS, MOVED_BY_STEP, Faults
 
+pytestmark = pytest.mark.slow
+
 # Metrics of time and memory, which no two runs share.
 TIMINGS = {"metrics/quantize_cost.json", "metrics/train_cost.json"}
 # Twelve steps or more each. Together: every schedule but the constant one, every batching,

@@ -17,6 +17,8 @@ import yaml
 from test_hub import NO_SOCKETS
 from tiny import ROOT, make_workspace
 
+pytestmark = pytest.mark.slow
+
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 SECRET = "marked-7f3a1c-never-shown"
 NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")

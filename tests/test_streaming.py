@@ -19,6 +19,8 @@ from stages.training.streaming import HostCopy, Ring, Streamer, spread, stream_l
 from tests.test_fast_path import with_random_adapter
 from tests.tiny import make_model
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 LAYERS = 6
 SHAPE = {"num_hidden_layers": LAYERS, "hidden_size": 128, "intermediate_size": 256}

@@ -7,6 +7,8 @@ import stubs
 from stubs import must, run
 from tiny import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory) -> Path:

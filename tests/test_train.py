@@ -29,6 +29,8 @@ from stages.training.probe import Probe, needs_probe
 from stages.training.trainer import TrainingSet, build_trainer, largest_pass
 from tests.tiny import make_model
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -28,6 +28,8 @@ from stages.training.progress import WARM_STEPS, Progress
 from stages.training.trainer import TrainingSet, as_installed, build_trainer
 from tests.tiny import PARAMS, make_model, make_tokenizer
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 PLAIN = FastPath("sdpa", padding_free=False, liger=False, fused_lora=False)
 FUSED = FastPath("sdpa", padding_free=False, liger=False, fused_lora=True)

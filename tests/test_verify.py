@@ -24,6 +24,8 @@ from tests.merging import (
 )
 from tests.tiny import CHATML
 
+pytestmark = pytest.mark.slow
+
 ATTENTION = "model.layers.0.self_attn"
 
 

@@ -97,6 +97,9 @@ class Store:
         self._group_keys: dict[str, int] = {}
         self.paths: list[str] = []
 
+    def __del__(self):
+        self._file.close()
+
     def add(self, path: str, line: int, example: Example, group: str) -> None:
         prompt, rest = prompt_and_rest(example)
         key = hash64(prompt)

@@ -78,11 +78,10 @@ def sync_folder(folder: Path) -> None:
     os.umask(umask)
     for file in [*folder.rglob("*"), folder]:
         _sync(file)
-        if file.is_file():
-            # safetensors writes 0600, which a DVC cache shared by a group could not use. A file
-            # with a second name may be one of DVC's cache, which is read-only for a reason.
-            if file.stat().st_nlink == 1:
-                file.chmod(0o666 & ~umask)
+        # safetensors writes 0600, which a DVC cache shared by a group could not use. A file
+        # with a second name may be one of DVC's cache, which is read-only for a reason.
+        if file.is_file() and file.stat().st_nlink == 1:
+            file.chmod(0o666 & ~umask)
 
 
 def write_metrics(path: Path, metrics: dict) -> None:

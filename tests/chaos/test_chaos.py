@@ -6,6 +6,8 @@ import pytest
 from kills import Target, stages
 from tiny import ROOT
 
+pytestmark = pytest.mark.slow
+
 NAMES = list(stages(ROOT))
 
 
