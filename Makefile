@@ -48,7 +48,7 @@ test-serving: $(READY) .serving/4.57/ready .serving/5/ready  ## Load releases in
 	@$(BIN)/python -m venv --clear $(@D)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
-	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "wandb>=0.31" "mlflow>=3.17"
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "wandb>=0.31" "mlflow-skinny>=3.17" sqlalchemy alembic
 	@touch $@
 
 test-trackers: .trackers/ready  ## Train with Weights & Biases and MLflow, apart from the project.

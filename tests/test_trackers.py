@@ -106,14 +106,16 @@ def test_mlflow(plain, tmp_path, store):
     assert not [path for path in folder.iterdir() if path.name.startswith("ml")]
 
 
-@pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_a_tracker_that_is_not_installed_is_one_line(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "packages"), [("wandb", "wandb"), ("mlflow", "mlflow-skinny sqlalchemy alembic")]
+)
+def test_a_tracker_that_is_not_installed_is_one_line(name, packages, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(StageError) as refused:
         check_installed(name)
     assert str(refused.value) == (
-        f"{name} (tracking.report_to) is not installed; pip install {name}, or set it to none: the "
-        "adapter is the same"
+        f"{name} (tracking.report_to) is not installed; pip install {packages}, or set it to none: "
+        "the adapter is the same"
     )
     check_installed("none")
 
@@ -134,8 +136,8 @@ def test_the_stage_refuses_a_tracker_before_it_trains(plain, tmp_path):
     stage = quick.Stage("train", folder)
     assert stage.wait() == 1
     assert stage.said.splitlines() == [
-        "train: mlflow (tracking.report_to) is not installed; pip install mlflow, or set it to "
-        "none: the adapter is the same"
+        "train: mlflow (tracking.report_to) is not installed; pip install mlflow-skinny sqlalchemy "
+        "alembic, or set it to none: the adapter is the same"
     ]
     assert not (folder / "checkpoints").exists()
 

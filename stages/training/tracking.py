@@ -22,6 +22,8 @@ CALLBACKS = {
     "wandb": "WandbCallback",
     "mlflow": "MLflowCallback",
 }
+# What pip calls them. Of MLflow the part that logs: the whole replaces packages of the project.
+PACKAGES = {"mlflow": "mlflow-skinny sqlalchemy alembic"}
 # A run that goes on is shown as the one that it was.
 RUN_NAME = "run"
 
@@ -33,8 +35,8 @@ def check_installed(name: str) -> None:
         # A folder of that name, where its runs lie, is no package.
         if spec is None or spec.origin is None:
             raise StageError(
-                f"{name} (tracking.report_to) is not installed; pip install {name}, or set it to "
-                "none: the adapter is the same"
+                f"{name} (tracking.report_to) is not installed; pip install "
+                f"{PACKAGES.get(name, name)}, or set it to none: the adapter is the same"
             )
 
 
