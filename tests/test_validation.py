@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from prepared import make_prepared_workspace
 from test_resume import assert_finishes_alike, checkpoints, kill_after, set_params, untrained
-from transformers import TrainerControl, TrainerState
+from transformers import AutoTokenizer, TrainerControl, TrainerState
 
 from stages.shared.model import load_base
 from stages.shared.outputs import write_sums
@@ -25,20 +25,21 @@ from stages.shared.scoring import score
 from stages.training.checkpoints import Checkpoints
 from stages.training.validation import BEST, Validation, best_step, is_due
 
-# A rate at which the tiny model soon knows the training rows alone.
-TRAIN = {"batch_size": 4, "learning_rate": 0.02, "schedule": "constant", "warmup_ratio": 0.0}
+# Twelve steps at a rate that overshoots: the validation loss is lowest in the middle of them.
+TRAIN = {"batch_size": 4, "learning_rate": 0.01}
 ADAPTER = "models/adapter/adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory) -> Path:
-    """A workspace in which train can start, with rows to choose by that training leaves behind."""
+    """A workspace in which train can start, with rows to choose by whose answers no row trains."""
     folder = make_prepared_workspace(tmp_path_factory.mktemp("validation") / "ws")
     rows = read_rows(folder / "data/prepared/eval.arrow")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "data/prepared/tokenizer")
     for row in rows:
-        ids = row["input_ids"]
-        row["input_ids"] = ids[: row["prompt_tokens"]] + ids[row["prompt_tokens"] :][::-1]
-        row["labels"] = row["labels"][: row["prompt_tokens"]] + ids[row["prompt_tokens"] :][::-1]
+        start, length = row["prompt_tokens"], len(row["input_ids"])
+        answer = tokenizer("QXZ~#@&%" * length)["input_ids"][: length - start]
+        row["input_ids"][start:], row["labels"][start:] = answer, answer
     with pa.OSFile(str(folder / "data/prepared/validation.arrow"), "wb") as file:
         table = pa.Table.from_pylist(rows, schema=SCHEMA)
         with pa.ipc.new_stream(file, SCHEMA) as writer:
@@ -99,7 +100,7 @@ def test_killed_and_resumed_the_same_state_is_kept(chosen, tmp_path, steps):
 def test_patience_stops_with_the_same_state(chosen, tmp_path):
     best = metrics_of(chosen)["kept_step"]
     folder = untrained(chosen, tmp_path / "ws")
-    set_params(folder, train={"patience": 2})
+    set_params(folder, train={"patience": 3})
     # Also when it was killed meanwhile.
     assert kill_after(folder, best).wait() == -signal.SIGKILL
     quick.run("train", folder)
@@ -107,9 +108,9 @@ def test_patience_stops_with_the_same_state(chosen, tmp_path):
     metrics = metrics_of(folder)
     assert best < metrics["steps"] < 12
     assert metrics["kept_step"] == best
-    assert metrics["kept_because"].endswith("; stopped early, after 2 without a lower one")
+    assert metrics["kept_because"].endswith("; stopped early, after 3 without a lower one")
     scored = [row["step"] for row in curve_of(folder) if row["validation_loss"]]
-    assert [int(step) > best for step in scored].count(True) == 2
+    assert [int(step) > best for step in scored].count(True) == 3
 
 
 def test_validation_rows_change_no_step(chosen, tmp_path):
