@@ -329,8 +329,8 @@ def _messages(error: ErrorDetails) -> list[str]:
                 return [f"{key}: {said}"]
         return [f"{key}: unknown key{_near_key(key) or _siblings('.'.join(above))}"]
     if kind == "value_error" and (not key or (key in Params.model_fields and key != "seed")):
-        above = f"{key}." if key else ""
-        return [f"{above}{line}" for line in str(context["error"]).split("\n")]
+        prefix = f"{key}." if key else ""
+        return [f"{prefix}{line}" for line in str(context["error"]).split("\n")]
     said = f"{key}: {_RULES.get(kind) or rule(error)}"
     if kind == "missing":
         return [said]

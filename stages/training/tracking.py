@@ -9,12 +9,15 @@ import importlib
 import importlib.util
 import os
 import time
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 
 from stages.shared.process import StageError
 from stages.shared.ranks import World
+from stages.shared.screen import tell
 
 # As tracking.report_to and as Python names them.
 CALLBACKS = {
@@ -73,7 +76,9 @@ class Tracker(TrainerCallback):
     validation rows, and held apart from training. `run` is what the run is called."""
 
     def __init__(self, name: str, run: str):
-        self.name, self.run, self.callback = name, run, None
+        self.name, self.run = name, run
+        # None before it begins and after it failed.
+        self.callback: Any = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.args = copy.copy(args)
@@ -89,25 +94,25 @@ class Tracker(TrainerCallback):
             ) from None
 
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
-        entries = [e for e in state.log_history if e["step"] == state.global_step]
+        own = takewhile(lambda e: e["step"] == state.global_step, reversed(state.log_history))
         names = {"eval_loss": "eval_loss", "validation_loss": "eval_validation_loss"}
-        held_out = {names[k]: v for entry in entries for k, v in entry.items() if k in names}
+        held_out = {names[k]: v for entry in own for k, v in entry.items() if k in names}
         self._call("on_log", state, control, logs=logs | held_out, model=model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self._call("on_train_end", state, control, model=model)
-        if self.callback and self.name == "wandb":
-            # A rank ends without what W&B does at the end of Python.
-            self.callback._wandb.finish()
 
     def _call(self, event: str, state, control, **kwargs) -> None:
         if self.callback is None:
             return
         try:
             getattr(self.callback, event)(self.args, state, control, **kwargs)
+            if event == "on_train_end" and self.name == "wandb":
+                # A rank ends without what W&B does at the end of Python.
+                self.callback._wandb.finish()
         except Exception as error:
             self.callback = None
-            print(f"train: goes on without {self.name}: {_brief(error)}", flush=True)
+            tell(f"train: goes on without {self.name}: {_brief(error)}")
 
 
 def _brief(error: Exception) -> str:
