@@ -247,6 +247,11 @@ def summary(metrics: dict, params: Prepare) -> str:
             f"\nprepare: too few rows to hold out {params.eval_rows} (prepare.eval_rows); half of "
             "them stay in training, and some in no set, so that rows you add move no other"
         )
+    if metrics.get("validation_examples", 0) < params.validation_rows:
+        said += (
+            f"\nprepare: too few rows for {params.validation_rows} to validate by "
+            "(prepare.validation_rows); half of what is not held out stays in training"
+        )
     return said
 
 

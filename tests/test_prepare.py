@@ -605,11 +605,12 @@ def test_added_rows_bring_no_validation_row_into_another_set(tmp_path, monkeypat
     assert not before["train"] & after["validation"]
 
 
-def test_few_rows_are_shared_between_three_sets(tmp_path, monkeypatch):
+def test_few_rows_are_shared_between_three_sets(tmp_path, monkeypatch, capsys):
     options = {"eval_rows": 100, "validation_rows": 100}
     sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(pairs(60))}, **options)
     chosen = read_rows(tmp_path / "data/prepared/validation.arrow")
     assert (len(sets["eval"]), len(chosen), len(sets["train"])) == (20, 10, 15)
+    assert "too few rows for 100 to validate by (prepare.validation_rows)" in capsys.readouterr().out
 
 
 def test_validation_rows_beside_an_evaluation_file(tmp_path, monkeypatch):
