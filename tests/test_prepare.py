@@ -610,7 +610,7 @@ def test_few_rows_are_shared_between_three_sets(tmp_path, monkeypatch, capsys):
     sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(pairs(60))}, **options)
     chosen = read_rows(tmp_path / "data/prepared/validation.arrow")
     assert (len(sets["eval"]), len(chosen), len(sets["train"])) == (20, 10, 15)
-    assert "too few rows for 100 to validate by (prepare.validation_rows)" in capsys.readouterr().out
+    assert "too few rows for 100 to validate by" in capsys.readouterr().out
 
 
 def test_validation_rows_beside_an_evaluation_file(tmp_path, monkeypatch):
