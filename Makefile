@@ -11,7 +11,7 @@ READY := .venv/ready
 # dvc.yaml says `python`: it must be the environment's.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help env repro test quick test-browser test-serving lint fix figures compare gate noise harness test-harness experiments chaos
+.PHONY: help env repro test quick test-browser test-serving test-trackers lint fix figures compare gate noise harness test-harness experiments chaos
 help:  ## Show this list.
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -47,6 +47,17 @@ test-browser: $(READY)  ## Open the report and the plots in Chromium with the ne
 
 test-serving: $(READY) .serving/4.57/ready .serving/5/ready  ## Load releases in transformers 4.57 and 5, apart from the project.
 	@pytest tests/serving/check_release.py
+
+# With the project's packages, and the trackers in front of them.
+.trackers/ready: requirements.lock $(READY)
+	@$(BIN)/python -m venv --clear $(@D)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "wandb>=0.31" "mlflow-skinny>=3.17" sqlalchemy alembic
+	@touch $@
+
+test-trackers: .trackers/ready  ## Train with Weights & Biases and MLflow, apart from the project.
+	@.trackers/bin/python -m pytest tests/test_trackers.py
 
 chaos: $(READY)  ## Kill the pipeline 400 times and feed it hostile files, an hour; 3 to 20 minutes of it: make chaos PART=writes
 	@python -m tests.chaos $(PART)

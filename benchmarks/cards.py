@@ -109,7 +109,7 @@ def make_workspace(recipe: str, source: Path, folder: Path, card: float) -> None
     copy_project(folder)
     params = yaml.safe_load((ROOT / f"recipes/{recipe}.yaml").read_text(encoding="utf-8"))
     params["plan"]["vram_limit_gb"] = card
-    params["train"]["report_to"] = "none"
+    params["tracking"]["report_to"] = "none"
     params["retention"] = None
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     models, prepared = folder / "models", folder / "data/prepared"

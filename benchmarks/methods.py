@@ -62,7 +62,7 @@ LOADED = {"bf16": (False, True), "nf4": (True, False), "nf4, double quantization
 RECIPE = Path("recipes/mistral-7b-fast.yaml")
 EVERYTHING = "everything on"
 # Recomputing is one of the strategies, whatever the card that this is measured on could keep.
-ALWAYS = {"train": {"gradient_checkpointing": True, "report_to": "none"}}
+ALWAYS = {"train": {"gradient_checkpointing": True}, "tracking": {"report_to": "none"}}
 # Rows a step when they are not packed: as many tokens as the recipe's two packs have.
 UNPACKED = {"train": {"batching": "shuffle", "batch_size": 10}}
 PADDED = {"train": UNPACKED["train"] | {"attention": "sdpa"}}

@@ -46,6 +46,7 @@ from stages.preparing.splitting import (
     asked_by,
     distinct,
     make_pools,
+    most_held_out,
     near_duplicates,
 )
 from stages.preparing.templates import settle
@@ -164,7 +165,8 @@ def remove_duplicates(
 def write_sets(
     store: Store, pools: Pools, encoder: Encoder, params: Prepare, out: Path
 ) -> tuple[dict[str, Written], Drops]:
-    """Write group.arrow, eval.arrow and train.arrow, each the first usable rows of its pool."""
+    """Write group.arrow, eval.arrow, validation.arrow and train.arrow, each the first usable rows
+    of its pool, or the last ones for validation.arrow: what is held out does not depend on it."""
     sets: dict[str, Written] = {}
     drops = Drops()
 
@@ -188,7 +190,12 @@ def write_sets(
         write("group", pools.group, params.eval_rows)
     write("eval", pools.eval, params.eval_rows)
     seen = 0 if params.eval_file else sets["eval"].candidates
-    write("train", after_held_out(store, pools.train, seen), params.train_rows)
+    rest = after_held_out(store, pools.train, seen)
+    if params.validation_rows:
+        last = rest[::-1]
+        write("validation", last[: most_held_out(last)], params.validation_rows)
+        rest = after_held_out(store, last, sets["validation"].candidates)[::-1]
+    write("train", rest, params.train_rows)
     return sets, drops
 
 
@@ -224,7 +231,7 @@ def write_about(out: Path, tokenizer, form: Format, params: Prepare, sets: dict)
 
 
 def summary(metrics: dict, params: Prepare) -> str:
-    counts = {called: metrics[f"{name}_examples"] for name, called in SET_NAMES.items()}
+    counts = {called: metrics.get(f"{name}_examples") for name, called in SET_NAMES.items()}
     kept = [f"{called} {count:,}" for called, count in counts.items() if count]
     unused = {said: metrics[f"unused_{name}_examples"] for name, said in UNUSED.items()}
     reasons = ", ".join(f"{count:,} {said}" for said, count in unused.items() if count)
@@ -239,6 +246,11 @@ def summary(metrics: dict, params: Prepare) -> str:
         said += (
             f"\nprepare: too few rows to hold out {params.eval_rows} (prepare.eval_rows); half of "
             "them stay in training, and some in no set, so that rows you add move no other"
+        )
+    if metrics.get("validation_examples", 0) < params.validation_rows:
+        said += (
+            f"\nprepare: too few rows for {params.validation_rows} to validate by "
+            "(prepare.validation_rows); half of what is not held out stays in training"
         )
     return said
 

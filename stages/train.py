@@ -47,6 +47,7 @@ from stages.training.paged import state_bytes
 from stages.training.placing import load_placed, place, tighter, try_tighter
 from stages.training.probe import Probe, needs_probe
 from stages.training.progress import Progress, mean_loss, write_curve
+from stages.training.tracking import check_installed, trackers
 from stages.training.trainer import (
     Trainer,
     TrainingSet,
@@ -54,6 +55,7 @@ from stages.training.trainer import (
     build_trainer,
     optimizer_steps,
 )
+from stages.training.validation import Validation
 from stages.training.worker import work
 
 
@@ -81,7 +83,8 @@ def train(whole: Params, device: torch.device, folder: Path, world: World = ALON
         raise no_memory_for_base(placed.prediction) from None
     base_bytes = torch.cuda.memory_allocated()
     trainer = build_trainer(model, data, params, fast, placed.placement, folder, world, streamer)
-    progress = Progress(trainer, read_rows(PREPARED / "eval.arrow"), largest)
+    validation = Validation(trainer, validation_rows(), params.train, largest)
+    progress = Progress(trainer, read_rows(PREPARED / "eval.arrow"), largest, validation)
     watchers = [progress, Faults(named, world)]
     # DDP lays its buckets anew after a first backward pass, and with them the order of its sums:
     # a run that goes on would differ from an undisturbed one.
@@ -89,13 +92,19 @@ def train(whole: Params, device: torch.device, folder: Path, world: World = ALON
         # Within the time that progress counts, and before faults notes batches.
         watchers.insert(1, Probe(trainer))
     announce(whole, len(named), sum(rows.tokens), trainer, f"{device_name(device)}; {fast}")
+    shown = trackers(whole.tracking.report_to, folder, world)
     try:
-        fit(trainer, watchers, folder)
+        fit(trainer, shown, validation, watchers, folder)
     except torch.cuda.OutOfMemoryError:
         if world.size == 1:
             try_tighter(placed)
         raise no_memory_for_step(trainer, base_bytes, whole, placed.prediction) from None
-    return outcome(trainer, progress, placed.metrics(), folder)
+    return outcome(trainer, validation, progress, placed.metrics(), folder)
+
+
+def validation_rows() -> list[dict]:
+    file = PREPARED / "validation.arrow"
+    return read_rows(file) if file.exists() else []
 
 
 def announce(params: Params, rows: int, tokens: int, trainer: Trainer, where: str) -> None:
@@ -103,21 +112,29 @@ def announce(params: Params, rows: int, tokens: int, trainer: Trainer, where: st
     trainable, total = trainer.model.get_nb_trainable_parameters()
     batch = params.train.batch_size * params.train.gradient_accumulation
     steps = optimizer_steps(len(trainer.train_dataset), params.train)
+    lora, root = params.lora, params.lora.scaling == "rslora"
+    scale = "alpha/sqrt(r)" if root else "alpha/r"
     print(
         f"train: {rows} rows, {tokens} tokens, {steps} steps of {batch}; {trainable} of {total} "
         f"parameters train ({100 * trainable / total:.2f} %), "
-        f"alpha/r = {params.lora.alpha / params.lora.r:g}; {where}",
+        f"{scale} = {lora.alpha / lora.r ** (0.5 if root else 1):g}; {where}",
         flush=True,
     )
 
 
-def fit(trainer: Trainer, watchers: list, folder: Path) -> None:
-    """Train to the end under `watchers` (callbacks); a signal ends it with StageError."""
+def fit(
+    trainer: Trainer, shown: list, validation: Validation, watchers: list, folder: Path
+) -> None:
+    """Train to the end under `watchers` (callbacks); a signal ends it with StageError.
+
+    shown  trackers, which come first: some take signals, as checkpoints do after them
+    """
     world = trainer.world
     checkpoints = Checkpoints(folder, world)
-    for callback in (checkpoints, *watchers):
+    for callback in (*shown, validation, checkpoints, *watchers):
         trainer.add_callback(callback)
-    checkpoints.check_space(trainer.model.get_nb_trainable_parameters()[0])
+    trainable = trainer.model.get_nb_trainable_parameters()[0]
+    checkpoints.check_space(trainable, best=validation.keep == "best")
     resumed = same_checkpoint(folder, world)
     # Or every collection looks through all that the libraries and the rows hold.
     gc.freeze()
@@ -125,15 +142,18 @@ def fit(trainer: Trainer, watchers: list, folder: Path) -> None:
     checkpoints.raise_if_stopped()
 
 
-def outcome(trainer: Trainer, progress: Progress, placement: dict, folder: Path) -> dict[str, Any]:
+def outcome(
+    trainer: Trainer, validation: Validation, progress: Progress, placement: dict, folder: Path
+) -> dict[str, Any]:
     """The metrics and the curve of a whole run, of which `placement` says what lay where; the
     adapter is left in `folder`."""
     world = trainer.world
     adapter = folder / "adapter"
+    check_alike(trainer)
     if world.first:
+        validation.put_back()
         shutil.rmtree(adapter, ignore_errors=True)
         write_adapter(trainer, adapter)
-    check_alike(trainer)
     trainable, total = trainer.model.get_nb_trainable_parameters()
     history = trainer.state.log_history
     metrics = {
@@ -142,6 +162,7 @@ def outcome(trainer: Trainer, progress: Progress, placement: dict, folder: Path)
         "tokens": progress.tokens,
         "trainable_params": trainable,
         "trainable_percent": 100 * trainable / total,
+        **validation.metrics(history),
     }
     cost = {
         **provenance(trainer.model.device),
@@ -169,7 +190,7 @@ def write_outputs(made: dict[str, Any], folder: Path) -> None:
     adapter = {"adapter_sha256": sha256(ADAPTER / "adapter_model.safetensors")}
     write_metrics(Path("metrics/train.json"), made["metrics"])
     write_metrics(Path("metrics/train_cost.json"), adapter | made["cost"])
-    write_curve(Path("metrics/curve.csv"), made["history"])
+    write_curve(Path("metrics/curve.csv"), made["history"], made["metrics"].get("kept_step"))
     loss, seconds = made["metrics"]["train_loss"], made["cost"]["train_seconds"]
     print(f"train: loss {loss:.4f}, {seconds:.0f} s")
 
@@ -213,6 +234,7 @@ def train_on(devices: list[str], params: Params, folder: Path) -> dict[str, Any]
 
 def main() -> None:
     params = load_params()
+    check_installed(params.tracking.report_to)
     check_sums(QUANTIZED, "quantize")
     check_sums(PREPARED, "prepare")
     found = devices()

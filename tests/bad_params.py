@@ -106,6 +106,10 @@ VALUES = {
         "false": f"{WHOLE} (got False)",
     },
     "prepare.eval_rows": {"0": "must be 1 or more (got 0)", "null": f"{WHOLE} (got None)"},
+    "prepare.validation_rows": {
+        "-1": "must be 0 or more (got -1)",
+        "null": f"{WHOLE} (got None)",
+    },
     "prepare.eval_file": {"3": f"{QUOTES} (got 3)", "false": f"{QUOTES} (got False)"},
     "prepare.group_by": {"[group]": f"{QUOTES} (got ['group'])", "false": f"{QUOTES} (got False)"},
     "prepare.near_duplicates": {
@@ -139,6 +143,10 @@ VALUES = {
         "0": "must be more than 0 (got 0)",
         "-.inf": "must be a finite number (got -inf)",
         "true": "must be a number (got True)",
+    },
+    "lora.scaling": {
+        "rs_lora": "must be 'standard' or 'rslora' (got 'rs_lora'); did you mean rslora?",
+        "null": "must be 'standard' or 'rslora' (got None)",
     },
     "lora.dropout": {
         "1": "must be less than 1 (got 1)",
@@ -208,7 +216,19 @@ VALUES = {
         "varlen_attn": "must be 'auto', 'sdpa', 'eager' or 'varlen' (got 'varlen_attn'); "
         "did you mean varlen?",
     },
-    "train.report_to": {"wandb": "must be 'none' or 'tensorboard' (got 'wandb')"},
+    "train.keep": {
+        "first": "must be 'last' or 'best' (got 'first')",
+        "best": "must be last, or prepare.validation_rows more than 0",
+    },
+    "train.patience": {
+        "0": "must be 1 or more (got 0)",
+        "3": "must be null, or prepare.validation_rows more than 0",
+    },
+    "tracking.report_to": {
+        "wanddb": "must be 'none', 'tensorboard', 'wandb' or 'mlflow' (got 'wanddb'); "
+        "did you mean wandb?",
+        "null": "must be 'none', 'tensorboard', 'wandb' or 'mlflow' (got None)",
+    },
     "evaluate.samples": {"-1": "must be 0 or more (got -1)", "8.0": f"{WHOLE} (got 8.0)"},
     "evaluate.max_answer_tokens": {"0": "must be 1 or more (got 0)"},
     "evaluate.measures": {
@@ -271,7 +291,7 @@ def _said(key: str, value: str, rule: str) -> str:
 
 _CUT = "'" + "x" * 27 + "..." + "x" * 28 + "'"
 _MISSING = [f"{name}: missing" for name in yaml.safe_load(GOOD)]
-_LORA = "; lora has r, alpha, dropout, target_modules"
+_LORA = "; lora has r, alpha, scaling, dropout, target_modules"
 _FILE = f"; the file has {', '.join(yaml.safe_load(GOOD))}"
 _TAG = "could not determine a constructor for the tag"
 
@@ -305,6 +325,45 @@ SHAPES = [
         ["dropout: unknown key; did you mean lora.dropout?"],
     ),
     ("unknown key", added("lora", "rank: 1"), [f"lora.rank: unknown key{_LORA}"]),
+    (
+        "rsLoRA by PEFT's key",
+        added("lora", "use_rslora: true"),
+        ["lora.use_rslora: unknown key; write scaling: rslora"],
+    ),
+    (
+        "DoRA",
+        added("lora", "use_dora: true"),
+        [
+            "lora.use_dora: DoRA is not supported: it rescales whole columns of the weight, so "
+            "what it adds is not of low rank, and a 4-bit base is dequantized at every step to "
+            "measure them"
+        ],
+    ),
+    *(
+        (
+            f"a start that changes the base: {line}",
+            added("lora", line),
+            [
+                f"lora.{line.partition(':')[0]}: starts that change the base's own weights (PiSSA, "
+                "OLoRA and others) are not supported: PEFT refuses a 4-bit base, or quantizes it a "
+                "second time"
+            ],
+        )
+        for line in ("init_lora_weights: olora", "pissa: true")
+    ),
+    (
+        "a tracker as it was written before",
+        added("train", "report_to: none"),
+        ["train.report_to: unknown key; did you mean tracking.report_to?"],
+    ),
+    (
+        "to choose by no rows",
+        with_value("train.keep", "best", with_value("train.patience", "3")),
+        [
+            "train.keep: must be last, or prepare.validation_rows more than 0",
+            "train.patience: must be null, or prepare.validation_rows more than 0",
+        ],
+    ),
     (
         "key of a section written as on the command line",
         "lora.r: 8\n" + GOOD,

@@ -35,7 +35,8 @@ TRAIN = {
     "gradient_checkpointing": False,
     "batching": "shuffle",
     "attention": "auto",
-    "report_to": "none",
+    "keep": "last",
+    "patience": None,
 }
 
 

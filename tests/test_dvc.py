@@ -37,6 +37,8 @@ STALE = {
     "quantize": ["plan", "quantize", *AFTER_TRAIN],
     "lora": ["plan", *AFTER_TRAIN],
     "train": ["plan", *AFTER_TRAIN],
+    # What shows training while it runs changes no result.
+    "tracking": [],
     "evaluate": ["evaluate", "export"],
     "merge": ["merge", "verify", "export"],
     "verify": ["verify", "export"],

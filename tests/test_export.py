@@ -349,8 +349,40 @@ def test_long_curves_keep_every_point_also_in_the_table(exported, monkeypatch):
     assert len(figures(html)["Learning rate"][1]) == 205
 
 
-def test_every_parameter_is_listed(exported, html):
+def test_the_state_that_was_kept_is_shown(exported, monkeypatch):
+    line = {"eval_loss": "", "learning_rate": "0.001", "validation_loss": "", "kept": ""}
+    curve = [line | {"step": str(i), "loss": f"{3 - i / 500:.5f}"} for i in range(1, 21)]
+    for i, loss in ((9, "2.5"), (14, "2.25"), (19, "2.75")):
+        curve[i]["validation_loss"] = loss
+    curve[14]["kept"] = "2.25"
+    kept = {"kept_step": 15, "kept_because": "lowest of 3 validation losses"}
+    kept |= {"best_validation_loss": 2.25, "last_validation_loss": 2.75}
+    train = METRICS["train"] | kept
+    html = page.to_html("t", sections(results(exported, monkeypatch, curve=curve, train=train)))
+    svg, rows = figures(html)["Loss"]
+    lines = [[value for _, value in line_points(svg, mark)] for mark in marks(svg, "line")]
+    assert lines[1] == pytest.approx([2.5, 2.25, 2.75], abs=0.01)
+    assert rows[14] == ["15", "2.97000", "", "2.25", "2.25"]
+    assert "; on validation rows from 2.5 to 2.75, and the state of 2.25 was kept" in html
+    assert re.search(r"Why that one</th>\s*<td[^>]*>lowest of 3 validation losses</td>", html)
+
+
+def test_the_scale_of_the_update_is_that_of_its_kind(exported, monkeypatch):
     params = yaml.safe_load((exported / "params.yaml").read_text())
+    for scaling, said in {
+        "standard": r"Update scale \(alpha / r\)</th>\s*<td[^>]*>2</td>",
+        "rslora": r"Update scale \(alpha / sqrt\(r\)\)</th>\s*<td[^>]*>8</td>",
+    }.items():
+        params["lora"] |= {"r": 16, "alpha": 32, "scaling": scaling}
+        html = page.to_html("t", sections(results(exported, monkeypatch, params=params)))
+        assert re.search(said, html)
+
+
+def test_every_parameter_is_listed_but_the_tracker(exported, html):
+    params = yaml.safe_load((exported / "params.yaml").read_text())
+    # Switching it would be another report.
+    assert params.pop("tracking")
+    assert "report_to" not in html
     for section, values in params.items():
         for key in values if isinstance(values, dict) else [None]:
             assert f"<code>{section}.{key}</code>" in html or f"<code>{section}</code>" in html

@@ -45,9 +45,9 @@ def quantized(tmp_path_factory):
     return folders
 
 
-def adapted(folder):
+def adapted(folder, **settings):
     """The model with an adapter whose B is not zero: at zero most errors are invisible."""
-    config = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear")
+    config = LoraConfig(r=4, lora_alpha=12, target_modules="all-linear", **settings)
     return with_random_adapter(get_peft_model(load_base(folder, CPU), config).train())
 
 
@@ -68,10 +68,12 @@ def loss_and_gradients(model):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_fused_lora_has_the_loss_and_gradients_of_peft(quantized, arch, checkpointing):
-    loss, expected = loss_and_gradients(adapted(quantized[arch]))
-    model = adapted(quantized[arch])
+@pytest.mark.parametrize(
+    ("arch", "rslora"), [*((a, False) for a in ARCHITECTURES), ("llama", True)]
+)
+def test_fused_lora_has_the_loss_and_gradients_of_peft(quantized, arch, rslora, checkpointing):
+    loss, expected = loss_and_gradients(adapted(quantized[arch], use_rslora=rslora))
+    model = adapted(quantized[arch], use_rslora=rslora)
     assert fuse_lora(model, liger=False, placement=PLACEMENTS[checkpointing]) == 2 * 7
     fused_loss, gradients = loss_and_gradients(model)
     assert fused_loss == pytest.approx(loss, rel=1e-5)

@@ -560,6 +560,70 @@ def test_every_row_is_accounted_for(too_long, expected, tmp_path, monkeypatch, c
     assert len(parts) == expected["split_examples"]
 
 
+def rows_of(sets: dict[str, list[dict]], name: str) -> list[str]:
+    return [row["row"] for row in sets[name]]
+
+
+@pytest.mark.parametrize("group_by", [None, "group"])
+def test_validation_rows_are_a_third_set_and_move_no_held_out_row(group_by, tmp_path, monkeypatch):
+    rows, options = pairs(100), {"group_by": group_by, "eval_rows": 8}
+    # What asks the same stays in one set.
+    rows += [row | {"completion": "another"} for row in rows]
+    before = run(tmp_path / "0", monkeypatch, {"a.jsonl": jsonl(rows)}, **options)
+    plain = metrics_in(tmp_path / "0")
+    assert not any("validation" in key for key in plain)
+    options["validation_rows"] = 12
+    sets = run(tmp_path / "12", monkeypatch, {"a.jsonl": jsonl(rows)}, **options)
+    for name in before.keys() - {"train"}:
+        assert rows_of(sets, name) == rows_of(before, name)
+    chosen = read_rows(tmp_path / "12/data/prepared/validation.arrow")
+    tokenizer = tokenizer_of(tmp_path / "12")
+    asked = {name: prompts(found, tokenizer) for name, found in sets.items()}
+    judged = prompts(chosen, tokenizer)
+    assert all(not judged & questions for questions in asked.values())
+    train = set(rows_of(before, "train"))
+    assert set(rows_of(sets, "train")) < train
+    # Half as many again stand between them and training, or one more where rows ask the same.
+    assert len(train) - len(sets["train"]) in (18, 19)
+    metrics, about = metrics_in(tmp_path / "12"), tmp_path / "12/data/prepared/prepared.json"
+    assert metrics["validation_examples"] == len(chosen) == 12
+    assert metrics["validation_tokens"] == sum(len(row["input_ids"]) for row in chosen)
+    assert metrics["unused_margin_examples"] - plain["unused_margin_examples"] in (6, 7)
+    assert metrics["leaked_examples"] == 0
+    assert json.loads(about.read_text())["splits"]["validation"]["rows"] == 12
+
+
+def test_added_rows_bring_no_validation_row_into_another_set(tmp_path, monkeypatch):
+    found = []
+    for count in (200, 230):
+        folder, options = tmp_path / str(count), {"eval_rows": 20, "validation_rows": 20}
+        sets = run(folder, monkeypatch, {"a.jsonl": jsonl(pairs(count))}, **options)
+        sets["validation"] = read_rows(folder / "data/prepared/validation.arrow")
+        found.append({name: set(rows_of(sets, name)) for name in sets})
+    before, after = found
+    assert before["validation"] != after["validation"]
+    for name, others in {"validation": "eval train", "eval": "validation train"}.items():
+        assert not any(before[name] & after[other] for other in others.split())
+    assert not before["train"] & after["validation"]
+
+
+def test_few_rows_are_shared_between_three_sets(tmp_path, monkeypatch, capsys):
+    options = {"eval_rows": 100, "validation_rows": 100}
+    sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(pairs(60))}, **options)
+    chosen = read_rows(tmp_path / "data/prepared/validation.arrow")
+    assert (len(sets["eval"]), len(chosen), len(sets["train"])) == (20, 10, 15)
+    assert "too few rows for 100 to validate by" in capsys.readouterr().out
+
+
+def test_validation_rows_beside_an_evaluation_file(tmp_path, monkeypatch):
+    files = {"train.jsonl": jsonl(pairs(40)), "test.jsonl": jsonl(pairs(5, start=90))}
+    options = {"eval_file": "test.jsonl", "eval_rows": 100, "validation_rows": 4}
+    sets = run(tmp_path, monkeypatch, files, **options)
+    chosen = read_rows(tmp_path / "data/prepared/validation.arrow")
+    assert (len(sets["eval"]), len(chosen), len(sets["train"])) == (5, 4, 34)
+    assert {row["row"].split(":")[0] for row in chosen} == {"train.jsonl"}
+
+
 def test_keys_of_the_metrics_are_always_the_same(tmp_path, monkeypatch):
     keys = []
     for name, group_by in (("a", None), ("b", "group")):

@@ -296,7 +296,7 @@ def test_held_out_rows_are_scored_in_the_memory_of_a_step(monkeypatch):
     monkeypatch.setattr(progress, "score", scored)
     for step_tokens in (100, 2 * TOKENS_PER_BATCH):
         trainer = SimpleNamespace(tokens=0, world=ALONE)
-        callback = progress.Progress(trainer, [], step_tokens)
+        callback = progress.Progress(trainer, [], step_tokens, SimpleNamespace(took=0.0))
         state = TrainerState(global_step=4, max_steps=4)
         callback.on_train_begin(None, state, None)
         model = SimpleNamespace(device=CPU)

@@ -105,7 +105,7 @@ def history_of(steps, monkeypatch, history=()):
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock.now)
     monkeypatch.setattr(progress, "score", lambda *_: Scores([1.0], [1]))
     trainer = SimpleNamespace(tokens=0, world=ALONE)
-    callback = Progress(trainer, [], 100)
+    callback = Progress(trainer, [], 100, SimpleNamespace(took=0.0))
     state = TrainerState(log_history=list(history), max_steps=1000)
     model = SimpleNamespace(device=CPU)
     callback.on_train_begin(None, state, None)

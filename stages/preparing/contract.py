@@ -19,11 +19,12 @@ from stages.shared.params import Prepare
 from stages.shared.process import StageError
 from stages.shared.rows import IGNORED
 from stages.shared.screen import on_screen, tell
-from stages.shared.sets import SET_NAMES
+from stages.shared.sets import HELD_OUT, SET_NAMES
 
 # More dropped rows than this and the data, or the parameters, are not what they seem.
 MOST_DROPPED = 0.5
-# Training rows that ask what a held-out row asks.
+# Training rows that ask what a held-out or validation row asks, and validation rows that ask what
+# a held-out row does.
 MOST_LEAKED = 0
 # Rows of one reason that are shown in full.
 _SHOWN = 3
@@ -119,17 +120,21 @@ def metrics_of(
     held_out = np.concatenate([sources[name] for name in sets if name != "train"])
     rows_in = drops[0].seen
     metrics: dict[str, float] = {"rows_in": rows_in}
-    for name in SET_NAMES:
+    names = [name for name in SET_NAMES if name in sets or name != "validation"]
+    for name in names:
         metrics[f"{name}_examples"] = len(sets[name].rows) if name in sets else 0
     metrics |= counts
     metrics["leaked_examples"] = len(asked_by(store, sources["train"], held_out))
+    if "validation" in sets:
+        judging = np.concatenate([sources[name] for name in sets if name in HELD_OUT.values()])
+        metrics["leaked_examples"] += len(asked_by(store, sources["validation"], judging))
     metrics["dropped_examples"] = dropped.total()
     metrics |= {f"dropped_{reason}_examples": dropped[reason] for reason in REASONS}
     unused = rows_in - used - sum(counts.values()) - dropped.total()
     metrics |= unused_of(sets, unused, params.eval_file is not None)
     metrics["split_examples"] = sum(len(w.rows) for w in sets.values()) - used
     metrics["truncated_examples"] = sum(int(w.rows[:, 4].sum()) for w in sets.values())
-    for name in SET_NAMES:
+    for name in names:
         metrics[f"{name}_tokens"] = int(sets[name].lengths.sum()) if name in sets else 0
     train = sets["train"]
     tokens = metrics["train_tokens"]

@@ -3,7 +3,8 @@
 Rows are ordered by a hash of their prompt. The first go to the held-out set, the last to
 training, and half as many as are held out stand between them, in no set: rows added later push
 others back, and a row that was held out must not be trained on then. It is not until the data
-has grown by about half.
+has grown by about half. Validation rows are the very last, in the same way, so that the held-out
+ones are the same with and without them, and far from them.
 """
 
 import hashlib
@@ -190,9 +191,13 @@ def make_pools(store: Store, rows: np.ndarray, given: np.ndarray, params: Prepar
         rows = rows[~np.isin(store.groups[rows], np.concatenate([scored, spare]))]
         group = np.setdiff1d(group, asked_by(store, group, rows))
     train = hash_order(store, rows)
-    most = int(_MOST_HELD_OUT * len(train) / _MARGIN)
-    held_out = hash_order(store, given) if params.eval_file else train[:most]
+    held_out = hash_order(store, given) if params.eval_file else train[: most_held_out(train)]
     return Pools(train, held_out, in_turn(store, hash_order(store, group)))
+
+
+def most_held_out(order: np.ndarray) -> int:
+    """How many rows of `order` at most can be held out."""
+    return int(_MOST_HELD_OUT * len(order) / _MARGIN)
 
 
 def after_held_out(store: Store, order: np.ndarray, held_out: int) -> np.ndarray:

@@ -73,19 +73,28 @@ def _coloured(name: str, domain: list[str], colours: list[str]) -> dict:
 
 
 def loss(curve: list[dict]) -> Chart:
-    """Training and evaluation loss by step. `curve`: the lines of metrics/curve.csv as text."""
+    """Training, evaluation and validation loss by step. `curve`: the lines of metrics/curve.csv as
+    text, which has validation losses where there are such rows."""
     names = {"loss": "training", "eval_loss": "evaluation"}
+    if "validation_loss" in curve[0]:
+        names |= {"validation_loss": "validation", "kept": "kept"}
     values = [
         {"step": int(line["step"]), "loss": float(line[column]), "set": name}
         for column, name in names.items()
         for line in curve
         if line[column]
     ]
-    train, held_out = ([v["loss"] for v in values if v["set"] == name] for name in names.values())
+    train, held_out, *chosen = (
+        [v["loss"] for v in values if v["set"] == name] for name in names.values()
+    )
     alt = f"Line chart. Training loss goes from {train[0]:.3g} to {train[-1]:.3g}"
     alt += f" in {values[len(train) - 1]['step']} steps"
     if held_out:
         alt += f"; loss on held-out rows goes from {held_out[0]:.3g} to {held_out[-1]:.3g}"
+    if chosen:
+        validation, (kept,) = chosen
+        alt += f"; on validation rows from {validation[0]:.3g} to {validation[-1]:.3g}, and the "
+        alt += f"state of {kept:.3g} was kept"
     spec = {
         "encoding": {
             "x": _quantitative("step", "step", nice=False),
@@ -96,12 +105,12 @@ def loss(curve: list[dict]) -> Chart:
             {"mark": {"type": "line", "strokeWidth": 2}},
             {
                 "mark": {"type": "point", **DOT, "size": 40},
-                "transform": [{"filter": "datum.set == 'evaluation'"}],
+                "transform": [{"filter": "datum.set != 'training'"}],
             },
         ],
     }
-    rows = [[line["step"], line["loss"], line["eval_loss"]] for line in curve]
-    table = Table(["step", "training", "evaluation"], rows)
+    rows = [[line["step"], *(line[column] for column in names)] for line in curve]
+    table = Table(["step", *names.values()], rows)
     return Chart("Loss", alt + ".", svg(spec, values), table)
 
 

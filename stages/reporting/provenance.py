@@ -20,11 +20,13 @@ def what(results: Results) -> Section:
         )
         return Section("What was evaluated on what", [Paragraph(text), sources])
     lora, train = results.params["lora"], results.params["train"]
+    root = lora["scaling"] == "rslora"
+    scale = "alpha / sqrt(r)" if root else "alpha / r"
     settings = {
         "Method": _method(results.params["quantize"]),
         "Training rows": results.prepared["splits"]["train"]["rows"],
         "Trainable parameters": results.train["trainable_params"],
-        "Update scale (alpha / r)": lora["alpha"] / lora["r"],
+        f"Update scale ({scale})": lora["alpha"] / lora["r"] ** (0.5 if root else 1),
         "Effective batch": train["batch_size"] * train["gradient_accumulation"],
     }
     return Section("What was trained on what", [sources, facts(settings)])

@@ -180,8 +180,17 @@ def _quality(results: Results) -> Section:
 
 def _training(results: Results) -> Section:
     curves = [charts.loss(results.curve), charts.learning_rate(results.curve)]
-    names = {"steps": "Steps", "tokens": "Tokens", "train_loss": "Mean training loss"}
-    numbers = facts({name: results.train[key] for key, name in names.items()})
+    names = {
+        "steps": "Steps",
+        "tokens": "Tokens",
+        "train_loss": "Mean training loss",
+        "kept_step": "Step of the state that was kept",
+        "kept_because": "Why that one",
+        "best_validation_loss": "Lowest validation loss",
+        "last_validation_loss": "Validation loss of the last state",
+    }
+    found = {name: results.train[key] for key, name in names.items() if key in results.train}
+    numbers = facts(found)
     return Section("Training", [*curves, numbers])
 
 

@@ -150,6 +150,7 @@ class Prepare(Section):
     too_long: Literal["drop", "truncate", "split", "error"]
     train_rows: Count | None
     eval_rows: Count
+    validation_rows: Annotated[int, Field(ge=0)]
     eval_file: Text | None
     group_by: Text | None
     near_duplicates: bool
@@ -167,6 +168,7 @@ class Quantize(Section):
 class Lora(Section):
     r: Annotated[int, Field(ge=1, le=4096)]
     alpha: Positive
+    scaling: Literal["standard", "rslora"]
     dropout: Share
     target_modules: Annotated[str | list[str], BeforeValidator(_target_modules)]
 
@@ -184,12 +186,17 @@ class Train(Section):
     gradient_checkpointing: Annotated[bool | Literal["auto"], BeforeValidator(_auto_or_bool)]
     batching: Literal["group_by_length", "packing", "shuffle"]
     attention: Literal["auto", "sdpa", "eager", "varlen"]
-    report_to: Literal["none", "tensorboard"]
+    keep: Literal["last", "best"]
+    patience: Count | None
 
     def conflicts(self) -> list[str]:
         if self.schedule == "constant" and self.warmup_ratio > 0:
             return ["warmup_ratio: must be 0, or schedule constant_with_warmup"]
         return []
+
+
+class Tracking(Section):
+    report_to: Literal["none", "tensorboard", "wandb", "mlflow"]
 
 
 class Evaluate(Section):
@@ -243,10 +250,18 @@ class Params(Section):
     quantize: Quantize
     lora: Lora
     train: Train
+    tracking: Tracking
     evaluate: Evaluate
     merge: Merge
     verify: Verify
     export: Export
+
+    def conflicts(self) -> list[str]:
+        if self.prepare.validation_rows:
+            return []
+        broken = ["keep: must be last"] * (self.train.keep == "best")
+        broken += ["patience: must be null"] * (self.train.patience is not None)
+        return [f"train.{rule}, or prepare.validation_rows more than 0" for rule in broken]
 
 
 def known_keys(section: type[Section] = Params, prefix: str = "") -> list[str]:
@@ -261,6 +276,14 @@ def known_keys(section: type[Section] = Params, prefix: str = "") -> list[str]:
     return keys
 
 
+# What is asked for in `lora` by other tools' keys, as part of a key -> what is said of it.
+_OF_LORA = {
+    "rslora": "unknown key; write scaling: rslora",
+    "dora": "DoRA is not supported: it rescales whole columns of the weight, so what it adds is "
+    "not of low rank, and a 4-bit base is dequantized at every step to measure them",
+    "pissa|olora|init": "starts that change the base's own weights (PiSSA, OLoRA and others) are "
+    "not supported: PEFT refuses a 4-bit base, or quantizes it a second time",
+}
 # Where the file's own words are clearer.
 _RULES = {
     "model_type": "must be a section with keys",
@@ -301,9 +324,13 @@ def _messages(error: ErrorDetails) -> list[str]:
         if "." in name and name in known_keys():
             section, _, name = name.partition(".")
             return [f"{key}: unknown key; write {name} below {section}"]
+        for asked, said in _OF_LORA.items() if above == ["lora"] else ():
+            if re.search(asked, name.casefold()):
+                return [f"{key}: {said}"]
         return [f"{key}: unknown key{_near_key(key) or _siblings('.'.join(above))}"]
-    if kind == "value_error" and key in Params.model_fields and key != "seed":
-        return [f"{key}.{line}" for line in str(context["error"]).split("\n")]
+    if kind == "value_error" and (not key or (key in Params.model_fields and key != "seed")):
+        prefix = f"{key}." if key else ""
+        return [f"{prefix}{line}" for line in str(context["error"]).split("\n")]
     said = f"{key}: {_RULES.get(kind) or rule(error)}"
     if kind == "missing":
         return [said]

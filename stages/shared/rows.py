@@ -1,8 +1,8 @@
 """The rows that `prepare` writes and every later stage reads.
 
-data/prepared holds train.arrow, eval.arrow and, with prepare.group_by, group.arrow (Arrow IPC
-streams: memory-mapped, read without a copy), tokenizer/ (the tokenizer with its template and pad
-token settled), source.json (where the data came from) and prepared.json. Columns of a set:
+data/prepared holds train.arrow, eval.arrow and, where asked for, group.arrow and validation.arrow
+(Arrow IPC streams: memory-mapped, read without a copy), tokenizer/ (the tokenizer with its template
+and pad token settled), source.json (where the data came from) and prepared.json. Columns of a set:
 
     row            text    file and line, such as `train.jsonl:12`; the second part of a row that
                            was split is `train.jsonl:12#2`

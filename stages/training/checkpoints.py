@@ -139,10 +139,13 @@ class Checkpoints(TrainerCallback):
         self.signaled_at: float | None = None
         self.trained = False
 
-    def check_space(self, trainable: int) -> None:
-        """Raise StageError when the disk has no room for what so many parameters lead to."""
+    def check_space(self, trainable: int, best: bool) -> None:
+        """Raise StageError when the disk has no room for what so many parameters lead to.
+
+        best: whether each checkpoint has the best state too
+        """
         # Float32 values, with two moments each in a checkpoint.
-        size = trainable * (4 + 12 * (KEPT + 1))
+        size = trainable * (4 + (12 + 4 * best) * (KEPT + 1))
         check_space(self.folder, size, "the adapter with its checkpoints")
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
@@ -169,7 +172,8 @@ class Checkpoints(TrainerCallback):
             os.write(2, b"train: stops when " + what + b" complete; Ctrl-C again ends it now\n")
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == state.max_steps:
+        # Before its turn only an early end stops training.
+        if state.global_step == state.max_steps or control.should_training_stop:
             self.trained = True
             if self.stopped_by:
                 self.stopped_by = None

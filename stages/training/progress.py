@@ -14,6 +14,7 @@ from stages.shared.device import reset_peaks
 from stages.shared.outputs import write_text
 from stages.shared.scoring import TOKENS_PER_BATCH, score
 from stages.training.trainer import Trainer
+from stages.training.validation import Validation
 
 # The held-out loss along the way: enough rows to see a trend, few enough to cost little.
 CURVE_POINTS = 4
@@ -28,15 +29,17 @@ class Progress(TrainerCallback):
     """One bar, the held-out loss along the way, the clock and the tokens.
 
     `seconds` is the wall time of training with its data loading and warm-up, without the scoring
-    of held-out rows; `tokens` are those of all ranks. Both travel in the checkpoints: a resumed run
-    reports its whole cost.
+    of held-out and validation rows; `tokens` are those of all ranks. Both travel in the
+    checkpoints: a resumed run reports its whole cost.
 
     step_tokens  of the largest step: scoring takes no more at once, so that the memory that was
                  predicted, and tried when training began, is enough for it
     """
 
-    def __init__(self, trainer: Trainer, held_out: list[dict], step_tokens: int):
-        self.trainer, self.world = trainer, trainer.world
+    def __init__(
+        self, trainer: Trainer, held_out: list[dict], step_tokens: int, validation: Validation
+    ):
+        self.trainer, self.world, self.validation = trainer, trainer.world, validation
         self.held_out = held_out[:CURVE_ROWS]
         self.tokens_per_batch = min(step_tokens, TOKENS_PER_BATCH)
 
@@ -60,7 +63,7 @@ class Progress(TrainerCallback):
         scoring = state.global_step % every == 0 or state.global_step == state.max_steps
         if model.device.type == "cuda" and (scoring or control.should_save):
             torch.cuda.synchronize()
-        self._count(time.monotonic() - self.mark)
+        self._count(time.monotonic() - self.mark - self.validation.took)
         self.bar.update()
         if scoring:
             scores = score(model, self.held_out, self.tokens_per_batch, self.world)
@@ -111,20 +114,28 @@ class Progress(TrainerCallback):
         }
 
 
-def write_curve(path: Path, history: list[dict]) -> None:
-    """About CURVE_LINES lines, the loss as the mean since the line before."""
-    columns = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
+def write_curve(path: Path, history: list[dict], kept_step: int | None = None) -> None:
+    """About CURVE_LINES lines, the loss as the mean since the line before.
+
+    kept_step  of the state that is kept, where validation rows were scored: `kept` is their loss
+    """
+    columns = ["step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
+    if kept_step is not None:
+        columns += ["validation_loss", "kept"]
     steps: dict[int, dict] = {}
     for entry in history:
         known = {key: entry[key] for key in columns if key in entry}
         steps.setdefault(entry["step"], {}).update(known)
+    if kept_step is not None:
+        steps[kept_step]["kept"] = steps[kept_step]["validation_loss"]
     every, losses = math.ceil(len(steps) / CURVE_LINES), []
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for step, line in sorted(steps.items()):
         losses.append(line["loss"])
-        if step % every == 0 or step == max(steps) or "eval_loss" in line:
+        scored = line.keys() & {"eval_loss", "validation_loss"}
+        if step % every == 0 or step == max(steps) or scored:
             line["loss"] = math.fsum(losses) / len(losses)
             losses.clear()
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})

@@ -116,7 +116,8 @@ class Trainer(SFTTrainer):
 def lora_config(lora: Lora) -> LoraConfig:
     return LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number: PEFT divides it by r
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number: PEFT divides it
+        use_rslora=lora.scaling == "rslora",
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         bias="none",
@@ -273,7 +274,8 @@ def trainer_config(
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
-        report_to=train.report_to,
+        # Trackers are called by stages/training/tracking.py.
+        report_to="none",
         disable_tqdm=True,
         # Every rank computes with the whole adapter in every pass.
         ddp_find_unused_parameters=False,
