@@ -26,7 +26,7 @@ from stages.evaluating.bootstrap import interval, p_value
 from stages.evaluating.generation import Answer, answers
 from stages.shared.params import Evaluate
 from stages.shared.process import StageError
-from stages.shared.sets import HELD_OUT, SET_NAMES
+from stages.shared.sets import set_name, stem_of
 
 WHO = ("base", "tuned")
 _CHRF = CHRF()
@@ -182,7 +182,7 @@ def sample(one: Answered) -> dict:
     """One line of metrics/samples.jsonl."""
     return {
         "row": one.row,
-        "set": SET_NAMES[HELD_OUT[one.prefix]].removesuffix("s"),
+        "set": set_name(stem_of(one.prefix)).replace("rows", "row").removesuffix("s"),
         "prompt": one.prompt,
         "reference": one.reference,
         **{who: answer.text for who, answer in one.answers.items()},

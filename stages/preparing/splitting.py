@@ -187,9 +187,13 @@ def make_pools(store: Store, rows: np.ndarray, given: np.ndarray, params: Prepar
         rows = rows[~np.isin(store.groups[rows], np.concatenate([scored, spare]))]
         group = np.setdiff1d(group, asked_by(store, group, rows))
     train = hash_order(store, rows)
-    most = int(_MOST_HELD_OUT * len(train) / _MARGIN)
-    held_out = hash_order(store, given) if params.eval_file else train[:most]
+    held_out = hash_order(store, given) if params.eval_file else may_be_held_out(train)
     return Pools(train, held_out, in_turn(store, hash_order(store, group)))
+
+
+def may_be_held_out(order: np.ndarray) -> np.ndarray:
+    """Those of rows in hash order that may be held out, so that enough are left to train on."""
+    return order[: int(_MOST_HELD_OUT * len(order) / _MARGIN)]
 
 
 def after_held_out(store: Store, order: np.ndarray, held_out: int) -> np.ndarray:

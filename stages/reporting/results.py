@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from stages.shared.sets import HELD_OUT, SET_NAMES
+from stages.shared.sets import held_out, set_name, stem_of
 
 MEMORY_PARTS = ("weights", "adapter", "optimizer", "activations", "logits", "overhead")
 
@@ -38,8 +38,9 @@ class Results:
 
 def scored_sets(results: Results) -> dict[str, str]:
     """Metric prefix and name of each set that was scored."""
-    scored = {p: name for p, name in HELD_OUT.items() if f"{p}tuned_perplexity" in results.eval}
-    return {prefix: SET_NAMES[name] for prefix, name in scored.items()}
+    keys = [key.removesuffix("tuned_perplexity") for key in results.eval]
+    scored = held_out([stem_of(key) for key in keys])
+    return {prefix: set_name(stem_of(prefix)) for prefix in scored}
 
 
 def main_measure(results: Results) -> str:

@@ -10,6 +10,7 @@ import difflib
 import functools
 import re
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -81,6 +82,10 @@ NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Text = Annotated[str, BeforeValidator(_text)]
 Template = Annotated[str, BeforeValidator(_template)]
+RowFormat = Literal[
+    "auto", "text", "prompt_completion", "alpaca", "messages", "sharegpt", "rendered"
+]
+Columns = dict[Text, Text] | None
 
 
 def measures_in(source: str) -> list[str]:
@@ -116,7 +121,7 @@ class Model(Section):
         return []
 
 
-class Dataset(Model):
+class Source(Model):
     # What the section is called, for messages.
     section: ClassVar[str] = "dataset"
     config: Text | None
@@ -134,16 +139,35 @@ class Dataset(Model):
         return found
 
 
-class Retention(Dataset):
+class Mixed(Source):
+    section: ClassVar[str] = "dataset.mix"
+    share: Annotated[float, Field(gt=0, lt=1)]
+    format: RowFormat
+    columns: Columns
+
+
+class Dataset(Source):
+    mix: Annotated[list[Mixed], Field(min_length=1)] | None
+
+    def conflicts(self) -> list[str]:
+        found = super().conflicts()
+        total = sum(Fraction(str(each.share)) for each in self.mix or [])
+        if total >= 1:
+            found.append(
+                f"mix: the shares add up to {float(total):g} of the training rows, and leave none "
+                f"for {self.id}; keep them below 1"
+            )
+        return found
+
+
+class Retention(Source):
     section: ClassVar[str] = "retention"
     tokens: Count
 
 
 class Prepare(Section):
-    format: Literal[
-        "auto", "text", "prompt_completion", "alpaca", "messages", "sharegpt", "rendered"
-    ]
-    columns: dict[Text, Text] | None
+    format: RowFormat
+    columns: Columns
     template: Template
     loss_on: Literal["completion", "assistant", "all"]
     max_length: Annotated[int, Field(ge=8)]
@@ -254,8 +278,9 @@ def known_keys(section: type[Section] = Params, prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        # A section that may be null is one of several types.
-        for kind in (field.annotation, *get_args(field.annotation)):
+        # A section that may be null is one of several types, and so is a list of sections.
+        kinds = (field.annotation, *get_args(field.annotation))
+        for kind in (*kinds, *(each for one in kinds for each in get_args(one))):
             if isinstance(kind, type) and issubclass(kind, Section):
                 keys += known_keys(kind, f"{prefix}{name}.")
     return keys
@@ -296,13 +321,15 @@ def _messages(error: ErrorDetails) -> list[str]:
     kind, got, context = error["type"], error["input"], error.get("ctx", {})
     parts = [str(part) for part in error["loc"] if part != "[key]"]
     key = ".".join(on_screen(part, 60) for part in parts)
+    # As known_keys has it: without the number of an entry of a list.
+    known = ".".join(part for part in error["loc"] if isinstance(part, str) and part != "[key]")
     if kind in ("extra_forbidden", "invalid_key"):
-        *above, name = parts
+        name = parts[-1]
         if "." in name and name in known_keys():
             section, _, name = name.partition(".")
             return [f"{key}: unknown key; write {name} below {section}"]
-        return [f"{key}: unknown key{_near_key(key) or _siblings('.'.join(above))}"]
-    if kind == "value_error" and key in Params.model_fields and key != "seed":
+        return [f"{key}: unknown key{_near_key(known) or _siblings(known.rpartition('.')[0])}"]
+    if kind == "value_error" and known in {name.rpartition(".")[0] for name in known_keys()}:
         return [f"{key}.{line}" for line in str(context["error"]).split("\n")]
     said = f"{key}: {_RULES.get(kind) or rule(error)}"
     if kind == "missing":

@@ -14,7 +14,7 @@ from stages.shared.csv_rows import read_csv
 from stages.shared.dataset_card import listed_files, matching, read_card
 from stages.shared.json_rows import read_json, read_jsonl
 from stages.shared.opening import COMPRESSED, check_data
-from stages.shared.params import Dataset
+from stages.shared.params import Source
 from stages.shared.parquet_rows import read_parquet
 from stages.shared.process import StageError
 
@@ -37,7 +37,7 @@ _SHARD = re.compile(r"(?P<split>\w+)-\d{5}-of-(?P<count>\d{5})")
 
 
 def files_to_read(
-    folder: Path, dataset: Dataset, eval_file: str | None
+    folder: Path, dataset: Source, eval_file: str | None
 ) -> tuple[list[str], list[str]]:
     """Names of the files in `folder`: those to split or train on, and the held-out set's."""
     names = sorted(
@@ -81,7 +81,7 @@ def _check_together(folder: Path, names: list[str]) -> None:
         )
 
 
-def _of_split(folder: Path, names: list[str], dataset: Dataset) -> list[str]:
+def _of_split(folder: Path, names: list[str], dataset: Source) -> list[str]:
     """Those of `names` that hold dataset.split (null: "train") by README.md or by name."""
     wanted = dataset.split or "train"
     listed = listed_files(read_card(folder), dataset)
@@ -97,7 +97,8 @@ def _of_split(folder: Path, names: list[str], dataset: Dataset) -> list[str]:
     if not chosen:
         there = splits or sorted({split_of(name) or name for name in names})
         raise StageError(
-            f"{dataset.section}.split: no file of split {wanted}; there is {', '.join(there)}"
+            f"{dataset.section}.split: {dataset.id} has no file of split {wanted}; there is "
+            f"{', '.join(there)}"
         )
     return chosen
 
