@@ -123,10 +123,11 @@ def answered(
 
     Rows without a prompt (plain text, later parts of a split row) cannot be answered.
     """
+    asked = {prefix: some for prefix, rows in sets.items() if (some := _with_prompt(rows))}
     chosen = [
         (prefix, place, row)
-        for i, (prefix, rows) in enumerate(sets.items())
-        for place, row in _with_prompt(rows)[: (params.samples + i) // len(sets)]
+        for i, (prefix, some) in enumerate(asked.items())
+        for place, row in some[: (params.samples + i) // len(asked)]
     ]
     if not chosen:
         return []

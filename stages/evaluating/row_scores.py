@@ -11,8 +11,8 @@ import io
 from collections.abc import Sequence
 
 from stages.evaluating.answers import WHO, Answered
-from stages.shared.sets import stem_of
 from stages.shared.scoring import Scores
+from stages.shared.sets import stem_of
 
 
 def rows_csv(scored: dict[str, dict[str, Scores]], found: Sequence[Answered]) -> str:

@@ -59,9 +59,7 @@ def of_configuration(names: list[str], card: dict, section: Source) -> list[str]
     return chosen
 
 
-def fetch(
-    source: Repository | Folder, section: Source, out: Path, wanted: re.Pattern
-) -> list[str]:
+def fetch(source: Repository | Folder, section: Source, out: Path, wanted: re.Pattern) -> list[str]:
     """Copy or download the data files that `wanted` matches, with README.md and licence.
 
     Gives the names of the data files.

@@ -54,7 +54,9 @@ def check_together(parts: list[Part]) -> list[int]:
         forms = [parts[n].form for n in (first, number)]
         rendered = [form.name == "rendered" for form in forms]
         if any(rendered) and not (all(rendered) and forms[0].shape == forms[1].shape):
-            here, there = ["rendered already" if each else "not rendered" for each in rendered[::-1]]
+            here, there = [
+                "rendered already" if each else "not rendered" for each in rendered[::-1]
+            ]
             here, there = (here, there) if here != there else (f"{here} in one shape", "in another")
             raise StageError(
                 f"{parts[number].label}: its rows are {here}, those of {parts[first].label} "

@@ -84,8 +84,9 @@ def _recognized(
             lost = [present[c] for c in _MEANING if c in present and c not in optional]
             if name == "prompt_completion" and lost and not own:
                 raise StageError(
-                    f"{where}: format {name} would not use {lost[0]!r}; {_remedy(present, first, section)}, "
-                    "or name prompt and completion alone to leave it out"
+                    f"{where}: format {name} would not use {lost[0]!r}; "
+                    f"{_remedy(present, first, section)}, or name prompt and completion alone to "
+                    "leave it out"
                 )
             return name
     raise StageError(

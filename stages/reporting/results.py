@@ -48,9 +48,21 @@ def main_measure(results: Results) -> str:
     return next(iter(results.params["evaluate"]["measures"]), "exact_match")
 
 
+def data_sources(results: Results) -> dict[str, dict]:
+    """Metric prefix -> where the rows of that source come from: of the data set, and of what
+    dataset.mix mixes with it."""
+    mixed = results.data_source.get("mix", [])
+    return {"": results.data_source} | {f"source_{i}_": each for i, each in enumerate(mixed, 1)}
+
+
+def source_name(prefix: str) -> str:
+    return f"Data, {prefix.replace('_', ' ').strip()}" if prefix else "Data"
+
+
 def title(results: Results) -> str:
     if results.train:
-        return f"{results.model_source['id']} tuned on {results.data_source['id']}"
+        ids = dict.fromkeys(source["id"] for source in data_sources(results).values())
+        return f"{results.model_source['id']} tuned on {' and '.join(ids)}"
     return f"{results.model_source['id']} with an adapter from elsewhere"
 
 

@@ -12,6 +12,6 @@ def sources_of(dataset: Dataset) -> dict[str, Source]:
 
 def label(source: Source, number: int) -> str:
     """What people are told that the source is called, with the place of its entry."""
-    # Entries are counted from 0, as `-S dataset.mix[0].share=0.05` does, sources with the first.
+    # As `-S dataset.mix.0.share=0.05` counts the entries, while the data set itself is source 0.
     where = f"dataset.mix.{number - 1}" if isinstance(source, Mixed) else source.section
     return f"{where} ({source.id})"
