@@ -44,6 +44,7 @@ from stages.preparing.splitting import (
     Pools,
     Store,
     after_held_out,
+    asked_before,
     asked_by,
     distinct,
     hash_order,
@@ -160,18 +161,14 @@ def remove_duplicates(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """(rows to split or train on, rows of the evaluation file, what was removed by its reason).
 
-    held: bool [N], which rows the evaluation file has; of: int [N], which source each is from. A
-    question belongs to the first source that asks it: no other can have it held out or trained on.
+    held: bool [N], which rows the evaluation file has; of: int [N], which source each is from.
     """
     rows, given = distinct(store, np.flatnonzero(~held)), distinct(store, np.flatnonzero(held))
     every = np.arange(len(store))
     removed = {"duplicate_examples": np.setdiff1d(every, np.concatenate([rows, given]))}
-    asked = rows[:0]
-    for number in range(1, of.max(initial=0) + 1):
-        earlier = np.concatenate([given, rows[of[rows] < number]])
-        again = asked_by(store, rows[of[rows] == number], earlier)
-        asked, rows = np.concatenate([asked, again]), np.setdiff1d(rows, again)
-        removed["asked_before_examples"] = asked
+    if of.any():
+        removed["asked_before_examples"] = asked_before(store, rows, given, of)
+        rows = np.setdiff1d(rows, removed["asked_before_examples"])
     near = rows[:0]
     if params.near_duplicates:
         # The given rows come first: of two that are nearly one, the one to train on goes.
@@ -214,7 +211,7 @@ def write_sets(
         drops[number].check()
         return written
 
-    def held_out_or_trained(name: str, pool: np.ndarray, limit: int | None) -> Written:
+    def filled(name: str, pool: np.ndarray, limit: int | None) -> Written:
         written = write(name, pool, limit)
         if not len(written.rows):
             asked = len(np.unique(store.prompts))
@@ -226,8 +223,8 @@ def write_sets(
 
     sets: dict[str, Written] = {}
     if params.group_by:
-        sets["group"] = held_out_or_trained("group", pools.group, params.eval_rows)
-    sets["eval"] = held_out_or_trained("eval", pools.eval, params.eval_rows)
+        sets["group"] = filled("group", pools.group, params.eval_rows)
+    sets["eval"] = filled("eval", pools.eval, params.eval_rows)
     seen = 0 if params.eval_file else sets["eval"].candidates
     to_train = [after_held_out(store, pools.train, seen)]
     for number, order in enumerate(others, 1):
@@ -242,7 +239,7 @@ def write_sets(
     if others:
         sets["train"] = write_mixed(out, to_train, parts, params.train_rows, write)
     else:
-        sets["train"] = held_out_or_trained("train", to_train[0], params.train_rows)
+        sets["train"] = filled("train", to_train[0], params.train_rows)
     return sets, drops
 
 

@@ -9,6 +9,7 @@ PAGES = (
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "docs/data.md",
     "docs/evaluation.md",
     "docs/memory.md",
     "docs/recovery.md",

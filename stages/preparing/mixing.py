@@ -51,18 +51,19 @@ def check_together(parts: list[Part]) -> list[int]:
     """
     first, *others = [n for n, part in enumerate(parts) if part.form.name != "text"] or [0]
     for number in others:
-        forms = [parts[n].form for n in (first, number)]
-        rendered = [form.name == "rendered" for form in forms]
-        if any(rendered) and not (all(rendered) and forms[0].shape == forms[1].shape):
-            here, there = [
-                "rendered already" if each else "not rendered" for each in rendered[::-1]
-            ]
-            here, there = (here, there) if here != there else (f"{here} in one shape", "in another")
+        here, there = (_rendered(parts[n].form) for n in (number, first))
+        if here != there:
             raise StageError(
-                f"{parts[number].label}: its rows are {here}, those of {parts[first].label} "
+                f"{parts[number].label}: its rows are {here}, those of {parts[first].label} are "
                 f"{there}, and prompts at inference have one template; bring both as messages"
             )
     return [first, *others]
+
+
+def _rendered(form: Format) -> str:
+    if form.name != "rendered":
+        return "not rendered yet"
+    return f"rendered already, in the {form.shape.name} shape" if form.shape else "rendered already"
 
 
 def rows_of_each(total: int, shares: Sequence[float]) -> list[int]:
@@ -94,6 +95,8 @@ def write_mixed(
         )
     names = [f"train-{number}" for number in range(len(parts))]
     written = [write(names[0], pools[0], wanted)]
+    if not len(written[0].rows):
+        raise StageError(f"{parts[0].label}: no row is left to train on; bring more rows")
     total = limit
     if total is None or len(written[0].rows) != wanted:
         rest = 1 - sum(Fraction(str(share)) for share in shares)

@@ -246,6 +246,19 @@ def held_out_groups(store: Store, rows: np.ndarray, wanted: int) -> tuple[np.nda
     return np.array(scored, np.uint64), np.array(spare, np.uint64)
 
 
+def asked_before(store: Store, rows: np.ndarray, given: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """Those of `rows` that ask what a row of an earlier source asks, or one of `given`.
+
+    of: int [N], the source of each row. A question belongs to the first source that asks it, so
+    what one source holds out cannot be trained on through another.
+    """
+    found = [rows[:0]]
+    for number in range(1, of[rows].max(initial=0) + 1):
+        earlier = np.concatenate([given, rows[of[rows] < number]])
+        found.append(asked_by(store, rows[of[rows] == number], earlier))
+    return np.concatenate(found)
+
+
 def asked_by(store: Store, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Those of `rows` that ask what one of `others` asks."""
     return rows[np.isin(store.prompts[rows], store.prompts[others])]

@@ -278,12 +278,16 @@ def known_keys(section: type[Section] = Params, prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        # A section that may be null is one of several types, and so is a list of sections.
-        kinds = (field.annotation, *get_args(field.annotation))
-        for kind in (*kinds, *(each for one in kinds for each in get_args(one))):
-            if isinstance(kind, type) and issubclass(kind, Section):
-                keys += known_keys(kind, f"{prefix}{name}.")
+        for inside in _sections_of(field.annotation):
+            keys += known_keys(inside, f"{prefix}{name}.")
     return keys
+
+
+def _sections_of(kind: Any) -> list[type[Section]]:
+    """The sections that a type holds, also where they may be null or stand in a list."""
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return [kind]
+    return [section for each in get_args(kind) for section in _sections_of(each)]
 
 
 # Where the file's own words are clearer.
@@ -316,20 +320,25 @@ def _siblings(section: str) -> str:
     return f"; {section or 'the file'} has {', '.join(names)}"
 
 
+def _without_numbers(place: tuple[int | str, ...]) -> str:
+    """A place in the file as `known_keys` has it: without the numbers of entries of a list."""
+    return ".".join(part for part in place if isinstance(part, str))
+
+
 def _messages(error: ErrorDetails) -> list[str]:
     """One pydantic error as lines `key: what is wrong (got value)`."""
     kind, got, context = error["type"], error["input"], error.get("ctx", {})
     parts = [str(part) for part in error["loc"] if part != "[key]"]
     key = ".".join(on_screen(part, 60) for part in parts)
-    # As known_keys has it: without the number of an entry of a list.
-    known = ".".join(part for part in error["loc"] if isinstance(part, str) and part != "[key]")
     if kind in ("extra_forbidden", "invalid_key"):
-        name = parts[-1]
-        if "." in name and name in known_keys():
-            section, _, name = name.partition(".")
-            return [f"{key}: unknown key; write {name} below {section}"]
-        return [f"{key}: unknown key{_near_key(known) or _siblings(known.rpartition('.')[0])}"]
-    if kind == "value_error" and known in {name.rpartition(".")[0] for name in known_keys()}:
+        if "." in parts[-1] and parts[-1] in known_keys():
+            whose, _, below = parts[-1].partition(".")
+            return [f"{key}: unknown key; write {below} below {whose}"]
+        section = _without_numbers(error["loc"][: len(parts) - 1])
+        near = _near_key(f"{section}.{parts[-1]}" if section else parts[-1])
+        return [f"{key}: unknown key{near or _siblings(section)}"]
+    sections = {name.rpartition(".")[0] for name in known_keys()}
+    if kind == "value_error" and _without_numbers(error["loc"]) in sections:
         return [f"{key}.{line}" for line in str(context["error"]).split("\n")]
     said = f"{key}: {_RULES.get(kind) or rule(error)}"
     if kind == "missing":
