@@ -86,9 +86,11 @@ SAMPLES = 100
 def scan(folder: str, source: Source, number: int, params: Prepare, store: Store) -> Part:
     """Read every row of the source in `folder` of data/raw into `store`; of a further source,
     which is in no group and has no evaluation file, as its entry of dataset.mix says."""
-    further = isinstance(source, Mixed)
-    own, section = (source, source.section) if isinstance(source, Mixed) else (params, "prepare")
-    eval_file, group_by = (None, None) if further else (params.eval_file, params.group_by)
+    own: Prepare | Mixed = params
+    section, eval_file, group_by, share = "prepare", params.eval_file, params.group_by, None
+    if isinstance(source, Mixed):
+        own, section, eval_file, group_by = source, source.section, None, None
+        share = source.share
     train, given = (
         [f"{folder}/{name}" if folder else name for name in names]
         for names in files_to_read(RAW / folder, source, eval_file)
@@ -117,7 +119,6 @@ def scan(folder: str, source: Source, number: int, params: Prepare, store: Store
     if form.unused:
         counts = ", ".join(f"{key} ({count:,})" for key, count in sorted(form.unused.items()))
         tell(f"prepare: not used: {counts}")
-    share = source.share if isinstance(source, Mixed) else None
     return Part(label(source, number), share, train, given, form, drops)
 
 
@@ -127,9 +128,11 @@ def refuse_test_row(row: dict, source: Source, where: str) -> None:
     if not isinstance(split, str) or split == source.split:
         return
     if split_of(split) in ("test", "validation"):
+        mixed = isinstance(source, Mixed)
+        remedy = " and leave it out" if mixed else ", and name that in prepare.eval_file"
         raise StageError(
             f"{where}: its column 'split' says {split!r}, and it would be trained on: put such "
-            "rows into a file of their own, and name that in prepare.eval_file"
+            f"rows into a file of their own{remedy}"
         )
 
 

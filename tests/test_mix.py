@@ -222,18 +222,25 @@ REFUSED = [
         jsonl(RENDERED),
         {},
         r"^dataset\.mix\.0 \(data/source/y\): its rows are rendered already, in the .* "
-        r"shape, those of dataset \(data/source/x\) are not rendered yet, and prompts at inference have one template; bring both",
+        r"shape, those of dataset \(data/source/x\) are not rendered yet, and "
+        r"prompts at inference have one template; bring both as messages$",
     ),
     (
         jsonl(OWN),
         {},
-        r"^data/raw/source_1/rows\.jsonl:1: no known format has the columns 'q', 'a'; name yours "
+        r"^data/raw/source_1/rows\.jsonl:1: no known format has the columns q, a; name yours "
         r"in dataset\.mix\.columns, such as",
     ),
     (
         jsonl(GENERAL) + b"{",
         {},
         r"^data/raw/source_1/rows\.jsonl:41: ",
+    ),
+    (
+        jsonl([row | {"split": "test"} for row in GENERAL]),
+        {},
+        r"^data/raw/source_1/rows\.jsonl:1: its column 'split' says 'test', and it would be trained "
+        r"on: put such rows into a file of their own and leave it out$",
     ),
     (
         jsonl([*GENERAL[:2], *[{"prompt": "", "completion": "a"}] * 9]),

@@ -56,11 +56,11 @@ def files_to_read(
     if not chosen:
         raise StageError(f"{folder}: no data file; name another source in {dataset.section}.id")
     if dataset.source != "hub":
-        _check_together(folder, chosen)
+        _check_together(folder, chosen, dataset)
     return chosen, given
 
 
-def _check_together(folder: Path, names: list[str]) -> None:
+def _check_together(folder: Path, names: list[str], dataset: Source) -> None:
     """Raise StageError for files of several splits: who put them there may not want them mixed."""
     splits = {name: split_of(name) for name in names}
     aside = [name for name in names if _word_of(name) in ("test", "validation")]
@@ -68,9 +68,11 @@ def _check_together(folder: Path, names: list[str]) -> None:
         other = next(name for name in names if name not in aside)
         shards = [name for name in aside if splits[name] == splits[aside[0]]]
         pattern = _SHARD.sub(r"\g<split>-*", aside[0]) if len(shards) > 1 else "it"
+        # A further source of a mix has no evaluation file.
+        named = f"name {pattern} in prepare.eval_file, or " if dataset.section == "dataset" else ""
         raise StageError(
-            f"{folder}: {aside[0]} stands beside {other}; name {pattern} in prepare.eval_file, or "
-            f"take {'them' if len(shards) > 1 else 'it'} out of the folder"
+            f"{folder}: {aside[0]} stands beside {other}; {named}take "
+            f"{'them' if len(shards) > 1 else 'it'} out of the folder"
         )
     sharded = {splits[name]: name for name in names if splits[name] and _SHARD.search(name)}
     if len(sharded) > 1:
