@@ -239,8 +239,8 @@ REFUSED = [
     (
         jsonl([row | {"split": "test"} for row in GENERAL]),
         {},
-        r"^data/raw/source_1/rows\.jsonl:1: its column 'split' says 'test', and it would be trained "
-        r"on: put such rows into a file of their own and leave it out$",
+        r"^data/raw/source_1/rows\.jsonl:1: its column 'split' says 'test', and it would be "
+        r"trained on: put such rows into a file of their own and leave it out$",
     ),
     (
         jsonl([*GENERAL[:2], *[{"prompt": "", "completion": "a"}] * 9]),
