@@ -1,5 +1,6 @@
 """What the pages for people name is there: files, commands, and constants in the files named."""
 
+import json
 import re
 
 import pytest
@@ -37,6 +38,22 @@ def test_commands_are_there(page):
     makefile = (ROOT / "Makefile").read_text()
     verbs = set(re.findall(r"(?:\$ |`)make ([a-z-]+)", text(page)))
     assert [verb for verb in verbs if f"\n{verb}:" not in makefile] == []
+
+
+def test_the_figures_of_replay_are_those_that_were_measured():
+    found = json.loads(text("benchmarks/results/replay.json"))
+    assert len(found["runs"]) > 5
+    for run in found["runs"]:
+        p = run.get("retention_p")
+        cells = [
+            f"{run['learning_rate']:g}",
+            f"{run['share']:.0%} ({run['general_rows']})",
+            f"{run['task_tuned_perplexity']:.2f}",
+            f"{run['retention_tuned_perplexity']:.2f}",
+            f"{run['retention_change_percent']:+.1f} %",
+            "" if p is None else "< 0.01" if p < 0.01 else f"{p:.2g}",
+        ]
+        assert f"| {' | '.join(cells)} |" in text("docs/data.md"), cells
 
 
 def test_constants_are_where_contributing_says():

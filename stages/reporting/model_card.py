@@ -57,10 +57,10 @@ def without_places(results: Results) -> Results:
     if model["source"] == "local":
         name = Path(model["id"]).name
         model, params["model"] = model | {"id": name}, params["model"] | {"id": name}
-    if "mix" in data:
-        data = data | {"mix": [_hidden(each) for each in data["mix"]]}
-        mix = [_hidden(each) for each in params["dataset"]["mix"]]
-        params["dataset"] = params["dataset"] | {"mix": mix}
+    data, params["dataset"] = (
+        each | {"mix": [_hidden(one) for one in each["mix"]]} if each.get("mix") else each
+        for each in (data, params["dataset"])
+    )
     if data["source"] == "local":
         data, params["dataset"] = _hidden(data), _hidden(params["dataset"])
         if params["prepare"]["eval_file"]:
