@@ -3,9 +3,9 @@
     pip install --no-deps chatterbot-corpus==1.3.3
     python -m benchmarks.replay --work DIR
 
-Real weights and data. Each share is trained at the default's learning rate and at a higher one,
-under which the default forgets, on the same number of rows: replayed rows take the place of the
-task's. Of each run the held-out rows of the task and the retention text are scored; the base
+Real weights and data. Each share is trained at the default's learning rate and, with two seeds, at
+a higher one, under which the default forgets, on the same number of rows: replayed rows take the
+place of the task's. Of each run the held-out rows of the task and the retention text are scored; the base
 scores them once. What DIR has already is not computed again. Writes benchmarks/results/replay.json
 after every run: perplexities, their change from the base in percent, and for both sets `…_p`, how
 easily the difference from the run without replay comes of the rows drawn.
@@ -28,20 +28,21 @@ RESULTS = ROOT / "benchmarks/results/replay.json"
 SHARES = (0.0, 0.01, 0.05)
 GENERAL = {"source": "pypi", "id": "chatterbot-corpus", "revision": "1.3.3"}
 READ = {"config": None, "split": None, "format": "auto", "columns": None}
-LEARNING_RATES = (2e-3, 6e-3)
+# Learning rate, seed.
+TRAINED = ((2e-3, 42), (6e-3, 42), (6e-3, 43))
 SHARED = ("fetch_model", "fetch_retention", "quantize")
 OWN = ("fetch_data", "prepare", "plan", "train")
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 
 
-def workspace(folder: Path, learning_rate: float, share: float) -> None:
+def workspace(folder: Path, share: float, learning_rate: float, seed: int) -> None:
     """The project's code in `folder`, and its params.yaml with what a run changes of it."""
     for name in ("stages", "templates"):
         shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
     (folder / "data/source").mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / "dvc.yaml", folder)
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    params["train"]["learning_rate"] = learning_rate
+    params["seed"], params["train"]["learning_rate"] = seed, learning_rate
     if share:
         params["dataset"]["mix"] = [GENERAL | READ | {"share": share}]
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
@@ -107,23 +108,24 @@ def main() -> None:
     work = parser.parse_args().work.resolve()
     shared = work / "shared"
     if not (shared / "models/quantized").exists():
-        workspace(shared, LEARNING_RATES[0], SHARES[0])
+        workspace(shared, SHARES[0], *TRAINED[0])
         run_stages(shared, (*SHARED, "fetch_data", "prepare"))
     base = kept_scores(shared, adapter=False)
     runs = []
-    for rate in LEARNING_RATES:
+    for rate, seed in TRAINED:
         kept: dict[float, dict] = {}
         for share in SHARES:
-            folder = work / f"{rate:g}-{share:g}"
+            folder = work / f"{rate:g}-{seed}-{share:g}"
             if not (folder / "models/adapter").exists():
                 shutil.rmtree(folder, ignore_errors=True)
-                workspace(folder, rate, share)
+                workspace(folder, share, rate, seed)
                 for name in ("data/retention", "models/tokenizer", "models/quantized"):
                     shutil.copytree(shared / name, folder / name, copy_function=os.link)
                 run_stages(folder, OWN)
             kept[share] = kept_scores(folder, adapter=True)
             data = json.loads((folder / "metrics/data.json").read_text(encoding="utf-8"))
-            run = {"learning_rate": rate, "share": share, "train_rows": data["train_examples"]}
+            run = {"learning_rate": rate, "seed": seed, "share": share}
+            run |= {"train_rows": data["train_examples"]}
             run |= {"general_rows": data.get("source_1_train_examples", 0)}
             run |= {"general_tokens": data.get("source_1_train_tokens", 0)}
             runs.append(run | figures(kept[share], base, kept[SHARES[0]]))

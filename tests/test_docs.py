@@ -46,7 +46,7 @@ def test_the_figures_of_replay_are_those_that_were_measured():
     for run in found["runs"]:
         p = run.get("retention_p")
         cells = [
-            f"{run['learning_rate']:g}",
+            f"{run['learning_rate']:g}, {run['seed']}",
             f"{run['share']:.0%} ({run['general_rows']})",
             f"{run['task_tuned_perplexity']:.2f}",
             f"{run['retention_tuned_perplexity']:.2f}",
