@@ -5,10 +5,11 @@
 
 Real weights and data. Each share is trained at the default's learning rate and, with two seeds, at
 a higher one, under which the default forgets, on the same number of rows: replayed rows take the
-place of the task's. Of each run the held-out rows of the task and the retention text are scored; the base
-scores them once. What DIR has already is not computed again. Writes benchmarks/results/replay.json
-after every run: perplexities, their change from the base in percent, and for both sets `…_p`, how
-easily the difference from the run without replay comes of the rows drawn.
+place of the task's. Of each run the held-out rows of the task and the retention text are scored;
+the base scores them once. What DIR has already is not computed again. Writes
+benchmarks/results/replay.json after every run: perplexities, their change from the base in percent,
+and for both sets `…_p`, how easily the difference from the run without replay comes of the rows
+drawn.
 """
 
 import argparse
