@@ -38,7 +38,7 @@ from stages.preparing.contract import MOST_LEAKED, Drops, lengths_table, metrics
 from stages.preparing.encoding import Encoder
 from stages.preparing.formats import Example, Format
 from stages.preparing.messages import Unusable, names_of
-from stages.preparing.mixing import Part, check_together, owners, write_mixed
+from stages.preparing.mixing import Scanned, check_together, owners, write_mixed
 from stages.preparing.recognizing import recognize
 from stages.preparing.splitting import (
     Pools,
@@ -83,7 +83,7 @@ PER_SOURCE = (
 SAMPLES = 100
 
 
-def scan(folder: str, source: Source, number: int, params: Prepare, store: Store) -> Part:
+def scan(folder: str, source: Source, number: int, params: Prepare, store: Store) -> Scanned:
     """Read every row of the source in `folder` of data/raw into `store`; of a further source,
     which is in no group and has no evaluation file, as its entry of dataset.mix says."""
     own: Prepare | Mixed = params
@@ -119,7 +119,7 @@ def scan(folder: str, source: Source, number: int, params: Prepare, store: Store
     if form.unused:
         counts = ", ".join(f"{key} ({count:,})" for key, count in sorted(form.unused.items()))
         tell(f"prepare: not used: {counts}")
-    return Part(label(source, number), share, train, given, form, drops)
+    return Scanned(label(source, number), share, train, given, form, drops)
 
 
 def refuse_test_row(row: dict, source: Source, where: str) -> None:
@@ -191,7 +191,7 @@ def write_sets(
     store: Store,
     pools: Pools,
     others: list[np.ndarray],
-    parts: list[Part],
+    parts: list[Scanned],
     encoder: Encoder,
     params: Prepare,
     out: Path,
@@ -247,7 +247,7 @@ def write_sets(
 
 
 def write_about(
-    out: Path, tokenizer, folders: list[str], parts: list[Part], params: Prepare, sets: dict
+    out: Path, tokenizer, folders: list[str], parts: list[Scanned], params: Prepare, sets: dict
 ) -> dict:
     """Write the tokenizer, source.json and prepared.json; returns the last."""
     tokenizer.save_pretrained(out / "tokenizer")

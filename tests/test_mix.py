@@ -146,6 +146,20 @@ def test_a_question_belongs_to_the_first_source_that_asks_it(tmp_path, monkeypat
     assert min(int(row["row"].split(":")[1]) for row in of_third) > len(asked) + len(copies) + 4
 
 
+def test_nearly_equal_rows_stay_in_the_first_source(tmp_path, monkeypatch):
+    words = [f"{'abcdefghij'[i % 10]}{i}" for i in range(600)]
+    texts = [" ".join(words[i * 20 : i * 20 + 20]) for i in range(30)]
+    first = jsonl([{"text": text} for text in texts])
+    # The last word is another, so none asks what a row of the first does.
+    second = jsonl([{"text": f"{text} too"} for text in texts[:5]])
+    more = jsonl([{"text": f"{i} is a number"} for i in range(20)])
+    run(tmp_path, monkeypatch, first, second + more, near_duplicates=True)
+    metrics = metrics_in(tmp_path)
+    assert metrics["source_0_near_duplicate_examples"] == 0
+    assert metrics["source_1_near_duplicate_examples"] == 5
+    assert metrics["source_1_asked_before_examples"] == 0
+
+
 def test_without_a_limit_the_first_source_decides_how_many(tmp_path, monkeypatch):
     sets = run(tmp_path, monkeypatch, jsonl(pairs(30)), jsonl(GENERAL), shares=(0.1,))
     counts = [len(of_source(sets["train"], number)) for number in (0, 1)]

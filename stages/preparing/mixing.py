@@ -24,7 +24,7 @@ from stages.shared.rows import SCHEMA
 
 
 @dataclass(frozen=True)
-class Part:
+class Scanned:
     """One source as it was read: what messages call it, its share (None of the first), the files
     to split or train on, those to evaluate on, its format, and what was dropped while reading."""
 
@@ -36,7 +36,7 @@ class Part:
     unreadable: Drops
 
 
-def owners(store: Store, parts: list[Part]) -> np.ndarray:
+def owners(store: Store, parts: list[Scanned]) -> np.ndarray:
     """int [N]: the number of the source that each row is from."""
     of = np.zeros(len(store), int)
     for number, part in enumerate(parts):
@@ -44,7 +44,7 @@ def owners(store: Store, parts: list[Part]) -> np.ndarray:
     return of
 
 
-def check_together(parts: list[Part]) -> list[int]:
+def check_together(parts: list[Scanned]) -> list[int]:
     """The numbers of the sources whose rows a template is settled by: none of plain text alone.
 
     Raises StageError for sources that one template cannot serve.
@@ -75,7 +75,7 @@ def rows_of_each(total: int, shares: Sequence[float]) -> list[int]:
 def write_mixed(
     out: Path,
     pools: list[np.ndarray],
-    parts: list[Part],
+    parts: list[Scanned],
     limit: int | None,
     write: Callable[[str, np.ndarray, int | None], Written],
 ) -> Written:

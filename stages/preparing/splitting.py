@@ -130,7 +130,8 @@ class Store:
 
     def in_files(self, names: list[str]) -> np.ndarray:
         """bool [N]: which rows come from the files `names`."""
-        return np.isin(self.files, [i for i, path in enumerate(self.paths) if path in names])
+        wanted = set(names)
+        return np.isin(self.files, [i for i, path in enumerate(self.paths) if path in wanted])
 
     def where(self, row: int) -> str:
         return f"{self.paths[self.files[row]]}:{self.lines[row]}"
