@@ -261,10 +261,10 @@ def write_about(
         ids = tokenizer.convert_tokens_to_ids([tokenizer.eos_token, *others])
         write_json(out / "tokenizer" / GENERATION, {"eos_token_id": ids})
         tell(f"prepare: learned as ends too, and kept in {GENERATION}: {', '.join(others)}")
-    first, *others = [RAW / folder / "source.json" for folder in folders]
+    first, *further = [RAW / folder / "source.json" for folder in folders]
     shutil.copyfile(first, out / "source.json")
-    if others:
-        mixed = read_json(first) | {"mix": [read_json(other) for other in others]}
+    if further:
+        mixed = read_json(first) | {"mix": [read_json(each) for each in further]}
         write_json(out / "source.json", mixed)
     about = {
         "format": ", ".join(dict.fromkeys(part.form.name for part in parts)),
