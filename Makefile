@@ -94,4 +94,4 @@ test-harness: .harness/ready  ## Run a task of lm-evaluation-harness on a tiny m
 	@PYTHONPATH=.harness pytest tests/harness/check_harness.py
 
 experiments: $(READY)  ## The experiments, with the columns that matter.
-	@dvc exp show --only-changed --drop '^(?!(Experiment|(group_)?(perplexity|exact_match|command_and_flags)_after|retention_change_percent|merge_change_percent|train_minutes|v?ram_gb|seed|(lora|train|quantize|merge|model|dataset|prepare)\..*)$$)'
+	@dvc exp show --only-changed --drop '^(?!(Experiment|((group|source_[0-9]+)_)?(perplexity|exact_match|command_and_flags)_after|retention_change_percent|merge_change_percent|train_minutes|v?ram_gb|seed|(lora|train|quantize|merge|model|dataset|prepare)\..*)$$)'

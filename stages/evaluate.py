@@ -40,13 +40,11 @@ from stages.shared.provenance import device_name, provenance
 from stages.shared.ranks import ALONE, World
 from stages.shared.rows import read_rows
 from stages.shared.scoring import Scores, batch_count, score
-from stages.shared.sets import HELD_OUT, SET_NAMES, held_out_sets
+from stages.shared.sets import held_out_sets, set_name, stem_of
 from stages.shared.weights import Weights
 
 METRICS = Path("metrics")
 INPUTS = {PREPARED: "prepare", QUANTIZED: "quantize", RETENTION: "fetch_retention"}
-NAMES = {prefix: SET_NAMES[name] for prefix, name in HELD_OUT.items()}
-NAMES[PREFIX] = "texts of another domain"
 # What scores answers; other versions may score otherwise.
 SCORERS = ("sacrebleu", "rapidfuzz")
 
@@ -65,6 +63,10 @@ def main() -> None:
     write_metrics(METRICS / "eval.json", made["metrics"])
     write_text(METRICS / "rows.csv", made["rows"])
     write_metrics(METRICS / "eval_cost.json", made["cost"])
+
+
+def name_of(prefix: str) -> str:
+    return "texts of another domain" if prefix == PREFIX else set_name(stem_of(prefix))
 
 
 def held_out() -> dict[str, list[dict]]:
@@ -87,7 +89,7 @@ def measure(world: World, task: dict) -> dict:
     base = load_base(QUANTIZED, device)
     weights = torch.cuda.memory_allocated() / GB if device.type == "cuda" else None
     model = load_adapter(base, ADAPTER)
-    counts = [f"{NAMES[prefix]} ({len(rows)} rows)" for prefix, rows in scored.items()]
+    counts = [f"{name_of(prefix)} ({len(rows)} rows)" for prefix, rows in scored.items()]
     where = device_name(device) + (f", {world.size} ranks" if world.size > 1 else "")
     print(f"evaluate: {', '.join(counts)}, base and tuned, on {where}", flush=True)
     reset_peaks()
@@ -140,7 +142,7 @@ def evaluate(
         scores[prefix] = {"base": base, "tuned": tuned}
         tokens += 2 * sum(len(row["input_ids"]) for row in rows)
         print(
-            f"evaluate: {NAMES[prefix]}: perplexity {base.perplexity:.2f} base, "
+            f"evaluate: {name_of(prefix)}: perplexity {base.perplexity:.2f} base, "
             f"{tuned.perplexity:.2f} tuned, on {sum(tuned.tokens)} tokens",
             flush=True,
         )

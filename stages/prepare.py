@@ -22,7 +22,7 @@ from stages.shared.outputs import (
     write_metrics,
     write_text,
 )
-from stages.shared.params import Dataset, Prepare, load_params
+from stages.shared.params import Dataset, Mixed, Prepare, Source, load_params
 from stages.shared.process import StageError, begin
 
 if __name__ == "__main__":
@@ -38,21 +38,25 @@ from stages.preparing.contract import MOST_LEAKED, Drops, lengths_table, metrics
 from stages.preparing.encoding import Encoder
 from stages.preparing.formats import Example, Format
 from stages.preparing.messages import Unusable, names_of
+from stages.preparing.mixing import Scanned, check_together, owners, write_mixed
 from stages.preparing.recognizing import recognize
 from stages.preparing.splitting import (
     Pools,
     Store,
     after_held_out,
+    asked_before,
     asked_by,
     distinct,
+    hash_order,
     make_pools,
-    most_held_out,
+    may_be_held_out,
     near_duplicates,
 )
 from stages.preparing.templates import settle
 from stages.preparing.writing import Written, write_set
 from stages.shared.bounded import bounded
 from stages.shared.end_tokens import GENERATION
+from stages.shared.mix import label, sources_of
 from stages.shared.paths import PREPARED, RAW, TOKENIZER
 from stages.shared.readers import files_to_read, read_file, split_of
 from stages.shared.rows import read_rows, set_sha256
@@ -67,16 +71,32 @@ UNUSED = {
     "beyond_eval_rows": "beyond eval_rows",
     "margin": "in the margin between held-out and training",
 }
+# What is said of each of several sources.
+PER_SOURCE = (
+    "train_examples",
+    "train_share_percent",
+    "train_tokens",
+    "eval_examples",
+    "asked_before_examples",
+)
 # Rows by which the template and its end token are judged.
 SAMPLES = 100
 
 
-def scan(
-    names: list[str], given: list[str], dataset: Dataset, params: Prepare, store: Store
-) -> tuple[Format, Drops]:
-    """Read every row of the files `names` into `store`; `given` are those to evaluate on."""
+def scan(folder: str, source: Source, number: int, params: Prepare, store: Store) -> Scanned:
+    """Read every row of the source in `folder` of data/raw into `store`; of a further source,
+    which is in no group and has no evaluation file, as its entry of dataset.mix says."""
+    own: Prepare | Mixed = params
+    section, eval_file, group_by, share = "prepare", params.eval_file, params.group_by, None
+    if isinstance(source, Mixed):
+        own, section, eval_file, group_by = source, source.section, None, None
+        share = source.share
+    train, given = (
+        [f"{folder}/{name}" if folder else name for name in names]
+        for names in files_to_read(RAW / folder, source, eval_file)
+    )
     form: Format | None = None
-    drops = Drops()
+    drops, names = Drops(), train + given
     size = sum((RAW / name).stat().st_size for name in names)
     files = "1 file" if len(names) == 1 else f"{len(names)} files"
     tell(f"prepare: reading {size / 1e6:.2f} MB in {files}: {', '.join(names[:5])}")
@@ -85,121 +105,156 @@ def scan(
         for line, row in tqdm(read_file(path), on_screen(name), unit=" rows", disable=None):
             where = f"{path}:{line}"
             if form is None:
-                form = recognize(params.format, params.columns, row, where)
-                tell(f"prepare: {describe(form, row, params)}")
+                form = recognize(own.format, own.columns, row, where, section)
+                tell(f"prepare: {describe(form, row, group_by)}")
             drops.seen += 1
             if name not in given:
-                refuse_test_row(row, dataset, where)
+                refuse_test_row(row, source, where)
             try:
-                store.add(name, line, form.example(row, where), group_of(row, params, where))
+                store.add(name, line, form.example(row, where), group_of(row, group_by, where))
             except Unusable as why:
                 drops.add(where, why)
     assert form is not None  # Every file has a row.
     drops.check()
-    store.finish()
     if form.unused:
         counts = ", ".join(f"{key} ({count:,})" for key, count in sorted(form.unused.items()))
         tell(f"prepare: not used: {counts}")
-    return form, drops
+    return Scanned(label(source, number), share, train, given, form, drops)
 
 
-def refuse_test_row(row: dict, dataset: Dataset, where: str) -> None:
+def refuse_test_row(row: dict, source: Source, where: str) -> None:
     """Raise StageError for a row to train on that says itself it is of another split."""
     split = row.get("split")
-    if not isinstance(split, str) or split == dataset.split:
+    if not isinstance(split, str) or split == source.split:
         return
     if split_of(split) in ("test", "validation"):
+        mixed = isinstance(source, Mixed)
+        remedy = " and leave it out" if mixed else ", and name that in prepare.eval_file"
         raise StageError(
             f"{where}: its column 'split' says {split!r}, and it would be trained on: put such "
-            "rows into a file of their own, and name that in prepare.eval_file"
+            f"rows into a file of their own{remedy}"
         )
 
 
-def group_of(row: dict, params: Prepare, where: str) -> str:
-    if params.group_by is None:
+def group_of(row: dict, group_by: str | None, where: str) -> str:
+    if group_by is None:
         return ""
-    if params.group_by not in row:
+    if group_by not in row:
         raise StageError(
-            f"{where}: no column {params.group_by!r} (prepare.group_by); the columns are "
+            f"{where}: no column {group_by!r} (prepare.group_by); the columns are "
             f"{names_of(row)}: name one of them, or set prepare.group_by: null"
         )
-    if row[params.group_by] in (None, ""):
-        raise Unusable("empty", f"{params.group_by!r} is empty: name the row's group")
-    return str(row[params.group_by])
+    if row[group_by] in (None, ""):
+        raise Unusable("empty", f"{group_by!r} is empty: name the row's group")
+    return str(row[group_by])
 
 
-def describe(form: Format, row: dict, params: Prepare) -> str:
+def describe(form: Format, row: dict, group_by: str | None) -> str:
     """The format and the columns it takes, in words."""
     named = [(name, own) for name, own in form.columns.items() if own in row]
     used = [f"{own} as {name}" if own != name else own for name, own in named]
-    ignored = [c for c in row if c not in (*form.columns.values(), params.group_by)]
+    ignored = [c for c in row if c not in (*form.columns.values(), group_by)]
     shape = f" in the {form.shape.name} shape" if form.shape else ""
     rest = f"; not used: {names_of(ignored)}" if ignored else ""
     return f"format {form.name}{shape}, columns {', '.join(used)}{rest}"
 
 
 def remove_duplicates(
-    store: Store, held: np.ndarray, params: Prepare
-) -> tuple[np.ndarray, np.ndarray, dict]:
-    """(rows to split or train on, rows of the evaluation file, counts of what was removed).
+    store: Store, held: np.ndarray, of: np.ndarray, params: Prepare
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """(rows to split or train on, rows of the evaluation file, what was removed by its reason).
 
-    held: bool [N], which rows the evaluation file has.
+    held: bool [N], which rows the evaluation file has; of: int [N], which source each is from.
     """
     rows, given = distinct(store, np.flatnonzero(~held)), distinct(store, np.flatnonzero(held))
-    counts = {"duplicate_examples": len(store) - len(rows) - len(given)}
+    every = np.arange(len(store))
+    removed = {"duplicate_examples": np.setdiff1d(every, np.concatenate([rows, given]))}
+    if of.any():
+        removed["asked_before_examples"] = asked_before(store, rows, given, of)
+        rows = np.setdiff1d(rows, removed["asked_before_examples"])
     near = rows[:0]
     if params.near_duplicates:
         # The given rows come first: of two that are nearly one, the one to train on goes.
         both = np.concatenate([given, rows])
         near = near_duplicates(store, tqdm(both, "near duplicates", unit=" rows", disable=None))
-    counts["near_duplicate_examples"] = len(near)
+    removed["near_duplicate_examples"] = near
     rows, given = np.setdiff1d(rows, near), np.setdiff1d(given, near)
     if len(shared := asked_by(store, rows, given)) > MOST_LEAKED:
         raise StageError(
             f"{RAW / store.where(shared[0])}: asks what a row of {params.eval_file} asks, as do "
             f"{len(shared) - 1} others; delete them from one of the two"
         )
-    return rows, given, counts
+    return rows, given, removed
 
 
 def write_sets(
-    store: Store, pools: Pools, encoder: Encoder, params: Prepare, out: Path
-) -> tuple[dict[str, Written], Drops]:
-    """Write group.arrow, eval.arrow, validation.arrow and train.arrow, each the first usable rows
-    of its pool, or the last ones for validation.arrow: what is held out does not depend on it."""
-    sets: dict[str, Written] = {}
-    drops = Drops()
+    store: Store,
+    pools: Pools,
+    others: list[np.ndarray],
+    parts: list[Scanned],
+    encoder: Encoder,
+    params: Prepare,
+    out: Path,
+) -> tuple[dict[str, Written], list[Drops]]:
+    """Write group.arrow, eval.arrow, validation.arrow, source_1.arrow, … and train.arrow, each the
+    first usable rows of its pool, or the last ones for validation.arrow: what is held out does not
+    depend on it. `others` are the pools of further sources, in hash order; `drops` of each source.
+    """
+    of = owners(store, parts)
+    drops = [Drops() for _ in parts]
 
     def drop(row: int, why: Unusable) -> None:
         if why.reason == "too_long" and params.too_long == "error":
             raise StageError(f"{RAW / store.where(row)}: {why.message}")
-        drops.add(f"{RAW / store.where(row)}", why)
+        drops[of[row]].add(f"{RAW / store.where(row)}", why)
 
-    def write(name: str, pool: np.ndarray, limit: int | None) -> None:
-        sets[name] = write_set(out / f"{name}.arrow", store, encoder, pool, limit, drop)
-        drops.seen += sets[name].candidates
-        drops.check()
-        if not len(sets[name].rows):
+    def write(name: str, pool: np.ndarray, limit: int | None) -> Written:
+        written = write_set(out / f"{name}.arrow", store, encoder, pool, limit, drop)
+        number = of[pool[0]] if len(pool) else 0
+        drops[number].seen += written.candidates
+        drops[number].check()
+        return written
+
+    def filled(name: str, pool: np.ndarray, limit: int | None) -> Written:
+        written = write(name, pool, limit)
+        if not len(written.rows):
             asked = len(np.unique(store.prompts))
             raise StageError(
                 f"no row is left for the {name} set; bring more rows: of {len(store)} the first "
                 f"questions are {asked} different ones, and rows that ask the same stay in one set"
             )
+        return written
 
+    sets: dict[str, Written] = {}
     if params.group_by:
-        write("group", pools.group, params.eval_rows)
-    write("eval", pools.eval, params.eval_rows)
+        sets["group"] = filled("group", pools.group, params.eval_rows)
+    sets["eval"] = filled("eval", pools.eval, params.eval_rows)
     seen = 0 if params.eval_file else sets["eval"].candidates
     rest = after_held_out(store, pools.train, seen)
     if params.validation_rows:
         last = rest[::-1]
-        write("validation", last[: most_held_out(last)], params.validation_rows)
+        sets["validation"] = filled("validation", may_be_held_out(last), params.validation_rows)
         rest = after_held_out(store, last, sets["validation"].candidates)[::-1]
-    write("train", rest, params.train_rows)
+    to_train = [rest]
+    for number, order in enumerate(others, 1):
+        held = write(f"source_{number}", may_be_held_out(order), params.eval_rows)
+        if not len(held.rows):
+            raise StageError(
+                f"{parts[number].label}: no row is left to hold out, of {len(order)} that no other "
+                "source has; bring more rows, or take it out of dataset.mix"
+            )
+        sets[f"source_{number}"] = held
+        to_train.append(after_held_out(store, order, held.candidates))
+    if others:
+        sets["train"] = write_mixed(out, to_train, parts, params.train_rows, write)
+    else:
+        sets["train"] = filled("train", to_train[0], params.train_rows)
     return sets, drops
 
 
-def write_about(out: Path, tokenizer, form: Format, params: Prepare, sets: dict) -> dict:
+def write_about(
+    out: Path, tokenizer, folders: list[str], parts: list[Scanned], params: Prepare, sets: dict
+) -> dict:
     """Write the tokenizer, source.json and prepared.json; returns the last."""
     tokenizer.save_pretrained(out / "tokenizer")
     config = read_json(out / "tokenizer/tokenizer_config.json")
@@ -212,9 +267,13 @@ def write_about(out: Path, tokenizer, form: Format, params: Prepare, sets: dict)
         ids = tokenizer.convert_tokens_to_ids([tokenizer.eos_token, *others])
         write_json(out / "tokenizer" / GENERATION, {"eos_token_id": ids})
         tell(f"prepare: learned as ends too, and kept in {GENERATION}: {', '.join(others)}")
-    shutil.copyfile(RAW / "source.json", out / "source.json")
+    first, *further = [RAW / folder / "source.json" for folder in folders]
+    shutil.copyfile(first, out / "source.json")
+    if further:
+        mixed = read_json(first) | {"mix": [read_json(each) for each in further]}
+        write_json(out / "source.json", mixed)
     about = {
-        "format": form.name,
+        "format": ", ".join(dict.fromkeys(part.form.name for part in parts)),
         "template": params.template,
         "loss_on": params.loss_on,
         "max_length": params.max_length,
@@ -230,7 +289,7 @@ def write_about(out: Path, tokenizer, form: Format, params: Prepare, sets: dict)
     return about
 
 
-def summary(metrics: dict, params: Prepare) -> str:
+def summary(metrics: dict, params: Prepare, dataset: Dataset) -> str:
     counts = {called: metrics.get(f"{name}_examples") for name, called in SET_NAMES.items()}
     kept = [f"{called} {count:,}" for called, count in counts.items() if count]
     unused = {said: metrics[f"unused_{name}_examples"] for name, said in UNUSED.items()}
@@ -251,6 +310,13 @@ def summary(metrics: dict, params: Prepare) -> str:
         said += (
             f"\nprepare: too few rows for {params.validation_rows} to validate by "
             "(prepare.validation_rows); half of what is not held out stays in training"
+        )
+    for number, source in enumerate(sources_of(dataset).values() if dataset.mix else []):
+        of = {key: metrics[f"source_{number}_{key}"] for key in PER_SOURCE}
+        said += (
+            f"\nprepare: source {number}, {source.id}: training {of['train_examples']:,} rows "
+            f"({of['train_share_percent']:.3g} %) of {of['train_tokens']:,} tokens, held out "
+            f"{of['eval_examples']:,}, asked by a source before it {of['asked_before_examples']:,}"
         )
     return said
 
@@ -273,17 +339,27 @@ def settle_bounded(tokenizer, params: Prepare, form: Format, samples: list[Examp
 def prepare(dataset: Dataset, params: Prepare, out: Path) -> tuple[dict, str, dict]:
     """Fill `out`; (metrics/data.json, metrics/lengths.csv, a row of the training set to show)."""
     store = Store(out)
-    names, given_names = files_to_read(RAW, dataset, params.eval_file)
-    form, unreadable = scan(names + given_names, given_names, dataset, params, store)
+    sources = sources_of(dataset)
+    parts = [
+        scan(folder, source, number, params, store)
+        for number, (folder, source) in enumerate(sources.items())
+    ]
+    store.finish()
+    of, settling = owners(store, parts), check_together(parts)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    spread = np.linspace(0, len(store) - 1, min(len(store), SAMPLES)).astype(int)
-    said = settle_bounded(tokenizer, params, form, [store.example(row) for row in spread])
-    tell(f"prepare: {said}")
-    rows, given, counts = remove_duplicates(store, store.in_files(given_names), params)
-    pools = make_pools(store, rows, given, params)
-    sets, unused = write_sets(store, pools, Encoder(tokenizer, params), params, out)
-    about = write_about(out, tokenizer, form, params, sets)
-    metrics = metrics_of(store, sets, counts, [unreadable, unused], params)
+    candidates = np.flatnonzero(np.isin(of, settling))
+    spread = np.linspace(0, len(candidates) - 1, min(len(candidates), SAMPLES)).astype(int)
+    samples = [store.example(row) for row in candidates[spread]]
+    tell(f"prepare: {settle_bounded(tokenizer, params, parts[settling[0]].form, samples)}")
+    held = store.in_files(parts[0].given)
+    rows, given, removed = remove_duplicates(store, held, of, params)
+    pools = make_pools(store, rows[of[rows] == 0], given, params)
+    others = [hash_order(store, rows[of[rows] == n]) for n in range(1, len(parts))]
+    encoder = Encoder(tokenizer, params)
+    sets, unused = write_sets(store, pools, others, parts, encoder, params, out)
+    about = write_about(out, tokenizer, list(sources), parts, params, sets)
+    drops = [[part.unreadable, each] for part, each in zip(parts, unused, strict=True)]
+    metrics = metrics_of(store, sets, removed, drops, params, of)
     return metrics, lengths_table(sets["train"].lengths, params.max_length), about["sample"]
 
 
@@ -296,7 +372,7 @@ def main() -> None:
     write_text(LENGTHS, lengths)
     write_metrics(METRICS, metrics)
     show(sample)
-    print(summary(metrics, params.prepare))
+    print(summary(metrics, params.prepare, params.dataset))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A row is (name, text of the file, expected lines without `params.yaml: `). Most 
 tests/params.yaml, so that a row reads as what a person would type.
 """
 
+import json
 from itertools import pairwise
 
 import yaml
@@ -58,6 +59,10 @@ VALUES = {
     "dataset.source": {"http": "must be 'hub', 'local' or 'pypi' (got 'http')"},
     "dataset.revision": {"2.91": f"{QUOTES} (got 2.91)"},
     "dataset.config": {"main": "must be null unless source is hub"},
+    "dataset.mix": {
+        "[]": "is empty (got [])",
+        "rows": "must be a list (got 'rows')",
+    },
     "retention": {"none": "must be a section with keys (got 'none')"},
     "retention.id": {"null": f"{QUOTES} (got None)"},
     "retention.revision": {
@@ -269,6 +274,13 @@ def added(section: str, line: str) -> str:
     return "\n".join([*lines[: at + 1], "  " + line, *lines[at + 1 :], ""])
 
 
+def mixed(*shares: float, **keys) -> str:
+    """dataset.mix with an entry for each of `shares`, or one with other `keys`."""
+    entry = {"source": "pypi", "id": "rows", "revision": "1", "config": None, "split": None}
+    entry |= {"format": "auto", "columns": None}
+    return json.dumps([entry | {"share": share} for share in shares] or [entry | keys])
+
+
 def _place(key: str, text: str) -> tuple[list[str], int, int]:
     """The lines of `text`, and where the entry of `key` begins and ends, its own keys included."""
     lines = text.splitlines()
@@ -433,6 +445,36 @@ SHAPES = [
             "dataset.revision: must be null for a local folder",
             "dataset.split: must be null unless source is hub",
             "dataset.id: a local data set must lie in data/source, which DVC watches",
+        ],
+    ),
+    (
+        "everything about a further source",
+        with_value("dataset.mix", mixed(source="local", shar=0.1, columns="prompt")),
+        [
+            "dataset.mix.0.share: missing",
+            "dataset.mix.0.columns: must be a mapping of column names (got 'prompt')",
+            "dataset.mix.0.shar: unknown key; did you mean dataset.mix.share?",
+        ],
+    ),
+    (
+        "further sources that are nowhere",
+        with_value("dataset.mix", mixed(source="local", share=0.1)),
+        [
+            "dataset.mix.0.revision: must be null for a local folder",
+            "dataset.mix.0.id: a local data set must lie in data/source, which DVC watches",
+        ],
+    ),
+    (
+        "a share of nothing",
+        with_value("dataset.mix", mixed(share=0)),
+        ["dataset.mix.0.share: must be more than 0 (got 0)"],
+    ),
+    (
+        "shares that leave nothing",
+        with_value("dataset.mix", mixed(0.5, 0.3, 0.2)),
+        [
+            "dataset.mix: the shares add up to 1 of the training rows, and leave none for "
+            "azure-cli; keep them below 1"
         ],
     ),
     (

@@ -207,9 +207,9 @@ def read_adapters_tokenizer(folder: Path, change: Callable[[Path], object]) -> N
 
 
 def hub_section():
-    from stages.shared.params import Dataset
+    from stages.shared.params import Source
 
-    return Dataset(source="hub", id="owner/rows", revision="main", config=None, split=None)
+    return Source(source="hub", id="owner/rows", revision="main", config=None, split=None)
 
 
 def read_readme(folder: Path, head: bytes) -> None:

@@ -477,8 +477,8 @@ PLACES = {
 }
 
 
-def local_results(exported, monkeypatch, wish):
-    """Of a model, a data set and text of this machine."""
+def local_results(exported, monkeypatch, wish, mixed=False):
+    """Of a model, a data set and text of this machine; `mixed`: with a data set of PyPI."""
     read = results(exported, monkeypatch)
     params = dict(read.params) | {"export": {"rows_in_card": wish}}
     for kind, id in PLACES.items():
@@ -488,24 +488,32 @@ def local_results(exported, monkeypatch, wish):
     about = {kind: source | {"id": id} for kind, id in PLACES.items()}
     sample = dict.fromkeys(("set", "prompt", "reference", "base", "tuned"), ROW)
     sample |= {key: {"command_and_flags": 1.0} for key in ("base_scores", "tuned_scores")}
+    if mixed:
+        # The data set itself is public then, and what is mixed with it is not.
+        mix = {"source": "local", "id": PLACES["dataset"], "revision": None, "share": 0.1}
+        public = source | {"source": "pypi", "id": "rows"}
+        params["dataset"] = public | {"mix": [mix]}
+        params["prepare"] = params["prepare"] | {"eval_file": None}
+        about["dataset"] = public | {"mix": [about["dataset"] | {"files": {}}], "files": {}}
     return replace(
         read,
         params=params,
         prepared=read.prepared | {"sample": {"row": "quinn/7", "pieces": [[ROW, True]]}},
         model_source=about["model"] | {"files": {"config.json": "c" * 64}},
-        data_source=about["dataset"] | {"files": {"quinn/accounts.jsonl": "d" * 64}},
+        data_source={"files": {"quinn/accounts.jsonl": "d" * 64}} | about["dataset"],
         retention_source=about["retention"] | {"files": {"quinn/prose.txt": "e" * 64}},
         samples=[sample | {"row": "quinn/9"}],
     )
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("wish", ["public", "never", "always"])
-def test_card_shows_no_rows_and_no_places_of_a_local_data_set(exported, monkeypatch, wish):
-    found = local_results(exported, monkeypatch, wish)
+def test_card_shows_no_rows_and_no_places_of_a_local_data_set(exported, monkeypatch, wish, mixed):
+    found = local_results(exported, monkeypatch, wish, mixed)
     card = model_card(found)
     for text in (*PLACES.values(), "data/source", "accounts.jsonl", "held-out.jsonl", "/home"):
         assert text not in card
-    assert "# tiny tuned on local data" in card
+    assert f"# tiny tuned on {'rows and ' * mixed}local data\n" in card
     assert (ROW in card) == (wish == "always")
     if wish != "always":
         assert "quinn" not in card
@@ -544,6 +552,8 @@ def test_card_names_a_base_and_data_of_the_hub(tmp_path):
     source = {"source": "hub", "revision": "main", "commit": "f" * 40, "license": None}
     model = source | {"id": "mistralai/Mistral-7B-v0.1", "files": {}}
     data = source | {"id": "mlabonne/guanaco-llama2-1k", "files": {}}
+    replayed = source | {"id": "owner/general", "files": {"a.jsonl": "7" * 64}}
+    data["mix"] = [replayed, replayed | {"source": "pypi", "id": "talk"}]
     for made, about in (("models/tokenizer", model), ("data/prepared", data)):
         write_json(folder / made / "source.json", about)
         write_sums(folder / made)
@@ -551,7 +561,8 @@ def test_card_names_a_base_and_data_of_the_hub(tmp_path):
     text = (folder / "models/release/README.md").read_text()
     card = ModelCard(text).data
     assert card.base_model == "mistralai/Mistral-7B-v0.1"
-    assert card.datasets == ["mlabonne/guanaco-llama2-1k"]
+    assert card.datasets == ["mlabonne/guanaco-llama2-1k", "owner/general"]
+    assert "Data, source 1: a.jsonl" in text
     assert card.license is None
     assert "f" * 40 in text
     assert os.path.getsize(folder / "metrics/report.html") < 500_000

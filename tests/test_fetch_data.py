@@ -13,9 +13,10 @@ from tiny import ROOT, make_workspace
 from stages import fetch_data
 from stages.fetching import data_files
 from stages.fetching.azure_cli import azure_examples
+from stages.fetching.chatterbot_corpus import dialogs
 from stages.shared.dataset_card import known_of
 from stages.shared.outputs import check_sums
-from stages.shared.params import Dataset
+from stages.shared.params import Source
 from stages.shared.process import StageError
 from stages.shared.sources import Folder
 
@@ -34,9 +35,9 @@ def make(folder, *names: str, content: bytes = ROW):
 def section_of():
     """A function that makes the params section `dataset`."""
 
-    def of(source: str = "local", id: str = "data/source", **others) -> Dataset:
+    def of(source: str = "local", id: str = "data/source", **others) -> Source:
         keys = {"source": source, "id": id, "revision": None, "config": None, "split": None}
-        return Dataset(**(keys | others))
+        return Source(**(keys | others))
 
     return of
 
@@ -205,6 +206,78 @@ def test_the_stage_downloads_a_configuration_from_the_hub(tmp_path):
     assert (record["commit"], record["license"]) == (COMMIT, "mit")
 
 
+def test_each_source_of_a_mix_has_a_folder_and_what_came_is_not_fetched_again(tmp_path):
+    rows = [b'{"text": "%s"}\n' % (b"a" * size) for size in (40, 400_000)]
+    entry = {"source": "hub", "config": None, "split": None, "share": 0.1}
+    entry |= {"format": "auto", "columns": None}
+    mix = [
+        entry | {"id": "owner/small", "revision": COMMIT},
+        entry | {"id": "owner/large", "revision": "main"},
+    ]
+    workspace = make_workspace(tmp_path / "work", dataset={"mix": mix})
+    repos = {
+        f"owner/{name}": Repo({"train.jsonl": content}, commit * 40)
+        for name, content, commit in zip(("small", "large"), rows, "de", strict=True)
+    }
+    with Hub(datasets=repos, faults=["", "503"], faulty=".jsonl") as hub:
+        runs = [
+            subprocess.run(
+                [sys.executable, "-m", "stages.fetch_data"],
+                cwd=workspace,
+                env=environment(hub.url, PYTHONPATH=""),
+                capture_output=True,
+                text=True,
+            )
+            for _ in range(2)
+        ]
+        asked = [
+            (each.path.split("/")[3], each.start) for each in hub.requests if "resolve" in each.path
+        ]
+    assert [run.returncode for run in runs] == [1, 0], runs
+    assert f"dataset.mix.revision: {'e' * 40}" in runs[1].stdout + runs[1].stderr
+    assert asked == [("small", 0), ("large", 0), ("large", 0)]
+    raw = workspace / "data/raw"
+    found = {p.relative_to(raw).as_posix() for p in raw.rglob("*") if p.is_file()}
+    files = {f"source_{i}/source.json" for i in range(3)}
+    files |= {"source_0/rows.jsonl", "source_1/train.jsonl", "source_2/train.jsonl"}
+    assert found == files | {"SHA256SUMS"}
+    for number, content in enumerate(rows, 1):
+        assert (raw / f"source_{number}/train.jsonl").read_bytes() == content
+        record = json.loads((raw / f"source_{number}/source.json").read_text())
+        assert record["commit"] == "de"[number - 1] * 40
+        assert record["files"] == {"train.jsonl": hashlib.sha256(content).hexdigest()}
+    check_sums(raw, "fetch_data")
+
+
+DIALOGS = """
+categories:
+- small talk
+- chat
+conversations:
+- - 'Hello '
+  - Hi
+  - How are you?
+- - Hello
+  - Good day
+- - Is it 1963?
+  - 1963
+- - What is this?
+  - |
+    Two
+      lines
+- - Alone
+"""
+
+
+def test_the_dialogs_of_chatterbot_corpus(tmp_path):
+    make(tmp_path, "b.yml", content=DIALOGS.encode())
+    make(tmp_path, "a.yml", content=b"categories: [x]\nconversations: [[Hello, first]]")
+    assert dialogs(tmp_path) == [
+        {"prompt": "Hello", "completion": "first", "group": "x"},
+        {"prompt": "What is this?", "completion": "Two\n  lines", "group": "small talk"},
+    ]
+
+
 HELP = '''
 raise SystemExit("imported")
 helps["vm"] = """
@@ -326,5 +399,5 @@ def test_the_default_is_stable_and_opens_no_socket(tmp_path):
 
 
 def test_another_package_is_refused(section_of, tmp_path):
-    with pytest.raises(StageError, match="only azure-cli is known as a package, not pip"):
+    with pytest.raises(StageError, match="only azure-cli and chatterbot-corpus are known as"):
         fetch_data.extract(section_of("pypi", "pip", revision="1"), tmp_path)

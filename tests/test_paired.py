@@ -30,10 +30,12 @@ def revision(name, shift=0.0, right=lambda i: 0.0, rows=True, answers=30, **eval
     luck = [0.5 if i % 3 else -0.5 for i in range(ROW_COUNT)]
     nll = [10.0 + i % 7 + shift * (1 + own) for i, own in enumerate(luck)]
     tuned = Scores(nll, [10] * ROW_COUNT)
-    sets = {"": {"base": base, "tuned": tuned}, "retention_": {"base": base, "tuned": tuned}}
+    both = {"base": base, "tuned": tuned}
+    sets = {"": both, "retention_": both, "source_12_": both}
     found = [answered_row(i, right(i)) for i in range(answers)]
     means = {
         "tuned_perplexity": tuned.perplexity,
+        "source_12_tuned_perplexity": tuned.perplexity,
         "retention_perplexity_change_percent": 100 * (tuned.perplexity / base.perplexity - 1),
         "eval_set_sha256": "aaaa",
     }
@@ -58,6 +60,7 @@ def test_a_small_change_of_nearly_every_row_is_no_noise():
     found = marks(revision("main"), revision("now", -0.2))
     assert found["eval: tuned_perplexity"] == "better, p < 0.01, 60 rows"
     assert found["eval: retention_perplexity_change_percent"] == "better, p < 0.01, 60 rows"
+    assert found["eval: source_12_tuned_perplexity"] == "better, p < 0.01, 60 rows"
     found = marks(revision("main"), revision("now", 0.2))
     assert found["eval: tuned_perplexity"] == "worse, p < 0.01, 60 rows"
 

@@ -1,5 +1,6 @@
 """Every bad params.yaml is refused at once, in a line for each fault, before anything else."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 import yaml
-from bad_params import GOOD, TABLE, with_value
+from bad_params import GOOD, TABLE, mixed, with_value
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import PARAMS, ROOT
@@ -187,7 +188,9 @@ VALUES = st.recursive(
 def test_any_value_is_taken_or_refused_in_lines_that_name_it(key, value):
     section, _, name = key.rpartition(".")
     params = yaml.safe_load(GOOD)
-    (params[section] if section else params)[name] = value
+    params["dataset"]["mix"] = json.loads(mixed(0.1))
+    places = params | {"dataset.mix": params["dataset"]["mix"][0], "": params}
+    places[section][name] = value
     check(yaml.safe_dump(params, allow_unicode=True), section or key)
 
 

@@ -190,7 +190,7 @@ def test_worker_that_dies_ends_the_stage_in_a_line(tmp_path, monkeypatch, death)
     """Killed by the system, which is out of memory, or by a fault of the tokenizer's code."""
     begin, encode, pipes = writing._work, writing._encode, []
     monkeypatch.setattr(writing, "_WORTH_WORKERS", 10)
-    monkeypatch.setattr(writing, "_CHUNK", 8)
+    monkeypatch.setattr(writing, "CHUNK", 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
 
     def work(chunks, numbers, to, stage):
@@ -237,7 +237,7 @@ def test_row_that_harms_a_worker_is_named(tmp_path, monkeypatch, harm, said, row
     """With as many workers as cores, or the one that few rows have."""
     encode = writing._encode
     monkeypatch.setattr(writing, "_WORTH_WORKERS", 10)
-    monkeypatch.setattr(writing, "_CHUNK", 8)
+    monkeypatch.setattr(writing, "CHUNK", 8)
     monkeypatch.setattr(writing, "seconds_for", lambda chunk: 2.0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
 
@@ -346,7 +346,7 @@ def test_order_of_the_file_does_not_matter(tmp_path, monkeypatch):
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_bytes_depend_on_no_number_of_workers(workers, tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "_WORTH_WORKERS", 10)
-    monkeypatch.setattr(writing, "_CHUNK", 16)
+    monkeypatch.setattr(writing, "CHUNK", 16)
     rows = pairs(150) + [{"prompt": f"Long {i}", "completion": "x" * 300} for i in range(20)]
     for name, cores in (("one", {0}), ("several", set(range(workers)))):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores)

@@ -24,7 +24,7 @@ from stages import prepare
 from stages.preparing.messages import Unusable
 from stages.preparing.recognizing import recognize
 from stages.shared import opening, parquet_rows
-from stages.shared.params import Dataset
+from stages.shared.params import Source
 from stages.shared.process import StageError
 from stages.shared.readers import files_to_read, read_file
 
@@ -333,7 +333,7 @@ SHARDS = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-
 def test_files_of_a_split(files, card, dataset, eval_file, expected, tmp_path):
     write(tmp_path, files, card)
     local = {"source": "local", "id": "data/source/x", "revision": None, "config": None}
-    section = Dataset(**{**local, "split": None, **dataset})
+    section = Source(**{**local, "split": None, **dataset})
     chosen, given = files_to_read(tmp_path, section, eval_file)
     assert chosen + given == expected
     assert bool(given) == (eval_file is not None)
@@ -376,7 +376,7 @@ def test_no_file_of_a_split(files, card, dataset, message, tmp_path):
     write(tmp_path, files, card)
     local = {"id": "data/source/x", "revision": None, "config": None, "split": None}
     with pytest.raises(StageError, match=message):
-        files_to_read(tmp_path, Dataset(**{**local, **dataset}), None)
+        files_to_read(tmp_path, Source(**{**local, **dataset}), None)
 
 
 def write(folder: Path, files: list[str], card: str) -> None:

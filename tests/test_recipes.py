@@ -30,7 +30,7 @@ STAGES = [
 SMALL = {
     "model": {"source": "local", "id": "tiny", "revision": None},
     "dataset": {"source": "local", "id": "data/source/rows.jsonl", "revision": None},
-    "prepare": {"eval_rows": 8, "max_length": 256},
+    "prepare": {"eval_rows": 8, "max_length": 256, "group_by": None},
     "evaluate": {"samples": 2, "max_answer_tokens": 16},
 }
 
@@ -54,6 +54,14 @@ def make_rows(path, form):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def mix_local(params: dict, source):
+    """Put text files into the folder `source` where the recipe mixes further sources."""
+    for number, entry in enumerate(params["dataset"]["mix"] or []):
+        file = source / f"general-{number}.jsonl"
+        file.write_text("".join(f'{{"text": "Night {i} fell."}}\n' for i in range(30)))
+        entry |= {"source": "local", "id": f"data/source/{file.name}", "revision": None}
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_runs_end_to_end(recipe, tmp_path):
     text = recipe.read_text()
@@ -62,11 +70,13 @@ def test_recipe_runs_end_to_end(recipe, tmp_path):
     shutil.rmtree(folder / "tiny")
     params = yaml.safe_load(text)
     family, form = recipe.stem.split("-")[0], params["prepare"]["format"]
-    # As the models of the recipes: a BOS, Llama's names of the projections, and no chat template
-    # but Qwen's own.
-    make_tokenizer(folder / "tiny", chat_template=CHATML if family == "qwen" else None)
-    make_model(folder / "tiny", {"qwen": "qwen2"}.get(family, family))
+    # As the models of the recipes: a BOS, Llama's names of the projections, and a chat template
+    # where the model has its own.
+    chatty = family in ("qwen", "smollm2")
+    make_tokenizer(folder / "tiny", chat_template=CHATML if chatty else None)
+    make_model(folder / "tiny", {"qwen": "qwen2", "smollm2": "llama"}.get(family, family))
     make_rows(folder / "data/source/rows.jsonl", form)
+    mix_local(params, folder / "data/source")
     for section, values in SMALL.items():
         params[section] |= values
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
@@ -79,4 +89,6 @@ def test_recipe_runs_end_to_end(recipe, tmp_path):
     assert targets["r"] == params["lora"]["r"]
     evaluated = json.loads((folder / "metrics/eval.json").read_text())
     assert evaluated["tuned_perplexity"] < evaluated["base_perplexity"]
+    scored = [key for key in evaluated if key.startswith("source_") and "tuned_perplexity" in key]
+    assert len(scored) == 3 * len(params["dataset"]["mix"] or [])
     assert (folder / "models/release/model.safetensors").exists()

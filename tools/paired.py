@@ -9,17 +9,19 @@ import csv
 import functools
 import io
 import math
+import re
 from typing import NamedTuple
 
 from stages.evaluating.bootstrap import p_value
 from stages.shared.process import StageError
 from stages.shared.screen import on_screen
+from stages.shared.sets import stem_of
 from tools.revision import Revision
 
 ROWS = "metrics/rows.csv"
 EVAL, ANSWERS = "metrics/eval.json", "metrics/answers.json"
-# What the metrics of a set begin with -> what rows.csv calls it.
-SETS = {"retention_": "retention", "group_": "group", "": "eval"}
+# What the metrics of a set may begin with.
+PREFIX = re.compile(r"((retention|group|source_\d+)_)?")
 BY_NLL = ("perplexity", "bits_per_byte")
 Scores = dict[tuple[str, str], dict[str, float]]
 
@@ -74,7 +76,7 @@ class Pairs:
     @functools.cache  # noqa: B019 (two of them in a process, which then ends)
     def of(self, path: str, key: str) -> Paired | None:
         """The comparison of a metric; None for one that is no mean over rows that both scored."""
-        prefix = next(prefix for prefix in SETS if key.startswith(prefix))
+        prefix = PREFIX.match(key)[0]  # type: ignore[index]  # It matches nothing too.
         who, _, name = key.removeprefix(prefix).partition("_")
         if path == EVAL and who in ("base", "tuned") and name in BY_NLL:
             plus, minus = f"{who}_nll", None
@@ -87,7 +89,7 @@ class Pairs:
         differences = []
         for row, new in self.now.items():
             old = self.before.get(row, {})
-            if row[0] == SETS[prefix] and old.get("tokens") == new.get("tokens"):
+            if row[0] == stem_of(prefix) and old.get("tokens") == new.get("tokens"):
                 earlier, after = (_value(side, plus, minus) for side in (old, new))
                 if earlier is not None and after is not None:
                     differences.append(after - earlier)

@@ -26,7 +26,7 @@ from stages.evaluating.bootstrap import interval, p_value
 from stages.evaluating.generation import Answer, answers
 from stages.shared.params import Evaluate
 from stages.shared.process import StageError
-from stages.shared.sets import HELD_OUT, SET_NAMES
+from stages.shared.sets import set_name, stem_of
 
 WHO = ("base", "tuned")
 _CHRF = CHRF()
@@ -123,10 +123,11 @@ def answered(
 
     Rows without a prompt (plain text, later parts of a split row) cannot be answered.
     """
+    asked = {prefix: some for prefix, rows in sets.items() if (some := _with_prompt(rows))}
     chosen = [
         (prefix, place, row)
-        for i, (prefix, rows) in enumerate(sets.items())
-        for place, row in _with_prompt(rows)[: (params.samples + i) // len(sets)]
+        for i, (prefix, some) in enumerate(asked.items())
+        for place, row in some[: (params.samples + i) // len(asked)]
     ]
     if not chosen:
         return []
@@ -182,7 +183,7 @@ def sample(one: Answered) -> dict:
     """One line of metrics/samples.jsonl."""
     return {
         "row": one.row,
-        "set": SET_NAMES[HELD_OUT[one.prefix]].removesuffix("s"),
+        "set": set_name(stem_of(one.prefix)).replace("rows", "row").removesuffix("s"),
         "prompt": one.prompt,
         "reference": one.reference,
         **{who: answer.text for who, answer in one.answers.items()},

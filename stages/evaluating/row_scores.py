@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from stages.evaluating.answers import WHO, Answered
 from stages.shared.scoring import Scores
+from stages.shared.sets import stem_of
 
 
 def rows_csv(scored: dict[str, dict[str, Scores]], found: Sequence[Answered]) -> str:
@@ -23,7 +24,7 @@ def rows_csv(scored: dict[str, dict[str, Scores]], found: Sequence[Answered]) ->
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["set", "row", "tokens", "base_nll", "tuned_nll", *columns])
     for prefix, scores in scored.items():
-        name = prefix.removesuffix("_") or "eval"
+        name = stem_of(prefix)
         for place, tokens in enumerate(scores["base"].tokens):
             nll = [_short(scores[who].nll[place]) for who in WHO]
             own = answered.get((prefix, place))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stages.shared.dataset_card import listed_files, matching, read_card
 from stages.shared.hub import Repository
-from stages.shared.params import Dataset
+from stages.shared.params import Source
 from stages.shared.process import StageError
 from stages.shared.screen import tell
 from stages.shared.sources import Folder, keep_only, write_source
@@ -17,7 +17,7 @@ METADATA = re.compile(r"(^|/)(dataset_infos?|dataset_dict|state|source)\.json$|(
 ABOUT = re.compile(r"(^README\.md|(^|/)(licen[cs]e|notice)[^/]*)$", re.IGNORECASE)
 
 
-def data_files(files: dict[str, int], section: Dataset, wanted: re.Pattern = DATA) -> list[str]:
+def data_files(files: dict[str, int], section: Source, wanted: re.Pattern = DATA) -> list[str]:
     """The names of `files` that hold data: those that `wanted` matches.
 
     Raises StageError when there are none, or at an archive in a local data set; an archive on the
@@ -43,7 +43,7 @@ def data_files(files: dict[str, int], section: Dataset, wanted: re.Pattern = DAT
     return names
 
 
-def of_configuration(names: list[str], card: dict, section: Dataset) -> list[str]:
+def of_configuration(names: list[str], card: dict, section: Source) -> list[str]:
     """The files of one configuration as README.md lists them; all where it lists none.
 
     Every split of it is kept: prepare.eval_file may name another than dataset.split.
@@ -59,14 +59,12 @@ def of_configuration(names: list[str], card: dict, section: Dataset) -> list[str
     return chosen
 
 
-def fetch(
-    source: Repository | Folder, section: Dataset, out: Path, wanted: re.Pattern
-) -> list[str]:
+def fetch(source: Repository | Folder, section: Source, out: Path, wanted: re.Pattern) -> list[str]:
     """Copy or download the data files that `wanted` matches, with README.md and licence.
 
     Gives the names of the data files.
     """
-    stage = "fetch_data" if section.section == "dataset" else f"fetch_{section.section}"
+    stage = "fetch_retention" if section.section == "retention" else "fetch_data"
     about = [name for name in source.files if ABOUT.search(name)]
     names = data_files(source.files, section, wanted)
     source.get(about, out)

@@ -19,7 +19,7 @@ from stages.shared.params import Prepare
 from stages.shared.process import StageError
 from stages.shared.rows import IGNORED
 from stages.shared.screen import on_screen, tell
-from stages.shared.sets import HELD_OUT, SET_NAMES
+from stages.shared.sets import SET_NAMES
 
 # More dropped rows than this and the data, or the parameters, are not what they seem.
 MOST_DROPPED = 0.5
@@ -106,28 +106,32 @@ def unused_of(sets: dict[str, Written], unused: int, given: bool) -> dict[str, i
 def metrics_of(
     store: Store,
     sets: dict[str, Written],
-    counts: dict[str, int],
-    drops: list[Drops],
+    removed: dict[str, np.ndarray],
+    drops: list[list[Drops]],
     params: Prepare,
+    of: np.ndarray,
 ) -> dict:
     """metrics/data.json. Rows of the store that are in no set and not dropped are unused.
 
-    counts: duplicates of both kinds.
+    removed: rows that others make needless, by what they are counted as; drops: of each source,
+    while reading and while writing; of: int [N], the source of each row of the store.
     """
-    dropped = sum((each.counts for each in drops), Counter())
+    counts = {name: len(rows) for name, rows in removed.items()}
+    dropped = sum((each.counts for both in drops for each in both), Counter())
     sources = {name: np.unique(written.rows[:, 0]) for name, written in sets.items()}
     used = sum(map(len, sources.values()))
-    held_out = np.concatenate([sources[name] for name in sets if name != "train"])
-    rows_in = drops[0].seen
+    judging = [rows for name, rows in sources.items() if name not in ("train", "validation")]
+    held_out = np.concatenate(judging)
+    validation = sources.get("validation", held_out[:0])
+    rows_in = sum(reading.seen for reading, _ in drops)
     metrics: dict[str, float] = {"rows_in": rows_in}
     names = [name for name in SET_NAMES if name in sets or name != "validation"]
     for name in names:
         metrics[f"{name}_examples"] = len(sets[name].rows) if name in sets else 0
     metrics |= counts
-    metrics["leaked_examples"] = len(asked_by(store, sources["train"], held_out))
-    if "validation" in sets:
-        judging = np.concatenate([sources[name] for name in sets if name in HELD_OUT.values()])
-        metrics["leaked_examples"] += len(asked_by(store, sources["validation"], judging))
+    chosen_by = np.concatenate([held_out, validation])
+    metrics["leaked_examples"] = len(asked_by(store, sources["train"], chosen_by))
+    metrics["leaked_examples"] += len(asked_by(store, validation, held_out))
     metrics["dropped_examples"] = dropped.total()
     metrics |= {f"dropped_{reason}_examples": dropped[reason] for reason in REASONS}
     unused = rows_in - used - sum(counts.values()) - dropped.total()
@@ -146,7 +150,37 @@ def metrics_of(
     metrics["length_max"] = int(train.lengths.max())
     packed = packed_bins(train.lengths, params.max_length) * params.max_length
     metrics["packing_efficiency_percent"] = 100 * tokens / packed
+    if len(drops) > 1:
+        for number, both in enumerate(drops):
+            found = source_metrics(number, sets, removed, both, of)
+            metrics |= {f"source_{number}_{name}": value for name, value in found.items()}
     return metrics
+
+
+def source_metrics(
+    number: int,
+    sets: dict[str, Written],
+    removed: dict[str, np.ndarray],
+    drops: list[Drops],
+    of: np.ndarray,
+) -> dict[str, float]:
+    """What came of the rows of one of several sources; the arguments as of `metrics_of`."""
+    train = sets["train"].rows
+    own = train[of[train[:, 0]] == number]
+    held_out = sets[f"source_{number}" if number else "eval"]
+    rows = np.unique(np.concatenate([written.rows[:, 0] for written in sets.values()]))
+    metrics: dict[str, float] = {
+        "rows_in": drops[0].seen,
+        "train_examples": len(own),
+        "eval_examples": len(held_out.rows),
+        "train_tokens": int(own[:, 1].sum()),
+        "eval_tokens": int(held_out.lengths.sum()),
+        "train_share_percent": 100 * len(own) / len(train),
+    }
+    gone = {name: int((of[each] == number).sum()) for name, each in removed.items()}
+    gone["dropped_examples"] = sum(each.counts.total() for each in drops)
+    unused = drops[0].seen - int((of[rows] == number).sum()) - sum(gone.values())
+    return metrics | gone | {"unused_examples": unused}
 
 
 def lengths_table(lengths: np.ndarray, size: int) -> str:

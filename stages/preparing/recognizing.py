@@ -27,10 +27,13 @@ _OTHER_NAMES = {
 _MEANING = ("input", "history")
 
 
-def recognize(name: str, columns: dict[str, str] | None, first: dict, where: str) -> Format:
+def recognize(
+    name: str, columns: dict[str, str] | None, first: dict, where: str, section: str = "prepare"
+) -> Format:
     """The format of a data set by its first row, or the format called `name`, held to that row.
 
-    `columns` maps standard names to the data's own. Raises StageError when nothing fits.
+    `columns` maps standard names to the data's own; `section` of params.yaml has both. Raises
+    StageError when nothing fits.
     """
     own = columns or {}
     known = sorted({c for needed, more in COLUMNS.values() for c in (*needed, *more)})
@@ -38,29 +41,29 @@ def recognize(name: str, columns: dict[str, str] | None, first: dict, where: str
         if standard not in known:
             near = difflib.get_close_matches(standard, known, 1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise StageError(f"params.yaml: prepare.columns: unknown name {standard!r}; {hint}")
+            raise StageError(f"params.yaml: {section}.columns: unknown name {standard!r}; {hint}")
         if column not in first:
             raise StageError(
-                f"{where}: no column {column!r} (prepare.columns.{standard}); "
+                f"{where}: no column {column!r} ({section}.columns.{standard}); "
                 f"the columns are {names_of(first)}"
             )
     # Who names columns gets those alone.
     called = {c: own.get(c, c) if own else _name_in(first, c) for c in known}
     present = {c: column for c, column in called.items() if column in first}
     if name == "auto":
-        name = _recognized(present, own, first, where)
+        name = _recognized(present, own, first, where, section)
     needed, optional = COLUMNS[name]
     for standard in own:
         if standard not in (*needed, *optional):
             raise StageError(
-                f"params.yaml: prepare.columns: format {name} has no {standard!r}, only "
+                f"params.yaml: {section}.columns: format {name} has no {standard!r}, only "
                 f"{', '.join((*needed, *optional))}"
             )
     for column in needed:
         if column not in present:
             raise StageError(
                 f"{where}: no column {own.get(column, column)!r}, which format {name} needs; the "
-                f"columns are {names_of(first)}: name yours in prepare.columns: {{{column}: …}}"
+                f"columns are {names_of(first)}: name yours in {section}.columns: {{{column}: …}}"
             )
     # An optional column may come in a later row alone.
     used = {column: called[column] for column in (*needed, *optional)}
@@ -68,7 +71,9 @@ def recognize(name: str, columns: dict[str, str] | None, first: dict, where: str
     return Format(name, used, shape)
 
 
-def _recognized(present: dict[str, str], own: dict[str, str], first: dict, where: str) -> str:
+def _recognized(
+    present: dict[str, str], own: dict[str, str], first: dict, where: str, section: str
+) -> str:
     for name, (needed, optional) in COLUMNS.items():
         if set(needed) <= present.keys() and own.keys() <= {*needed, *optional}:
             if name == "text" and shape_of(first[present["text"]]):
@@ -79,17 +84,19 @@ def _recognized(present: dict[str, str], own: dict[str, str], first: dict, where
             lost = [present[c] for c in _MEANING if c in present and c not in optional]
             if name == "prompt_completion" and lost and not own:
                 raise StageError(
-                    f"{where}: format {name} would not use {lost[0]!r}; {_remedy(present, first)}, "
-                    "or name prompt and completion alone to leave it out"
+                    f"{where}: format {name} would not use {lost[0]!r}; "
+                    f"{_remedy(present, first, section)}, or name prompt and completion alone to "
+                    "leave it out"
                 )
             return name
     raise StageError(
-        f"{where}: no known format has the columns {names_of(first)}; {_remedy(present, first)}"
+        f"{where}: no known format has the columns {names_of(first)}; "
+        f"{_remedy(present, first, section)}"
     )
 
 
-def _remedy(present: dict[str, str], first: dict) -> str:
-    """The setting of prepare.columns that keeps most columns."""
+def _remedy(present: dict[str, str], first: dict, section: str) -> str:
+    """The setting of `section`.columns that keeps most columns."""
     guess = {
         standard: other
         for standard, others in _OTHER_NAMES.items()
@@ -102,10 +109,10 @@ def _remedy(present: dict[str, str], first: dict) -> str:
         if all(c in guess for c in needed)
     ]
     if not fits:
-        return "name yours in prepare.columns, such as {prompt: question, completion: answer}"
+        return f"name yours in {section}.columns, such as {{prompt: question, completion: answer}}"
     # The first of those that keep as many.
     pairs = max(fits, key=lambda pairs: len(set(pairs.values())))
-    return "set prepare.columns: {" + ", ".join(f"{k}: {v}" for k, v in pairs.items()) + "}"
+    return f"set {section}.columns: {{" + ", ".join(f"{k}: {v}" for k, v in pairs.items()) + "}"
 
 
 def _name_in(first: dict, standard: str) -> str:

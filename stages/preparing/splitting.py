@@ -134,7 +134,8 @@ class Store:
 
     def in_files(self, names: list[str]) -> np.ndarray:
         """bool [N]: which rows come from the files `names`."""
-        return np.isin(self.files, [i for i, path in enumerate(self.paths) if path in names])
+        wanted = set(names)
+        return np.isin(self.files, [i for i, path in enumerate(self.paths) if path in wanted])
 
     def where(self, row: int) -> str:
         return f"{self.paths[self.files[row]]}:{self.lines[row]}"
@@ -191,13 +192,13 @@ def make_pools(store: Store, rows: np.ndarray, given: np.ndarray, params: Prepar
         rows = rows[~np.isin(store.groups[rows], np.concatenate([scored, spare]))]
         group = np.setdiff1d(group, asked_by(store, group, rows))
     train = hash_order(store, rows)
-    held_out = hash_order(store, given) if params.eval_file else train[: most_held_out(train)]
+    held_out = hash_order(store, given) if params.eval_file else may_be_held_out(train)
     return Pools(train, held_out, in_turn(store, hash_order(store, group)))
 
 
-def most_held_out(order: np.ndarray) -> int:
-    """How many rows of `order` at most can be held out."""
-    return int(_MOST_HELD_OUT * len(order) / _MARGIN)
+def may_be_held_out(order: np.ndarray) -> np.ndarray:
+    """Those of rows in hash order that may be held out, so that enough are left to train on."""
+    return order[: int(_MOST_HELD_OUT * len(order) / _MARGIN)]
 
 
 def after_held_out(store: Store, order: np.ndarray, held_out: int) -> np.ndarray:
@@ -248,6 +249,19 @@ def held_out_groups(store: Store, rows: np.ndarray, wanted: int) -> tuple[np.nda
             "name another column, or set it to null"
         )
     return np.array(scored, np.uint64), np.array(spare, np.uint64)
+
+
+def asked_before(store: Store, rows: np.ndarray, given: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """Those of `rows` that ask what a row of an earlier source asks, or one of `given`.
+
+    of: int [N], the source of each row. A question belongs to the first source that asks it, so
+    what one source holds out cannot be trained on through another.
+    """
+    found = [rows[:0]]
+    for number in range(1, of[rows].max(initial=0) + 1):
+        earlier = np.concatenate([given, rows[of[rows] < number]])
+        found.append(asked_by(store, rows[of[rows] == number], earlier))
+    return np.concatenate(found)
 
 
 def asked_by(store: Store, rows: np.ndarray, others: np.ndarray) -> np.ndarray:

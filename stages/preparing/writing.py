@@ -27,7 +27,7 @@ from stages.shared.process import StageError
 from stages.shared.rows import IGNORED, SCHEMA
 
 # Rows in a task and in a record batch: the bytes of a file depend on it.
-_CHUNK = 512
+CHUNK = 512
 # With fewer rows to make, starting workers takes longer than they save.
 _WORTH_WORKERS = 4000
 # Chunks that each worker has been given.
@@ -134,7 +134,7 @@ def _parts(
 ) -> Iterator[tuple[np.ndarray, Part]]:
     """(candidates, part) for each chunk, in order."""
     _job.update(store=store, encoder=encoder)
-    chunks = [candidates[i : i + _CHUNK] for i in range(0, len(candidates), _CHUNK)]
+    chunks = [candidates[i : i + CHUNK] for i in range(0, len(candidates), CHUNK)]
     workers = len(os.sched_getaffinity(0)) if wanted >= _WORTH_WORKERS else 1
     yield from zip(chunks, _encode_in_processes(chunks, workers), strict=True)
 

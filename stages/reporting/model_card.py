@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from stages.reporting.page import to_markdown
 from stages.reporting.report import sections
-from stages.reporting.results import Results, scored_sets, title
+from stages.reporting.results import Results, data_sources, scored_sets, title
 
 # Left out of the card: of no use to whoever only wants to use the model.
 LEFT_OUT = ("Memory",)
@@ -42,8 +42,11 @@ print(tokenizer.decode(output[0][inputs["input_ids"].shape[1]:], skip_special_to
 
 def shows_rows(results: Results) -> bool:
     """Whether the card may hold rows, by export.rows_in_card and where the data is from."""
-    data, wish = results.data_source, results.params["export"]["rows_in_card"]
-    public = data["source"] in ("hub", "pypi") and not data.get("private")
+    wish = results.params["export"]["rows_in_card"]
+    public = all(
+        data["source"] in ("hub", "pypi") and not data.get("private")
+        for data in data_sources(results).values()
+    )
     return wish == "always" or (wish == "public" and public)
 
 
@@ -54,13 +57,16 @@ def without_places(results: Results) -> Results:
     if model["source"] == "local":
         name = Path(model["id"]).name
         model, params["model"] = model | {"id": name}, params["model"] | {"id": name}
+    data, params["dataset"] = (
+        each | {"mix": [_hidden(one) for one in each["mix"]]} if each.get("mix") else each
+        for each in (data, params["dataset"])
+    )
     if data["source"] == "local":
-        data = data | {"id": LOCAL_DATA, "files": {}}
-        params["dataset"] = params["dataset"] | {"id": LOCAL_DATA}
+        data, params["dataset"] = _hidden(data), _hidden(params["dataset"])
         if params["prepare"]["eval_file"]:
             params["prepare"] = params["prepare"] | {"eval_file": LOCAL_DATA}
+    text = _hidden(text)
     if text.get("source") == "local":
-        text = text | {"id": LOCAL_DATA, "files": {}}
         params["retention"] = results.params["retention"] | {"id": LOCAL_DATA}
     return replace(
         results,
@@ -71,10 +77,18 @@ def without_places(results: Results) -> Results:
     )
 
 
+def _hidden(source: dict) -> dict:
+    """A source, or the section of params.yaml that names it, without the place where it lies."""
+    if source.get("source") != "local":
+        return source
+    return source | {"id": LOCAL_DATA} | ({"files": {}} if "files" in source else {})
+
+
 def model_card(results: Results) -> str:
     """README.md with YAML metadata; ids that the Hub does not know stay out of the metadata."""
     results, rows = without_places(results), shows_rows(results)
-    base, data = results.model_source, results.data_source
+    base, sources = results.model_source, data_sources(results)
+    hub = dict.fromkeys(each["id"] for each in sources.values() if each["source"] == "hub")
     shown = dict.fromkeys(("exact_match", "rouge_l", "chrf"), results.answers)
     shown["perplexity"] = results.eval
     tags = (
@@ -85,7 +99,7 @@ def model_card(results: Results) -> str:
     card = ModelCardData(
         model_name=title(results),
         base_model=base["id"] if base["source"] == "hub" else None,
-        datasets=[data["id"]] if data["source"] == "hub" and results.train else None,
+        datasets=[*hub] if hub and results.train else None,
         license=base["license"].lower() if base["license"] else None,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -93,8 +107,8 @@ def model_card(results: Results) -> str:
         eval_results=[
             EvalResult(
                 task_type="text-generation",
-                dataset_type=data["id"],
-                dataset_name=data["id"],
+                dataset_type=sources.get(prefix, sources[""])["id"],
+                dataset_name=sources.get(prefix, sources[""])["id"],
                 dataset_split=name,
                 metric_type=metric,
                 metric_value=values[f"{prefix}tuned_{metric}"],

@@ -3,12 +3,12 @@
 import yaml
 
 from stages.reporting.page import Mono, Paragraph, Section, Table, facts
-from stages.reporting.results import Results, scored_sets
+from stages.reporting.results import Results, data_sources, scored_sets, source_name
 from stages.shared.provenance import made_with
 
 
 def what(results: Results) -> Section:
-    named = {"Base model": results.model_source, "Data": results.data_source}
+    named = _named(results)
     if results.retention_source:
         named["Text of another domain"] = results.retention_source
     sources = _sources(named)
@@ -30,6 +30,12 @@ def what(results: Results) -> Section:
         "Effective batch": train["batch_size"] * train["gradient_accumulation"],
     }
     return Section("What was trained on what", [sources, facts(settings)])
+
+
+def _named(results: Results) -> dict[str, dict]:
+    """What the model was made of, by what people call it."""
+    data = {source_name(prefix): source for prefix, source in data_sources(results).items()}
+    return {"Base model": results.model_source} | data
 
 
 def _sources(named: dict[str, dict]) -> Table:
@@ -63,10 +69,9 @@ def parameters(params: dict) -> Section:
 
 
 def hashes(results: Results) -> Section:
-    sources = {"Base model": results.model_source, "Data": results.data_source}
     rows = [
         [f"{kind}: {name}", Mono(digest)]
-        for kind, source in sources.items()
+        for kind, source in _named(results).items()
         for name, digest in sorted(source["files"].items())
     ]
     rows += [

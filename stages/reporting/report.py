@@ -25,7 +25,7 @@ from stages.reporting.results import (
     scored_sets,
 )
 from stages.shared.provenance import made_with
-from stages.shared.sets import SET_NAMES
+from stages.shared.sets import set_name
 
 SHOWN_CHARACTERS = 2000
 MEASURES = {
@@ -253,7 +253,7 @@ def _memory_table(plan: dict, cost: dict, eval_cost: dict) -> Table:
 def _data(results: Results, rows: bool) -> Section:
     prepared, sample = results.prepared, results.prepared["sample"]
     counts = [
-        [SET_NAMES[name], *(number(values[key]) for key in ("rows", "tokens", "learned_tokens"))]
+        [set_name(name), *(number(values[key]) for key in ("rows", "tokens", "learned_tokens"))]
         for name, values in prepared["splits"].items()
     ]
     text = (

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from stages.shared.sets import HELD_OUT, SET_NAMES
+from stages.shared.sets import held_out, set_name, stem_of
 
 MEMORY_PARTS = ("weights", "adapter", "optimizer", "activations", "logits", "overhead")
 
@@ -38,8 +38,9 @@ class Results:
 
 def scored_sets(results: Results) -> dict[str, str]:
     """Metric prefix and name of each set that was scored."""
-    scored = {p: name for p, name in HELD_OUT.items() if f"{p}tuned_perplexity" in results.eval}
-    return {prefix: SET_NAMES[name] for prefix, name in scored.items()}
+    keys = [key.removesuffix("tuned_perplexity") for key in results.eval]
+    scored = held_out([stem_of(key) for key in keys])
+    return {prefix: set_name(stem_of(prefix)) for prefix in scored}
 
 
 def main_measure(results: Results) -> str:
@@ -47,9 +48,21 @@ def main_measure(results: Results) -> str:
     return next(iter(results.params["evaluate"]["measures"]), "exact_match")
 
 
+def data_sources(results: Results) -> dict[str, dict]:
+    """Metric prefix -> where the rows of that source come from: of the data set, and of what
+    dataset.mix mixes with it."""
+    mixed = results.data_source.get("mix", [])
+    return {"": results.data_source} | {f"source_{i}_": each for i, each in enumerate(mixed, 1)}
+
+
+def source_name(prefix: str) -> str:
+    return f"Data, {prefix.replace('_', ' ').strip()}" if prefix else "Data"
+
+
 def title(results: Results) -> str:
     if results.train:
-        return f"{results.model_source['id']} tuned on {results.data_source['id']}"
+        ids = dict.fromkeys(source["id"] for source in data_sources(results).values())
+        return f"{results.model_source['id']} tuned on {' and '.join(ids)}"
     return f"{results.model_source['id']} with an adapter from elsewhere"
 
 

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, ValidationError
 
 from stages.shared.bounded import bounded
 from stages.shared.foreign import Foreign, fault
-from stages.shared.params import Dataset
+from stages.shared.params import Source
 from stages.shared.process import StageError
 from stages.shared.screen import tell
 
@@ -101,7 +101,7 @@ def _warning(reason: str) -> str:
     return f"warning: the head of README.md: {reason}: licence or configurations are unknown"
 
 
-def listed_files(card: dict, section: Dataset) -> dict[str | None, list[str]]:
+def listed_files(card: dict, section: Source) -> dict[str | None, list[str]]:
     """Split -> patterns of the files of `section.config`; under None those without a split.
 
     Empty where the card lists no configurations. Raises StageError when it lists others.

@@ -10,6 +10,7 @@ import difflib
 import functools
 import re
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -81,6 +82,10 @@ NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Text = Annotated[str, BeforeValidator(_text)]
 Template = Annotated[str, BeforeValidator(_template)]
+RowFormat = Literal[
+    "auto", "text", "prompt_completion", "alpaca", "messages", "sharegpt", "rendered"
+]
+Columns = dict[Text, Text] | None
 
 
 def measures_in(source: str) -> list[str]:
@@ -116,7 +121,7 @@ class Model(Section):
         return []
 
 
-class Dataset(Model):
+class Source(Model):
     # What the section is called, for messages.
     section: ClassVar[str] = "dataset"
     config: Text | None
@@ -134,16 +139,35 @@ class Dataset(Model):
         return found
 
 
-class Retention(Dataset):
+class Mixed(Source):
+    section: ClassVar[str] = "dataset.mix"
+    share: Annotated[float, Field(gt=0, lt=1)]
+    format: RowFormat
+    columns: Columns
+
+
+class Dataset(Source):
+    mix: Annotated[list[Mixed], Field(min_length=1)] | None
+
+    def conflicts(self) -> list[str]:
+        found = super().conflicts()
+        total = sum(Fraction(str(each.share)) for each in self.mix or [])
+        if total >= 1:
+            found.append(
+                f"mix: the shares add up to {float(total):g} of the training rows, and leave none "
+                f"for {self.id}; keep them below 1"
+            )
+        return found
+
+
+class Retention(Source):
     section: ClassVar[str] = "retention"
     tokens: Count
 
 
 class Prepare(Section):
-    format: Literal[
-        "auto", "text", "prompt_completion", "alpaca", "messages", "sharegpt", "rendered"
-    ]
-    columns: dict[Text, Text] | None
+    format: RowFormat
+    columns: Columns
     template: Template
     loss_on: Literal["completion", "assistant", "all"]
     max_length: Annotated[int, Field(ge=8)]
@@ -269,10 +293,8 @@ def known_keys(section: type[Section] = Params, prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        # A section that may be null is one of several types.
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, Section):
-                keys += known_keys(kind, f"{prefix}{name}.")
+        for inside in _sections_of(field.annotation):
+            keys += known_keys(inside, f"{prefix}{name}.")
     return keys
 
 
@@ -284,6 +306,13 @@ _OF_LORA = {
     "pissa|olora|init": "starts that change the base's own weights (PiSSA, OLoRA and others) are "
     "not supported: PEFT refuses a 4-bit base, or quantizes it a second time",
 }
+def _sections_of(kind: Any) -> list[type[Section]]:
+    """The sections that a type holds, also where they may be null or stand in a list."""
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return [kind]
+    return [section for each in get_args(kind) for section in _sections_of(each)]
+
+
 # Where the file's own words are clearer.
 _RULES = {
     "model_type": "must be a section with keys",
@@ -314,21 +343,28 @@ def _siblings(section: str) -> str:
     return f"; {section or 'the file'} has {', '.join(names)}"
 
 
+def _without_numbers(place: tuple[int | str, ...]) -> str:
+    """A place in the file as `known_keys` has it: without the numbers of entries of a list."""
+    return ".".join(part for part in place if isinstance(part, str))
+
+
 def _messages(error: ErrorDetails) -> list[str]:
     """One pydantic error as lines `key: what is wrong (got value)`."""
     kind, got, context = error["type"], error["input"], error.get("ctx", {})
     parts = [str(part) for part in error["loc"] if part != "[key]"]
     key = ".".join(on_screen(part, 60) for part in parts)
     if kind in ("extra_forbidden", "invalid_key"):
-        *above, name = parts
-        if "." in name and name in known_keys():
-            section, _, name = name.partition(".")
-            return [f"{key}: unknown key; write {name} below {section}"]
-        for asked, said in _OF_LORA.items() if above == ["lora"] else ():
-            if re.search(asked, name.casefold()):
+        if "." in parts[-1] and parts[-1] in known_keys():
+            whose, _, below = parts[-1].partition(".")
+            return [f"{key}: unknown key; write {below} below {whose}"]
+        section = _without_numbers(error["loc"][: len(parts) - 1])
+        for asked, said in _OF_LORA.items() if section == "lora" else ():
+            if re.search(asked, parts[-1].casefold()):
                 return [f"{key}: {said}"]
-        return [f"{key}: unknown key{_near_key(key) or _siblings('.'.join(above))}"]
-    if kind == "value_error" and (not key or (key in Params.model_fields and key != "seed")):
+        near = _near_key(f"{section}.{parts[-1]}" if section else parts[-1])
+        return [f"{key}: unknown key{near or _siblings(section)}"]
+    sections = {"", *(name.rpartition(".")[0] for name in known_keys())}
+    if kind == "value_error" and _without_numbers(error["loc"]) in sections:
         prefix = f"{key}." if key else ""
         return [f"{prefix}{line}" for line in str(context["error"]).split("\n")]
     said = f"{key}: {_RULES.get(kind) or rule(error)}"

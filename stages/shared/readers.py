@@ -14,7 +14,7 @@ from stages.shared.csv_rows import read_csv
 from stages.shared.dataset_card import listed_files, matching, read_card
 from stages.shared.json_rows import read_json, read_jsonl
 from stages.shared.opening import COMPRESSED, check_data
-from stages.shared.params import Dataset
+from stages.shared.params import Source
 from stages.shared.parquet_rows import read_parquet
 from stages.shared.process import StageError
 
@@ -37,7 +37,7 @@ _SHARD = re.compile(r"(?P<split>\w+)-\d{5}-of-(?P<count>\d{5})")
 
 
 def files_to_read(
-    folder: Path, dataset: Dataset, eval_file: str | None
+    folder: Path, dataset: Source, eval_file: str | None
 ) -> tuple[list[str], list[str]]:
     """Names of the files in `folder`: those to split or train on, and the held-out set's."""
     names = sorted(
@@ -56,11 +56,11 @@ def files_to_read(
     if not chosen:
         raise StageError(f"{folder}: no data file; name another source in {dataset.section}.id")
     if dataset.source != "hub":
-        _check_together(folder, chosen)
+        _check_together(folder, chosen, dataset)
     return chosen, given
 
 
-def _check_together(folder: Path, names: list[str]) -> None:
+def _check_together(folder: Path, names: list[str], dataset: Source) -> None:
     """Raise StageError for files of several splits: who put them there may not want them mixed."""
     splits = {name: split_of(name) for name in names}
     aside = [name for name in names if _word_of(name) in ("test", "validation")]
@@ -68,9 +68,11 @@ def _check_together(folder: Path, names: list[str]) -> None:
         other = next(name for name in names if name not in aside)
         shards = [name for name in aside if splits[name] == splits[aside[0]]]
         pattern = _SHARD.sub(r"\g<split>-*", aside[0]) if len(shards) > 1 else "it"
+        # A further source of a mix has no evaluation file.
+        named = f"name {pattern} in prepare.eval_file, or " if dataset.section == "dataset" else ""
         raise StageError(
-            f"{folder}: {aside[0]} stands beside {other}; name {pattern} in prepare.eval_file, or "
-            f"take {'them' if len(shards) > 1 else 'it'} out of the folder"
+            f"{folder}: {aside[0]} stands beside {other}; {named}take "
+            f"{'them' if len(shards) > 1 else 'it'} out of the folder"
         )
     sharded = {splits[name]: name for name in names if splits[name] and _SHARD.search(name)}
     if len(sharded) > 1:
@@ -81,7 +83,7 @@ def _check_together(folder: Path, names: list[str]) -> None:
         )
 
 
-def _of_split(folder: Path, names: list[str], dataset: Dataset) -> list[str]:
+def _of_split(folder: Path, names: list[str], dataset: Source) -> list[str]:
     """Those of `names` that hold dataset.split (null: "train") by README.md or by name."""
     wanted = dataset.split or "train"
     listed = listed_files(read_card(folder), dataset)
@@ -97,7 +99,8 @@ def _of_split(folder: Path, names: list[str], dataset: Dataset) -> list[str]:
     if not chosen:
         there = splits or sorted({split_of(name) or name for name in names})
         raise StageError(
-            f"{dataset.section}.split: no file of split {wanted}; there is {', '.join(there)}"
+            f"{dataset.section}.split: {dataset.id} has no file of split {wanted}; there is "
+            f"{', '.join(there)}"
         )
     return chosen
 

@@ -1,11 +1,13 @@
 """The rows that `prepare` writes and every later stage reads.
 
-data/prepared holds train.arrow, eval.arrow and, where asked for, group.arrow and validation.arrow
-(Arrow IPC streams: memory-mapped, read without a copy), tokenizer/ (the tokenizer with its template
-and pad token settled), source.json (where the data came from) and prepared.json. Columns of a set:
+data/prepared holds train.arrow, eval.arrow and, where asked for, group.arrow, validation.arrow and,
+with dataset.mix, source_1.arrow and so on, the held-out rows of further sources (Arrow IPC streams:
+memory-mapped, read without a copy), tokenizer/ (the tokenizer with its template and pad token
+settled), source.json (where the data came from) and prepared.json. Columns of a set:
 
-    row            text    file and line, such as `train.jsonl:12`; the second part of a row that
-                           was split is `train.jsonl:12#2`
+    row            text    file and line, such as `train.jsonl:12`, below the source's folder where
+                           there are several (`source_1/train.jsonl:12`); the second part of a row
+                           that was split is `train.jsonl:12#2`
     input_ids      int32   the rendered row, at most prepare.max_length tokens
     labels         int32   input_ids where learned, -100 elsewhere (not shifted)
     prompt_tokens  int32   leading tokens that a person supplies at inference

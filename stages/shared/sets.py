@@ -1,6 +1,13 @@
 """The sets of rows in data/prepared: what they are called, and which are held out. Validation rows
-are not: they decide which state of training is kept, so they cannot judge it."""
+are not: they decide which state of training is kept, so they cannot judge it.
 
+A held-out set is called by what its metrics begin with, its prefix: nothing for the held-out rows
+of the data set, `group_` for those of whole groups, `source_1_` for those of the first further
+source of dataset.mix.
+"""
+
+import re
+from collections.abc import Collection
 from pathlib import Path
 
 from stages.shared.paths import PREPARED
@@ -12,11 +19,28 @@ SET_NAMES = {
     "eval": "held-out rows",
     "group": "held-out groups",
 }
-# What the set's metrics begin with -> stem of the file.
-HELD_OUT = {"": "eval", "group_": "group"}
+_SOURCE = re.compile(r"source_(\d+)")
+
+
+def stem_of(prefix: str) -> str:
+    """Stem of the file of a held-out set, which metrics/rows.csv calls it too."""
+    return prefix.removesuffix("_") or "eval"
+
+
+def set_name(stem: str) -> str:
+    """What people are told that the set in a file of this stem is."""
+    source = _SOURCE.fullmatch(stem)
+    return f"held-out rows of source {source[1]}" if source else SET_NAMES[stem]
+
+
+def held_out(stems: Collection[str]) -> list[str]:
+    """The prefixes of those of `stems` that are held-out sets, in the order they are shown in."""
+    sources = [int(found[1]) for stem in stems if (found := _SOURCE.fullmatch(stem))]
+    there = [prefix for prefix in ("", "group_") if stem_of(prefix) in stems]
+    return there + [f"source_{number}_" for number in sorted(sources)]
 
 
 def held_out_sets(prepared: Path = PREPARED) -> dict[str, Path]:
-    """Metric prefix -> file of each held-out set; only prepare.group_by makes that of groups."""
-    files = {prefix: prepared / f"{name}.arrow" for prefix, name in HELD_OUT.items()}
-    return {prefix: file for prefix, file in files.items() if file.exists()}
+    """Prefix -> file of each held-out set; prepare.group_by and dataset.mix make further ones."""
+    files = {file.stem: file for file in prepared.glob("*.arrow")}
+    return {prefix: files[stem_of(prefix)] for prefix in held_out(files)}

@@ -15,7 +15,7 @@ from stages.shared.dataset_card import license_in, read_card
 from stages.shared.foreign import check_name
 from stages.shared.hub import Repository, hub_errors, repo_type
 from stages.shared.outputs import write_json
-from stages.shared.params import Dataset, Model
+from stages.shared.params import Model, Source
 from stages.shared.process import StageError, sha256
 
 DEFAULT_PACKAGES = Path("requirements-default.lock")
@@ -65,7 +65,7 @@ def _target(path: Path) -> Path:
         raise StageError(f"{path} is a link that leads nowhere; remove it, or fetch it") from None
 
 
-def open_source(kind: str, section: Model | Dataset) -> Repository | Folder:
+def open_source(kind: str, section: Model | Source) -> Repository | Folder:
     """The repository or the folder that `section` of params.yaml names."""
     if section.source == "local":
         path = Path(section.id)
@@ -139,7 +139,7 @@ def keep_only(folder: Path, names: list[str]) -> None:
 
 def write_source(
     folder: Path,
-    section: Model | Dataset,
+    section: Model | Source,
     commit: str | None,
     license: str | None,
     sums: dict[str, str],
