@@ -21,6 +21,8 @@ from stages.training.tracking import Tracker, check_installed, trackers
 
 SHOWN = {"train/loss", "train/learning_rate", "train/grad_norm", "eval/loss"}
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Path:

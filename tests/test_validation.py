@@ -29,6 +29,8 @@ from stages.training.validation import BEST, Validation, best_step, is_due
 TRAIN = {"batch_size": 4, "learning_rate": 0.01}
 ADAPTER = "models/adapter/adapter_model.safetensors"
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory) -> Path:
@@ -64,7 +66,7 @@ def metrics_of(folder: Path) -> dict:
 
 
 def curve_of(folder: Path) -> list[dict]:
-    return list(csv.DictReader((folder / "metrics/curve.csv").open()))
+    return list(csv.DictReader((folder / "metrics/curve.csv").read_text().splitlines()))
 
 
 def test_the_state_of_the_lowest_validation_loss_is_kept_and_named(chosen):

@@ -306,6 +306,8 @@ _OF_LORA = {
     "pissa|olora|init": "starts that change the base's own weights (PiSSA, OLoRA and others) are "
     "not supported: PEFT refuses a 4-bit base, or quantizes it a second time",
 }
+
+
 def _sections_of(kind: Any) -> list[type[Section]]:
     """The sections that a type holds, also where they may be null or stand in a list."""
     if isinstance(kind, type) and issubclass(kind, Section):
