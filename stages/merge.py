@@ -9,6 +9,7 @@ adapter that brings no tokenizer gets that of data/prepared.
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,17 +41,19 @@ from stages.shared.merging import check_rounding, merged_rows
 from stages.shared.named_base import check_named_base
 from stages.shared.paths import ADAPTER, BASE, MERGED, PREPARED, QUANTIZED
 from stages.shared.provenance import provenance
-from stages.shared.weights import INDEX, SINGLE, Weights, write_shard
+from stages.shared.weights import INDEX, SINGLE, Weights, other_names, write_shard
 
 COST = Path("metrics/merge_cost.json")
 
 
 class Sources(NamedTuple):
-    """What is merged: the base's weights, their names by file of the result, updates by name."""
+    """What is merged: the weights of each tensor, their names by file of the result, updates by
+    name, and what the files call a tensor."""
 
-    weights: Weights
+    weights: dict[str, Weights]
     shards: dict[str, list[str]]
     updates: dict[str, Update]
+    key: Callable[[str], str]
 
 
 def check_quantized(base: Weights, quantized: Weights) -> None:
@@ -67,6 +70,8 @@ def check_quantized(base: Weights, quantized: Weights) -> None:
                 f"{quantized.folder}: {name} has shape {quantized.shapes[name]} and in the base "
                 f"{base.shapes.get(name)}; repair it with: python -m tools.repair quantize"
             )
+    if other_names(quantized.folder) is not None:
+        return  # Of a checkpoint with further towers all that quantize found names for is there.
     config = read_json(base.folder / "config.json")
     for name in sorted(set(base.names) - set(quantized.names)):
         # transformers leaves these out when it saves: it has them from elsewhere.
@@ -83,7 +88,7 @@ def write_weights(
     Returns the counts for merge.json and puts the files' SHA-256 into `sums`. Raises StageError
     naming a tensor that `dtype` cannot hold.
     """
-    shapes = sources.weights.shapes
+    shapes = {name: weights.shapes[name] for name, weights in sources.weights.items()}
     file_of = {name: file for file, names in sources.shards.items() for name in names}
     total = sum(torch.Size(shapes[name]).numel() for name in file_of) * dtype.itemsize
     check_space(out.parent, total, "the merged model")
@@ -92,18 +97,18 @@ def write_weights(
 
         def stream(names: list[str]):
             for name in names:
-                blocks = merged_rows(
-                    sources.weights, name, sources.updates.get(name), dtype, device
-                )
+                update = sources.updates.get(name)
+                blocks = merged_rows(sources.weights[name], name, update, dtype, device)
                 for values in check_rounding(name, blocks, flushed):
                     yield values
                     bar.update(values.nbytes / 1e9)
 
         for file, names in sources.shards.items():
-            of_file = {name: shapes[name] for name in names}
+            of_file = {sources.key(name): shapes[name] for name in names}
             sums[file] = write_shard(out / file, of_file, dtype, stream(names))
     if list(sources.shards) != [SINGLE]:
-        index = {"metadata": {"total_size": total}, "weight_map": file_of}
+        of_key = {sources.key(name): file for name, file in file_of.items()}
+        index = {"metadata": {"total_size": total}, "weight_map": of_key}
         write_json(out / INDEX, index, sort_keys=True)
     return {
         "tensors": len(file_of),
@@ -120,15 +125,20 @@ def read_sources(kind: str) -> Sources:
     # Its configuration, tokenizer and licence go into the merged model in any case.
     check_sums(BASE, "fetch_model", weights=kind == "original")
     check_adapter_sums(ADAPTER)
-    base, quantized = Weights(BASE), Weights(QUANTIZED)
+    renamed = other_names(QUANTIZED)
+    base, quantized = Weights(BASE, renamed), Weights(QUANTIZED)
     check_quantized(base, quantized)
+    source = quantized if kind == "dequantized" else base
+    weights = dict.fromkeys(quantized.names, source)
+    if renamed is not None:
+        # Towers for images and sound.
+        weights |= dict.fromkeys(set(base.names) - set(quantized.names), base)
     shards: dict[str, list[str]] = {}
-    for name in quantized.names:
+    for name in sorted(weights):
         shards.setdefault(base.files[name].name, []).append(name)
-    weights = quantized if kind == "dequantized" else base
     updates = read_adapter(ADAPTER, quantized.shapes)
     check_named_base(ADAPTER, BASE)
-    return Sources(weights, shards, updates)
+    return Sources(weights, shards, updates, base.key)
 
 
 def main() -> None:
@@ -140,7 +150,8 @@ def main() -> None:
     sources = read_sources(params.base)
     sums: dict[str, str] = {}
     tokenizer = tokenizer_folder(ADAPTER, PREPARED)
-    where = f"{sources.weights.folder}, {params.dtype}, {device}"
+    source = QUANTIZED if params.base == "dequantized" else BASE
+    where = f"{source}, {params.dtype}, {device}"
     print(f"merge: {len(sources.updates)} updates onto {where}")
     with whole_folder(MERGED, sums=sums) as out:
         counts = write_weights(out, sources, dtype, device, sums)

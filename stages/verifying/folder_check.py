@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from stages.shared.adapter import WEIGHTS
 from stages.shared.outputs import read_json
 from stages.shared.process import StageError, sha256
-from stages.shared.weights import LETTERS, Weights
+from stages.shared.weights import LETTERS, Weights, other_names
 
 # By force: DVC has the wrong files in its cache, whole, and would take them from there.
 AGAIN = "merge it again with: dvc repro --force --single-item merge"
@@ -36,7 +36,7 @@ def check_companions(folder: Path, base: Path, dtype: str) -> None:
         if not (folder / name).exists():
             raise StageError(f"{folder} lacks {name}; {AGAIN}")
     found, expected = (AutoConfig.from_pretrained(f).to_dict() for f in (folder, base))
-    _same(folder / "config.json", found, expected | {"dtype": dtype}, STORAGE)
+    _same(folder / "config.json", found, in_dtype(expected, dtype), STORAGE)
     found = read_json(folder / "generation_config.json")
     if (base / "generation_config.json").exists():
         expected = read_json(base / "generation_config.json")
@@ -44,6 +44,12 @@ def check_companions(folder: Path, base: Path, dtype: str) -> None:
         expected = {key: expected.get(key) for key in found}
     # An end token may have come to it: stages/verifying/tokenizer_check.py.
     _same(folder / "generation_config.json", found, expected, {"eos_token_id"})
+
+
+def in_dtype(config: dict, dtype: str) -> dict:
+    """What a configuration says of weights in `dtype`, each of its towers included."""
+    towers = {k: in_dtype(v, dtype) for k, v in config.items() if k.endswith("_config") and v}
+    return config | {"dtype": dtype} | towers
 
 
 def _same(file: Path, found: dict, expected: dict, but: set[str]) -> None:
@@ -56,10 +62,12 @@ def _same(file: Path, found: dict, expected: dict, but: set[str]) -> None:
 
 def check_headers(merged: Weights, quantized: Weights, base: Weights, dtype: torch.dtype) -> None:
     """Names, shapes, files and types against the base's. Raises StageError naming a tensor."""
-    for name in sorted({*quantized.names, *merged.names}):
+    whole = other_names(quantized.folder) is not None
+    expected = {*base.names} if whole else {*quantized.names}
+    for name in sorted({*expected, *merged.names}):
         if name not in merged.shapes:
             raise StageError(f"{merged.folder} lacks {name}; {AGAIN}")
-        if name not in quantized.shapes:
+        if name not in expected:
             raise StageError(f"{merged.folder} holds {name}, which the base lacks; {AGAIN}")
         where, shape, kind = f"{merged.files[name]}: {name}", base.shapes[name], LETTERS[dtype]
         if merged.shapes[name] != shape:
