@@ -9,7 +9,7 @@ READY := .venv/ready
 # dvc.yaml says `python`: it must be the environment's.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help env repro test test-browser test-serving lint fix compare gate noise harness test-harness experiments chaos
+.PHONY: help env repro test test-browser test-serving families lint fix compare gate noise harness test-harness experiments chaos
 help:  ## Show this list.
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -45,6 +45,9 @@ test-serving: $(READY) .serving/4.57/ready .serving/5/ready  ## Load releases in
 
 chaos: $(READY)  ## Kill the pipeline 400 times and feed it hostile files, an hour; 3 to 20 minutes of it: make chaos PART=writes
 	@python -m tests.chaos $(PART)
+
+families: $(READY)  ## Try tiny models of all families, an hour, or make families NAMES="gemma3 granite"; writes docs/models.md
+	@PYTHONPATH=tests python -m tests.families $(NAMES)
 
 lint: $(READY)  ## Check style, format and types.
 	@ruff check .

@@ -9,7 +9,6 @@ adapter that brings no tokenizer gets that of data/prepared.
 """
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,19 +40,28 @@ from stages.shared.merging import check_rounding, merged_rows
 from stages.shared.named_base import check_named_base
 from stages.shared.paths import ADAPTER, BASE, MERGED, PREPARED, QUANTIZED
 from stages.shared.provenance import provenance
-from stages.shared.weights import INDEX, SINGLE, Weights, other_names, write_shard
+from stages.shared.weights import (
+    INDEX,
+    LETTERS,
+    SINGLE,
+    Entry,
+    Weights,
+    other_names,
+    write_shard,
+)
 
 COST = Path("metrics/merge_cost.json")
 
 
 class Sources(NamedTuple):
-    """What is merged: the weights of each tensor, their names by file of the result, updates by
-    name, and what the files call a tensor."""
+    """What is merged: weights, names of all tensors by file of the result, updates by name, the
+    base, and what is copied from it: other towers than the language model."""
 
-    weights: dict[str, Weights]
+    weights: Weights
     shards: dict[str, list[str]]
     updates: dict[str, Update]
-    key: Callable[[str], str]
+    base: Weights
+    copied: set[str]
 
 
 def check_quantized(base: Weights, quantized: Weights) -> None:
@@ -88,30 +96,38 @@ def write_weights(
     Returns the counts for merge.json and puts the files' SHA-256 into `sums`. Raises StageError
     naming a tensor that `dtype` cannot hold.
     """
-    shapes = {name: weights.shapes[name] for name, weights in sources.weights.items()}
-    file_of = {name: file for file, names in sources.shards.items() for name in names}
-    total = sum(torch.Size(shapes[name]).numel() for name in file_of) * dtype.itemsize
+    weights, base = sources.weights, sources.base
+    entries = {
+        name: base.entry(name)
+        if name in sources.copied
+        else Entry(LETTERS[dtype], weights.shapes[name])
+        for names in sources.shards.values()
+        for name in names
+    }
+    total = sum(entry.nbytes for entry in entries.values())
     check_space(out.parent, total, "the merged model")
     flushed: dict[str, int] = {}
     with tqdm(total=total / 1e9, unit="GB", desc="merge", disable=None) as bar:
 
         def stream(names: list[str]):
             for name in names:
-                update = sources.updates.get(name)
-                blocks = merged_rows(sources.weights[name], name, update, dtype, device)
+                if name in sources.copied:
+                    yield base.read(name)
+                    continue
+                blocks = merged_rows(weights, name, sources.updates.get(name), dtype, device)
                 for values in check_rounding(name, blocks, flushed):
                     yield values
                     bar.update(values.nbytes / 1e9)
 
         for file, names in sources.shards.items():
-            of_file = {sources.key(name): shapes[name] for name in names}
-            sums[file] = write_shard(out / file, of_file, dtype, stream(names))
+            of_file = {base.key(name): entries[name] for name in names}
+            sums[file] = write_shard(out / file, of_file, stream(names))
     if list(sources.shards) != [SINGLE]:
-        of_key = {sources.key(name): file for name, file in file_of.items()}
-        index = {"metadata": {"total_size": total}, "weight_map": of_key}
+        places = {base.key(n): file for file, names in sources.shards.items() for n in names}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
         write_json(out / INDEX, index, sort_keys=True)
     return {
-        "tensors": len(file_of),
+        "tensors": len(entries),
         "updated_tensors": len(sources.updates),
         "bytes": total,
         "flushed_to_zero": sum(flushed.values()),
@@ -128,17 +144,14 @@ def read_sources(kind: str) -> Sources:
     renamed = other_names(QUANTIZED)
     base, quantized = Weights(BASE, renamed), Weights(QUANTIZED)
     check_quantized(base, quantized)
-    source = quantized if kind == "dequantized" else base
-    weights = dict.fromkeys(quantized.names, source)
-    if renamed is not None:
-        # Towers for images and sound.
-        weights |= dict.fromkeys(set(base.names) - set(quantized.names), base)
+    copied = set() if renamed is None else set(base.names) - set(quantized.names)
     shards: dict[str, list[str]] = {}
-    for name in sorted(weights):
+    for name in sorted({*quantized.names, *copied}):
         shards.setdefault(base.files[name].name, []).append(name)
     updates = read_adapter(ADAPTER, quantized.shapes)
     check_named_base(ADAPTER, BASE)
-    return Sources(weights, shards, updates, base.key)
+    weights = quantized if kind == "dequantized" else base
+    return Sources(weights, shards, updates, base, copied)
 
 
 def main() -> None:
@@ -150,8 +163,7 @@ def main() -> None:
     sources = read_sources(params.base)
     sums: dict[str, str] = {}
     tokenizer = tokenizer_folder(ADAPTER, PREPARED)
-    source = QUANTIZED if params.base == "dequantized" else BASE
-    where = f"{source}, {params.dtype}, {device}"
+    where = f"{sources.weights.folder}, {params.dtype}, {device}"
     print(f"merge: {len(sources.updates)} updates onto {where}")
     with whole_folder(MERGED, sums=sums) as out:
         counts = write_weights(out, sources, dtype, device, sums)

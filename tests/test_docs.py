@@ -11,6 +11,7 @@ PAGES = (
     "CHANGELOG.md",
     "docs/evaluation.md",
     "docs/memory.md",
+    "docs/models.md",
     "docs/recovery.md",
     "docs/scale.md",
 )

@@ -174,6 +174,10 @@ REFUSED = {
         "tiny is a model for images and text of a kind (paligemma) whose language model is not "
         "known to work by itself; of those, gemma3, gemma4, ",
     ),
+    "towers with a causal class": (
+        edit("config.json", model_type="mllama", architectures=["MllamaForConditionalGeneration"]),
+        "tiny is a model for images and text of a kind (mllama) whose language model is not known",
+    ),
     "transposed": (
         edit("config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"]),
         "tiny: its weights are stored transposed (transformer.h.0.attn.c_attn is a Conv1D), which",

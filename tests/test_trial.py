@@ -12,9 +12,10 @@ from stages.shared.model import load_base
 from stages.shared.params import Params
 from stages.shared.placement import Placement
 from stages.shared.process import StageError
-from stages.training import fused_lora
+from stages.training import attention, fused_lora
 from stages.training import trainer as trainer_module
 from stages.training.trainer import TrainingSet, build_trainer
+from tests.test_attention import reference
 from tests.tiny import PARAMS, make_model, make_tokenizer
 
 CPU = torch.device("cpu")
@@ -89,6 +90,25 @@ def test_a_trial_leaves_everything_as_it_was_and_says_nothing(build, fast, capsy
 def leaking(monkeypatch):
     """Rows that lie behind each other see each other: some families build masks of their own."""
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda *_: None)
+
+
+VARIABLE = FastPath("varlen", padding_free=True, liger=False, fused_lora=False)
+
+
+@pytest.mark.parametrize("arch", ["llama", "stablelm"])
+def test_variable_length_attention_is_held_to_that_of_transformers(
+    build, arch, capsys, monkeypatch
+):
+    """stablelm does not tell it where rows begin."""
+    monkeypatch.setattr(attention, "varlen_attn", reference)
+    trainer = build(VARIABLE, arch)
+    assert trainer.model.config._attn_implementation == "varlen"
+    assert trainer.args.padding_free == (arch == "llama")
+    assert ("they are padded" in capsys.readouterr().out) == (arch == "stablelm")
+    assert loss_of(trainer) == pytest.approx(loss_of(build(PLAIN, arch)), rel=1e-5)
+    monkeypatch.setattr(attention, "varlen_attn", lambda *args, **options: args[2])
+    with pytest.raises(StageError, match=rf"^train.attention: varlen does not have .* of {arch}"):
+        build(VARIABLE, arch)
 
 
 def test_packs_whose_rows_see_each_other_are_refused(build, leaking):

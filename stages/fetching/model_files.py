@@ -115,15 +115,12 @@ def check_config(folder: Path, id: str) -> None:
             "model that Transformers supports itself"
         )
     architecture = config.architectures[0] if config.architectures else known
-    if (
-        kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        and kind not in MULTIMODAL | classes.keys()
-    ):
-        raise StageError(
-            f"{id} is a model for images and text of a kind ({kind}) whose language model is not "
-            f"known to work by itself; of those, {', '.join(sorted(MULTIMODAL))} do"
-        )
     if known is None or architecture != known:
+        if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - MULTIMODAL:
+            raise StageError(
+                f"{id} is a model for images and text of a kind ({kind}) whose language model is "
+                f"not known to work by itself; of those, {', '.join(sorted(MULTIMODAL))} do"
+            )
         raise StageError(
             f"{id} is no causal language model that Transformers knows "
             f"(model_type {kind}, architecture {architecture})"

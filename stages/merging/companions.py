@@ -37,7 +37,8 @@ SETTLED = ("eos_token", "pad_token")
 
 def write_companions(out: Path, base: Path, tokenizer: Path, dtype: torch.dtype) -> None:
     """Write configs, tokenizer, chat templates, processor files and licence into `out`."""
-    config = in_dtype(served_config(read_json(base / "config.json")), dtype)
+    config = served_config(read_json(base / "config.json"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
     write_json(out / "config.json", config, sort_keys=True)
     write_tokenizer(out, base, tokenizer)
     copy(base, out, (*PROCESSORS, *LICENCES))
@@ -80,15 +81,6 @@ def served_config(config: dict) -> dict:
     if rope.get("rope_type", "default") != "default":
         old["rope_scaling"] = {k: v for k, v in rope.items() if k not in old}
     return old | made
-
-
-def in_dtype(config: dict, dtype: torch.dtype) -> dict:
-    """`config` of weights in `dtype`, those of its towers that say what theirs are included."""
-    made = config | {"dtype": str(dtype).removeprefix("torch.")}
-    for key, value in config.items():
-        if key.endswith("_config") and isinstance(value, dict) and "dtype" in value:
-            made[key] = in_dtype(value, dtype)
-    return made
 
 
 def write_tokenizer(out: Path, base: Path, settled: Path) -> None:

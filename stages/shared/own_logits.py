@@ -1,6 +1,6 @@
 """Two short rows, and what the model itself makes of them: the measure of every faster way."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle, islice
 
@@ -57,13 +57,26 @@ def rounding(model: PreTrainedModel) -> float:
 def check_head(model: PreTrainedModel, rows: list[list[int]]) -> None:
     """Raise StageError when scoring (stages/shared/scoring.py) has other logits than the model."""
     rows = short_rows(rows)
-    expected = logits_alone(model, rows)
+    if found := fault(lambda: _by_head(model, rows), logits_alone(model, rows), rounding(model)):
+        raise StageError(
+            f"{model.config.model_type}: scoring does not have the model's own logits ({found}); "
+            "choose another base model"
+        )
+
+
+def _by_head(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:
     with as_trained(model) as device:
         ids = [torch.tensor([row], device=device) for row in rows]
         hidden = [model.base_model(input_ids=x, use_cache=False).last_hidden_state[0] for x in ids]
-        found = torch.cat([head(model, x).float() for x in hidden])
-    if (share := difference(found, expected)) > rounding(model):
-        raise StageError(
-            f"{model.config.model_type}: scoring does not have the model's own logits: they differ "
-            f"by {share:.2g} of their size; choose another base model"
-        )
+        return torch.cat([head(model, x).float() for x in hidden])
+
+
+def fault(compute: Callable[[], torch.Tensor], expected: torch.Tensor, limit: float) -> str | None:
+    """What is wrong with what `compute` gives, if it differs by more than `limit`."""
+    try:
+        share = difference(compute(), expected)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # Whatever the code of a family raises.
+        return " ".join(f"{type(error).__name__}: {error}"[:200].split())
+    return None if share <= limit else f"they differ by {share:.2g} of their size"

@@ -45,8 +45,9 @@ def language_config(config: PretrainedConfig) -> PretrainedConfig:
         rope = values["rope_parameters"]
         values["rope_parameters"] = {k: v for k, v in rope.items() if k not in _OF_IMAGES}
         text = AutoConfig.for_model(_SAME[values.pop("model_type")], **values)
-    # The head belongs to the whole.
+    # The whole says what it is stored in, and has the head.
     text.tie_word_embeddings = config.tie_word_embeddings
+    text.dtype = config.dtype or text.dtype
     return text
 
 

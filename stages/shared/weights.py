@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import bitsandbytes.functional as bnb
 import torch
@@ -29,6 +30,15 @@ NAMES = "names.json"
 NF4_STATE = "quant_state.bitsandbytes__nf4"
 NF4_PARTS = (NF4_STATE, "absmax", "quant_map", "nested_absmax", "nested_quant_map")
 TYPES = {"F64": torch.float64, "F32": torch.float32} | {v: k for k, v in LETTERS.items()}
+# Bytes of a value of each of safetensors' types, as tensors that are copied may have.
+WIDTHS = {k: v.itemsize for k, v in TYPES.items()} | {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "I16": 2,
+    "I32": 4,
+    "I64": 8,
+}
 # Values of one block: 1 MB in float32, which stays in the processor's cache. Blocks four times as
 # large took 30 % longer, most of it in page faults.
 BLOCK_VALUES = 2**18
@@ -37,6 +47,17 @@ BLOCK_VALUES = 2**18
 UNIT_ROWS = 64
 # Synced at once: few waits for the disk and yet few pages.
 SYNC_BYTES = 2**25
+
+
+class Entry(NamedTuple):
+    """A tensor of a file to be written: its type in safetensors' letters."""
+
+    letters: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * WIDTHS[self.letters]
 
 
 class Weights:
@@ -113,6 +134,12 @@ class Weights:
 
         return read
 
+    def entry(self, name: str) -> Entry:
+        """How a copy of the tensor is written. Raises StageError for a type that is not known."""
+        if (letters := self.dtypes[name]) not in WIDTHS:
+            raise StageError(f"{self.files[name]}: {name} is {letters}, which is not known here")
+        return Entry(letters, self.shapes[name])
+
     def _nf4_reader(self, name: str, device: torch.device) -> Callable[[slice], torch.Tensor]:
         parts = [part for part in NF4_PARTS if f"{name}.{part}" in self.files]
         whole = bnb.QuantState.from_dict({p: self.read(f"{name}.{p}") for p in parts}, device)
@@ -181,12 +208,7 @@ def row_blocks(shape: tuple[int, ...], device: torch.device) -> list[slice]:
     return [slice(a, b) for a, b in pairwise([*bounds, rows])]
 
 
-def write_shard(
-    file: Path,
-    shapes: dict[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    blocks: Iterable[torch.Tensor],
-) -> str:
+def write_shard(file: Path, entries: dict[str, Entry], blocks: Iterable[torch.Tensor]) -> str:
     """Write one safetensors file, synced to disk, from the row blocks of its tensors in order.
 
     The format: https://github.com/huggingface/safetensors#format. Returns the file's SHA-256,
@@ -194,11 +216,11 @@ def write_shard(
     """
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, shape in shapes.items():
-        end = offset + torch.Size(shape).numel() * dtype.itemsize
+    for name, entry in entries.items():
+        end = offset + entry.nbytes
         header[name] = {
-            "dtype": LETTERS[dtype],
-            "shape": list(shape),
+            "dtype": entry.letters,
+            "shape": list(entry.shape),
             "data_offsets": [offset, end],
         }
         offset = end

@@ -22,7 +22,7 @@ from stages.shared.fast_path import VARLEN, FastPath
 from stages.shared.own_logits import (
     as_trained,
     check_head,
-    difference,
+    fault,
     logits_alone,
     rounding,
     short_rows,
@@ -45,10 +45,10 @@ class Trial:
         self.own = logits_alone(model, self.rows)
         if attention == VARLEN:
             model.set_attn_implementation(VARLEN)
-            if fault := self._fault(lambda: logits_alone(model, self.rows), self.own):
+            if found := self._fault(lambda: logits_alone(model, self.rows), self.own):
                 raise StageError(
                     f"train.attention: varlen does not have the logits of {self.family} with that "
-                    f"of transformers ({fault}); set sdpa"
+                    f"of transformers ({found}); set sdpa"
                 )
         check_head(model, self.rows)
 
@@ -58,21 +58,21 @@ class Trial:
         Raises StageError for packs of them, and where rows that are padded do not keep apart.
         """
         flat = packing or fast.padding_free
-        if not (fault := self._fault(lambda: _together(model, self.rows, flat), self.own)):
+        if not (found := self._fault(lambda: _together(model, self.rows, flat), self.own)):
             return fast
         if packing:
             raise StageError(
                 f"train.batching: packed rows of {self.family} do not have the logits of each row "
-                f"alone ({fault}); set group_by_length"
+                f"alone ({found}); set group_by_length"
             )
         if not flat:
             raise StageError(
-                f"padded rows of {self.family} do not have the logits of each row alone ({fault}); "
+                f"padded rows of {self.family} do not have the logits of each row alone ({found}); "
                 "set train.batch_size: 1, or choose another base model"
             )
         print(
             f"train: rows of {self.family} that lie behind each other do not have the logits of "
-            f"each row alone ({fault}); they are padded, which takes longer and more memory"
+            f"each row alone ({found}); they are padded, which takes longer and more memory"
         )
         return self.batches(model, replace(fast, padding_free=False), packing)
 
@@ -84,13 +84,13 @@ class Trial:
             following = torch.tensor(row[1:], device=chances.device)[:, None]
             after.append(chances[start : start + len(row) - 1].gather(1, following)[:, 0])
             start += len(row)
-        fault = self._fault(lambda: _fused_chances(causal, self.rows), torch.cat(after))
-        if fault:
+        found = self._fault(lambda: _fused_chances(causal, self.rows), torch.cat(after))
+        if found:
             print(
-                f"train: trl's output head does not have the logits of {self.family} ({fault}); "
+                f"train: trl's output head does not have the logits of {self.family} ({found}); "
                 "its own is taken, with more memory than plan says"
             )
-        return not fault
+        return not found
 
     def fused_layers(self, model: PeftModel, fuse: Callable[[], Any]) -> bool:
         """Fuse the layers of `model`; whether they give what PEFT's do. If not, PEFT's are back."""
@@ -98,28 +98,22 @@ class Trial:
         with _random_updates(model):
             expected = logits_alone(model, self.rows)
             fuse()
-            fault = self._fault(lambda: _trained_once(model, self.rows), expected)
+            found = self._fault(lambda: _trained_once(model, self.rows), expected)
             model.zero_grad(set_to_none=True)
-        if fault:
+        if found:
             for module, forward in before.items():
                 vars(module).pop("forward", None)
                 if forward is not None:
                     module.forward = forward
             print(
                 f"train: the fused layers do not have the outputs of PEFT's for {self.family} "
-                f"({fault}); PEFT's are taken, which are slower and take more memory than plan says"
+                f"({found}); PEFT's are taken, which are slower and take more memory than plan says"
             )
-        return not fault
+        return not found
 
     def _fault(self, compute: Callable[[], torch.Tensor], expected: torch.Tensor) -> str | None:
-        """What is wrong with what `compute` gives, if it is more than rounding."""
-        try:
-            share = difference(compute(), expected)
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception as error:  # Whatever the code of a family raises.
-            return " ".join(f"{type(error).__name__}: {error}"[:200].split())
-        return None if share <= self.limit else f"they differ by {share:.2g} of their size"
+        """What is wrong with what `compute` gives."""
+        return fault(compute, expected, self.limit)
 
 
 def _together(model: PreTrainedModel, rows: list[list[int]], flat: bool) -> torch.Tensor:

@@ -36,7 +36,7 @@ def check_companions(folder: Path, base: Path, dtype: str) -> None:
         if not (folder / name).exists():
             raise StageError(f"{folder} lacks {name}; {AGAIN}")
     found, expected = (AutoConfig.from_pretrained(f).to_dict() for f in (folder, base))
-    _same(folder / "config.json", found, in_dtype(expected, dtype), STORAGE)
+    _same(folder / "config.json", found, expected | {"dtype": dtype}, STORAGE)
     found = read_json(folder / "generation_config.json")
     if (base / "generation_config.json").exists():
         expected = read_json(base / "generation_config.json")
@@ -44,12 +44,6 @@ def check_companions(folder: Path, base: Path, dtype: str) -> None:
         expected = {key: expected.get(key) for key in found}
     # An end token may have come to it: stages/verifying/tokenizer_check.py.
     _same(folder / "generation_config.json", found, expected, {"eos_token_id"})
-
-
-def in_dtype(config: dict, dtype: str) -> dict:
-    """What a configuration says of weights in `dtype`, each of its towers included."""
-    towers = {k: in_dtype(v, dtype) for k, v in config.items() if k.endswith("_config") and v}
-    return config | {"dtype": dtype} | towers
 
 
 def _same(file: Path, found: dict, expected: dict, but: set[str]) -> None:
@@ -69,7 +63,9 @@ def check_headers(merged: Weights, quantized: Weights, base: Weights, dtype: tor
             raise StageError(f"{merged.folder} lacks {name}; {AGAIN}")
         if name not in expected:
             raise StageError(f"{merged.folder} holds {name}, which the base lacks; {AGAIN}")
-        where, shape, kind = f"{merged.files[name]}: {name}", base.shapes[name], LETTERS[dtype]
+        where, shape = f"{merged.files[name]}: {name}", base.shapes[name]
+        # Other towers are copied.
+        kind = LETTERS[dtype] if name in quantized.shapes else base.dtypes[name]
         if merged.shapes[name] != shape:
             raise StageError(f"{where} is {merged.shapes[name]} and in the base {shape}; {AGAIN}")
         if merged.dtypes[name] != kind:

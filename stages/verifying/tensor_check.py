@@ -51,7 +51,9 @@ def check_tensors(
                 # As it is stored: load_base lets the CPU compute in float32.
                 plain = plain.data.to(torch.bfloat16).to(dtype)
             else:
-                plain = (source if name in source.shapes else base).read(name).to(device, dtype)
+                # Of other towers, as it is.
+                weights = source if name in source.shapes else base
+                plain = weights.read(name).to(device, found.dtype)
             # In place, as PEFT merges: the sum is rounded once.
             delta = module.get_delta_weight("default") if updated else None
             expected = plain if delta is None else plain.clone().add_(delta)
