@@ -343,7 +343,9 @@ def run_stages(folder: Path) -> str | None:
     for stage in STAGES:
         if quick.Stage(stage, folder).wait():
             lines = (folder / f"{stage}.log").read_text().strip().splitlines()
-            return lines[-1] if lines else f"{stage}: no word"
+            if any(line.startswith("Traceback") for line in lines):
+                print("\n".join(lines[-25:]))
+            return f"{stage}: {lines[-1].removeprefix(f'{stage}: ')}" if lines else stage
     return None
 
 

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 from transformers.utils import logging
 
 from stages.shared.multimodal import MULTIMODAL
@@ -27,7 +28,7 @@ from stages.shared.multimodal import MULTIMODAL
 # Language models without a causal class of their own, and the family that computes the same where
 # there are no images: what their positions have beyond it is of images.
 _SAME = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
-_OF_IMAGES = ("mrope_section", "mrope_interleaved")
+_OF_IMAGES = ("type", "mrope_section", "mrope_interleaved")
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -129,3 +130,19 @@ def key_mapping(renamed: dict[str, str]) -> dict[str, str]:
             found[f"^{pattern}"] = "".join(f"{part}." for part in inner)
     # The longest first: what it replaces is not to be found again.
     return dict(sorted(found.items(), key=lambda item: -len(item[0])))
+
+
+def number_of(config: PretrainedConfig, key: str) -> int | None:
+    """A number of the configuration, the largest where layers differ; None where that is not told
+    or each layer has its own."""
+    try:
+        value = getattr(config, key, None)
+    except AmbiguousGlobalPerLayerAttributeError:
+        return None
+    return max(value) if isinstance(value, list) else value
+
+
+def largest_of(model: torch.nn.Module, key: str) -> int | None:
+    """Of the modules of `model` that have such a number."""
+    found = (getattr(module, key, None) for module in model.modules())
+    return max((value for value in found if isinstance(value, int)), default=None)

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.ipc
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
 from stages.shared import vram
 from stages.shared.fast_path import choose_fast_path, plain_layers
@@ -18,7 +17,7 @@ from stages.shared.outputs import read_json
 from stages.shared.params import Params, Train
 from stages.shared.process import StageError
 from stages.shared.rows import lengths
-from stages.shared.text_model import read_config
+from stages.shared.text_model import largest_of, number_of, read_config
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,12 @@ def shape_of(config: PretrainedConfig) -> vram.Shape:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     )
-    heads = _number(text, "num_attention_heads")
+    heads = number_of(text, "num_attention_heads")
     if not heads or not linears:
         raise ValueError("it has no layers of attention and products")
-    head_dim = _number(text, "head_dim") or _largest(model, "head_dim") or text.hidden_size // heads
+    head_dim = (
+        number_of(text, "head_dim") or largest_of(model, "head_dim") or text.hidden_size // heads
+    )
     # Where layers differ, the widest keys.
     keys = max((x.outputs for x in linears if x.name.endswith(".k_proj")), default=0)
     return vram.Shape(
@@ -74,31 +75,15 @@ def shape_of(config: PretrainedConfig) -> vram.Shape:
         vocabulary=text.vocab_size,
         hidden=text.hidden_size,
         # Under whatever name: what a layer's last product reads.
-        intermediate=_number(text, "intermediate_size") or max(x.inputs for x in linears),
+        intermediate=number_of(text, "intermediate_size") or max(x.inputs for x in linears),
         heads=heads,
-        kv_heads=_number(text, "num_key_value_heads") or keys // head_dim or heads,
+        kv_heads=number_of(text, "num_key_value_heads") or keys // head_dim or heads,
         head_dim=head_dim,
         silu=getattr(text, "hidden_act", None) == "silu",
         plain=bool(plain_layers(model)),
         linears=linears,
         other_parameters=model.num_parameters() - sum(x.parameters for x in linears),
     )
-
-
-def _number(config: PretrainedConfig, key: str) -> int | None:
-    """A number of the configuration, the largest where layers differ; None where that is not told
-    or each layer has its own."""
-    try:
-        value = getattr(config, key, None)
-    except AmbiguousGlobalPerLayerAttributeError:
-        return None
-    return max(value) if isinstance(value, list) else value
-
-
-def _largest(model: torch.nn.Module, key: str) -> int | None:
-    """Of the modules of `model` that have such a number."""
-    found = (getattr(module, key, None) for module in model.modules())
-    return max((value for value in found if isinstance(value, int)), default=None)
 
 
 def match_targets(shape: vram.Shape, wanted: str | list[str]) -> frozenset[str]:
