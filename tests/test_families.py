@@ -12,6 +12,7 @@ from stages.quantizing.names import check_names
 from stages.shared.linears import quantized_linears
 from stages.shared.model import load_base
 from stages.shared.multimodal import MULTIMODAL
+from stages.shared.own_logits import check_head
 from stages.shared.params import Lora
 from stages.shared.text_model import key_mapping, language_config, read_config
 from stages.shared.weights import Weights, other_names
@@ -55,9 +56,12 @@ def test_the_language_model_computes_what_the_whole_does(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [*TEXT_ALONE, "gemma4", "qwen3_5"])
-def test_plan_counts_and_names_what_peft_and_transformers_take(name):
+def test_what_is_scored_counted_and_adapted_is_the_models_own(name):
     config = language_config(config_of(FAMILIES[name]))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # Far enough from zero for a cap to be felt.
+    model.get_output_embeddings().weight.data.mul_(20)
+    check_head(model, IDS.tolist())
     shape = shape_of(config)
     assert shape.parameters == model.num_parameters()
     assert {x.name for x in shape.linears if x.quantized} == quantized_linears(model)

@@ -105,6 +105,8 @@ MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expan
 # Families that scale or cap their logits, each by a name of its own.
 OWN_LOGITS = {
     "llama": {},
+    # Calls the decoder within its backbone.
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "gemma2": {"final_logit_softcapping": 0.5},
     "granite": {"logits_scaling": 8.0},
     "granitemoehybrid": {
@@ -142,5 +144,5 @@ def test_head_gives_the_logits_of_the_model(family, settings):
     assert torch.equal(found, expected)
     # Of the plain product they differ where the family does something.
     plain = model.get_output_embeddings()(hidden)
-    assert torch.allclose(found, plain) == (family == "llama")
+    assert torch.allclose(found, plain) == (family in ("llama", "opt"))
     assert torch.equal(model(ids, use_cache=False).logits[0], expected)

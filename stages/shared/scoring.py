@@ -118,18 +118,21 @@ def head(causal: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     Its backbone gives `hidden` meanwhile, so that what a family does to its logits (scales, caps)
     is done, under whatever name.
     """
-    backbone: Any = causal.base_model
-    before = vars(backbone).get("forward")
-    backbone.forward = lambda *_, **__: _Given(last_hidden_state=hidden[None])
+    # Some families call the decoder within the backbone.
+    backbones: list[Any] = [m for m in (causal.base_model, causal.get_decoder()) if m is not causal]
+    before = [(module, vars(module).get("forward")) for module in dict.fromkeys(backbones)]
+    for module, _ in before:
+        module.forward = lambda *_, **__: _Given(last_hidden_state=hidden[None])
     try:
         # The tokens are not looked at.
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         return causal(input_ids=ids, use_cache=False).logits[0]
     finally:
-        if before is None:
-            del backbone.forward
-        else:
-            backbone.forward = before
+        for module, forward in before:
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
 
 
 class _Given(BaseModelOutputWithPast):
