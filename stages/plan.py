@@ -155,7 +155,7 @@ def tell_left_out(shape: Shape, targets: str | list[str]) -> None:
     if left and targets == "all-linear":
         print(
             f"plan: lora.target_modules: all-linear leaves out {len(left)} layers such as "
-            f"{left[0]}, whose weights the model's code reads past an adapter"
+            f"{left[0]}, where an adapter would have no effect"
         )
 
 

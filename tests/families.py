@@ -257,6 +257,36 @@ FAMILIES |= {
         {"vision_config": IMAGE | {"model_type": "pixtral", "head_dim": 16}},
         {"model_type": "ministral3"},
     ),
+    "mllama": Family(
+        "mllama",
+        {
+            "vision_config": IMAGE
+            | {
+                "num_global_layers": 1,
+                "attention_heads": 4,
+                "vision_output_dim": 128,
+                "intermediate_layers_indices": [0],
+                "supported_aspect_ratios": [[1, 1]],
+                "max_num_tiles": 1,
+            }
+        },
+        {
+            "num_hidden_layers": 3,
+            "cross_attention_layers": [1],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+    "llama4_text (dense)": Family(
+        "llama4_text",
+        {
+            "intermediate_size_mlp": 128,
+            "num_local_experts": 2,
+            "moe_layers": [],
+            "interleave_moe_layer_step": 0,
+            "no_rope_layers": [1, 1],
+            "attn_temperature_tuning": False,
+        },
+    ),
     "qwen2_vl": Family(
         "qwen2_vl",
         {"vision_config": {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4}},

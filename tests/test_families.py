@@ -14,7 +14,7 @@ from stages.shared.model import load_base
 from stages.shared.multimodal import MULTIMODAL
 from stages.shared.own_logits import check_head
 from stages.shared.params import Lora
-from stages.shared.text_model import key_mapping, language_config, read_config
+from stages.shared.text_model import find_backbone, key_mapping, language_config, read_config
 from stages.shared.weights import Weights, other_names
 from stages.shared.workload import match_targets, shape_of
 from stages.training.trainer import lora_config
@@ -55,12 +55,13 @@ def test_the_language_model_computes_what_the_whole_does(name, tmp_path):
     assert torch.equal(again.eval()(input_ids=IDS, use_cache=False).logits, expected)
 
 
-@pytest.mark.parametrize("name", [*TEXT_ALONE, "gemma4", "qwen3_5"])
+@pytest.mark.parametrize("name", [*TEXT_ALONE, "gemma4", "mllama", "qwen3_5"])
 def test_what_is_scored_counted_and_adapted_is_the_models_own(name):
     config = language_config(config_of(FAMILIES[name]))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     # Far enough from zero for a cap to be felt.
     model.get_output_embeddings().weight.data.mul_(20)
+    find_backbone(model)
     check_head(model, IDS.tolist())
     shape = shape_of(config)
     assert shape.parameters == model.num_parameters()

@@ -175,8 +175,8 @@ REFUSED = {
         "known to work by itself; of those, gemma3, gemma4, ",
     ),
     "towers with a causal class": (
-        edit("config.json", model_type="mllama", architectures=["MllamaForConditionalGeneration"]),
-        "tiny is a model for images and text of a kind (mllama) whose language model is not known",
+        edit("config.json", model_type="gemma3n", architectures=["Gemma3nForOther"]),
+        "tiny is a model for images and text of a kind (gemma3n) whose language model is not known",
     ),
     "transposed": (
         edit("config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"]),

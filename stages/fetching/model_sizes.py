@@ -13,7 +13,7 @@ from stages.shared.loading import one_line
 from stages.shared.outputs import read_json
 from stages.shared.process import StageError
 from stages.shared.screen import brief
-from stages.shared.text_model import empty_model, is_multimodal, language_config
+from stages.shared.text_model import empty_model, is_multimodal, language_model
 
 # In safetensors' letters.
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -34,7 +34,7 @@ def _make(folder: Path, id: str) -> dict[str, tuple[int, ...]]:
     with one_line(f"{id}: no model can be made of config.json"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         model = empty_model(config)
-        language = empty_model(language_config(config)) if is_multimodal(config) else model
+        language = language_model(config) if is_multimodal(config) else model
     _check_layers(language, id)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 

@@ -9,9 +9,8 @@ from transformers import PreTrainedModel
 from stages.shared.linears import quantized_linears
 from stages.shared.process import StageError
 from stages.shared.text_model import (
-    empty_model,
     is_multimodal,
-    language_config,
+    language_model,
     language_names,
     loading_report,
 )
@@ -53,7 +52,7 @@ def check_names(folder: Path) -> Names:
             keys |= set(tensors.keys())
     of = language_names(model, keys)
     if is_multimodal(model.config):
-        language = empty_model(language_config(model.config))
+        language = language_model(model.config)
         tell_left_out(model, language)
     else:
         language = model

@@ -43,8 +43,14 @@ def adaptable_linears(model: PreTrainedModel) -> list[str]:
 def unadaptable_linears(model: PreTrainedModel) -> list[str]:
     """Names of the Linears of `model`, its head apart, that cannot have an adapter."""
     kind = model.config.model_type
+    # Layers that look at images: without one they are passed over.
+    passed = [f".{i}." for i in getattr(model.config, "cross_attention_layers", None) or ()]
     banned = (_READ_DIRECTLY if kind in _MAMBA else ()) + _OWN_CODE.get(kind, ())
-    return [name for name, _ in _linears(model) if name.rsplit(".", 1)[-1] in banned]
+    return [
+        name
+        for name, _ in _linears(model)
+        if name.rsplit(".", 1)[-1] in banned or any(layer in name for layer in passed)
+    ]
 
 
 def _linears(model: PreTrainedModel) -> list[tuple[str, torch.nn.Linear]]:

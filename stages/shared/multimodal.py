@@ -12,6 +12,7 @@ MULTIMODAL = frozenset(
         "internvl",
         "llava",
         "mistral3",
+        "mllama",
         "qwen2_5_vl",
         "qwen2_vl",
         "qwen3_5",

@@ -7,6 +7,8 @@ where the two differ.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from stages.shared.multimodal import MULTIMODAL
 # Language models without a causal class of their own, and the family that computes the same where
 # there are no images: what their positions have beyond it is of images.
 _SAME = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+# Causal classes that take the configuration of the whole.
+_OF_WHOLE = {"mllama"}
 _OF_IMAGES = ("type", "mrope_section", "mrope_interleaved")
 
 
@@ -38,7 +42,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 def language_config(config: PretrainedConfig) -> PretrainedConfig:
     """`config`, or of one with further towers that of its language model."""
-    if not is_multimodal(config):
+    if not is_multimodal(config) or config.model_type in _OF_WHOLE:
         return config
     text = config.get_text_config()
     if text.model_type in _SAME:
@@ -63,15 +67,24 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
         return auto.from_config(config, dtype=torch.bfloat16)
 
 
+def language_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The language model of `config` alone, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(language_config(config), dtype=torch.bfloat16)
+
+
+def find_backbone(model: PreTrainedModel) -> None:
+    """Let `model.base_model` be what comes before the head: some name it as in a larger model."""
+    if model.base_model is model:
+        model.base_model_prefix = "model"
+
+
 def loading_report(folder: Path) -> tuple[PreTrainedModel, dict[str, set]]:
     """The whole model of `folder` without its values, and what transformers finds when it compares
     it with the files. No tensor is read."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     auto: Any = AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
-    before = logging.get_verbosity()
-    # Its own report is a table of many lines.
-    logging.set_verbosity(logging.CRITICAL)
-    try:
+    with without_tables():
         return auto.from_pretrained(
             folder,
             local_files_only=True,
@@ -79,6 +92,15 @@ def loading_report(folder: Path) -> tuple[PreTrainedModel, dict[str, set]]:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+
+
+@contextmanager
+def without_tables() -> Iterator[None]:
+    """transformers' own report of a load is a table of many lines."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
     finally:
         logging.set_verbosity(before)
 
@@ -92,7 +114,7 @@ def language_names(whole: PreTrainedModel, keys: set[str]) -> dict[str, str]:
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
     renamings: list[Any] = [each for each in transforms if not isinstance(each, WeightConverter)]
     state = whole.state_dict()
-    language = empty_model(language_config(whole.config)) if is_multimodal(whole.config) else whole
+    language = language_model(whole.config) if is_multimodal(whole.config) else whole
     inner, outer = (_backbone_name(model) for model in (language, whole))
     heads = [_name_of(model, model.get_output_embeddings()) for model in (language, whole)]
     found = {}

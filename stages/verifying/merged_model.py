@@ -16,7 +16,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from stages.shared.outputs import GB
 from stages.shared.process import StageError
 from stages.shared.scoring import TOKENS_PER_BATCH
-from stages.shared.text_model import key_mapping, loading_report, read_config
+from stages.shared.text_model import (
+    find_backbone,
+    key_mapping,
+    loading_report,
+    read_config,
+    without_tables,
+)
 from stages.shared.weights import Weights
 from stages.verifying.folder_check import AGAIN
 
@@ -64,18 +70,20 @@ def load_merged(folder: Path, device: torch.device, renamed: dict[str, str] | No
     One left over is in the base too, as folder_check.check_headers saw, and does no harm there.
     """
     # Typed as the model alone, which it is without output_loading_info.
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=read_config(folder),
-        key_mapping=key_mapping(renamed) if renamed else None,
-        dtype="auto",
-        device_map={"": device},
-        output_loading_info=True,
-    )
+    with without_tables():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=read_config(folder),
+            key_mapping=key_mapping(renamed) if renamed else None,
+            dtype="auto",
+            device_map={"": device},
+            output_loading_info=True,
+        )
     model, report = loaded
     for kind, keys in report.items():
         if keys and kind != "unexpected_keys":
             raise StageError(f"{folder}: {kind} when loading: {sorted(map(str, keys))[0]}; {AGAIN}")
+    find_backbone(model)
     model.config.use_cache = False
     return model.eval()
 
