@@ -7,6 +7,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from stages.plan import tell_left_out
 from stages.quantize import link, quantize
 from stages.quantizing.names import check_names
 from stages.shared.linears import quantized_linears
@@ -14,6 +15,7 @@ from stages.shared.model import load_base
 from stages.shared.multimodal import MULTIMODAL
 from stages.shared.own_logits import check_head
 from stages.shared.params import Lora
+from stages.shared.process import StageError
 from stages.shared.text_model import find_backbone, key_mapping, language_config, read_config
 from stages.shared.weights import Weights, other_names
 from stages.shared.workload import match_targets, shape_of
@@ -69,6 +71,16 @@ def test_what_is_scored_counted_and_adapted_is_the_models_own(name):
     lora = Lora(r=4, alpha=8, dropout=0.0, target_modules="all-linear")
     adapted = get_peft_model(model, lora_config(lora, model)).targeted_module_names
     assert set(adapted) == match_targets(shape, "all-linear")
+
+
+def test_plan_says_what_all_linear_leaves_out(capsys):
+    """PEFT refuses it, in a traceback of train."""
+    shape = shape_of(config_of(FAMILIES["falcon_h1"]))
+    tell_left_out(shape, "all-linear")
+    said = "all-linear leaves out 2 layers such as model.layers.0.mamba.out_proj, where an adapter"
+    assert said in capsys.readouterr().out
+    with pytest.raises(StageError, match="out_proj is no linear layer of the base that can be ad"):
+        match_targets(shape, ["q_proj", "out_proj"])
 
 
 @pytest.mark.parametrize("name", ["falcon", "gemma3n_text", "llama", "gptj"])
