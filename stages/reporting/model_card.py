@@ -12,10 +12,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from stages.reporting.page import to_markdown
 from stages.reporting.report import sections
 from stages.reporting.results import Results, scored_sets, title
+from stages.shared.multimodal import MULTIMODAL
 
 # Left out of the card: of no use to whoever only wants to use the model.
 LEFT_OUT = ("Memory",)
 LOCAL_DATA = "local data"
+TEXT_CLASS, TOWERS_CLASS = "AutoModelForCausalLM", "AutoModelForImageTextToText"
 
 HOW_TO_LOAD = """\
 ## How to use it
@@ -75,6 +77,7 @@ def model_card(results: Results) -> str:
     """README.md with YAML metadata; ids that the Hub does not know stay out of the metadata."""
     results, rows = without_places(results), shows_rows(results)
     base, data = results.model_source, results.data_source
+    towers = results.model_type in MULTIMODAL
     shown = dict.fromkeys(("exact_match", "rouge_l", "chrf"), results.answers)
     shown["perplexity"] = results.eval
     tags = (
@@ -88,7 +91,7 @@ def model_card(results: Results) -> str:
         datasets=[data["id"]] if data["source"] == "hub" and results.train else None,
         license=base["license"].lower() if base["license"] else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if towers else "text-generation",
         tags=tags,
         eval_results=[
             EvalResult(
@@ -106,4 +109,5 @@ def model_card(results: Results) -> str:
     )
     kept = [section for section in sections(results, rows) if section.title not in LEFT_OUT]
     heading, _, rest = to_markdown(title(results), kept).partition("\n")
-    return str(ModelCard(f"---\n{card.to_yaml()}\n---\n\n{heading}\n\n{HOW_TO_LOAD}{rest}"))
+    how = HOW_TO_LOAD.replace(TEXT_CLASS, TOWERS_CLASS) if towers else HOW_TO_LOAD
+    return str(ModelCard(f"---\n{card.to_yaml()}\n---\n\n{heading}\n\n{how}{rest}"))
