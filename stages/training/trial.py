@@ -81,7 +81,7 @@ class Trial:
         chances = self.own.log_softmax(-1)
         after, start = [], 0
         for row in self.rows:
-            following = torch.tensor(row[1:], device=chances.device)[:, None]
+            following = torch.tensor(row[1:], dtype=torch.long, device=chances.device)[:, None]
             after.append(chances[start : start + len(row) - 1].gather(1, following)[:, 0])
             start += len(row)
         found = self._fault(lambda: _fused_chances(causal, self.rows), torch.cat(after))
