@@ -1,8 +1,10 @@
 """A handful of families through what they are known to trouble; all of them: tests/families.py."""
 
+import shutil
+
 import pytest
 import torch
-from families import FAMILIES, HANDFUL, config_of, make_checkpoint, model_of, prepared, try_family
+from families import FAMILIES, HANDFUL, config_of, make_checkpoint, model_of, works
 from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -108,12 +110,8 @@ def test_weights_are_called_as_the_model_calls_them(tmp_path):
     assert torch.equal(weights.read("model.layers.0.self_attn.q_proj.weight"), stored)
 
 
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory):
-    return prepared(tmp_path_factory.mktemp("families") / "ws")
-
-
-@pytest.mark.parametrize("name", HANDFUL)
-def test_a_handful_goes_through_the_pipeline(name, workspace):
-    found = try_family(name, workspace)
-    assert found["result"].startswith("works"), found
+@pytest.mark.parametrize(("name", "setting"), HANDFUL.items())
+def test_a_handful_goes_through_the_pipeline(name, setting, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "ws", symlinks=True)
+    make_checkpoint(folder / "tiny", FAMILIES[name])
+    assert works(folder, FAMILIES[name], setting, packing=setting == "16 bit") is None
