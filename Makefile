@@ -11,7 +11,7 @@ READY := .venv/ready
 # dvc.yaml says `python`: it must be the environment's.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help env repro test quick test-browser test-serving test-trackers lint fix figures compare gate noise harness test-harness experiments chaos
+.PHONY: help env repro test quick test-browser test-serving test-trackers families lint fix figures compare gate noise harness test-harness experiments chaos
 help:  ## Show this list.
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -61,6 +61,9 @@ test-trackers: .trackers/ready  ## Train with Weights & Biases and MLflow, apart
 
 chaos: $(READY)  ## Kill the pipeline 400 times and feed it hostile files, an hour; 3 to 20 minutes of it: make chaos PART=writes
 	@python -m tests.chaos $(PART)
+
+families: $(READY)  ## Try tiny models of all families, an hour, or make families NAMES="gemma3 granite"; writes docs/models.md
+	@PYTHONPATH=tests python -m tests.families $(NAMES)
 
 lint: $(READY)  ## Check style, format and types.
 	@ruff check .

@@ -74,6 +74,8 @@ POINTS = {
     "7b whole 16384": Point("mistral-7b", 64, 16 * K, rows=8, held_out=False),
     "7b whole 32768": Point("mistral-7b", 64, 32 * K, rows=16),
     "qwen7b 8192": Point("qwen2.5-7b", 16, 8 * K, checkpointing=False),
+    "gemma 12b 4096": Point("gemma-3-12b", 16, 4 * K),
+    "gemma 12b 24 GB 4096": Point("gemma-3-12b", 16, 4 * K, cap_gb=24),
     "8b one row of 65536": Point("llama-3-8b", 16, 64 * K, rows=1, cap_gb=24, steps=4),
     "7b 16 bit 12 GB": Point("mistral-7b", 16, 4 * K, cap_gb=12, quantize="none"),
     "7b paged 8 GB": Point("mistral-7b", 64, 4 * K, cap_gb=8, optimizer="paged_adamw_32bit"),

@@ -18,6 +18,7 @@ from bitsandbytes.functional import create_dynamic_map, get_4bit_type
 from bitsandbytes.nn import Linear4bit, Params4bit
 from safetensors.torch import save_file
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PretrainedConfig,
@@ -46,11 +47,14 @@ class Family:
     kv_heads: int
     vocabulary: int
     tied: bool
+    head: int | None = None
+    window: int | None = None
 
 
 SHAPES = {
     "tiny": Family("llama", 64, 128, 2, 4, 2, 260, False),
     "tiny-tied": Family("qwen2", 64, 128, 2, 4, 2, 260, True),
+    "tiny-gemma3": Family("gemma3_text", 64, 128, 2, 4, 2, 260, True, 16, 16),
     "small": Family("llama", 1024, 1024, 4, 16, 4, 32000, False),
     "qwen2-1.5b": Family("qwen2", 1536, 8960, 28, 12, 2, 151936, True),
     "mistral-7b": Family("mistral", 4096, 14336, 32, 32, 8, 32000, False),
@@ -59,6 +63,8 @@ SHAPES = {
     "qwen2.5-7b": Family("qwen2", 3584, 18944, 28, 28, 4, 152064, False),
     "llama-3-8b": Family("llama", 4096, 14336, 32, 32, 8, 128256, False),
     "qwen1.5-110b": Family("qwen2", 8192, 49152, 80, 64, 8, 152064, False),
+    # The language model of the multimodal checkpoint.
+    "gemma-3-12b": Family("gemma3_text", 3840, 15360, 48, 16, 8, 262208, True, 256, 1024),
     "llama-2-70b": Family("llama", 8192, 28672, 80, 64, 8, 32000, False),
 }
 
@@ -66,7 +72,9 @@ SHAPES = {
 def config_of(name: str) -> PretrainedConfig:
     """The configuration of a shape of SHAPES."""
     shape = SHAPES[name]
-    window = {"sliding_window": None} if shape.model_type == "mistral" else {}
+    more = {"head_dim": shape.head} if shape.head else {}
+    if shape.window or shape.model_type == "mistral":
+        more["sliding_window"] = shape.window
     return AutoConfig.for_model(
         shape.model_type,
         hidden_size=shape.hidden,
@@ -80,7 +88,7 @@ def config_of(name: str) -> PretrainedConfig:
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
-        **window,
+        **more,
     )
 
 
@@ -136,7 +144,7 @@ def build(
     second one would be built of Liger's MLPs, which the fused path does not know.
     """
     config = config_of(name)
-    family = f"transformers.models.{config.model_type}.modeling_{config.model_type}"
+    family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__
     modules = vars(importlib.import_module(family))
     modules.update(_UNTOUCHED.setdefault(family, dict(modules)))
     model = _on_meta(config, attention)
@@ -164,7 +172,9 @@ def build(
                 setattr(module, key, torch.nn.Parameter(value, requires_grad=False))
     if config.tie_word_embeddings:
         head.weight = model.get_input_embeddings().weight
-    # Its buffers hold frequencies, which the meta device does not.
+    # Its buffers hold frequencies, and Gemma's a scale, which the meta device does not.
+    if scale := getattr(model.get_input_embeddings(), "scalar_embed_scale", None):
+        model.get_input_embeddings().embed_scale = torch.tensor(scale, device=device)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     model.is_loaded_in_4bit = quantized
     set_compute_dtype(model, torch.bfloat16)

@@ -91,6 +91,7 @@ POINTS = [
     Point("llama-2-13b", "qlora", 64, 2 * K, checkpointing=False),
     Point("llama-2-13b", "qlora", 64, 16 * K),
     Point("llama-2-13b", "lora", 256, 8 * K),
+    Point("gemma-3-12b", "qlora", 16, 4 * K),
     Point("llama-2-70b", "qlora", 8, 2 * K),
     Point("llama-2-70b", "qlora", 64, 8 * K),
     Point("mistral-7b", "qlora", 64, 2 * K, optimizer="paged_adamw_32bit"),

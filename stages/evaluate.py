@@ -35,6 +35,7 @@ from stages.shared.end_tokens import end_tokens
 from stages.shared.launch import on_devices
 from stages.shared.model import load_adapter, load_base
 from stages.shared.named_base import check_named_base
+from stages.shared.own_logits import check_head
 from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED, RETENTION
 from stages.shared.provenance import device_name, provenance
 from stages.shared.ranks import ALONE, World
@@ -87,6 +88,7 @@ def measure(world: World, task: dict) -> dict:
     sets, device = held_out(), pick_device()
     scored = sets | ({PREFIX: texts} if texts else {})
     base = load_base(QUANTIZED, device)
+    check_head(base, [row["input_ids"] for row in sets[""]])
     weights = torch.cuda.memory_allocated() / GB if device.type == "cuda" else None
     model = load_adapter(base, ADAPTER)
     counts = [f"{name_of(prefix)} ({len(rows)} rows)" for prefix, rows in scored.items()]

@@ -78,6 +78,7 @@ def read_results(params: dict, merged: Path) -> Results:
         lengths=_csv(METRICS / "lengths.csv"),
         samples=[json.loads(line) for line in samples],
         made_with=costs,
+        model_type=read_json(merged / "config.json")["model_type"],
         release_gb=sum(f.stat().st_size for f in merged.rglob("*") if f.is_file()) / 1e9,
     )
 

@@ -40,17 +40,28 @@ from stages.shared.merging import check_rounding, merged_rows
 from stages.shared.named_base import check_named_base
 from stages.shared.paths import ADAPTER, BASE, MERGED, PREPARED, QUANTIZED
 from stages.shared.provenance import provenance
-from stages.shared.weights import INDEX, SINGLE, Weights, write_shard
+from stages.shared.weights import (
+    INDEX,
+    LETTERS,
+    SINGLE,
+    Entry,
+    Weights,
+    other_names,
+    write_shard,
+)
 
 COST = Path("metrics/merge_cost.json")
 
 
 class Sources(NamedTuple):
-    """What is merged: the base's weights, their names by file of the result, updates by name."""
+    """What is merged: weights, names of all tensors by file of the result, updates by name, the
+    base, and what is copied from it: other towers than the language model."""
 
     weights: Weights
     shards: dict[str, list[str]]
     updates: dict[str, Update]
+    base: Weights
+    copied: set[str]
 
 
 def check_quantized(base: Weights, quantized: Weights) -> None:
@@ -67,6 +78,8 @@ def check_quantized(base: Weights, quantized: Weights) -> None:
                 f"{quantized.folder}: {name} has shape {quantized.shapes[name]} and in the base "
                 f"{base.shapes.get(name)}; repair it with: python -m tools.repair quantize"
             )
+    if other_names(quantized.folder) is not None:
+        return  # Of a checkpoint with further towers all that quantize found names for is there.
     config = read_json(base.folder / "config.json")
     for name in sorted(set(base.names) - set(quantized.names)):
         # transformers leaves these out when it saves: it has them from elsewhere.
@@ -83,30 +96,38 @@ def write_weights(
     Returns the counts for merge.json and puts the files' SHA-256 into `sums`. Raises StageError
     naming a tensor that `dtype` cannot hold.
     """
-    shapes = sources.weights.shapes
-    file_of = {name: file for file, names in sources.shards.items() for name in names}
-    total = sum(torch.Size(shapes[name]).numel() for name in file_of) * dtype.itemsize
+    weights, base = sources.weights, sources.base
+    entries = {
+        name: base.entry(name)
+        if name in sources.copied
+        else Entry(LETTERS[dtype], weights.shapes[name])
+        for names in sources.shards.values()
+        for name in names
+    }
+    total = sum(entry.nbytes for entry in entries.values())
     check_space(out.parent, total, "the merged model")
     flushed: dict[str, int] = {}
     with tqdm(total=total / 1e9, unit="GB", desc="merge", disable=None) as bar:
 
         def stream(names: list[str]):
             for name in names:
-                blocks = merged_rows(
-                    sources.weights, name, sources.updates.get(name), dtype, device
-                )
+                if name in sources.copied:
+                    yield base.read(name)
+                    continue
+                blocks = merged_rows(weights, name, sources.updates.get(name), dtype, device)
                 for values in check_rounding(name, blocks, flushed):
                     yield values
                     bar.update(values.nbytes / 1e9)
 
         for file, names in sources.shards.items():
-            of_file = {name: shapes[name] for name in names}
-            sums[file] = write_shard(out / file, of_file, dtype, stream(names))
+            of_file = {base.key(name): entries[name] for name in names}
+            sums[file] = write_shard(out / file, of_file, stream(names))
     if list(sources.shards) != [SINGLE]:
-        index = {"metadata": {"total_size": total}, "weight_map": file_of}
+        places = {base.key(n): file for file, names in sources.shards.items() for n in names}
+        index = {"metadata": {"total_size": total}, "weight_map": places}
         write_json(out / INDEX, index, sort_keys=True)
     return {
-        "tensors": len(file_of),
+        "tensors": len(entries),
         "updated_tensors": len(sources.updates),
         "bytes": total,
         "flushed_to_zero": sum(flushed.values()),
@@ -120,15 +141,17 @@ def read_sources(kind: str) -> Sources:
     # Its configuration, tokenizer and licence go into the merged model in any case.
     check_sums(BASE, "fetch_model", weights=kind == "original")
     check_adapter_sums(ADAPTER)
-    base, quantized = Weights(BASE), Weights(QUANTIZED)
+    renamed = other_names(QUANTIZED)
+    base, quantized = Weights(BASE, renamed), Weights(QUANTIZED)
     check_quantized(base, quantized)
+    copied = set() if renamed is None else set(base.names) - set(quantized.names)
     shards: dict[str, list[str]] = {}
-    for name in quantized.names:
+    for name in sorted({*quantized.names, *copied}):
         shards.setdefault(base.files[name].name, []).append(name)
-    weights = quantized if kind == "dequantized" else base
     updates = read_adapter(ADAPTER, quantized.shapes)
     check_named_base(ADAPTER, BASE)
-    return Sources(weights, shards, updates)
+    weights = quantized if kind == "dequantized" else base
+    return Sources(weights, shards, updates, base, copied)
 
 
 def main() -> None:

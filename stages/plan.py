@@ -149,6 +149,16 @@ def check_positions(config: PretrainedConfig, rows: Lengths) -> None:
         )
 
 
+def tell_left_out(shape: Shape, targets: str | list[str]) -> None:
+    """Say which Linears all-linear leaves out."""
+    left = [linear.name for linear in shape.linears if not linear.adaptable]
+    if left and targets == "all-linear":
+        print(
+            f"plan: lora.target_modules: all-linear leaves out {len(left)} layers such as "
+            f"{left[0]}, where an adapter would have no effect"
+        )
+
+
 def refuse_over_limit(
     config: PretrainedConfig, shape: Shape, params: Params, rows: Lengths, sizes: Sizes
 ) -> None:
@@ -182,6 +192,7 @@ def main() -> None:
     print(cards_table(found["cards"], shape.layers))
     print(further_gpus(sizes, placed))
     check_positions(config, rows)
+    tell_left_out(shape, params.lora.target_modules)
     refuse_over_limit(config, shape, params, rows, sizes)
     write_metrics(METRICS, found)
     write_text(VERDICT, "training may start\n")

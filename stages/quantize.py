@@ -10,6 +10,7 @@ bytes equal those of transformers' own save_pretrained of a model loaded in bflo
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from stages.shared.libraries import load_libraries
@@ -36,10 +37,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import BitsAndBytesConfig
 
-from stages.quantizing.names import linear_weights
+from stages.quantizing.names import Names, check_names
 from stages.shared.device import memory_metrics, pick_device
 from stages.shared.paths import BASE, QUANTIZED
 from stages.shared.provenance import provenance
+from stages.shared.text_model import read_config
+from stages.shared.weights import NAMES
 
 COST = Path("metrics/quantize_cost.json")
 
@@ -96,10 +99,32 @@ def _quantize_constants(state: bnb.QuantState) -> None:
 
 def quantize(base: Path, out: Path, double_quant: bool) -> None:
     """Stream the weights of `base` into `out`, at most SHARD_BYTES in memory."""
-    wanted, size = linear_weights(base), 0
+    names, device = check_names(base), pick_device()
+
+    def made(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        if name in names.quantized:
+            return quantized_tensors(name, tensor, double_quant, device)
+        return {name: tensor.to(torch.bfloat16)}
+
+    stream(base, out, names, made)
+    config = config_of(base)
+    config["dtype"] = "bfloat16"
+    config["quantization_config"] = quantization_config(double_quant).to_dict()
+    write_json(out / "config.json", config, sort_keys=True)
+
+
+def stream(
+    base: Path,
+    out: Path,
+    names: Names,
+    made: Callable[[str, torch.Tensor], dict[str, torch.Tensor]],
+) -> None:
+    """Write what `made` gives of each tensor of the language model, and the names if they differ
+    from those in `base`."""
+    size = 0
     shards: list[dict[str, int]] = []
     pending: dict[str, torch.Tensor] = {}
-    sources, device = sorted(base.glob("*.safetensors")), pick_device()
+    sources = sorted(base.glob("*.safetensors"))
 
     def flush() -> None:
         nonlocal pending, size
@@ -111,24 +136,30 @@ def quantize(base: Path, out: Path, double_quant: bool) -> None:
     with tqdm(total=total / 1e9, unit="GB", desc="quantize", disable=None) as bar:
         for source in sources:
             with safe_open(source, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
-                    tensor = tensors.get_tensor(name)
+                for key in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
+                    if key not in names.of:
+                        continue
+                    tensor = tensors.get_tensor(key)
                     bar.update(tensor.numel() * tensor.element_size() / 1e9)
-                    if name in wanted:
-                        made = quantized_tensors(name, tensor, double_quant, device)
-                    else:
-                        made = {name: tensor.to(torch.bfloat16)}
-                    added = sum(t.numel() * t.element_size() for t in made.values())
+                    parts = made(names.of[key], tensor)
+                    added = sum(t.numel() * t.element_size() for t in parts.values())
                     if pending and size + added > SHARD_BYTES:
                         flush()
-                    pending |= made
+                    pending |= parts
                     size += added
     flush()
     name_shards(out, shards)
-    config = read_json(base / "config.json")
-    config["dtype"] = "bfloat16"
-    config["quantization_config"] = quantization_config(double_quant).to_dict()
-    write_json(out / "config.json", config, sort_keys=True)
+    if names.apart:
+        keys = {name: key for key, name in names.of.items()}
+        write_json(out / NAMES, keys, sort_keys=True)
+
+
+def config_of(base: Path) -> dict:
+    """config.json of the language model: where it is all of the checkpoint, that of the files."""
+    config, language = read_json(base / "config.json"), read_config(base)
+    if language.model_type == config["model_type"]:
+        return config
+    return language.to_diff_dict()
 
 
 def name_shards(out: Path, shards: list[dict[str, int]]) -> None:
@@ -149,8 +180,12 @@ def name_shards(out: Path, shards: list[dict[str, int]]) -> None:
 
 def link(base: Path, out: Path) -> None:
     """Give `out` the weights of `base`, looked through, without a second copy on disk where links
-    work."""
-    linear_weights(base)
+    work and names are the same."""
+    names = check_names(base)
+    if names.apart:
+        stream(base, out, names, lambda name, tensor: {name: tensor})
+        write_json(out / "config.json", config_of(base), sort_keys=True)
+        return
     for file in [*base.glob("*.safetensors"), *base.glob("*.safetensors.index.json")]:
         link_or_copy(file, out / file.name)
     shutil.copyfile(base / "config.json", out / "config.json")

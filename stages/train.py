@@ -201,8 +201,10 @@ def write_adapter(trainer: Trainer, out: Path) -> None:
     (out / "README.md").unlink(missing_ok=True)
     source = read_json(QUANTIZED / "source.json")
     config = read_json(out / "adapter_config.json")
-    # PEFT writes a set in hash order, and the path that the base was loaded from.
-    config["target_modules"] = sorted(config["target_modules"])
+    # PEFT writes sets in hash order, and the path that the base was loaded from.
+    for key in ("target_modules", "exclude_modules"):
+        if config[key]:
+            config[key] = sorted(config[key])
     config["base_model_name_or_path"] = source["id"] if source["source"] == "hub" else "models/base"
     config["revision"] = source["commit"]
     write_json(out / "adapter_config.json", config, sort_keys=True)

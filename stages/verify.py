@@ -38,10 +38,11 @@ from stages.shared.ranks import ALONE, World
 from stages.shared.rows import read_rows
 from stages.shared.scoring import batch_count
 from stages.shared.sets import held_out_sets
-from stages.shared.weights import Weights
+from stages.shared.weights import Weights, other_names
 from stages.verifying.agreement import Reference, agreement, reference
 from stages.verifying.folder_check import check_companions, check_headers, check_record
 from stages.verifying.merged_model import (
+    check_whole,
     load_merged,
     place_for,
     streamed_layers,
@@ -154,20 +155,24 @@ def verify(params, rows: list[dict], device: torch.device, world: World = ALONE)
     Returns the metrics; raises StageError.
     """
     dtype = getattr(torch, params.merge.dtype)
-    merged, quantized, base = Weights(MERGED), Weights(QUANTIZED), Weights(BASE)
+    renamed = other_names(QUANTIZED)
+    merged, base = Weights(MERGED, renamed), Weights(BASE, renamed)
+    quantized = Weights(QUANTIZED)
     check_headers(merged, quantized, base, dtype)
     # Named here what PEFT would load in part or fail on.
     updates = read_adapter(ADAPTER, quantized.shapes)
     source, other = (quantized, base) if params.merge.base == "dequantized" else (base, quantized)
     with tempfile.TemporaryFile(dir=MERGED.parent) as cache:
         model = load_adapter(load_base(QUANTIZED, device), ADAPTER)
-        check_tensors(merged, model, source, dtype, device, world)
+        check_tensors(merged, model, source, base, dtype, device, world)
         ref = reference(model, rows, cache, world)
         # Only one of the two models is in memory at a time.
         del model
         gc.collect()
         longest = max(len(row["input_ids"]) for row in rows)
-        model = load_merged(MERGED, place_for(merged, longest, device))
+        if renamed is not None:
+            check_whole(MERGED)
+        model = load_merged(MERGED, place_for(quantized, longest, device), renamed)
         metrics = scores(model, rows, ref, device)
         if params.verify.compare_bases and quantized.nf4:
             weight_of = merge_onto(other, updates, dtype, device)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from families import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages.shared.fast_path import FLATTENED, VARLEN, choose_attention, supports_varlen
+from stages.shared.fast_path import FLATTENED, MASKED, VARLEN, choose_attention, supports_varlen
 from stages.shared.params import Train
 from stages.shared.process import StageError
 from stages.training import attention
@@ -22,6 +23,11 @@ SHAPE = {
     "sliding_window": 8,
     "pad_token_id": 2,
 }
+# What a tiny one of a family needs.
+OWN = {
+    name: FAMILIES[name].settings | {"vocab_size": 264} for name in ("gemma3n_text", "gemma4_text")
+}
+OWN |= {"minicpm3": {"num_key_value_heads": 4}}
 TRAIN = {
     "epochs": 1.0,
     "batch_size": 2,
@@ -63,7 +69,7 @@ def reference(q, k, v, bounds, _, longest, __, scale, window_size, enable_gqa=Fa
 
 def make(family, kind):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SHAPE)
+    config = AutoConfig.for_model(family, **SHAPE | OWN.get(family, {}))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kind)
     return model.eval()
 
@@ -99,14 +105,21 @@ def mixing(family, kind):
     return max((a - b).abs().max().item() for a, b in pairs) / alone[0].abs().max().item()
 
 
-@pytest.mark.parametrize("family", sorted(FLATTENED))
+@pytest.mark.parametrize("family", sorted(FLATTENED | MASKED))
 def test_flattened_rows_keep_apart(family):
     assert mixing(family, None) < 1e-4
-    if supports_varlen(AutoConfig.for_model(family, **SHAPE)):
+    if supports_varlen(AutoConfig.for_model(family, **SHAPE | OWN.get(family, {}))):
         assert mixing(family, VARLEN) < 1e-4
 
 
-@pytest.mark.parametrize("family", ["stablelm", "nemotron", "xglm"])
+@pytest.mark.parametrize("family", ["stablelm", "nemotron"])
+def test_a_family_that_mixes_rows_without_a_mask_is_given_one(family):
+    assert mixing(family, VARLEN) > 1e-2
+    packing = Train(**TRAIN | {"batching": "packing"})
+    assert choose_attention(packing, AutoConfig.for_model(family), gpu=True) == "sdpa"
+
+
+@pytest.mark.parametrize("family", ["bloom", "xglm"])
 def test_a_family_that_mixes_rows_is_noticed_and_not_flattened(family):
     assert mixing(family, VARLEN) > 1e-2
     config = AutoConfig.for_model(family)

@@ -506,6 +506,14 @@ def local_results(exported, monkeypatch, wish, mixed=False):
     )
 
 
+def test_card_of_several_towers_loads_them_all(exported, monkeypatch):
+    read = results(exported, monkeypatch)
+    for kind, loads in (("llama", "CausalLM"), ("gemma3", "ImageTextToText")):
+        card = model_card(replace(read, model_type=kind))
+        assert set(re.findall(r"AutoModelFor(\w+)", card)) == {loads}
+        assert ("pipeline_tag: image-text-to-text" in card) == (kind == "gemma3")
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("wish", ["public", "never", "always"])
 def test_card_shows_no_rows_and_no_places_of_a_local_data_set(exported, monkeypatch, wish, mixed):

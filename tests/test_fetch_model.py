@@ -171,6 +171,31 @@ REFUSED = {
         "tiny is no causal language model that Transformers knows (model_type bert, "
         "architecture BertForMaskedLM)",
     ),
+    "unknown towers": (
+        edit("config.json", model_type="paligemma", architectures=["PaliGemmaForConditional"]),
+        "tiny is a model for images and text of a kind (paligemma) whose language model is not "
+        "known to work by itself; of those, gemma3, gemma4, ",
+    ),
+    "towers with a causal class": (
+        edit("config.json", model_type="gemma3n", architectures=["Gemma3nForOther"]),
+        "tiny is a model for images and text of a kind (gemma3n) whose language model is not known",
+    ),
+    "transposed": (
+        edit("config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"]),
+        "tiny: its weights are stored transposed (transformer.h.0.attn.c_attn is a Conv1D), which",
+    ),
+    "experts": (
+        edit("config.json", model_type="mixtral", architectures=["MixtralForCausalLM"]),
+        "tiny is a mixture of experts (model.layers.0.mlp.experts.gate_up_proj), which cannot be",
+    ),
+    "no attention": (
+        edit("config.json", model_type="mamba", architectures=["MambaForCausalLM"]),
+        "tiny: mamba has no attention, and plan cannot tell what its layers need; choose another",
+    ),
+    "quantized tower": (
+        edit("config.json", text_config={"quantization_config": {"quant_method": "fp8"}}),
+        "tiny is quantized already (fp8); choose its 16-bit original",
+    ),
     "quantized": (
         edit("config.json", quantization_config={"quant_method": "gptq"}),
         "tiny is quantized already (gptq); choose its 16-bit original",

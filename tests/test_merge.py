@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import merge
@@ -120,12 +120,24 @@ def test_shard_is_what_safetensors_writes(tmp_path):
         "a": torch.randn(7).half(),
         "c": torch.ones(()).half(),
     }
-    shapes = {name: tuple(content[name].shape) for name in sorted(content)}
+    entries = {name: weights.Entry("F16", tuple(content[name].shape)) for name in sorted(content)}
     blocks = [content[name] for name in sorted(content)]
-    digest = weights.write_shard(tmp_path / "ours", shapes, torch.float16, blocks)
+    digest = weights.write_shard(tmp_path / "ours", entries, blocks)
     assert digest == sha256(tmp_path / "ours")
     save_file(content, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_copied_tensors_keep_their_types(tmp_path):
+    kinds = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)
+    content = {str(i): torch.ones(i + 1, 2, dtype=kind) for i, kind in enumerate(kinds)}
+    save_file(content, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    source = weights.Weights(tmp_path)
+    entries = {name: source.entry(name) for name in source.names}
+    weights.write_shard(tmp_path / "copy", entries, map(source.read, entries))
+    copied = load_file(tmp_path / "copy")
+    assert all(torch.equal(copied[name], content[name]) for name in content)
+    assert {name: t.dtype for name, t in copied.items()} == dict(zip(content, kinds, strict=True))
 
 
 def test_all_that_the_rows_end_with_ends_an_answer_of_the_merged_model(llama, monkeypatch):

@@ -120,11 +120,6 @@ REFUSED = {
         "weight and 18 more of the model; they call model.embed_tokens.weight "
         "language_model.model.embed_tokens.weight: rename the tensors in a copy",
     ),
-    "no prefix": (
-        renamed("^model\\.", ""),
-        {},
-        "the weight model.layers.0.mlp.down_proj.weight of the model has another name in its files",
-    ),
     "shape": (cut, {}, "model.norm.weight is (8,) in the files and (64,) by config.json; one of"),
 }
 
@@ -147,6 +142,23 @@ def test_weights_that_would_be_made_up_are_refused(tmp_path, form, edit, setting
     assert str(error.value).startswith(f"{tmp_path}/base: {said}")
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("form", [lambda base, out: quantize(base, out, True), link])
+def test_names_that_transformers_knows_better_are_kept_beside_the_weights(tmp_path, form):
+    """As of a model that was saved without its head."""
+    ids, logits = torch.arange(3, 40)[None], []
+    for name, edit in (("whole", lambda _: None), ("backbone", renamed("^model\\.", ""))):
+        make_model(tmp_path / name)
+        edit_tensors(tmp_path / name, edit)
+        out = tmp_path / f"{name}-out"
+        out.mkdir()
+        form(tmp_path / name, out)
+        logits.append(load_base(out, CPU)(ids).logits)
+    assert torch.equal(*logits)
+    assert not (tmp_path / "whole-out/names.json").exists()
+    names = json.loads((out / "names.json").read_text())
+    assert names["model.norm.weight"] == "norm.weight"
 
 
 def test_left_over_weights_are_named_where_transformers_would_warn(tmp_path, capsys):

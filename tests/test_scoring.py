@@ -5,15 +5,24 @@ import random
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.quantize import quantize
 from stages.shared import scoring
 from stages.shared.model import load_base
-from stages.shared.process import StageError
 from stages.shared.scoring import head, score, scored_logits
 from tests.tiny import make_model
 
 CPU = torch.device("cpu")
+SMALL = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
 
 
 def make_rows(count=13):
@@ -92,10 +101,48 @@ def test_scoring_leaves_the_mode_as_it_was(model):
         assert model.training is training
 
 
-def test_scaled_logits_are_refused(model):
-    model.config.logit_scale = 0.5
-    try:
-        with pytest.raises(StageError, match="logit_scale"):
-            head(model, torch.zeros(1, 64))
-    finally:
-        del model.config.logit_scale
+MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 1}
+# Families that scale or cap their logits, each by a name of its own.
+OWN_LOGITS = {
+    "llama": {},
+    # Calls the decoder within its backbone.
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "gemma2": {"final_logit_softcapping": 0.5},
+    "granite": {"logits_scaling": 8.0},
+    "granitemoehybrid": {
+        "logits_scaling": 8.0,
+        "layer_types": ["attention"] * 2,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 128,
+    },
+    "cohere": {"logit_scale": 0.25},
+    "cohere2": {"logit_scale": 0.25},
+    "minicpm3": {"dim_model_base": 16, "num_key_value_heads": 4},
+    "falcon_h1": {"lm_head_multiplier": 0.25, **MAMBA},
+    "recurrent_gemma": {"logits_soft_cap": 0.5, "lru_width": 64},
+    "hyperclovax": {"logits_scaling": 4.0},
+}
+
+
+def random_model(family, settings):
+    shape = SMALL | {"pad_token_id": 2, "tie_word_embeddings": False} | settings
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **shape)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # Far enough from zero for a cap to be felt.
+    model.get_output_embeddings().weight.data.normal_(0, 0.3)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "settings"), OWN_LOGITS.items(), ids=OWN_LOGITS)
+def test_head_gives_the_logits_of_the_model(family, settings):
+    model = random_model(family, settings)
+    ids = torch.arange(3, 20)[None]
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    found, expected = head(model, hidden), model(ids, use_cache=False).logits[0]
+    assert torch.equal(found, expected)
+    # Of the plain product they differ where the family does something.
+    plain = model.get_output_embeddings()(hidden)
+    assert torch.allclose(found, plain) == (family in ("llama", "opt"))
+    assert torch.equal(model(ids, use_cache=False).logits[0], expected)

@@ -261,9 +261,10 @@ def test_a_random_nf4_model_is_as_large_as_predicted_and_computes(double_quant):
     [
         Point("tiny", "qlora", 4, 64),
         Point("tiny-tied", "lora", 4, 64, dropout=0.1, accumulation=2),
+        Point("tiny-gemma3", "qlora", 4, 64),
         Point("tiny", "full", 0, 64, checkpointing=False),
     ],
-    ids=lambda point: point.method,
+    ids=lambda point: f"{point.shape} {point.method}",
 )
 def test_a_point_of_the_benchmark_trains_and_has_a_prediction(point):
     trainer, fast, placed = prepare(point, torch.device("cpu"), random_rows(point, 2))

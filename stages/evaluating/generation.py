@@ -6,6 +6,8 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig
 
+from stages.shared.text_model import largest_of, number_of
+
 # Of the KV cache of one batch. The longest prompts come first, so that memory runs out at once.
 CACHE_BYTES = {"cuda": 2**31, "cpu": 2**29}
 # Padded tokens of the prompts of one batch, which pass through the model together.
@@ -56,8 +58,9 @@ def _batches(prompts: list[list[int]], limit: int, cached: int) -> list[list[int
 def _cached_tokens(model) -> int:
     """How many tokens the cache may hold, by the heads of the attention that most models have."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = number_of(config, "num_key_value_heads") or config.num_attention_heads
+    width = number_of(config, "head_dim") or largest_of(model, "head_dim")
+    width = width or config.hidden_size // config.num_attention_heads
     size = torch.finfo(model.get_output_embeddings().weight.dtype).bits // 8
     return CACHE_BYTES[model.device.type] // (2 * config.num_hidden_layers * heads * width * size)
 

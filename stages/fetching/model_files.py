@@ -9,10 +9,14 @@ from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as SINGLE
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from stages.shared.foreign import Foreign, check_name, held_to, read_object
 from stages.shared.loading import TokenIds, check_tokenizer
+from stages.shared.multimodal import MULTIMODAL
 from stages.shared.process import StageError
 
 # Beside the weights: config, tokenizer, templates, processors, licence. No README, and nothing that
@@ -66,17 +70,22 @@ def weight_files(folder: Path, files: dict[str, int], id: str) -> list[str]:
     return sorted(shards)
 
 
-class Config(TokenIds):
+class Tower(Foreign):
+    # Of each layer a module is made before anything can be measured.
+    num_hidden_layers: Annotated[int, Field(ge=1, le=2000)] | None = None
+    vocab_size: Annotated[int, Field(ge=1, lt=2**24)] | None = None
+    quantization_config: dict | None = None
+
+
+class Config(TokenIds, Tower):
     """What this pipeline itself reads of config.json; Transformers checks the rest."""
 
     model_type: str
     architectures: list[str] | None = None
     auto_map: dict[str, str | list[str | None]] | None = None
-    quantization_config: dict | None = None
     tie_word_embeddings: bool | None = None
-    # Of each layer a module is made before anything can be measured.
-    num_hidden_layers: Annotated[int, Field(ge=1, le=2000)] | None = None
-    vocab_size: Annotated[int, Field(ge=1, lt=2**24)] | None = None
+    text_config: Tower | None = None
+    vision_config: Tower | None = None
 
 
 class Index(Foreign):
@@ -93,7 +102,10 @@ def check_config(folder: Path, id: str) -> None:
     the files beside it make a fast tokenizer."""
     config = held_to(Config, _read_json(folder / "config.json", id), f"{id}: config.json")
     kind = config.model_type
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if kind in MULTIMODAL:
+        classes = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    known = classes.get(kind)
     code = (config.auto_map or {}).get("AutoModelForCausalLM")
     remote = str(code).rpartition(".")[2]
     # Some repositories still name the code that Transformers has since taken in: same class.
@@ -104,11 +116,18 @@ def check_config(folder: Path, id: str) -> None:
         )
     architecture = config.architectures[0] if config.architectures else known
     if known is None or architecture != known:
+        if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - MULTIMODAL:
+            raise StageError(
+                f"{id} is a model for images and text of a kind ({kind}) whose language model is "
+                f"not known to work by itself; of those, {', '.join(sorted(MULTIMODAL))} do"
+            )
         raise StageError(
             f"{id} is no causal language model that Transformers knows "
             f"(model_type {kind}, architecture {architecture})"
         )
-    if method := (config.quantization_config or {}).get("quant_method"):
+    towers = (config, config.text_config or config)
+    methods = [(tower.quantization_config or {}).get("quant_method") for tower in towers]
+    if method := next(filter(None, methods), None):
         raise StageError(f"{id} is quantized already ({method}); choose its 16-bit original")
     if not any(any(folder.glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
         raise StageError(f"{id} has no tokenizer; copy the files of its base model's beside it")

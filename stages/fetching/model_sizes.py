@@ -4,8 +4,8 @@ import re
 from functools import partial
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from stages.fetching.model_files import ANOTHER
 from stages.shared.bounded import bounded
@@ -13,7 +13,10 @@ from stages.shared.loading import one_line
 from stages.shared.outputs import read_json
 from stages.shared.process import StageError
 from stages.shared.screen import brief
+from stages.shared.text_model import empty_model, is_multimodal, language_model
 
+# In safetensors' letters.
+FLOATS = ("F64", "F32", "F16", "BF16")
 _LAYER = re.compile(r"(.+\.)(\d+)\..+")
 _COPY = "mend it in a copy of the model, with model.source: local"
 
@@ -28,10 +31,32 @@ def declared_shapes(folder: Path, id: str) -> dict[str, tuple[int, ...]]:
 
 
 def _make(folder: Path, id: str) -> dict[str, tuple[int, ...]]:
-    with one_line(f"{id}: no model can be made of config.json"), torch.device("meta"):
+    with one_line(f"{id}: no model can be made of config.json"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = empty_model(config)
+        language = language_model(config) if is_multimodal(config) else model
+    _check_layers(language, id)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _check_layers(model: PreTrainedModel, id: str) -> None:
+    """Refuse layers that later stages can do nothing with."""
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            raise StageError(
+                f"{id}: its weights are stored transposed ({name} is a Conv1D), which is not "
+                f"supported; {ANOTHER}"
+            )
+    if experts := [name for name, _ in model.named_parameters() if ".experts." in name]:
+        raise StageError(
+            f"{id} is a mixture of experts ({experts[0]}), which cannot be merged; choose a dense "
+            "model"
+        )
+    if not getattr(model.config, "num_attention_heads", None):
+        raise StageError(
+            f"{id}: {model.config.model_type} has no attention, and plan cannot tell what its "
+            f"layers need; {ANOTHER}"
+        )
 
 
 def _check_settings(config: dict, id: str) -> None:
@@ -56,17 +81,22 @@ def check_sizes(
 ) -> None:
     """Raise StageError when the weights in `files` have other shapes or layers than `declared`.
 
-    Tensors that Transformers renames or joins when it loads them are passed over.
+    Tensors that Transformers renames or joins when it loads them are passed over. Raises
+    StageError for weights that are quantized, of which config.json says nothing, too.
     """
     from safetensors import safe_open
 
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(folder / file, "pt") as tensors:
-            found |= {
-                name: tuple(tensors.get_slice(name).get_shape())
-                for name in tensors.keys()  # noqa: SIM118 (safe_open is not a dict)
-            }
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
+                part = tensors.get_slice(name)
+                found[name] = tuple(part.get_shape())
+                if name in declared and part.get_dtype() not in FLOATS:
+                    raise StageError(
+                        f"{id}: {name} is {part.get_dtype()}, not a float type: the weights are "
+                        "quantized, and config.json does not say so; choose their 16-bit original"
+                    )
     for name in sorted(found.keys() & declared.keys()):
         if found[name] != declared[name]:
             raise StageError(

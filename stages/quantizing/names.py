@@ -1,23 +1,40 @@
 """Are the weights in a model's files those of the model that config.json makes?"""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
+from stages.shared.linears import quantized_linears
 from stages.shared.process import StageError
+from stages.shared.text_model import (
+    is_multimodal,
+    language_model,
+    language_names,
+    loading_report,
+)
 
 
-def linear_weights(folder: Path) -> set[str]:
-    """Names of the weights to quantize: every Linear except the output embeddings.
+@dataclass(frozen=True)
+class Names:
+    """Tensors of a checkpoint, and what its language model calls them.
 
-    Names what the files of `folder` hold beside the model. Raises StageError where they lack a
+    of         by name in the files; what is of other towers is left out
+    quantized  those of the weights to quantize: what transformers would, by their new names
+    apart      whether a folder of the language model is another than the checkpoint
+    """
+
+    of: dict[str, str]
+    quantized: set[str]
+    apart: bool
+
+
+def check_names(folder: Path) -> Names:
+    """Names what the files of `folder` hold beside the model. Raises StageError where they lack a
     weight of it, or have it in another shape: transformers would make up its values.
     """
-    model, report = _on_meta(folder)
+    model, report = loading_report(folder)
     if wrong := sorted(report["mismatched_keys"]):
         name, found, expected = wrong[0]
         raise StageError(
@@ -29,42 +46,35 @@ def linear_weights(folder: Path) -> set[str]:
         raise StageError(_missing(folder, model, missing, left))
     if left:
         print(f"quantize: not part of the model, and without effect: {_shown(left)}")
-    output = model.get_output_embeddings()
-    wanted = {
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not output
-    }
-    names = set()
+    keys = set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
-            names |= set(tensors.keys())
-    if renamed := sorted(wanted - names):
+            keys |= set(tensors.keys())
+    of = language_names(model, keys)
+    if is_multimodal(model.config):
+        language = language_model(model.config)
+        tell_left_out(model, language)
+    else:
+        language = model
+        # Of no module: carried along.
+        of |= {key: key for key in keys - of.keys() if key not in of.values()}
+    wanted = {f"{name}.weight" for name in quantized_linears(language)}
+    if renamed := sorted(wanted - set(of.values())):
         raise StageError(
             f"{folder}: the weight {renamed[0]} of the model has another name in its files, or is "
             "fused with others; such an architecture cannot be quantized or merged tensor by tensor"
         )
-    return wanted
+    apart = language is not model or any(key != name for key, name in of.items())
+    return Names(of, wanted, apart)
 
 
-def _on_meta(folder: Path) -> tuple[PreTrainedModel, dict[str, set]]:
-    """The model without its values, and what transformers finds when it compares it with the
-    files. No tensor is read."""
-    before = logging.get_verbosity()
-    # Its own report is a table of many lines.
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        # Typed as the model alone, which it is without output_loading_info.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            local_files_only=True,
-            device_map="meta",
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    finally:
-        logging.set_verbosity(before)
-    return loaded
+def tell_left_out(whole: PreTrainedModel, language: PreTrainedModel) -> None:
+    """Say how much of a checkpoint is not its language model."""
+    rest = whole.num_parameters() - language.num_parameters()
+    print(
+        f"quantize: {type(language).__name__} is trained; {rest / 1e6:,.0f} million parameters of "
+        "other towers stay as they are, and are in the merged model again"
+    )
 
 
 def _missing(folder: Path, model: PreTrainedModel, missing: list[str], left: list[str]) -> str:

@@ -12,10 +12,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from stages.reporting.page import to_markdown
 from stages.reporting.report import sections
 from stages.reporting.results import Results, data_sources, scored_sets, title
+from stages.shared.multimodal import MULTIMODAL
 
 # Left out of the card: of no use to whoever only wants to use the model.
 LEFT_OUT = ("Memory",)
 LOCAL_DATA = "local data"
+TEXT_CLASS, TOWERS_CLASS = "AutoModelForCausalLM", "AutoModelForImageTextToText"
 
 HOW_TO_LOAD = """\
 ## How to use it
@@ -89,6 +91,7 @@ def model_card(results: Results) -> str:
     results, rows = without_places(results), shows_rows(results)
     base, sources = results.model_source, data_sources(results)
     hub = dict.fromkeys(each["id"] for each in sources.values() if each["source"] == "hub")
+    towers = results.model_type in MULTIMODAL
     shown = dict.fromkeys(("exact_match", "rouge_l", "chrf"), results.answers)
     shown["perplexity"] = results.eval
     tags = (
@@ -102,7 +105,7 @@ def model_card(results: Results) -> str:
         datasets=[*hub] if hub and results.train else None,
         license=base["license"].lower() if base["license"] else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if towers else "text-generation",
         tags=tags,
         eval_results=[
             EvalResult(
@@ -120,4 +123,5 @@ def model_card(results: Results) -> str:
     )
     kept = [section for section in sections(results, rows) if section.title not in LEFT_OUT]
     heading, _, rest = to_markdown(title(results), kept).partition("\n")
-    return str(ModelCard(f"---\n{card.to_yaml()}\n---\n\n{heading}\n\n{HOW_TO_LOAD}{rest}"))
+    how = HOW_TO_LOAD.replace(TEXT_CLASS, TOWERS_CLASS) if towers else HOW_TO_LOAD
+    return str(ModelCard(f"---\n{card.to_yaml()}\n---\n\n{heading}\n\n{how}{rest}"))

@@ -34,6 +34,7 @@ class Results:
     samples: list[dict]
     made_with: dict[str, dict]
     release_gb: float
+    model_type: str = ""  # of the merged model's config.json
 
 
 def scored_sets(results: Results) -> dict[str, str]:

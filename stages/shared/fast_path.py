@@ -15,31 +15,59 @@ from stages.shared.process import StageError
 # The attention of stages/training/attention.py.
 VARLEN = "varlen"
 # Families seen to keep the rows of a flattened batch apart, with this attention and with a mask
-# (tests/test_attention.py). Others take no notice of where a row begins, attend by code of their
-# own (and with varlen without any mask), or carry a state from token to token.
+# (tests/test_attention.py; transformers 5.23). Others take no notice of where a row begins, attend
+# by code of their own (and with varlen without any mask), or carry a state from token to token.
 FLATTENED = {
+    "apertus",
+    "arcee",
+    "bitnet",
     "cohere",
     "cohere2",
+    "cwm",
+    "ernie4_5",
     "exaone4",
     "gemma",
     "gemma2",
     "gemma3_text",
+    "gemma3n_text",
     "glm",
     "glm4",
+    "gpt_bigcode",
     "gpt_neox",
     "granite",
+    "helium",
+    "hunyuan_v1_dense",
+    "hyperclovax",
+    "jais2",
     "llama",
     "ministral",
     "ministral3",
     "mistral",
+    "nanochat",
+    "olmo",
     "olmo2",
     "olmo3",
+    "persimmon",
     "phi",
     "phi3",
     "qwen2",
     "qwen3",
+    "seed_oss",
     "smollm3",
     "starcoder2",
+    "vaultgemma",
+}
+# Families seen to keep them apart with a mask alone: varlen would let them mix, or its kernel does
+# not have their widths.
+MASKED = {
+    "codegen",
+    "diffllama",
+    "gemma4_text",
+    "gpt_neo",
+    "gptj",
+    "minicpm3",
+    "nemotron",
+    "stablelm",
 }
 # Layers that are residual attention, then a residual MLP, each after its norm, and nothing more.
 PLAIN_LAYERS = {f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
@@ -90,7 +118,7 @@ def choose_attention(train: Train, config: PretrainedConfig, gpu: bool) -> str:
         raise StageError(f"train.attention: {kind} does not do what {family} needs; set auto")
     if kind == VARLEN and not gpu:
         raise StageError(f"train.attention: {kind} needs a GPU; set auto")
-    if train.batching == "packing" and family not in FLATTENED:
+    if train.batching == "packing" and family not in FLATTENED | MASKED:
         raise StageError(
             f"train.batching: {family} is not known to keep rows apart that lie behind each "
             "other; set group_by_length"

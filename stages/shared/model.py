@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from stages.shared.nf4 import unpack_odd_layers
 from stages.shared.process import StageError
+from stages.shared.text_model import find_backbone
 
 logging.disable_progress_bar()
 
@@ -34,6 +35,7 @@ def load_base(
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, device_map={"": device}, attn_implementation=attention
     )
+    find_backbone(model)
     set_compute_dtype(model, dtype)
     # What is loaded in bfloat16 on the CPU is on its way to a GPU.
     if device.type == "cpu" and dtype == torch.float32:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from stages.shared.process import StageError
 from stages.shared.ranks import ALONE, World
 from stages.shared.rows import IGNORED, length_batches
 
@@ -113,20 +113,34 @@ def batch_count(rows: list[dict]) -> int:
 
 
 def head(causal: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits [n, vocabulary] of hidden states [n, H], as the model's own forward computes them.
+    """Logits [n, vocabulary] of hidden states [n, H], by the model's own forward.
 
-    Raises StageError for an architecture that scales its logits in a way not known here.
+    Its backbone gives `hidden` meanwhile, so that what a family does to its logits (scales, caps)
+    is done, under whatever name.
     """
-    config = causal.config.get_text_config()
-    for key in ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, key, None) not in (None, 1.0):
-            raise StageError(
-                f"{config.model_type}: logits are scaled ({key}), which is not supported; "
-                "choose another base model"
-            )
-    logits = causal.get_output_embeddings()(hidden)
-    cap = getattr(config, "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    # Some families call the decoder within the backbone.
+    backbones: list[Any] = [m for m in (causal.base_model, causal.get_decoder()) if m is not causal]
+    before = [(module, vars(module).get("forward")) for module in dict.fromkeys(backbones)]
+    for module, _ in before:
+        module.forward = lambda *_, **__: _Given(last_hidden_state=hidden[None])
+    try:
+        # The tokens are not looked at.
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        return causal(input_ids=ids, use_cache=False).logits[0]
+    finally:
+        for module, forward in before:
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+class _Given(BaseModelOutputWithPast):
+    """What a backbone gives; of all but the hidden states, nothing."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def _autocast(causal: PreTrainedModel, device: torch.device):

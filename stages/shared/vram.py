@@ -58,11 +58,14 @@ MOMENT_BYTES = {"adamw_torch_fused": 8, "paged_adamw_32bit": 8, "paged_adamw_8bi
 
 @dataclass(frozen=True)
 class Linear:
-    """One Linear of the base model that quantization replaces."""
+    """One Linear of the base model; `quantized` says whether NF4 replaces it, `adaptable` whether
+    it can have an adapter (stages/shared/linears.py)."""
 
     name: str
     inputs: int
     outputs: int
+    quantized: bool = True
+    adaptable: bool = True
 
     @property
     def parameters(self) -> int:
@@ -127,8 +130,8 @@ def weights_bytes(shape: Shape, method: str, double_quant: bool) -> float:
     """The base model on the GPU."""
     if method != "qlora":
         return 2.0 * shape.parameters
-    linear = sum(x.parameters for x in shape.linears)
-    return NF4_BYTES[double_quant] * linear + 2.0 * shape.other_parameters
+    linear = sum(x.parameters for x in shape.linears if x.quantized)
+    return NF4_BYTES[double_quant] * linear + 2.0 * (shape.parameters - linear)
 
 
 def adapts(shape: Shape, run: Training, names: frozenset[str]) -> bool:
@@ -202,7 +205,7 @@ def dequantized_bytes(shape: Shape, run: Training) -> float:
     if run.method != "qlora":
         return 0.0
     constants = 0 if run.fused_lora and run.liger else 4 / 64
-    return (2 + constants) * max(x.parameters for x in shape.linears)
+    return (2 + constants) * max((x.parameters for x in shape.linears if x.quantized), default=0)
 
 
 def one_operation_working(shape: Shape, run: Training, again: bool) -> float:

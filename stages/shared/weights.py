@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import bitsandbytes.functional as bnb
 import torch
@@ -22,10 +23,22 @@ from stages.shared.outputs import read_json
 from stages.shared.process import StageError
 
 LETTERS = {torch.float16: "F16", torch.bfloat16: "BF16"}
+# Where tensors of the checkpoint have other names than those of the model that is trained, or are
+# not in it: by the model's names those of the checkpoint (stages/shared/text_model.py).
+NAMES = "names.json"
 # What bitsandbytes saves beside a packed weight, as <weight name>.<part>.
 NF4_STATE = "quant_state.bitsandbytes__nf4"
 NF4_PARTS = (NF4_STATE, "absmax", "quant_map", "nested_absmax", "nested_quant_map")
 TYPES = {"F64": torch.float64, "F32": torch.float32} | {v: k for k, v in LETTERS.items()}
+# Bytes of a value of each of safetensors' types, as tensors that are copied may have.
+WIDTHS = {k: v.itemsize for k, v in TYPES.items()} | {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "I16": 2,
+    "I32": 4,
+    "I64": 8,
+}
 # Values of one block: 1 MB in float32, which stays in the processor's cache. Blocks four times as
 # large took 30 % longer, most of it in page faults.
 BLOCK_VALUES = 2**18
@@ -36,10 +49,23 @@ UNIT_ROWS = 64
 SYNC_BYTES = 2**25
 
 
+class Entry(NamedTuple):
+    """A tensor of a file to be written: its type in safetensors' letters."""
+
+    letters: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * WIDTHS[self.letters]
+
+
 class Weights:
     """The tensors of a folder; an NF4 weight with its parts counts as one tensor.
 
+    renamed  what to call a tensor that the files call otherwise, by its name there
     names   sorted, as the base model calls them
+    keys    what the files call those that are renamed
     shapes  of each, unpacked
     dtypes  of each as stored, in safetensors' letters (`U8` for NF4)
     files   that hold each
@@ -47,8 +73,10 @@ class Weights:
     Raises StageError when a file is missing, broken, or not what the index says.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, renamed: dict[str, str] | None = None):
         self.folder, self.index = folder, None
+        renamed = renamed or {}
+        self.keys = {name: key for key, name in renamed.items()}
         self.files: dict[str, Path] = {}
         if (folder / INDEX).exists():
             self.index = read_json(folder / INDEX)["weight_map"]
@@ -56,10 +84,11 @@ class Weights:
         for file in sorted(set(self.index.values())) if self.index else [SINGLE]:
             for key, entry in _header(folder / file).items():
                 self._check_place(key, file)
-                shapes[key], dtypes[key] = tuple(entry["shape"]), entry["dtype"]
-                self.files[key], self._offsets[key] = folder / file, entry["offset"]
+                name = renamed.get(key, key)
+                shapes[name], dtypes[name] = tuple(entry["shape"]), entry["dtype"]
+                self.files[name], self._offsets[name] = folder / file, entry["offset"]
         for key, file in sorted((self.index or {}).items()):
-            if key not in self.files:
+            if renamed.get(key, key) not in self.files:
                 raise StageError(f"{folder / file} lacks {key}, which {INDEX} puts there")
         self.nf4 = {k.removesuffix(f".{NF4_STATE}") for k in self.files if k.endswith(NF4_STATE)}
         parts = {f"{weight}.{part}" for weight in self.nf4 for part in NF4_PARTS}
@@ -80,7 +109,11 @@ class Weights:
     def read(self, key: str) -> torch.Tensor:
         """One tensor as stored."""
         with safe_open(self.files[key], framework="pt") as tensors:
-            return tensors.get_tensor(key)
+            return tensors.get_tensor(self.key(key))
+
+    def key(self, name: str) -> str:
+        """What the files call the tensor `name`."""
+        return self.keys.get(name, name)
 
     def reader(self, name: str, device: torch.device) -> Callable[[slice], torch.Tensor]:
         """A function that reads rows of one tensor, from any thread; NF4 in bfloat16.
@@ -100,6 +133,12 @@ class Weights:
             return self._fill(part, name, block.start * row_bytes).to(device)
 
         return read
+
+    def entry(self, name: str) -> Entry:
+        """How a copy of the tensor is written. Raises StageError for a type that is not known."""
+        if (letters := self.dtypes[name]) not in WIDTHS:
+            raise StageError(f"{self.files[name]}: {name} is {letters}, which is not known here")
+        return Entry(letters, self.shapes[name])
 
     def _nf4_reader(self, name: str, device: torch.device) -> Callable[[slice], torch.Tensor]:
         parts = [part for part in NF4_PARTS if f"{name}.{part}" in self.files]
@@ -129,6 +168,14 @@ class Weights:
             file.seek(self._offsets[name] + start)
             file.readinto(part.reshape(-1).view(torch.uint8).numpy().data)
         return part
+
+
+def other_names(folder: Path) -> dict[str, str] | None:
+    """By its name in the checkpoint, what the model in `folder` calls a tensor; None where the two
+    have the same names and tensors."""
+    if not (folder / NAMES).exists():
+        return None
+    return {key: name for name, key in read_json(folder / NAMES).items()}
 
 
 def _header(file: Path) -> dict[str, dict]:
@@ -161,12 +208,7 @@ def row_blocks(shape: tuple[int, ...], device: torch.device) -> list[slice]:
     return [slice(a, b) for a, b in pairwise([*bounds, rows])]
 
 
-def write_shard(
-    file: Path,
-    shapes: dict[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    blocks: Iterable[torch.Tensor],
-) -> str:
+def write_shard(file: Path, entries: dict[str, Entry], blocks: Iterable[torch.Tensor]) -> str:
     """Write one safetensors file, synced to disk, from the row blocks of its tensors in order.
 
     The format: https://github.com/huggingface/safetensors#format. Returns the file's SHA-256,
@@ -174,11 +216,11 @@ def write_shard(
     """
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, shape in shapes.items():
-        end = offset + torch.Size(shape).numel() * dtype.itemsize
+    for name, entry in entries.items():
+        end = offset + entry.nbytes
         header[name] = {
-            "dtype": LETTERS[dtype],
-            "shape": list(shape),
+            "dtype": entry.letters,
+            "shape": list(entry.shape),
             "data_offsets": [offset, end],
         }
         offset = end

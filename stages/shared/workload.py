@@ -8,14 +8,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.ipc
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from stages.shared import vram
 from stages.shared.fast_path import choose_fast_path, plain_layers
+from stages.shared.linears import adaptable_linears, quantized_linears
 from stages.shared.outputs import read_json
 from stages.shared.params import Params, Train
 from stages.shared.process import StageError
 from stages.shared.rows import lengths
+from stages.shared.text_model import largest_of, number_of, read_config
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def read_lengths(prepared: Path) -> Lengths:
 def read_model(folder: Path) -> tuple[PretrainedConfig, vram.Shape]:
     """The model of `folder`/config.json; no weights are read."""
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = read_config(folder)
         return config, shape_of(config)
     except (AttributeError, KeyError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -51,21 +53,32 @@ def shape_of(config: PretrainedConfig) -> vram.Shape:
     if any(".experts." in name for name, _ in model.named_parameters()):
         # peft would also adapt the fused experts, which merge refuses when all is trained.
         raise ValueError("mixtures of experts cannot be merged; choose a dense base model")
-    text = config.get_text_config()
-    heads, head = text.num_attention_heads, model.get_output_embeddings()
+    text, head = config.get_text_config(), model.get_output_embeddings()
+    quantized, adaptable = quantized_linears(model), set(adaptable_linears(model))
     linears = tuple(
-        vram.Linear(name, module.in_features, module.out_features)
+        vram.Linear(
+            name, module.in_features, module.out_features, name in quantized, name in adaptable
+        )
         for name, module in model.named_modules()
-        if type(module) is torch.nn.Linear and module is not head
+        if isinstance(module, torch.nn.Linear) and module is not head
     )
+    heads = number_of(text, "num_attention_heads")
+    if not heads or not linears:
+        raise ValueError("it has no layers of attention and products")
+    head_dim = (
+        number_of(text, "head_dim") or largest_of(model, "head_dim") or text.hidden_size // heads
+    )
+    # Where layers differ, the widest keys.
+    keys = max((x.outputs for x in linears if x.name.endswith(".k_proj")), default=0)
     return vram.Shape(
         layers=text.num_hidden_layers,
         vocabulary=text.vocab_size,
         hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
+        # Under whatever name: what a layer's last product reads.
+        intermediate=number_of(text, "intermediate_size") or max(x.inputs for x in linears),
         heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        kv_heads=number_of(text, "num_key_value_heads") or keys // head_dim or heads,
+        head_dim=head_dim,
         silu=getattr(text, "hidden_act", None) == "silu",
         plain=bool(plain_layers(model)),
         linears=linears,
@@ -78,7 +91,7 @@ def match_targets(shape: vram.Shape, wanted: str | list[str]) -> frozenset[str]:
 
     Raises StageError for a name that is no Linear of the base: peft would skip it in silence.
     """
-    names = [x.name for x in shape.linears]
+    names = [x.name for x in shape.linears if x.adaptable]
     if wanted == "all-linear":
         return frozenset(names)
     found = set()

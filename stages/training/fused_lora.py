@@ -150,7 +150,9 @@ class _Linears(torch.autograd.Function):
         outputs, inner = products.forward(flat)
         ctx.products = products
         ctx.save_for_backward(flat, inner)
-        return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
+        # No views for autograd: some families add to them in place.
+        view = torch.ops.aten._unsafe_view
+        return tuple(view(y, [*x.shape[:-1], y.shape[-1]]) for y in outputs)
 
     @staticmethod
     def backward(ctx, *dys):

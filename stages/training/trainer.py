@@ -17,15 +17,17 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from stages.shared.fast_path import FastPath, plain_layers
+from stages.shared.linears import unadaptable_linears
 from stages.shared.params import Lora, Params, Train
 from stages.shared.placement import Placement
 from stages.shared.ranks import ALONE, World
-from stages.shared.rows import token_counts
+from stages.shared.rows import IGNORED, token_counts
 from stages.training import attention
 from stages.training.dealing import Dealt, GroupedByLength, no_rows
 from stages.training.fused_lora import fuse_lora
 from stages.training.offload import HostStash
 from stages.training.streaming import Streamer
+from stages.training.trial import Trial
 
 # trl's output head leaves out what is not learned where it can have Triton; elsewhere it scores
 # every position, which on a CPU took half of a step. (Its kernels ask another function.)
@@ -52,10 +54,14 @@ class Trainer(SFTTrainer):
     model: PeftModel
     train_dataset: Dataset
     tokens = 0
+    # Whether trl's output head gives the model's own logits (stages/training/trial.py).
+    fused_head = True
 
     def __init__(self, world: World = ALONE, **options):
         self.world = world
         super().__init__(**options)
+        # Whatever a family says of its own loss, this one needs the tokens of a whole step.
+        self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
         # The tokens of every batch are counted on the host, where it is made ahead of its step.
         self.ahead: deque[int] = deque()
@@ -70,9 +76,16 @@ class Trainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean NLL of the learned tokens of a whole step, through trl's fused output head."""
         self.tokens += self.ahead.popleft()
-        output = model(**inputs, use_cache=False, fused_lm_head=True)
         # The tokens of all ranks, whose gradients DDP averages.
-        return -output.log_probs.sum() / (num_items_in_batch / self.world.size)
+        tokens = num_items_in_batch / self.world.size
+        if self.fused_head:
+            output = model(**inputs, use_cache=False, fused_lm_head=True)
+            return -output.log_probs.sum() / tokens
+        labels = inputs.pop("labels")[:, 1:]
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        learned = labels != IGNORED
+        logits, labels = logits[learned].float(), labels[learned]
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / tokens
 
     def _get_train_sampler(self, train_dataset=None):
         """As transformers does, told the lengths: it would decode every row to count its tokens."""
@@ -113,8 +126,11 @@ class Trainer(SFTTrainer):
         return 0
 
 
-def lora_config(lora: Lora) -> LoraConfig:
+def lora_config(lora: Lora, model: PreTrainedModel | None = None) -> LoraConfig:
+    """params.lora in PEFT's words; of `model`, all-linear leaves out what PEFT would refuse."""
+    every = lora.target_modules == "all-linear"
     return LoraConfig(
+        exclude_modules=(unadaptable_linears(model) if model and every else None) or None,
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number: PEFT divides it
         use_rslora=lora.scaling == "rslora",
@@ -152,9 +168,13 @@ def build_trainer(
     Of several ranks each has one, whose batch size and accumulation are those of its share.
 
     streamer  of the base, where its layers' weights are streamed
+
+    Raises StageError where a trial on two rows shows that the model cannot be trained so.
     """
+    trial = Trial(model, data.rows)
     if fast.liger:
         apply_liger(model)
+    fast = trial.batches(model, fast, params.train.batching == "packing")
     if dropped := leave_out_attention_dropout(model):
         print(f"train: the base's attention_dropout ({dropped:g}) is left out")
     trainer = Trainer(
@@ -162,7 +182,7 @@ def build_trainer(
         args=trainer_config(model, data, params, fast, placement, folder),
         train_dataset=data.rows,
         processing_class=data.tokenizer,
-        peft_config=lora_config(params.lora),
+        peft_config=lora_config(params.lora, model),
         world=world,
     )
     assert trainer.args.train_batch_size == params.train.batch_size
@@ -174,10 +194,15 @@ def build_trainer(
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if fast.fused_lora:
+    trainer.model.eval()
+    trainer.fused_head = trial.fused_head(trainer.model.get_base_model())
+
+    def fuse() -> None:
         stash = host_stash(trainer, fast, placement)
         fuse_lora(trainer.model, fast.liger, placement, stash, streamer)
-    elif not placement.kept_mlp:
+
+    fused = fast.fused_lora and trial.fused_layers(trainer.model, fuse)
+    if not fused and not placement.kept_mlp:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         trainer.model.enable_input_require_grads()
     remember_parameters(trainer.model)
@@ -273,6 +298,8 @@ def trainer_config(
         # checkpoint is written of it, and a mean over several steps would not survive a resume.
         logging_steps=1,
         logging_nan_inf_filter=False,
+        # Dense members of families that have experts have none to balance.
+        router_aux_loss_coef=0.0,
         save_strategy="no",
         # Trackers are called by stages/training/tracking.py.
         report_to="none",

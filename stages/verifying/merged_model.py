@@ -16,6 +16,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from stages.shared.outputs import GB
 from stages.shared.process import StageError
 from stages.shared.scoring import TOKENS_PER_BATCH
+from stages.shared.text_model import (
+    find_backbone,
+    key_mapping,
+    loading_report,
+    read_config,
+    without_tables,
+)
 from stages.shared.weights import Weights
 from stages.verifying.folder_check import AGAIN
 
@@ -46,19 +53,37 @@ def place_for(weights: Weights, longest: int, device: torch.device) -> torch.dev
     return torch.device("cpu")
 
 
-def load_merged(folder: Path, device: torch.device):
-    """Load with transformers alone. Raises StageError for a key missing or misshapen.
+def check_whole(folder: Path) -> None:
+    """Raise StageError when transformers misses a tensor of any of the model's towers."""
+    _, report = loading_report(folder)
+    for kind in ("missing_keys", "mismatched_keys"):
+        if report[kind]:
+            raise StageError(f"{folder}: {kind}: {sorted(map(str, report[kind]))[0]}; {AGAIN}")
+
+
+def load_merged(folder: Path, device: torch.device, renamed: dict[str, str] | None = None):
+    """Load the language model with transformers alone. Raises StageError for a key missing or
+    misshapen.
+
+    renamed  names of the files' tensors in the language model, where they are others
 
     One left over is in the base too, as folder_check.check_headers saw, and does no harm there.
     """
     # Typed as the model alone, which it is without output_loading_info.
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", device_map={"": device}, output_loading_info=True
-    )
+    with without_tables():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=read_config(folder),
+            key_mapping=key_mapping(renamed) if renamed else None,
+            dtype="auto",
+            device_map={"": device},
+            output_loading_info=True,
+        )
     model, report = loaded
     for kind, keys in report.items():
         if keys and kind != "unexpected_keys":
             raise StageError(f"{folder}: {kind} when loading: {sorted(map(str, keys))[0]}; {AGAIN}")
+    find_backbone(model)
     model.config.use_cache = False
     return model.eval()
 

@@ -23,11 +23,13 @@ def check_tensors(
     merged: Weights,
     model: PeftModel,
     source: Weights,
+    base: Weights,
     dtype: torch.dtype,
     device: torch.device,
     world: World = ALONE,
 ) -> None:
-    """Compare every merged tensor with what PEFT and bitsandbytes compute from the sources.
+    """Compare every merged tensor with what PEFT and bitsandbytes compute from the sources: of the
+    language model `source`, of other towers `base`.
 
     The ranks of `world` share the tensors. Raises StageError naming those that differ by more than
     rounding.
@@ -49,7 +51,9 @@ def check_tensors(
                 # As it is stored: load_base lets the CPU compute in float32.
                 plain = plain.data.to(torch.bfloat16).to(dtype)
             else:
-                plain = source.read(name).to(device, dtype)
+                # Of other towers, as it is.
+                weights = source if name in source.shapes else base
+                plain = weights.read(name).to(device, found.dtype)
             # In place, as PEFT merges: the sum is rounded once.
             delta = module.get_delta_weight("default") if updated else None
             expected = plain if delta is None else plain.clone().add_(delta)

@@ -1,0 +1,65 @@
+"""Which layers are quantized and which can have an adapter: asked here alone.
+
+By transformers' rule for the first (integrations/bitsandbytes.py, replace_with_bnb_linear): the
+class itself, no subclass, and neither the output head nor what is tied or kept in float32. By that
+of PEFT for the second (tuners_utils.py): any Linear but the head, less what it refuses in some
+families.
+"""
+
+import torch
+from transformers import PreTrainedModel
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+# PEFT's _check_lora_target_modules_mamba: modules whose code reads their weights past an adapter.
+_MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+_READ_DIRECTLY = ("out_proj", "conv1d")
+# Nor do these see an adapter: their mixers read the weights themselves.
+_OWN_CODE = {"jamba": ("dt_proj",)}
+
+
+def quantized_linears(model: PreTrainedModel) -> set[str]:
+    """Names of the modules of `model` that NF4 replaces, or has replaced."""
+    tied = model.all_tied_weights_keys
+    # As get_keys_to_not_convert finds them while a model is loaded, when nothing is tied yet.
+    last, _ = list(model.named_parameters(remove_duplicate=False))[-1]
+    head = [name for name, module in model.named_modules() if module is _head(model)]
+    kept = [key.removesuffix(".weight") for key in (*tied, *tied.values(), last)]
+    kept += [*head, *(model._keep_in_fp32_modules or [])]
+    return {
+        name
+        for name, module in model.named_modules()
+        # Linear4bit by its name: importing bitsandbytes takes seconds.
+        if (type(module) is torch.nn.Linear or type(module).__name__ == "Linear4bit")
+        and should_convert_module(name, kept)
+    }
+
+
+def adaptable_linears(model: PreTrainedModel) -> list[str]:
+    """Names of the modules of `model` that `all-linear` gives an adapter, in order."""
+    without = unadaptable_linears(model)
+    return [name for name, _ in _linears(model) if name not in without]
+
+
+def unadaptable_linears(model: PreTrainedModel) -> list[str]:
+    """Names of the Linears of `model`, its head apart, that cannot have an adapter."""
+    kind = model.config.model_type
+    # Layers that look at images: without one they are passed over.
+    passed = [f".{i}." for i in getattr(model.config, "cross_attention_layers", None) or ()]
+    banned = (_READ_DIRECTLY if kind in _MAMBA else ()) + _OWN_CODE.get(kind, ())
+    return [
+        name
+        for name, _ in _linears(model)
+        if name.rsplit(".", 1)[-1] in banned or any(layer in name for layer in passed)
+    ]
+
+
+def _linears(model: PreTrainedModel) -> list[tuple[str, torch.nn.Linear]]:
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not _head(model)
+    ]
+
+
+def _head(model: PreTrainedModel) -> torch.nn.Module | None:
+    return model.get_output_embeddings()

@@ -1,0 +1,82 @@
+"""Two short rows, and what the model itself makes of them: the measure of every faster way."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import cycle, islice
+
+import torch
+from transformers import PreTrainedModel
+
+from stages.shared.process import StageError
+from stages.shared.scoring import head
+
+# Tokens of the two, unlike each other, so that one is padded.
+LENGTHS = (24, 17)
+# How far apart logits may lie, as a share of their size, by what they are computed in. Roundings
+# to bfloat16 add up to some hundredths in a deep model; a row that sees another, a scale that is
+# missing or a product that is wrong changes tenths and more (tests/test_gpu.py).
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
+def short_rows(rows: list[list[int]]) -> list[list[int]]:
+    """The beginnings of two rows of token ids; of one row, twice."""
+    return [
+        row[:length] for row, length in zip(islice(cycle(rows), len(LENGTHS)), LENGTHS, strict=True)
+    ]
+
+
+@contextmanager
+def as_trained(model: torch.nn.Module) -> Iterator[torch.device]:
+    """No gradients, and products in the type that training has them in; gives the device."""
+    device = next(model.parameters()).device
+    gpu = device.type == "cuda"
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=gpu):
+        yield device
+
+
+def logits_alone(model: torch.nn.Module, rows: list[list[int]]) -> torch.Tensor:
+    """The model's own logits of each row by itself, one behind the other: [tokens, vocabulary]."""
+    with as_trained(model) as device:
+        ids = [torch.tensor([row], device=device) for row in rows]
+        return torch.cat([model(input_ids=x, use_cache=False).logits[0].float() for x in ids])
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of two tensors, as a share of the spread of what is expected; infinite where one is NaN."""
+    spread = (expected - expected.mean()).norm()
+    share = float((found - expected).norm() / spread.clamp(min=1e-30))
+    return share if share == share else float("inf")
+
+
+def rounding(model: PreTrainedModel) -> float:
+    """What of `difference` is rounding."""
+    gpu = model.device.type == "cuda"
+    return ROUNDING[torch.bfloat16 if gpu else torch.float32]
+
+
+def check_head(model: PreTrainedModel, rows: list[list[int]]) -> None:
+    """Raise StageError when scoring (stages/shared/scoring.py) has other logits than the model."""
+    rows = short_rows(rows)
+    if found := fault(lambda: _by_head(model, rows), logits_alone(model, rows), rounding(model)):
+        raise StageError(
+            f"{model.config.model_type}: scoring does not have the model's own logits ({found}); "
+            "choose another base model"
+        )
+
+
+def _by_head(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:
+    with as_trained(model) as device:
+        ids = [torch.tensor([row], device=device) for row in rows]
+        hidden = [model.base_model(input_ids=x, use_cache=False).last_hidden_state[0] for x in ids]
+        return torch.cat([head(model, x).float() for x in hidden])
+
+
+def fault(compute: Callable[[], torch.Tensor], expected: torch.Tensor, limit: float) -> str | None:
+    """What is wrong with what `compute` gives, if it differs by more than `limit`."""
+    try:
+        share = difference(compute(), expected)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # Whatever the code of a family raises.
+        return " ".join(f"{type(error).__name__}: {error}"[:200].split())
+    return None if share <= limit else f"they differ by {share:.2g} of their size"

@@ -1,0 +1,170 @@
+"""The language model of a checkpoint, which may hold towers for images and sound beside it.
+
+This pipeline computes with the language model alone, as a causal language model of transformers'
+own. The rest is not loaded; merge carries it over, and names are those of the checkpoint again.
+`models/quantized/names.json` says which tensor of the checkpoint each of the language model is,
+where the two differ.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
+from transformers.utils import logging
+
+from stages.shared.multimodal import MULTIMODAL
+
+# Language models without a causal class of their own, and the family that computes the same where
+# there are no images: what their positions have beyond it is of images.
+_SAME = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+# Causal classes that take the configuration of the whole.
+_OF_WHOLE = {"mllama"}
+_OF_IMAGES = ("type", "mrope_section", "mrope_interleaved")
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The configuration of the language model in `folder`."""
+    return language_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+
+
+def language_config(config: PretrainedConfig) -> PretrainedConfig:
+    """`config`, or of one with further towers that of its language model."""
+    if not is_multimodal(config) or config.model_type in _OF_WHOLE:
+        return config
+    text = config.get_text_config()
+    if text.model_type in _SAME:
+        values = text.to_dict()
+        rope = values["rope_parameters"]
+        values["rope_parameters"] = {k: v for k, v in rope.items() if k not in _OF_IMAGES}
+        text = AutoConfig.for_model(_SAME[values.pop("model_type")], **values)
+    # The whole says what it is stored in, and has the head.
+    text.tie_word_embeddings = config.tie_word_embeddings
+    text.dtype = config.dtype or text.dtype
+    return text
+
+
+def is_multimodal(config: PretrainedConfig) -> bool:
+    return config.model_type in MULTIMODAL
+
+
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of `config`, whole, on the meta device."""
+    auto: Any = AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto.from_config(config, dtype=torch.bfloat16)
+
+
+def language_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The language model of `config` alone, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(language_config(config), dtype=torch.bfloat16)
+
+
+def find_backbone(model: PreTrainedModel) -> None:
+    """Let `model.base_model` be what comes before the head: some name it as in a larger model."""
+    if model.base_model is model:
+        model.base_model_prefix = "model"
+
+
+def loading_report(folder: Path) -> tuple[PreTrainedModel, dict[str, set]]:
+    """The whole model of `folder` without its values, and what transformers finds when it compares
+    it with the files. No tensor is read."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    auto: Any = AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
+    with without_tables():
+        return auto.from_pretrained(
+            folder,
+            local_files_only=True,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+
+
+@contextmanager
+def without_tables() -> Iterator[None]:
+    """transformers' own report of a load is a table of many lines."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def language_names(whole: PreTrainedModel, keys: set[str]) -> dict[str, str]:
+    """What the language model calls each of `keys`, names of tensors in the checkpoint of `whole`.
+
+    Keys of other towers, and those that are fused with others when they are loaded, are left out.
+    """
+    transforms = get_model_conversion_mapping(whole)
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    renamings: list[Any] = [each for each in transforms if not isinstance(each, WeightConverter)]
+    state = whole.state_dict()
+    language = language_model(whole.config) if is_multimodal(whole.config) else whole
+    inner, outer = (_backbone_name(model) for model in (language, whole))
+    heads = [_name_of(model, model.get_output_embeddings()) for model in (language, whole)]
+    found = {}
+    for key in keys:
+        name, fused = rename_source_key(key, renamings, converters, whole.base_model_prefix, state)
+        if fused or name not in state:
+            continue
+        if name.startswith(f"{outer}."):
+            found[key] = f"{inner}.{name.removeprefix(f'{outer}.')}"
+        elif heads[1] and name.startswith(f"{heads[1]}."):
+            found[key] = f"{heads[0]}.{name.removeprefix(f'{heads[1]}.')}"
+    return found
+
+
+def _backbone_name(model: PreTrainedModel) -> str:
+    """The module that holds the embeddings of the words, and the layers."""
+    return _name_of(model, model.get_input_embeddings()).rpartition(".")[0]
+
+
+def _name_of(model: torch.nn.Module, wanted: torch.nn.Module | None) -> str:
+    return next((name for name, module in model.named_modules() if module is wanted), "")
+
+
+def key_mapping(renamed: dict[str, str]) -> dict[str, str]:
+    """For from_pretrained: patterns of the checkpoint's names and what the language model has in
+    their place. `renamed` are names in the language model by those in the checkpoint."""
+    found = {}
+    for key, name in renamed.items():
+        inner, outer = name.split("."), key.split(".")
+        while inner and outer and inner[-1] == outer[-1]:
+            inner.pop()
+            outer.pop()
+        if inner or outer:
+            pattern = "".join(f"{re.escape(part)}\\." for part in outer)
+            found[f"^{pattern}"] = "".join(f"{part}." for part in inner)
+    # The longest first: what it replaces is not to be found again.
+    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
+
+
+def number_of(config: PretrainedConfig, key: str) -> int | None:
+    """A number of the configuration, the largest where layers differ; None where that is not told
+    or each layer has its own."""
+    try:
+        value = getattr(config, key, None)
+    except AmbiguousGlobalPerLayerAttributeError:
+        return None
+    return max(value) if isinstance(value, list) else value
+
+
+def largest_of(model: torch.nn.Module, key: str) -> int | None:
+    """Of the modules of `model` that have such a number."""
+    found = (getattr(module, key, None) for module in model.modules())
+    return max((value for value in found if isinstance(value, int)), default=None)
