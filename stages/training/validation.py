@@ -25,7 +25,8 @@ BEST = "best_adapter.safetensors"
 
 class Validation(TrainerCallback):
     """Scores `rows` along the way, keeps the adapter of the lowest loss for train.keep: best, and
-    stops when train.patience scores in a row brought no lower one. Without rows it does nothing.
+    stops when train.patience evaluations in a row brought no lower one. Without rows it does
+    nothing.
 
     Losses and adapter travel in the checkpoints, so that a run that goes on knows what it knew.
     Its turn is before that of Checkpoints, which seals them and saves nothing at an early end.
