@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages.fetching.model_files import ANOTHER
+from stages.fetching.model_files import ANOTHER, COPY
 from stages.shared.bounded import bounded
 from stages.shared.loading import one_line
 from stages.shared.outputs import read_json
@@ -15,7 +15,6 @@ from stages.shared.process import StageError
 from stages.shared.screen import brief
 
 _LAYER = re.compile(r"(.+\.)(\d+)\..+")
-_COPY = "mend it in a copy of the model, with model.source: local"
 
 
 def declared_shapes(folder: Path, id: str) -> dict[str, tuple[int, ...]]:
@@ -28,7 +27,8 @@ def declared_shapes(folder: Path, id: str) -> dict[str, tuple[int, ...]]:
 
 
 def _make(folder: Path, id: str) -> dict[str, tuple[int, ...]]:
-    with one_line(f"{id}: no model can be made of config.json"), torch.device("meta"):
+    what = f"{id}: no model can be made of config.json"
+    with one_line(what, f"{COPY}, or {ANOTHER}"), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -41,13 +41,13 @@ def _check_settings(config: dict, id: str) -> None:
             if part.get(key) is not None:
                 raise StageError(
                     f"{id}: config.json: {key} is {brief(part[key])}, which train.attention "
-                    f"decides here; {_COPY}"
+                    f"decides here; {COPY}"
                 )
         pad, rows = part.get("pad_token_id"), part.get("vocab_size")
         if isinstance(pad, int) and isinstance(rows, int) and not -rows <= pad < rows:
             raise StageError(
                 f"{id}: config.json: pad_token_id {pad} has no row in the embeddings, which have "
-                f"{rows} (vocab_size); {_COPY}"
+                f"{rows} (vocab_size); {COPY}"
             )
 
 
