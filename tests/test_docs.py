@@ -13,6 +13,7 @@ PAGES = (
     "docs/memory.md",
     "docs/recovery.md",
     "docs/scale.md",
+    "docs/serving.md",
 )
 FOLDERS = "stages|tools|tests|benchmarks|recipes|templates|docs|metrics|\\.github"
 MADE = ("metrics/", "templates/NAME", "stages/NAME", "tests/NAME")
