@@ -5,24 +5,30 @@ TORCH_INDEX ?=
 BASE ?= main
 # Processes that run tests.
 JOBS ?= 2
+UPGRADE ?=
 
 BIN := $(CURDIR)/.venv/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# What has no wheel is built with the lock's setuptools.
+HASHED = $(PIP) --no-deps --require-hashes --no-build-isolation --use-pep517
+TORCH_FROM = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 READY := .venv/ready
 # dvc.yaml says `python`: it must be the environment's.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help env repro test quick test-browser test-serving test-trackers families lint fix figures compare gate noise harness test-harness experiments chaos
+.PHONY: help env repro test quick test-browser test-serving test-trackers families lock gguf lint fix figures compare gate noise harness test-harness experiments chaos
 help:  ## Show this list.
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 env: $(READY)  ## Make the environment in .venv.
 
-$(READY): requirements.lock requirements-default.lock requirements-kernels.lock
+$(READY): requirements.lock requirements-torch.lock requirements-default.lock requirements-kernels.lock
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make env PYTHON=python3.11")'
 	@echo "Making the environment in .venv (a few minutes, once)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements.lock
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-default.lock -r requirements-kernels.lock
+	@awk '/^[a-z]/ {on = /^setuptools==/} on' requirements.lock | $(PIP) --require-hashes -r /dev/stdin
+	@$(HASHED) -r requirements.lock -r requirements-default.lock -r requirements-kernels.lock
+	@$(PIP) $(TORCH_FROM) -r requirements-torch.lock
 	@$(BIN)/python -m tools.offline_plots
 	@touch $@
 	@find $^ -newer $@ -exec touch -r {} $@ \;  # written before somebody set the clock back
@@ -39,13 +45,20 @@ quick: $(READY)  ## Run the tests that start no stage, in a minute or two.
 test-browser: $(READY)  ## Open the report and the plots in Chromium with the network denied.
 	@pytest tests/browser/check_report.py
 
+.uv/bin/uv:
+	@$(PYTHON) -m venv .uv
+	@.uv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9
+
+lock: .uv/bin/uv  ## Renew requirements*.lock: make lock UPGRADE="dvc datasets", or UPGRADE=all
+	@$(PYTHON) -m tools.lock --upgrade $(UPGRADE)
+
 # Two libraries of one name: each in an environment of its own.
-.serving/%/ready: requirements.lock
+.serving/%/ready: requirements-torch.lock
 	@$(PYTHON) -m venv --clear $(@D)
-	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$(grep -o '^torch==[^ ]*' $<)" "transformers==$*.*"
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_FROM) -r $< "transformers$(if $(filter 5,$*),[serving])==$*.*"
 	@touch $@
 
-test-serving: $(READY) .serving/4.57/ready .serving/5/ready  ## Load releases in transformers 4.57 and 5, apart from the project.
+test-serving: $(READY) .serving/4.57/ready .serving/5/ready .gguf/ready  ## Load releases in transformers 4.57 and 5, serve one, convert one to GGUF.
 	@pytest tests/serving/check_release.py
 
 # With the project's packages, and the trackers in front of them.
@@ -58,6 +71,20 @@ test-serving: $(READY) .serving/4.57/ready .serving/5/ready  ## Load releases in
 
 test-trackers: .trackers/ready  ## Train with Weights & Biases and MLflow, apart from the project.
 	@.trackers/bin/python -m pytest tests/test_trackers.py
+
+.gguf/ready: requirements-gguf.lock $(READY)
+	@rm -rf $(@D)
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python --require-hashes -d $(@D) -r $<
+	@tar -xzf $(@D)/llama_cpp_python-*.tar.gz -C $(@D) --strip-components=3 --wildcards '*/llama.cpp/convert_hf_to_gguf.py' '*/llama.cpp/conversion' '*/llama.cpp/gguf-py'
+	@$(BIN)/python -m zipfile -e $(@D)/sentencepiece-*.whl $(@D)
+	@rm $(@D)/*.tar.gz $(@D)/*.whl
+	@touch $@
+
+GGUF = models/release.gguf
+gguf: .gguf/ready  ## Convert models/release to models/release.gguf, and hold the file to it.
+	@python .gguf/convert_hf_to_gguf.py models/release --outtype auto --outfile $(GGUF).partial
+	@python -m tools.check_gguf $(GGUF).partial
+	@mv $(GGUF).partial $(GGUF)
 
 chaos: $(READY)  ## Kill the pipeline 400 times and feed it hostile files, an hour; 3 to 20 minutes of it: make chaos PART=writes
 	@python -m tests.chaos $(PART)
@@ -87,7 +114,7 @@ noise: $(READY)  ## Repeat the default with three other seeds and store the spre
 	@python -m tools.noise --seeds 1 2 3
 
 .harness/ready: requirements-harness.lock $(READY)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) --upgrade -r $<
+	@$(HASHED) --target $(@D) --upgrade -r $<
 	@touch $@
 
 harness: .harness/ready  ## Run tasks of lm-evaluation-harness: make harness TASKS="hellaswag arc_easy"

@@ -1,6 +1,7 @@
 """fetch_model: what it takes, what it leaves, what it refuses, and that its bytes are stable."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -291,6 +292,9 @@ def test_refused_in_one_line(copy, tmp_path, fault, message):
         fetch(copy, tmp_path / "out")
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+    # What a file must be, its own line says.
+    remedy = re.search(r"^tiny: [\w.]+\.json: |; |\?$", str(error.value))
+    assert remedy, error.value
 
 
 def test_code_that_transformers_has_taken_in_is_not_needed(copy, tmp_path):

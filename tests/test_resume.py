@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import quick
 import torch
@@ -22,7 +23,7 @@ from stages.shared.interrupts import NOTE, interrupted_before
 from stages.shared.outputs import write_sums
 from stages.shared.process import StageError
 from stages.training.checkpoints import SIGNALS, Checkpoints, newest_complete
-from stages.training.faults import EXPLODED_STEPS, MOVED_BY_STEP, Faults
+from stages.training.faults import EXPLODED_STEPS, MOVED_BY_STEP, Faults, row_names
 
 pytestmark = pytest.mark.slow
 
@@ -462,6 +463,44 @@ def test_exploding_loss_names_the_rows_of_its_step(faults, batches, names):
         "the loss exploded to 11.00, from a median of 1.00 at step 15 "
         f"(rows {names}); lower train.learning_rate or raise train.warmup_ratio"
     )
+
+
+class Read:
+    """The rows of a data set as `row_names` may have them: a table at a time, none it needs not."""
+
+    def __init__(self, tables: list[dict]):
+        self.tables, self.read = tables, 0
+
+    def with_format(self, kind: str) -> "Read":
+        assert kind == "arrow"
+        return self
+
+    def iter(self, size: int):
+        for table in self.tables:
+            self.read += 1
+            yield pa.table(table)
+
+
+@pytest.mark.parametrize(
+    ("ids", "name", "read"),
+    [
+        ([8, 9], "a.jsonl:2", 1),
+        ([3, 1], "a.jsonl:4", 2),
+        ([5, 6], "a.jsonl:1", 3),
+        ([6, 7], "?", 3),
+    ],
+    ids=["in the first table", "in the second", "cut", "none"],
+)
+def test_rows_are_named_table_by_table(ids, name, read):
+    rows = Read(
+        [
+            {"row": ["a.jsonl:1", "a.jsonl:2"], "input_ids": [[5, 6, 7], [8, 9]]},
+            {"row": ["a.jsonl:3", "a.jsonl:4"], "input_ids": [[3, 1, 2], [3, 1]]},
+            {"row": ["a.jsonl:5", "a.jsonl:6"], "input_ids": [[], [5, 6, 8]]},
+        ]
+    )
+    batch = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
+    assert (row_names([batch], rows), rows.read) == ([name], read)
 
 
 @pytest.mark.parametrize(

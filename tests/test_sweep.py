@@ -68,3 +68,20 @@ def test_one_run_a_gpu_side_by_side(first, log):
     assert ran(log).count("train") == 2
     names = must(first, "dvc", "exp", "list", "--name-only").split()
     assert {"gpu0", "gpu1"} <= set(names)
+
+
+def test_many_experiments_and_one_merged_model(log, tmp_path):
+    folder = stubs.make(tmp_path / "project")
+    must(folder, "dvc", "repro", "-q", STUB_LOG=str(log))
+    stubs.commit(folder, "a run")
+    ran(log)
+    *queued, run_all, take = commands("### Many, and one")
+    for command in (*queued, run_all):
+        must(folder, "bash", "-ec", command, STUB_LOG=str(log))
+    assert sorted(ran(log)) == sorted(["plan", "train", "evaluate"] * len(queued))
+    # No merged model but the workspace's was made: there is nothing to free.
+    assert "0.00 GB: 0 files" in must(folder, "python", "-m", "tools.free")
+    must(folder, "bash", "-ec", take, STUB_LOG=str(log))
+    assert ran(log) == ["merge", "verify", "export"]
+    # The merged model of the run before, as each of them would have kept one.
+    assert ": 0 files" not in must(folder, "python", "-m", "tools.free")

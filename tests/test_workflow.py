@@ -1,7 +1,6 @@
 """The scripts of .github/workflows/ci.yml, run as GitHub runs them: `bash -e`."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,12 @@ from markdown_it import MarkdownIt
 from stub_pipeline import must
 from tiny import ROOT
 
+from tools.lock import pins
+
 JOBS = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+# What the gate's job installs.
+INSTALLED = {"annotated-types", "pydantic", "pydantic-core", "ruamel-yaml"}
+INSTALLED |= {"typing-extensions", "typing-inspection"}
 # What it runs, it tells.
 SPY = "import os\nopen(os.environ['RUNNER_TEMP'] + '/ran', 'a').write(__file__ + '\\n')\n"
 # The environment is the tests' own.
@@ -43,7 +47,7 @@ def project(tmp_path_factory):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     (folder / ".gitignore").write_text("/adapter\n/merged\n__pycache__\n")
-    (folder / "requirements.lock").write_text("pydantic==2\n")
+    shutil.copyfile(ROOT / "requirements.lock", folder / "requirements.lock")
     must(folder, "git", "add", "-A")
     must(folder, "git", "commit", "-qm", "tools")
     stub.branch(folder, "conflict")
@@ -103,8 +107,9 @@ def test_the_base_s_gate_judges_and_none_of_the_change_s_code_runs(
         [block] = MarkdownIt("commonmark").parse(summary)
         assert (block.type, said in block.content) == ("fence", True)
         assert (runner / "installed").read_text() == (
-            f"install -q -c {runner}/base/requirements.lock pydantic ruamel.yaml\n"
+            f"install -q --require-hashes -r {runner}/gate.lock\n"
         )
+        assert set(pins((runner / "gate.lock").read_text())) == INSTALLED
 
 
 def test_the_gate_s_job_is_its_own():
@@ -116,11 +121,11 @@ def test_the_gate_needs_no_more_than_its_job_installs():
     code = "import sys, tools.gate; print(*{n.partition('.')[0] for n in sys.modules})"
     command = [sys.executable, "-c", f"import sys; before = set(sys.modules); {code}"]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    installed = {"pydantic", "pydantic_core", "annotated_types", "ruamel", "typing_extensions"}
-    installed |= {"typing_inspection", "tools"}
-    packages = (ROOT / "requirements.lock").read_text()
-    names = {re.split("[=.]", line)[0].replace("-", "_") for line in packages.splitlines()}
-    assert {name for name in told.split() if name in names} <= installed
+    modules = {
+        name.replace("-", "_"): name for name in pins((ROOT / "requirements.lock").read_text())
+    }
+    modules["ruamel"] = "ruamel-yaml"
+    assert {modules[name] for name in told.split() if name in modules} <= INSTALLED
 
 
 def test_the_summary_has_our_tables(project, tmp_path):

@@ -25,6 +25,8 @@ _SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "licen[cs]e*", "notice*", "us
 # Of all folders but the top one.
 _TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 ANOTHER = "choose another model"
+AGAIN = "download the whole model again"
+COPY = "mend it in a copy of the model, with model.source: local"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
@@ -33,7 +35,9 @@ def small_files(files: dict[str, int], id: str) -> list[str]:
     if "adapter_config.json" in files and "config.json" not in files:
         raise StageError(f"{id} is an adapter, not a model; name its base model")
     if "config.json" not in files:
-        raise StageError(f"{id} has no config.json: not a model in the Transformers format")
+        raise StageError(
+            f"{id} has no config.json: not a model in the Transformers format; {ANOTHER}"
+        )
     if SINGLE not in files and INDEX not in files:
         pickled = [name for name in files if PurePosixPath(name).suffix in _PICKLED]
         if pickled:
@@ -42,7 +46,7 @@ def small_files(files: dict[str, int], id: str) -> list[str]:
                 "name a revision with model.safetensors (on the Hub often refs/pr/1), or convert "
                 "it on a machine you can spare with save_pretrained of Transformers"
             )
-        raise StageError(f"{id} has neither {SINGLE} nor {INDEX}")
+        raise StageError(f"{id} has neither {SINGLE} nor {INDEX}; {AGAIN}")
     return [
         name
         for name in files
@@ -64,9 +68,10 @@ def weight_files(folder: Path, files: dict[str, int], id: str) -> list[str]:
     for shard in sorted(shards):
         check_name(shard, f"{id}: {INDEX}")
         if shard not in files or not shard.endswith(".safetensors"):
-            raise StageError(f"{id}: {INDEX} names {shard}, which is not there as safetensors")
+            what = f"{id}: {INDEX} names {shard}, which is not there as safetensors"
+            raise StageError(f"{what}; {AGAIN}, or {ANOTHER}")
     if not shards:
-        raise StageError(f"{id}: {INDEX} names no weights")
+        raise StageError(f"{id}: {INDEX} names no weights; {AGAIN}")
     return sorted(shards)
 
 
@@ -123,7 +128,7 @@ def check_config(folder: Path, id: str) -> None:
             )
         raise StageError(
             f"{id} is no causal language model that Transformers knows "
-            f"(model_type {kind}, architecture {architecture})"
+            f"(model_type {kind}, architecture {architecture}); {ANOTHER}"
         )
     towers = (config, config.text_config or config)
     methods = [(tower.quantization_config or {}).get("quant_method") for tower in towers]
@@ -131,7 +136,7 @@ def check_config(folder: Path, id: str) -> None:
         raise StageError(f"{id} is quantized already ({method}); choose its 16-bit original")
     if not any(any(folder.glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
         raise StageError(f"{id} has no tokenizer; copy the files of its base model's beside it")
-    check_tokenizer(folder, id, ANOTHER)
+    check_tokenizer(folder, id, f"{COPY}, or {ANOTHER}")
 
 
 def check_weights(folder: Path, names: list[str], id: str) -> None:
@@ -142,11 +147,12 @@ def check_weights(folder: Path, names: list[str], id: str) -> None:
             with safe_open(folder / name, "np") as file:
                 tensors |= dict.fromkeys(file.keys(), name)
         except SafetensorError as error:
-            raise StageError(f"{id}: {name} is damaged or cut short ({error})") from None
+            raise StageError(f"{id}: {name} is damaged or cut short ({error}); {AGAIN}") from None
     if names != [SINGLE]:
         for tensor, shard in _weight_map(folder, id).items():
             if tensors.get(tensor) != shard:
-                raise StageError(f"{id}: {INDEX} says {tensor} is in {shard}, and it is not")
+                what = f"{id}: {INDEX} says {tensor} is in {shard}, and it is not"
+                raise StageError(f"{what}; {AGAIN}")
 
 
 def _read_json(path: Path, id: str) -> dict:

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from stages.fetching.model_files import ANOTHER
+from stages.fetching.model_files import ANOTHER, COPY
 from stages.shared.bounded import bounded
 from stages.shared.loading import one_line
 from stages.shared.outputs import read_json
@@ -18,7 +18,6 @@ from stages.shared.text_model import empty_model, is_multimodal, language_model
 # In safetensors' letters.
 FLOATS = ("F64", "F32", "F16", "BF16")
 _LAYER = re.compile(r"(.+\.)(\d+)\..+")
-_COPY = "mend it in a copy of the model, with model.source: local"
 
 
 def declared_shapes(folder: Path, id: str) -> dict[str, tuple[int, ...]]:
@@ -31,7 +30,7 @@ def declared_shapes(folder: Path, id: str) -> dict[str, tuple[int, ...]]:
 
 
 def _make(folder: Path, id: str) -> dict[str, tuple[int, ...]]:
-    with one_line(f"{id}: no model can be made of config.json"):
+    with one_line(f"{id}: no model can be made of config.json", f"{COPY}, or {ANOTHER}"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         model = empty_model(config)
         language = language_model(config) if is_multimodal(config) else model
@@ -66,13 +65,13 @@ def _check_settings(config: dict, id: str) -> None:
             if part.get(key) is not None:
                 raise StageError(
                     f"{id}: config.json: {key} is {brief(part[key])}, which train.attention "
-                    f"decides here; {_COPY}"
+                    f"decides here; {COPY}"
                 )
         pad, rows = part.get("pad_token_id"), part.get("vocab_size")
         if isinstance(pad, int) and isinstance(rows, int) and not -rows <= pad < rows:
             raise StageError(
                 f"{id}: config.json: pad_token_id {pad} has no row in the embeddings, which have "
-                f"{rows} (vocab_size); {_COPY}"
+                f"{rows} (vocab_size); {COPY}"
             )
 
 

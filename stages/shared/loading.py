@@ -28,26 +28,27 @@ def check_tokenizer(folder: Path, id: str, remedy: str) -> None:
     if generation.exists():
         where = f"{id}: {GENERATION}"
         held_to(TokenIds, read_object(generation, where), where)
-    bounded(partial(_load, folder, id), f"{id}: loading its tokenizer", remedy)
+    bounded(partial(_load, folder, id, remedy), f"{id}: loading its tokenizer", remedy)
 
 
-def _load(folder: Path, id: str) -> None:
-    with one_line(f"{id}: its tokenizer does not load"):
+def _load(folder: Path, id: str, remedy: str) -> None:
+    with one_line(f"{id}: its tokenizer does not load", remedy):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         vocabulary, special = tokenizer.get_vocab(), tokenizer.all_special_tokens
         tokenizer.decode(tokenizer.encode("Two words.\n"))
     if not tokenizer.is_fast:
-        raise StageError(f"{id} has no fast tokenizer (tokenizer.json), which this pipeline needs")
+        missing = "has no fast tokenizer (tokenizer.json), which this pipeline needs"
+        raise StageError(f"{id} {missing}; {remedy}")
     # Transformers makes an empty one when tokenizer.json is missing, and says nothing.
     if len(vocabulary) <= len(special):
         raise StageError(f"{id}: its tokenizer has no vocabulary; is tokenizer.json missing?")
     if (folder / GENERATION).exists():
-        with one_line(f"{id}: its {GENERATION} does not load"):
+        with one_line(f"{id}: its {GENERATION} does not load", remedy):
             GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 @contextmanager
-def one_line(what: str) -> Iterator[None]:
+def one_line(what: str, remedy: str) -> Iterator[None]:
     """Libraries raise whatever they meet in the files of others, and some of Rust no Exception."""
     try:
         yield
@@ -55,4 +56,4 @@ def one_line(what: str) -> Iterator[None]:
         raise
     except BaseException as error:
         reason = " ".join(str(error)[:1000].split())[:120] or type(error).__name__
-        raise StageError(f"{what}: {reason}") from None
+        raise StageError(f"{what}: {reason.rstrip('.')}; {remedy}") from None

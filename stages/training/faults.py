@@ -8,6 +8,8 @@ import math
 import statistics
 from collections import deque
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -23,6 +25,7 @@ MEDIAN_STEPS = 100
 # By then every schedule has given a learning rate above zero.
 MOVED_BY_STEP = 5
 NAMED_ROWS = 8
+READ_ROWS = 10_000
 
 
 class Faults(TrainerCallback):
@@ -83,15 +86,36 @@ def has_labels(batch: dict) -> bool:
 
 
 def row_names(batches, rows: Dataset) -> list[str]:
-    """The rows that `batches` (inputs of the model, padded or packed) consist of, by name."""
-    known = {tuple(ids): name for ids, name in zip(rows["input_ids"], rows["row"], strict=True)}
-    found = []
-    for batch in batches:
-        for ids in sequences(batch):
-            # Packing may cut a row; one that begins like it is meant.
-            name = known.get(ids)
-            found.append(name or next((n for k, n in known.items() if k[: len(ids)] == ids), "?"))
-    return found
+    """The rows that `batches` (inputs of the model, padded or packed) consist of, by name.
+
+    Reads READ_ROWS of `rows` at a time, as Arrow, and no more than it needs: a data set has more
+    rows than Python values of them fit into memory.
+    """
+    wanted = [ids for batch in batches for ids in sequences(batch)]
+    whole: dict[tuple[int, ...], str] = {}
+    # Packing may cut a row; one that begins like it is meant.
+    longer: dict[tuple[int, ...], str] = {}
+    for table in rows.with_format("arrow").iter(READ_ROWS):
+        for ids in set(wanted) - whole.keys():
+            for number, length in begun(table["input_ids"], ids):
+                found = whole if length == len(ids) else longer
+                found.setdefault(ids, table["row"][number].as_py())
+        if len(whole) == len(set(wanted)):
+            break
+    return [whole.get(ids) or longer.get(ids, "?") for ids in wanted]
+
+
+def begun(column: pa.ChunkedArray, ids: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Number and length of each list in `column` that begins with `ids`."""
+    lengths = pc.list_value_length(column).to_numpy()
+    values = pc.list_flatten(column).to_numpy()
+    starts = lengths.cumsum() - lengths
+    rows = (lengths >= len(ids)).nonzero()[0]
+    for place, token in enumerate(ids):
+        rows = rows[values[starts[rows] + place] == token]
+        if not len(rows):
+            break
+    return [(int(row), int(lengths[row])) for row in rows]
 
 
 def sequences(batch: dict) -> list[tuple[int, ...]]:

@@ -1,4 +1,5 @@
-"""Releases loaded in transformers 4.57 and 5, in environments that hold nothing else.
+"""Releases loaded in transformers 4.57 and 5, in environments that hold nothing else; served by
+`transformers serve`, and converted to GGUF by llama.cpp's own script.
 
     make test-serving
 
@@ -6,13 +7,19 @@ What the project's own environment computes with a release, those must compute t
 """
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 from test_companions import LLAMA3, OLD
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import merge
 from stages.shared.outputs import write_sums
@@ -88,3 +95,61 @@ def test_it_computes_the_same_as_here(form, environment, releases, loaded):
     for one, other in zip(there.pop("logits"), here["logits"], strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-5)
     assert there == {key: here[key] for key in there}
+
+
+def ask(url: str, **body) -> dict:
+    data = json.dumps(body).encode() if body else None
+    headers = {"Content-Type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=60) as answer:
+        return json.load(answer)
+
+
+@pytest.fixture
+def served(releases):
+    """The address of `transformers serve` with the first tiny release."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [ROOT / ".serving/5/bin/transformers", "serve", releases[FORMS[0]]]
+    command += ["--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+    server = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while True:
+            assert server.poll() is None, "the server has ended"
+            try:
+                ask(f"{url}/health")
+                break
+            except urllib.error.URLError:
+                time.sleep(0.2)
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_transformers_serve_answers_as_the_release_does(served, releases):
+    messages = [{"role": "user", "content": "Show item 3 of box 3"}]
+    answer = ask(f"{served}/v1/chat/completions", messages=messages, max_tokens=12, temperature=0)
+    folder = releases[FORMS[0]]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    prompt = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    made = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    length = prompt["input_ids"].shape[1]
+    assert answer["usage"]["prompt_tokens"] == length
+    expected = tokenizer.decode(made[0, length:], skip_special_tokens=True)
+    assert answer["choices"][0]["message"]["content"] == expected
+
+
+@pytest.mark.skipif(not DEFAULT.exists(), reason="no models/release here: make repro")
+def test_the_default_as_gguf_is_the_release(tmp_path):
+    """The converter knows tokenizers that exist, so no tiny one."""
+    file = tmp_path / "release.gguf"
+    script = [ROOT / ".gguf/convert_hf_to_gguf.py", DEFAULT, "--outtype", "auto", "--outfile", file]
+    subprocess.run([sys.executable, *script], check=True)
+    check = [sys.executable, "-m", "tools.check_gguf", file]
+    told = subprocess.run(check, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert "are the release's" in told
