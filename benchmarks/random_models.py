@@ -59,6 +59,7 @@ SHAPES = {
     "qwen2.5-7b": Family("qwen2", 3584, 18944, 28, 28, 4, 152064, False),
     "llama-3-8b": Family("llama", 4096, 14336, 32, 32, 8, 128256, False),
     "qwen1.5-110b": Family("qwen2", 8192, 49152, 80, 64, 8, 152064, False),
+    "llama-2-70b-8-layers": Family("llama", 8192, 28672, 8, 64, 8, 32000, False),
     "llama-2-70b": Family("llama", 8192, 28672, 80, 64, 8, 32000, False),
 }
 

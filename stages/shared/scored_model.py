@@ -45,7 +45,7 @@ def decoder_in(weights: Weights) -> Decoder:
         keys=2 * (getattr(config, "num_key_value_heads", None) or heads) * width,
         linears=sum(sizes),
         largest=max(sizes),
-        others=sum(map(math.prod, weights.shapes.values())) - sum(sizes),
+        others=sum(math.prod(shape) for shape in weights.shapes.values()) - sum(sizes),
     )
 
 
