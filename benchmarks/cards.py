@@ -12,6 +12,10 @@ count.
             the recipe's own parameters and real stages at its 7B shape: random 16-bit weights and
             rows, 20 steps, 16 held-out rows. The chains run side by side, so their seconds say
             nothing. mistral-7b-guanaco also at 16 and 12 GB, where plan lets it start.
+    llama-3-70b-24gb
+            the same at 70B's width and 8 layers, held to 6 GB, where evaluate and verify stream
+            layers, then to 80, where nothing is: 100 held-out rows of 2,048 tokens. Named alone,
+            nothing runs beside it.
     70b     a Llama of 80 layers, built as NF4, 5 steps of 2,048 tokens at 48 GB
     load    seconds and host memory: from models/quantized, and quantizing while loading
     oom     training with too little memory: what it says, its exit status, its outputs
@@ -40,11 +44,14 @@ from stages.shared.outputs import GB
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/cards.json"
+# Of 70B's width: evaluate and verify streamed and resident, on so many rows of 2,048 tokens.
+WIDE, WIDE_ROWS = "llama-3-70b-24gb", 100
 # Recipe: its shape, and the cards that it is tried on.
 RECIPES = {
     "mistral-7b-guanaco": ("mistral-7b", (24, 16, 12)),
     "mistral-7b-fast": ("mistral-7b", (24,)),
     "llama-2-7b": ("llama-2-7b", (24,)),
+    WIDE: ("llama-2-70b-8-layers", (6, 80)),
 }
 PARTS = [*RECIPES, "70b", "load", "oom"]
 STAGES = ("plan", "train", "evaluate", "merge", "verify")
@@ -60,8 +67,13 @@ MERGED_BYTES = 15e9
 _saving = threading.Lock()
 
 
-def random_rows(vocabulary: int, max_length: int) -> tuple[list[list[int]], list[list[int]]]:
-    """(training, held-out) rows of token ids, log-normal in length (benchmarks/speed.py)."""
+def random_rows(
+    vocabulary: int, max_length: int, wide: bool = False
+) -> tuple[list[list[int]], list[list[int]]]:
+    """(training, held-out) rows of token ids, log-normal in length (benchmarks/speed.py).
+
+    wide  as for WIDE: all held-out rows are as long as they may be
+    """
     draw = random.Random(SEED)
 
     def row(long: bool) -> list[int]:
@@ -71,6 +83,8 @@ def random_rows(vocabulary: int, max_length: int) -> tuple[list[list[int]], list
 
     train = [row(i < LONG_ROWS) for i in range(ROWS)]
     draw.shuffle(train)
+    if wide:
+        return train, [row(True) for _ in range(WIDE_ROWS)]
     return train, [row(i < 2) for i in range(HELD_OUT_ROWS)]
 
 
@@ -124,7 +138,7 @@ def make_workspace(recipe: str, source: Path, folder: Path, card: float) -> None
         shutil.copy(source / "models/base" / name, prepared / "tokenizer" / name)
     longest = params["prepare"]["max_length"]
     config = json.loads((models / "tokenizer/config.json").read_text(encoding="utf-8"))
-    parts = random_rows(config["vocab_size"], longest)
+    parts = random_rows(config["vocab_size"], longest, recipe == WIDE)
     for name, rows in zip(("train", "eval"), parts, strict=True):
         table = pa.Table.from_pylist(
             [
@@ -285,11 +299,16 @@ def chain(recipe: str, shape: str, source: Path, work: Path, card: int, merging)
     if not run("plan"):
         return
     part |= planned(folder)
+    plan = json.loads((folder / "metrics/plan.json").read_text(encoding="utf-8"))
+    part |= {"plan": next(entry for entry in plan["cards"] if entry["card_gb"] == card)}
     if run("train"):
         part |= json.loads((folder / "metrics/train.json").read_text())
         part |= placed(folder)
         part["tokens_per_step"] = part["tokens"] / part["steps"]
         if run("evaluate"):
+            # Without its answers; verify's own seconds are those of the stage.
+            cost = json.loads((folder / "metrics/eval_cost.json").read_text())
+            part["eval_seconds"] = cost["eval_seconds"]
             with merging:
                 _ = run("merge") and run("verify")
                 shutil.rmtree(folder / "models/merged", ignore_errors=True)
@@ -339,11 +358,13 @@ def recipes(work: Path, weights: Path, names: list[str]) -> None:
             if code:
                 return
         if not (source / "models/quantized").exists():
-            found = run_stage(source, "quantize", allocator_bytes(24))
-            save({"part": "quantize", "card_gb": 24, "shape": shape, "stages": [found]})
+            card = min(min(RECIPES[name][1]) for name in names if RECIPES[name][0] == shape)
+            found = run_stage(source, "quantize", allocator_bytes(card))
+            save({"part": "quantize", "card_gb": card, "shape": shape, "stages": [found]})
             print(f"cards: {shape}: {found}", flush=True)
         cards = [(name, c) for name in names if RECIPES[name][0] == shape for c in RECIPES[name][1]]
-        with ThreadPoolExecutor(len(cards)) as pool:
+        # Where seconds count, one after the other.
+        with ThreadPoolExecutor(1 if WIDE in names else len(cards)) as pool:
             jobs = [
                 pool.submit(chain, name, shape, source, work, card, merging) for name, card in cards
             ]

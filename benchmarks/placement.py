@@ -26,12 +26,12 @@ import yaml
 from benchmarks.random_models import SHAPES, build, config_of, scratch, tokenizer
 from benchmarks.vram import LIBRARIES, alone, peaks, version
 from stages.shared import placement
+from stages.shared.host_memory import used_bytes
 from stages.shared.outputs import GB
 from stages.shared.params import PARAMS, Params
 from stages.shared.placement import Placement
 from stages.shared.vram import Sizes, sizes_of
 from stages.shared.workload import KEPT, Lengths, planned_training, shape_of
-from stages.training.host_memory import used_bytes
 
 RESULTS = Path("benchmarks/results/placement.json")
 STEPS, WARM = 8, 3
@@ -123,10 +123,11 @@ def measure_point(name: str) -> tuple[dict, dict]:
     from datasets import Dataset, disable_caching
     from transformers import TrainerCallback
 
+    from stages.shared.card import card_budget, hold_to
     from stages.shared.device import pick_device
     from stages.shared.fast_path import choose_fast_path
-    from stages.training.placing import card_budget, hold_to, measured_rates
-    from stages.training.streaming import stream_layers
+    from stages.shared.streaming import stream_layers
+    from stages.training.placing import measured_rates
     from stages.training.trainer import TrainingSet, as_installed, build_trainer
 
     class Clock(TrainerCallback):

@@ -65,6 +65,7 @@ SHAPES = {
     "qwen1.5-110b": Family("qwen2", 8192, 49152, 80, 64, 8, 152064, False),
     # The language model of the multimodal checkpoint.
     "gemma-3-12b": Family("gemma3_text", 3840, 15360, 48, 16, 8, 262208, True, 256, 1024),
+    "llama-2-70b-8-layers": Family("llama", 8192, 28672, 8, 64, 8, 32000, False),
     "llama-2-70b": Family("llama", 8192, 28672, 80, 64, 8, 32000, False),
 }
 

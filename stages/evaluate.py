@@ -26,6 +26,7 @@ import torch
 from transformers import AutoTokenizer
 
 from stages.evaluating.answers import Answered, answer_metrics, answered, sample
+from stages.evaluating.generation import Room, answering_bytes
 from stages.evaluating.perplexity import set_metrics
 from stages.evaluating.retention import PREFIX, forgetting, retention_rows
 from stages.evaluating.row_scores import rows_csv
@@ -33,15 +34,17 @@ from stages.shared.adapter import check_adapter_sums, read_adapter
 from stages.shared.device import memory_metrics, memory_of_ranks, pick_device, reset_peaks
 from stages.shared.end_tokens import end_tokens
 from stages.shared.launch import on_devices
-from stages.shared.model import load_adapter, load_base
+from stages.shared.model import load_adapter
 from stages.shared.named_base import check_named_base
 from stages.shared.own_logits import check_head
 from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED, RETENTION
 from stages.shared.provenance import device_name, provenance
 from stages.shared.ranks import ALONE, World
 from stages.shared.rows import read_rows
+from stages.shared.scored_model import load_to_score, model_sizes
 from stages.shared.scoring import Scores, batch_count, score
 from stages.shared.sets import held_out_sets, set_name, stem_of
+from stages.shared.streaming import Streamer
 from stages.shared.weights import Weights
 
 METRICS = Path("metrics")
@@ -87,8 +90,15 @@ def measure(world: World, task: dict) -> dict:
     texts = retention_rows(RETENTION, tokenizer, tokens)
     sets, device = held_out(), pick_device()
     scored = sets | ({PREFIX: texts} if texts else {})
-    base = load_base(QUANTIZED, device)
-    check_head(base, [row["input_ids"] for row in sets[""]])
+    longest = max(len(row["input_ids"]) for rows in scored.values() for row in rows)
+    sizes = model_sizes(QUANTIZED, longest, device, ADAPTER)
+    answers = answering_bytes(sizes, sets, params.evaluate)
+    # Each set is scored twice.
+    passes = 2 * len(scored) + 2 * params.evaluate.samples
+    base, streamer = load_to_score("evaluate", QUANTIZED, sizes, device, world, answers, passes)
+    if not streamer:
+        # Of a streamed model each row would take a pass over its weights; train has tried it.
+        check_head(base, [row["input_ids"] for row in sets[""]])
     weights = torch.cuda.memory_allocated() / GB if device.type == "cuda" else None
     model = load_adapter(base, ADAPTER)
     counts = [f"{name_of(prefix)} ({len(rows)} rows)" for prefix, rows in scored.items()]
@@ -97,10 +107,11 @@ def measure(world: World, task: dict) -> dict:
     reset_peaks()
     found: list[Answered] = []
     try:
-        metrics, scores, cost = evaluate(model, scored, world)
+        metrics, scores, cost = evaluate(model, scored, world, streamer)
         peaks = world.gather(memory_metrics())
         if world.first:
-            found, answer_cost = answer(model, tokenizer, sets, params.evaluate)
+            room = Room(streamer, sizes) if streamer else None
+            found, answer_cost = answer(model, tokenizer, sets, params.evaluate, room)
             cost |= answer_cost
             peaks[0] = memory_metrics()
     except torch.cuda.OutOfMemoryError:
@@ -108,6 +119,7 @@ def measure(world: World, task: dict) -> dict:
     cost |= memory_of_ranks(peaks)
     cost |= {"weights_vram_gb": weights} if weights is not None else {}
     scorers = {f"{name}_version": version(name) for name in SCORERS}
+    cost |= {"streamed_layers": streamer.count} if streamer else {}
     return {
         "metrics": metrics,
         "answers": answer_metrics(found),
@@ -128,16 +140,19 @@ def no_memory_to_score(weights: float) -> StageError:
 
 
 def evaluate(
-    model, sets: dict[str, list[dict]], world: World = ALONE
+    model,
+    sets: dict[str, list[dict]],
+    world: World = ALONE,
+    streamer: Streamer | None = None,
 ) -> tuple[dict, dict[str, dict[str, Scores]], dict]:
     """Quality metrics of every set by its prefix, its rows' scores, and what scoring cost."""
     metrics: dict[str, float | str] = {}
     scores: dict[str, dict[str, Scores]] = {}
     tokens, started = 0, time.monotonic()
     for prefix, rows in sets.items():
-        tuned = score(model, rows, world=world)
+        tuned = score(model, rows, world=world, streamer=streamer)
         with model.disable_adapter():
-            base = score(model, rows, world=world)
+            base = score(model, rows, world=world, streamer=streamer)
         check_numbers(base, rows, "the base's", "name another model.id")
         check_numbers(tuned, rows, "the tuned model's", "lower train.learning_rate")
         metrics |= set_metrics(prefix, rows, base, tuned)
@@ -154,12 +169,16 @@ def evaluate(
 
 
 def answer(
-    model, tokenizer, sets: dict[str, list[dict]], params: Evaluate
+    model,
+    tokenizer,
+    sets: dict[str, list[dict]],
+    params: Evaluate,
+    room: Room | None = None,
 ) -> tuple[list[Answered], dict]:
     """Held-out prompts answered by both models, and what that cost."""
     ends = end_tokens(PREPARED / "tokenizer")
     started = time.monotonic()
-    found = answered(model, tokenizer, sets, params, ends)
+    found = answered(model, tokenizer, sets, params, ends, room)
     seconds = time.monotonic() - started
     tokens = sum(one.tokens for each in found for one in each.answers.values())
     if not found:

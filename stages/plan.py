@@ -21,8 +21,10 @@ import torch
 from transformers import PretrainedConfig
 
 from stages.planning.advice import cheapest_change, planned
+from stages.planning.scoring import longest_held_out, scoring_stages
 from stages.planning.token_ids import check_token_ids
 from stages.shared import placement
+from stages.shared.fitting import Scored, fit
 from stages.shared.paths import PREPARED, TOKENIZER
 from stages.shared.placement import Placement, Prediction
 from stages.shared.vram import CARDS_GB, Shape, Sizes, Training, sizes_of
@@ -64,13 +66,18 @@ def further_gpus(sizes: Sizes, placed: Placement) -> str:
     )
 
 
-def cards(sizes: Sizes, kept: str) -> list[dict]:
+def cards(sizes: Sizes, kept: str, others: dict[str, Scored]) -> list[dict]:
     """For each usual size of card in GB, the placement that training would take and what that
-    needs; `placed` is None where nothing fits."""
+    needs, and the layers that `others`, stages that score a model, would stream; None where nothing
+    fits."""
     found = []
     for size in CARDS_GB:
         placed = placement.choose(sizes, size * GB, kept=kept)
-        found.append({"card_gb": size, "placed": card(sizes, placed) if placed else None})
+        fits = {name: fit(model, size * GB) for name, model in others.items()}
+        found.append(
+            {"card_gb": size, "placed": card(sizes, placed) if placed else None}
+            | {f"{name}_streamed_layers": at.streamed if at else None for name, at in fits.items()}
+        )
     return found
 
 
@@ -95,11 +102,16 @@ def card(sizes: Sizes, placed: Placement) -> dict:
 
 def cards_table(found: list[dict], layers: int) -> str:
     """The same, to be read."""
-    lines = ["  card GB  weights          kept (MLP, attention)  GPU GB  RAM GB  sent GB a step"]
+    lines = [
+        "  card GB  weights          kept (MLP, attention)  GPU GB  RAM GB  evaluate  verify    "
+        "sent GB a step",
+    ]
     for entry in found:
         size, placed = entry["card_gb"], entry["placed"]
+        others = [entry[f"{name}_streamed_layers"] for name in ("evaluate", "verify")]
+        words = ["no" if n is None else "streamed" if n else "resident" for n in others]
         if placed is None:
-            lines.append(f"  {size:>7}  does not fit")
+            lines.append(f"  {size:>7}  {'does not fit':<56}{words[0]:<10}{words[1]}")
             continue
         streamed = placed["streamed_layers"]
         weights = f"{streamed} of {layers} streamed" if streamed else "resident"
@@ -108,12 +120,15 @@ def cards_table(found: list[dict], layers: int) -> str:
         remarks += "" if placed["copies_hide"] else ", slower"
         lines.append(
             f"  {size:>7}  {weights:<16} {kept:<22} {placed['predicted_device_gb']:>6.1f}  "
-            f"{placed['predicted_ram_gb']:>6.1f}  {placed['sent_gb_per_step']:.1f}{remarks}"
+            f"{placed['predicted_ram_gb']:>6.1f}  {words[0]:<10}{words[1]:<10}"
+            f"{placed['sent_gb_per_step']:.1f}{remarks}"
         )
     return "\n".join(lines)
 
 
-def metrics(shape: Shape, run: Training, sizes: Sizes, params: Params) -> dict:
+def metrics(
+    shape: Shape, run: Training, sizes: Sizes, params: Params, others: dict[str, Scored]
+) -> dict:
     """metrics/plan.json: the same on every machine.
 
     `cards` is a list, which dvc's tables and tools/compare.py leave out: ninety numbers more in
@@ -121,7 +136,7 @@ def metrics(shape: Shape, run: Training, sizes: Sizes, params: Params) -> dict:
     """
     kept = KEPT[params.train.gradient_checkpointing]
     prediction = placement.predict(sizes, placement.resident(sizes, kept))
-    every, by_card = placement.methods(shape, run), cards(sizes, kept)
+    every, by_card = placement.methods(shape, run), cards(sizes, kept, others)
     fits = [entry["card_gb"] for entry in by_card if entry["placed"]]
     parts = ("weights", "adapter", "optimizer", "activations", "logits", "overhead")
     return {
@@ -183,7 +198,8 @@ def main() -> None:
     rows = read_lengths(PREPARED)
     run = planned(config, shape, params, rows)
     sizes = sizes_of(shape, run)
-    found = metrics(shape, run, sizes, params)
+    others = scoring_stages(shape, run, longest_held_out(PREPARED))
+    found = metrics(shape, run, sizes, params, others)
     placed = placement.resident(sizes, KEPT[params.train.gradient_checkpointing])
     where = "this GPU" if torch.cuda.is_available() else "an NVIDIA GPU; this machine has none"
     print(f"plan: the VRAM that training needs on {where}, {len(rows.tokens)} rows,")

@@ -15,7 +15,9 @@ models/verify.ok and metrics/verify.json, and only when every check has passed:
 import gc
 import math
 import tempfile
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from stages.shared.libraries import load_libraries
 from stages.shared.outputs import check_sums, write_metrics, write_text
@@ -32,22 +34,18 @@ from stages.shared.adapter import Update, check_adapter_sums, read_adapter
 from stages.shared.device import pick_device
 from stages.shared.launch import on_devices
 from stages.shared.merging import merged_rows
-from stages.shared.model import load_adapter, load_base
+from stages.shared.model import load_adapter
 from stages.shared.paths import ADAPTER, BASE, MERGED, PREPARED, QUANTIZED
 from stages.shared.ranks import ALONE, World
 from stages.shared.rows import read_rows
+from stages.shared.scored_model import load_to_score, model_sizes
 from stages.shared.scoring import batch_count
 from stages.shared.sets import held_out_sets
+from stages.shared.streaming import Streamer
 from stages.shared.weights import Weights, other_names
 from stages.verifying.agreement import Reference, agreement, reference
 from stages.verifying.folder_check import check_companions, check_headers, check_record
-from stages.verifying.merged_model import (
-    check_whole,
-    load_merged,
-    place_for,
-    streamed_layers,
-    watched_activations,
-)
+from stages.verifying.merged_model import check_whole, place_merged, watched_activations
 from stages.verifying.tensor_check import check_tensors
 from stages.verifying.tokenizer_check import check_tokenizer
 
@@ -73,14 +71,10 @@ def check_inputs(params) -> list[dict]:
     return rows
 
 
-def scores(model, rows: list[dict], ref: Reference, device: torch.device) -> dict:
+def scores(model, rows: list[dict], ref: Reference, streamer: Streamer | None = None) -> dict:
     """Metrics of the merged model against the reference."""
-    with watched_activations(model, device) as largest:
-        if model.device.type == "cuda":
-            found = agreement(model, rows, ref, device)
-        else:
-            with streamed_layers(model, device, lambda _name, stored: stored):
-                found = agreement(model, rows, ref, device)
+    with watched_activations(model) as largest:
+        found = agreement(model, rows, ref, streamer)
     return {
         "merged_perplexity": found.perplexity,
         "adapter_perplexity": ref.perplexity,
@@ -111,18 +105,11 @@ def merge_onto(source: Weights, updates: dict[str, Update], dtype, device: torch
     return merged
 
 
-def other_scores(model, weight_of, rows: list[dict], ref: Reference, device: torch.device) -> dict:
-    """Metrics of the merge that `weight_of` gives, made in memory in the place of `model`."""
-    if model.device.type == "cpu":
-        with streamed_layers(model, device, weight_of):
-            found = agreement(model, rows, ref, device)
-    else:
-        for name, parameter in model.named_parameters():
-            parameter.data.copy_(weight_of(name, parameter.data))
-        found = agreement(model, rows, ref, device)
+def other_scores(model, rows: list[dict], ref: Reference, streamer: Streamer | None = None) -> dict:
+    """Metrics of another merge, in the place of the merged model."""
+    found = agreement(model, rows, ref, streamer)
     if found.nonfinite:
-        kind = str(model.dtype).removeprefix("torch.")
-        print(f"verify: the merge on the other base overflows {kind}")
+        print("verify: the merge on the other base overflows merge.dtype")
         return {}
     return {"other_base_perplexity": found.perplexity, "other_base_mean_kl": found.mean_kl}
 
@@ -163,22 +150,36 @@ def verify(params, rows: list[dict], device: torch.device, world: World = ALONE)
     updates = read_adapter(ADAPTER, quantized.shapes)
     source, other = (quantized, base) if params.merge.base == "dequantized" else (base, quantized)
     with tempfile.TemporaryFile(dir=MERGED.parent) as cache:
-        model = load_adapter(load_base(QUANTIZED, device), ADAPTER)
-        check_tensors(merged, model, source, base, dtype, device, world)
-        ref = reference(model, rows, cache, world)
-        # Only one of the two models is in memory at a time.
-        del model
-        gc.collect()
         longest = max(len(row["input_ids"]) for row in rows)
+        sizes = model_sizes(QUANTIZED, longest, device, ADAPTER)
+        base_model, streamer = load_to_score("verify", QUANTIZED, sizes, device, world)
+        model: Any = load_adapter(base_model, ADAPTER)
+        check_tensors(merged, model, source, base, dtype, device, world, streamer)
+        ref = reference(model, rows, cache, world, streamer)
+        # Only one of the models is in memory at a time.
+        del base_model, model, streamer
+        free_memory()
         if renamed is not None:
             check_whole(MERGED)
-        model = load_merged(MERGED, place_for(quantized, longest, device), renamed)
-        metrics = scores(model, rows, ref, device)
+        sizes = model_sizes(QUANTIZED, longest, device, dense=True)
+        place = partial(place_merged, MERGED, sizes, device, world, renamed)
+        model, streamer = place()
+        metrics = scores(model, rows, ref, streamer)
         if params.verify.compare_bases and quantized.nf4:
+            del model, streamer
+            free_memory()
             weight_of = merge_onto(other, updates, dtype, device)
-            metrics |= other_scores(model, weight_of, rows, ref, device)
+            model, streamer = place(make=weight_of)
+            metrics |= other_scores(model, rows, ref, streamer)
     check_scores(metrics, params.verify.max_perplexity_change_percent, params.merge.dtype)
     return metrics
+
+
+def free_memory() -> None:
+    """Of models that are no longer needed."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def compare(world: World, task: dict) -> dict:

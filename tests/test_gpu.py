@@ -28,12 +28,13 @@ from stages.shared.outputs import write_sums
 from stages.shared.placement import Placement
 from stages.shared.process import StageError, sha256
 from stages.shared.scoring import scored_logits
+from stages.shared.streaming import stream_layers
 from stages.training.checkpoints import SIGNALS, Checkpoints
 from stages.training.fused_lora import fuse_lora
 from stages.training.offload import HostStash
 from stages.training.paged import page_again, state_bytes
 from stages.training.trainer import apply_liger
-from stages.verifying.merged_model import load_merged, streamed_layers
+from stages.verifying.merged_model import load_merged
 from tests.tiny import make_model
 
 pytestmark = pytest.mark.gpu
@@ -356,9 +357,11 @@ def test_a_merged_model_in_host_memory_computes_what_one_on_the_gpu_does(tmp_pat
     scored = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in rows()]
     gpu, host = torch.device("cuda", 0), torch.device("cpu")
     expected = [x for *_, x in scored_logits(load_merged(tmp_path, gpu), scored)]
-    model = load_merged(tmp_path, host)
-    with streamed_layers(model, gpu, lambda _name, stored: stored):
-        found = [x for *_, x in scored_logits(model, scored, device=gpu)]
-    assert model.device == host
-    for ours, theirs in zip(found, expected, strict=True):
-        assert torch.equal(ours, theirs)
+    for room in (0.0, 1e9):  # host memory, the GPU
+        model = load_merged(tmp_path, host)
+        streamer = stream_layers(model, gpu, 2, "ring")
+        streamer.room = room
+        found = [x for *_, x in scored_logits(model, scored, streamer=streamer)]
+        assert streamer.sent == 2
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours, theirs)

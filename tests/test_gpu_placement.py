@@ -5,13 +5,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from stages.quantize import quantize
+from stages.shared import streaming
 from stages.shared.device import pick_device
-from stages.shared.model import load_base
+from stages.shared.model import load_base, load_streamed
 from stages.shared.placement import Placement
-from stages.training import streaming
+from stages.shared.scoring import score
+from stages.shared.streaming import HostCopy, Ring, Streamer, stream_layers
 from stages.training.fused_lora import fuse_lora
 from stages.training.offload import HostStash
-from stages.training.streaming import HostCopy, Ring, Streamer, stream_layers
 from stages.training.trainer import apply_liger
 from tests.test_gpu import LENGTHS, liger_put_back, rows
 from tests.tiny import make_model
@@ -122,6 +123,19 @@ def test_a_ring_is_equal_too(folder, monkeypatch):
     monkeypatch.setattr(Ring, "__init__", lambda s, *a: made.append(1) or init(s, *a))
     assert same(trained(folder, Placement(streamed=LAYERS)), trained(folder, ALL))
     assert made
+
+
+@pytest.mark.parametrize("kind", ["copy", "ring", "files"])
+@pytest.mark.parametrize("count", [LAYERS, LAYERS // 2])
+def test_scores_are_equal_to_the_last_digit(folder, kind, count):
+    device = pick_device()
+    scored = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in rows()]
+    expected = score(load_base(folder, device), scored, 64)
+    for slots, room in ((1, 0.0), (3, 1e9)):
+        model, streamer = load_streamed(folder, device, count, kind, slots=slots)
+        streamer.room = room
+        assert score(model, scored, 64, streamer=streamer) == expected
+        assert streamer.sent == count
 
 
 def test_a_buffer_that_is_overwritten_too_early_would_be_seen(folder, monkeypatch):

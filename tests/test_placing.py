@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from benchmarks.random_models import config_of
+from stages.shared import card as card_module
 from stages.shared import placement
+from stages.shared.card import card_budget
 from stages.shared.outputs import GB
 from stages.shared.placement import RATES, Placement
 from stages.shared.process import StageError
 from stages.shared.workload import KEPT, Lengths, shape_of
 from stages.training import placing
-from stages.training.placing import TIGHTER, card_budget, place, try_tighter
+from stages.training.placing import TIGHTER, place, try_tighter
 from tests.test_plan import params_of
 
 CPU, GPU = torch.device("cpu"), SimpleNamespace(type="cuda")
@@ -46,9 +48,9 @@ def card(monkeypatch, tmp_path):
         memory = int(free * GB), int(80 * GB)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: memory)
         monkeypatch.setattr(placing, "available_bytes", lambda: host * GB)
-        placing.PLAN.parent.mkdir(exist_ok=True)
+        card_module.PLAN.parent.mkdir(exist_ok=True)
         if planned:
-            placing.PLAN.write_text(json.dumps({"vram_limit_gb": limit}))
+            card_module.PLAN.write_text(json.dumps({"vram_limit_gb": limit}))
         return held
 
     return have
@@ -69,7 +71,7 @@ def test_the_limit_is_that_of_plan_json(card):
     card(free=12, limit=24)
     assert card_budget() < 12.5 * GB
     card(free=80, planned=False)
-    placing.PLAN.unlink()
+    card_module.PLAN.unlink()
     assert card_budget() == whole
     # The allocator is held to the one limit that is smaller than the card.
     assert len(held) == 1

@@ -221,7 +221,7 @@ def test_each_card_has_what_it_holds_or_nothing(mistral, checkpointing):
     train = {"batch_size": 4, "gradient_checkpointing": checkpointing}
     params = params_of(train=train, lora={"r": 256})
     sizes, kept = sizes_for(mistral, params), KEPT[checkpointing]
-    found = plan.cards(sizes, kept)
+    found = plan.cards(sizes, kept, scoring_of(mistral, params))
     assert [entry["card_gb"] for entry in found] == list(CARDS_GB)
     assert {entry["placed"] is None for entry in found} == {True, False}
     for entry in found:
@@ -239,23 +239,59 @@ def test_each_card_has_what_it_holds_or_nothing(mistral, checkpointing):
             assert placed["kept_attention_layers"] == (0 if checkpointing else layers)
 
 
+def scoring_of(model, params):
+    config, shape = model
+    return plan.scoring_stages(shape, planned(config, shape, params, ROWS), 2048)
+
+
+def test_each_card_says_how_evaluate_and_verify_fit(mistral):
+    params = params_of(train={"gradient_checkpointing": "auto"})
+    found = plan.cards(sizes_for(mistral, params), "auto", scoring_of(mistral, params))
+    base, merged = (
+        [entry[f"{stage}_streamed_layers"] for entry in found] for stage in ("evaluate", "verify")
+    )
+    # 14.5 GB in 16 bit and 4.1 in NF4: whole on large cards, none of them too small for layers.
+    for layers, whole in ((base, 8), (merged, 24)):
+        assert [n == 0 for n in layers] == [card >= whole for card in CARDS_GB]
+        assert None not in layers[1:]
+    assert merged[1] > base[1]
+
+
+def test_the_longest_row_of_any_held_out_set_counts(tmp_path):
+    for name, lengths in (("eval", [5, 9]), ("group", [12, 3]), ("train", [99])):
+        rows = [
+            {"row": name, "input_ids": [3] * n, "labels": [3] * n, "prompt_tokens": 0}
+            | {"scored_bytes": n}
+            for n in lengths
+        ]
+        path = str(tmp_path / f"{name}.arrow")
+        with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, SCHEMA) as out:
+            out.write_table(pa.Table.from_pylist(rows, SCHEMA))
+    assert plan.longest_held_out(tmp_path) == 12
+
+
 def test_the_table_says_of_each_card_what_fits(mistral):
-    sizes = sizes_for(mistral, params_of(train={"gradient_checkpointing": "auto"}))
-    found = plan.cards(sizes, "auto")
+    params = params_of(train={"gradient_checkpointing": "auto"})
+    sizes = sizes_for(mistral, params)
+    found = plan.cards(sizes, "auto", scoring_of(mistral, params))
     lines = plan.cards_table(found, sizes.layers).splitlines()[1:]
     for line, entry in zip(lines, found, strict=True):
         size, *words = line.split()
         assert int(size) == entry["card_gb"]
         placed = entry["placed"]
+        others = [entry[f"{stage}_streamed_layers"] for stage in ("evaluate", "verify")]
+        said = ["no" if n is None else "streamed" if n else "resident" for n in others]
         if placed is None:
-            assert words == ["does", "not", "fit"]
+            assert words == ["does", "not", "fit", *said]
             continue
+        at = next(i for i in range(len(words)) if words[i : i + 2] == said)
+        assert at > words.index(f"{placed['predicted_device_gb']:.1f}")
         assert f"{placed['predicted_device_gb']:.1f}" in words
         assert f"{placed['sent_gb_per_step']:.1f}" in line
-        assert ("streamed" in words) == bool(placed["streamed_layers"])
+        assert ("streamed" in words[:4]) == bool(placed["streamed_layers"])
     slow = {"copies_hide": 0, "sent_gb_per_step": 7.5, "mlp_tile_tokens": 0}
     fits = next(entry["placed"] for entry in found if entry["placed"])
-    table = plan.cards_table([{"card_gb": 8, "placed": fits | slow}], sizes.layers)
+    table = plan.cards_table([found[-1] | {"placed": fits | slow}], sizes.layers)
     assert table.endswith(" 7.5, slower")
 
 

@@ -314,9 +314,9 @@ def test_figures_of_two_ranks_are_those_of_one(alone, tmp_path, stage):
     for ranks in ("1", "2"):
         folder = tmp_path / ranks
         shutil.copytree(alone, folder)
-        scoring = folder / "stages/shared/scoring.py"
-        code = scoring.read_text()
-        scoring.write_text(code.replace("TOKENS_PER_BATCH = 4096", "TOKENS_PER_BATCH = 300"))
+        fitting = folder / "stages/shared/fitting.py"
+        code = fitting.read_text()
+        fitting.write_text(code.replace("TOKENS_PER_BATCH = 4096", "TOKENS_PER_BATCH = 300"))
         said = quick.run(stage, folder, CPU_RANKS=ranks).said
         assert ("2 ranks" in said) == (ranks == "2")
         if stage == "evaluate":

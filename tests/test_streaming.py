@@ -11,11 +11,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from stages.quantize import quantize
+from stages.shared import streaming
 from stages.shared.model import load_base
 from stages.shared.placement import SLOTS, Placement
-from stages.training import streaming
+from stages.shared.streaming import HostCopy, Ring, Streamer, spread, stream_layers
 from stages.training.fused_lora import fuse_lora
-from stages.training.streaming import HostCopy, Ring, Streamer, spread, stream_layers
 from tests.test_fast_path import with_random_adapter
 from tests.tiny import make_model
 
@@ -165,9 +165,9 @@ def test_a_pass_sends_every_layer_once_but_those_that_are_still_there(folders):
 
 def test_another_process_maps_the_same_copy(folders):
     layers = [[torch.nn.Parameter(torch.randn(7, 40))], [torch.nn.Parameter(torch.randn(2000))]]
-    mine = HostCopy(layers)
+    mine = HostCopy(layers, None)
     empty = [[torch.nn.Parameter(torch.empty_like(p)) for p in layer] for layer in layers]
-    other = HostCopy(empty, mine.path)
+    other = HostCopy(empty, None, mine.path)
     assert all(torch.equal(a, b) for a, b in zip(mine.layers, other.layers, strict=True))
     mine.layers[0].fill_(3)
     assert (other.layers[0] == 3).all()

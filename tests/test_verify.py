@@ -1,18 +1,19 @@
 import json
 import shutil
 import tempfile
-from types import SimpleNamespace
+from collections import Counter
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from stages import merge, verify
-from stages.shared import adapter
+from stages.shared import adapter, scored_model, scoring, streaming
+from stages.shared.model import load_base
 from stages.shared.outputs import SUMS, write_sums
 from stages.shared.process import StageError
 from stages.shared.weights import INDEX, SINGLE
-from stages.verifying import agreement, merged_model
+from stages.verifying import agreement
 from tests.merging import (
     edit_json,
     edit_tensors,
@@ -386,7 +387,7 @@ def test_kl_agrees_with_a_plain_loop_and_its_cache_is_bounded(project, monkeypat
     full = results(project)
     rows = verify.read_rows(verify.held_out_sets()[""])
     reference = verify.load_adapter(
-        verify.load_base(verify.QUANTIZED, torch.device("cpu")), verify.ADAPTER
+        load_base(verify.QUANTIZED, torch.device("cpu")), verify.ADAPTER
     )
     merged = AutoModelForCausalLM.from_pretrained(verify.MERGED, dtype=torch.float64)
     divergences, agreed, nll = [], [], []
@@ -426,6 +427,46 @@ def test_other_base_is_scored_as_if_it_had_been_merged(project, monkeypatch):
     assert "other_base_mean_kl" not in results(project)
 
 
+def test_models_that_do_not_fit_give_the_same_figures_and_merge_each_tensor_once(
+    project, monkeypatch
+):
+    """In several batches of a few rows."""
+    merged, passes = Counter(), []
+    merge_onto, last_hidden_states = verify.merge_onto, scoring.last_hidden_states
+
+    def counted(*arguments):
+        weight_of = merge_onto(*arguments)
+
+        def count(name, stored):
+            merged[name] += 1
+            return weight_of(name, stored)
+
+        return count
+
+    def noted(causal, batches, streamer):
+        passes.append((len(batches), streamer))
+        return last_hidden_states(causal, batches, streamer)
+
+    monkeypatch.setattr(streaming, "SMALLEST", 1024)
+    monkeypatch.setattr(verify, "merge_onto", counted)
+    monkeypatch.setattr(scoring, "last_hidden_states", noted)
+    batches = scoring.length_batches
+    monkeypatch.setattr(scoring, "length_batches", lambda rows, _: batches(rows, 64))
+    found = []
+    for free in (100e9, 1e8):
+        monkeypatch.setattr(scored_model, "available_bytes", lambda free=free: free)
+        run(verify, project, monkeypatch)
+        found.append((project / "metrics/verify.json").read_bytes())
+    assert found[0] == found[1]
+    # Reference, merged model and the other merge, of a resident base and of a streamed one.
+    assert [streamer is None for _, streamer in passes] == [True, False, False, False, False, False]
+    assert {count > 1 for count, _ in passes} == {True}
+    layers = passes[-1][1].count
+    # The reference's weights are streamed a second time to be compared with the merge's.
+    assert [s.sent / layers for _, s in passes if s] == [1, 1, 2, 1, 1]
+    assert set(merged.values()) == {2}, "once in each of the two runs"
+
+
 def test_a_16_bit_base_and_an_adapter_without_sums(tmp_path, monkeypatch, capsys):
     make_prepared(make_sources(tmp_path, nf4=False))
     (tmp_path / "models/adapter" / SUMS).unlink()
@@ -436,37 +477,16 @@ def test_a_16_bit_base_and_an_adapter_without_sums(tmp_path, monkeypatch, capsys
     assert capsys.readouterr().out.count("an adapter from elsewhere") == 2
 
 
-@pytest.mark.parametrize(
-    ("free", "share", "longest", "place"),
-    [
-        (20e9, 1.0, 2048, "cuda"),
-        (20e9, 1.0, 32768, "cpu"),
-        (15e9, 1.0, 2048, "cpu"),
-        (80e9, 0.2, 2048, "cpu"),
-    ],
-)
-def test_a_merged_model_waits_where_there_is_room(monkeypatch, capsys, free, share, longest, place):
-    """Of 7e9 parameters: 14 GB, and what a batch takes."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80e9))
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: share)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 1e9)
-    weights = SimpleNamespace(shapes={"a": (70_000, 50_000), "b": (3_500_000_000,)})
-    assert merged_model.place_for(weights, longest, torch.device("cuda", 0)).type == place
-    assert ("stay in host memory" in capsys.readouterr().out) == (place == "cpu")
-
-
 def test_kl_is_that_of_the_reference_to_the_model(project, monkeypatch):
     """On a spoiled model, where the other direction is another number."""
     monkeypatch.chdir(project)
     rows = verify.read_rows(verify.held_out_sets()[""])
-    model = verify.load_adapter(
-        verify.load_base(verify.QUANTIZED, torch.device("cpu")), verify.ADAPTER
-    )
+    model = verify.load_adapter(load_base(verify.QUANTIZED, torch.device("cpu")), verify.ADAPTER)
     spoiled = AutoModelForCausalLM.from_pretrained(verify.MERGED, dtype=torch.float32)
     spoiled.model.norm.weight.data *= 30
     with tempfile.TemporaryFile() as cache:
         reference = agreement.reference(model, rows, cache)
-        found = agreement.agreement(spoiled, rows, reference, torch.device("cpu"))
+        found = agreement.agreement(spoiled, rows, reference)
     directions = [], []
     for row in rows:
         ids, scored = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:]) >= 0

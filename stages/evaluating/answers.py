@@ -23,7 +23,7 @@ from sacrebleu.metrics.chrf import CHRF
 
 from stages.evaluating import measures
 from stages.evaluating.bootstrap import interval, p_value
-from stages.evaluating.generation import Answer, answers
+from stages.evaluating.generation import Answer, Room, answers, forecast
 from stages.shared.params import Evaluate
 from stages.shared.process import StageError
 from stages.shared.sets import set_name, stem_of
@@ -117,11 +117,17 @@ def _own_score(measure: Callable, row: str, texts: tuple[str, str, str]) -> floa
 
 
 def answered(
-    model, tokenizer, sets: dict[str, list[dict]], params: Evaluate, ends: list[int]
+    model,
+    tokenizer,
+    sets: dict[str, list[dict]],
+    params: Evaluate,
+    ends: list[int],
+    room: Room | None = None,
 ) -> list[Answered]:
     """The first held-out prompts of each set, `params.samples` in all, answered and scored.
 
-    Rows without a prompt (plain text, later parts of a split row) cannot be answered.
+    Rows without a prompt (plain text, later parts of a split row) cannot be answered. `room` is
+    that of a model whose weights are streamed; how long it takes is said before.
     """
     asked = {prefix: some for prefix, rows in sets.items() if (some := _with_prompt(rows))}
     chosen = [
@@ -139,9 +145,11 @@ def answered(
             f"warning: {cut} of {len(chosen)} references have more than {limit} tokens, where "
             "answers end: raise evaluate.max_answer_tokens"
         )
-    written = {"tuned": answers(model, tokenizer, prompts, ends, limit)}
+    if room:
+        print(f"evaluate: {forecast(prompts, limit, room)}", flush=True)
+    written = {"tuned": answers(model, tokenizer, prompts, ends, limit, room)}
     with model.disable_adapter():
-        written["base"] = answers(model, tokenizer, prompts, ends, limit)
+        written["base"] = answers(model, tokenizer, prompts, ends, limit, room)
     found = []
     for i, (prefix, place, row) in enumerate(chosen):
         prompt = tokenizer.decode(prompts[i])

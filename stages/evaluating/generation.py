@@ -1,4 +1,8 @@
-"""Greedy answers to prompts of like length, many at once, with a KV cache of bounded size."""
+"""Greedy answers to prompts of like length, many at once, with a KV cache of bounded size.
+
+Where weights are streamed, each token of a batch streams all of them once: as many answers are
+written at once as there is room for.
+"""
 
 from dataclasses import dataclass
 
@@ -6,6 +10,10 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig
 
+from stages.shared.fitting import Scored
+from stages.shared.outputs import GB
+from stages.shared.params import Evaluate
+from stages.shared.streaming import Streamer
 from stages.shared.text_model import largest_of, number_of
 
 # Of the KV cache of one batch. The longest prompts come first, so that memory runs out at once.
@@ -23,17 +31,64 @@ class Answer:
     ended: bool
 
 
+@dataclass(frozen=True)
+class Room:
+    """What streams the weights of a model of `sizes`, and so many tokens as may be there at once:
+    where rows were scored, and beside them."""
+
+    streamer: Streamer
+    sizes: Scored
+
+    @property
+    def tokens(self) -> int:
+        free = self.streamer.room + self.sizes.working
+        return int(free / (self.sizes.token + self.sizes.cached))
+
+
+def answering_bytes(sizes: Scored, sets: dict[str, list[dict]], params: Evaluate) -> float:
+    """What the largest batch of answers may take, with resident weights."""
+    longest = max(row["prompt_tokens"] for rows in sets.values() for row in rows)
+    prompts = params.samples * longest
+    cached = (prompts + params.samples * params.max_answer_tokens) * sizes.cached
+    return min(prompts, PROMPT_TOKENS) * sizes.token + min(cached, CACHE_BYTES["cuda"])
+
+
+def forecast(prompts: list[list[int]], limit: int, room: Room) -> str:
+    """What answering will take where weights are streamed, and what would shorten it."""
+    batches = _batches(prompts, limit, room.tokens, room.tokens)
+    seconds = room.streamer.pass_seconds()
+    each = 2 * limit * seconds / 60
+    size = room.streamer.bytes / GB
+    said = (
+        f"{len(prompts)} prompts are answered {len(batches[0])} at once; each token streams "
+        f"{size:.1f} GB in about {seconds:.2g} s: at most {len(batches) * each:.3g} minutes for "
+        f"{limit} tokens of both models; "
+    )
+    if len(batches) > 1:
+        return said + f"evaluate.samples: {len(batches[0])} would take at most {each:.3g}"
+    return said + "fewer samples take as long, evaluate.samples: 0 none"
+
+
 def answers(
-    model, tokenizer, prompts: list[list[int]], ends: list[int], limit: int
+    model,
+    tokenizer,
+    prompts: list[list[int]],
+    ends: list[int],
+    limit: int,
+    room: Room | None = None,
 ) -> list[Answer]:
     """Greedy answers to `prompts` (token ids), in their order.
 
-    An answer ends with one of `ends` or after `limit` tokens.
+    An answer ends with one of `ends` or after `limit` tokens. `room` is that of a model whose
+    weights are streamed.
     """
     # The adapter's layers are inside; PEFT's wrapper adds nothing but its own defaults.
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     found: dict[int, Answer] = {}
-    for batch in _batches(prompts, limit, _cached_tokens(causal)):
+    cached, most = _cached_tokens(causal), PROMPT_TOKENS
+    if room:
+        cached = most = room.tokens
+    for batch in _batches(prompts, limit, cached, most):
         written = _generate(causal, [prompts[i] for i in batch], ends, limit)
         for i, ids in zip(batch, written, strict=True):
             end = next((at for at, token in enumerate(ids) if token in ends), None)
@@ -42,14 +97,16 @@ def answers(
     return [found[i] for i in range(len(prompts))]
 
 
-def _batches(prompts: list[list[int]], limit: int, cached: int) -> list[list[int]]:
-    """Numbers of `prompts`, longest first, in batches of at most PROMPT_TOKENS, and at most
+def _batches(
+    prompts: list[list[int]], limit: int, cached: int, most: int = PROMPT_TOKENS
+) -> list[list[int]]:
+    """Numbers of `prompts`, longest first, in batches of at most `most` tokens, and at most
     `cached` tokens with their answers; or of one prompt."""
     batches: list[list[int]] = []
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
         width = len(prompts[batches[-1][0]]) if batches else 0
         rows = len(batches[-1]) + 1 if batches else 0
-        if not batches or rows * width > PROMPT_TOKENS or rows * (width + limit) > cached:
+        if not batches or rows * width > most or rows * (width + limit) > cached:
             batches.append([])
         batches[-1].append(i)
     return batches

@@ -1,5 +1,7 @@
 """Loading a base model and its adapter, the same way wherever a stage computes with them."""
 
+import socket
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,7 +11,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from stages.shared.nf4 import unpack_odd_layers
+from stages.shared.placement import SLOTS
 from stages.shared.process import StageError
+from stages.shared.ranks import ALONE, World
+from stages.shared.streaming import Streamer, stream_layers
 from stages.shared.text_model import find_backbone
 
 logging.disable_progress_bar()
@@ -30,8 +35,7 @@ def load_base(
     and in float32 on the CPU, where bfloat16 is 10 to 30 times slower. A pre-quantized checkpoint
     ignores `dtype=`, so both are set after loading.
     """
-    if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = dtype or computed_in(device)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, device_map={"": device}, attn_implementation=attention
     )
@@ -44,8 +48,56 @@ def load_base(
     return model.eval()
 
 
+def load_streamed(
+    folder: Path,
+    device: torch.device,
+    count: int,
+    kind: str = "copy",
+    attention: str | None = None,
+    slots: int = SLOTS,
+    world: World = ALONE,
+) -> tuple[PreTrainedModel, Streamer]:
+    """The base that `load_base` gives, with `count` layers streamed to `device`, and what streams
+    them.
+
+    kind  as stream_layers takes it; the ranks of a machine share a copy, which the first one makes
+    """
+    # Mapped from its files: nothing is read before it is copied to where it belongs.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", device_map={"": "cpu"}, attn_implementation=attention
+    )
+    find_backbone(model)
+    dtype = computed_in(device)
+    let_4_bit_compute_in(model, dtype)
+    if device.type == "cpu":
+        unpack_odd_layers(model)
+    model.config.use_cache = False
+    stream = partial(stream_layers, model.eval(), device, count, dtype=dtype, slots=slots)
+    if kind != "copy":
+        return model, stream(kind=kind)
+    machines = world.gather(socket.gethostname())
+    maker = machines.index(machines[world.rank])
+    if maker == world.rank:
+        streamer = stream()
+        world.gather(streamer.source.path)
+        return model, streamer
+    return model, stream(path=world.gather(None)[maker])
+
+
+def computed_in(device: torch.device) -> torch.dtype:
+    """The type that `device` is fast in."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Cast what is not quantized to `dtype` and let 4-bit products compute in it."""
+    let_4_bit_compute_in(model, dtype)
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not isinstance(parameter, Params4bit):
+            parameter.data = parameter.data.to(dtype)
+
+
+def let_4_bit_compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
@@ -56,9 +108,6 @@ def set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
             # bitsandbytes would repack the weights for AVX512-BF16 at the first forward pass
             # without gradients; merging and saving do not know that layout.
             module.support_avx512bf16_for_cpu = False
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and not isinstance(parameter, Params4bit):
-            parameter.data = parameter.data.to(dtype)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:

@@ -6,7 +6,7 @@ A card's memory is a budget. A placement says, of a base with L layers:
                                the backward pass; the others keep their input and compute it again
     offload                    the inputs of what is computed again wait in host memory
     streamed                   so many layers' weights wait in host memory and arrive ahead of use
-                               (stages/training/streaming.py)
+                               (stages/shared/streaming.py)
     tile                       tokens that an MLP computes at once; 0 for all
 
 None of it changes what is learned: the same kernels compute the same products of the same bytes.

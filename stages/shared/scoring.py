@@ -15,13 +15,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from stages.shared.by_layer import last_hidden_states
+from stages.shared.fitting import LOGITS, TOKENS_PER_BATCH
 from stages.shared.ranks import ALONE, World
 from stages.shared.rows import IGNORED, length_batches
-
-# Padded tokens in one forward pass, and logits that are in memory at once: with their copies in
-# float32 they take 0.2 GB, less than training's own whatever the vocabulary.
-TOKENS_PER_BATCH = 4096
-LOGITS = 2**24
+from stages.shared.streaming import Streamer
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,18 @@ def perplexity(nll: float) -> float:
 
 
 def score(
-    model, rows: list[dict], tokens_per_batch: int = TOKENS_PER_BATCH, world: World = ALONE
+    model,
+    rows: list[dict],
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    world: World = ALONE,
+    streamer: Streamer | None = None,
 ) -> Scores:
     """Score the labelled tokens of `rows` (see rows.py) under `model`, with or without adapter.
 
     The ranks of `world` share the batches, which are those of one: to the last digit the same.
     """
     nll, tokens = [0.0] * len(rows), [0] * len(rows)
-    for index, targets, logits in scored_logits(model, rows, tokens_per_batch, world=world):
+    for index, targets, logits in scored_logits(model, rows, tokens_per_batch, world, streamer):
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").double()
         for row, loss in zip(index.tolist(), losses.tolist(), strict=True):
             nll[row] += loss
@@ -67,44 +69,47 @@ def scored_logits(
     model,
     rows: list[dict],
     tokens_per_batch: int = TOKENS_PER_BATCH,
-    device: torch.device | None = None,
     world: World = ALONE,
+    streamer: Streamer | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yield (row index [n], target ids [n], logits [n, vocabulary] in float32) in chunks.
 
     Every scored token comes once, on one rank of `world`; batches hold rows of like length and are
     padded on the right. The order depends on the rows alone, so two models' chunks can be compared
     one by one.
-    `device` computes, by default the one that the model is on.
+    `streamer` is what streams the weights of `model`, if anything does.
     """
     causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    device = device or causal.device
     chunk = max(1, LOGITS // causal.get_output_embeddings().weight.shape[0])
     numbered = [row | {"index": i} for i, row in enumerate(rows)]
     was_training = model.training
     model.eval()
-    for batch in length_batches(numbered, tokens_per_batch)[world.rank :: world.size]:
-        width = len(batch[0]["input_ids"])
-        ids, labels, mask = (torch.zeros(len(batch), width, dtype=torch.long) for _ in range(3))
-        labels += IGNORED
-        for i, row in enumerate(batch):
-            length = len(row["input_ids"])
-            ids[i, :length] = torch.tensor(row["input_ids"])
-            labels[i, :length] = torch.tensor(row["labels"])
-            mask[i, :length] = 1
-        # The model predicts the next token: position t is scored by the label at t + 1.
-        where = (labels[:, 1:] != IGNORED).nonzero()
-        targets = labels[:, 1:][where[:, 0], where[:, 1]].to(device)
-        index = torch.tensor([row["index"] for row in batch])[where[:, 0]]
-        with _autocast(causal, device):
-            hidden = causal.base_model(
-                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-            ).last_hidden_state
+    batches = length_batches(numbered, tokens_per_batch)[world.rank :: world.size]
+    inputs = [_padded(batch) | {"use_cache": False} for batch in batches]
+    with _autocast(causal):
+        states = last_hidden_states(causal, inputs, streamer)
+        for batch, hidden in zip(batches, states, strict=True):
+            labels = torch.full(hidden.shape[:2], IGNORED)
+            for i, row in enumerate(batch):
+                labels[i, : len(row["labels"])] = torch.tensor(row["labels"])
+            # The model predicts the next token: position t is scored by the label at t + 1.
+            where = (labels[:, 1:] != IGNORED).nonzero()
+            targets = labels[:, 1:][where[:, 0], where[:, 1]].to(hidden.device)
+            index = torch.tensor([row["index"] for row in batch])[where[:, 0]]
             hidden = hidden[where[:, 0], where[:, 1]]
             for start in range(0, len(targets), chunk):
                 part = slice(start, start + chunk)
                 yield index[part], targets[part], head(causal, hidden[part]).float()
     model.train(was_training)
+
+
+def _padded(batch: list[dict]) -> dict[str, torch.Tensor]:
+    """Token ids and mask [rows, width] of rows of which the first is the longest."""
+    ids, mask = torch.zeros(2, len(batch), len(batch[0]["input_ids"]), dtype=torch.long)
+    for i, row in enumerate(batch):
+        ids[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+        mask[i, : len(row["input_ids"])] = 1
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def batch_count(rows: list[dict]) -> int:
@@ -143,9 +148,9 @@ class _Given(BaseModelOutputWithPast):
             raise AttributeError(name)
 
 
-def _autocast(causal: PreTrainedModel, device: torch.device):
+def _autocast(causal: PreTrainedModel):
     # Training runs under bfloat16 autocast on a GPU; the adapter is stored in float32.
     dtype = causal.get_output_embeddings().weight.dtype
-    if device.type == "cuda" and dtype == torch.bfloat16:
+    if causal.device.type == "cuda" and dtype == torch.bfloat16:
         return torch.autocast("cuda", dtype)
     return nullcontext()

@@ -29,8 +29,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from stages.shared.fast_path import plain_layers
 from stages.shared.placement import Placement
+from stages.shared.streaming import Streamer
 from stages.training.offload import HostStash, Slot
-from stages.training.streaming import Streamer
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
 MLP_PARTS = ("gate", "up", "down")

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from stages.training.host_memory import LOCKING_THREADS, pinned
+from stages.shared.host_memory import LOCKING_THREADS, pinned
 
 
 class HostStash:

@@ -5,7 +5,6 @@ No stage's result depends on it: the same params give the same adapter on every 
 
 import importlib.util
 import os
-import socket
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -15,22 +14,18 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from stages.shared import placement
-from stages.shared.model import load_base
-from stages.shared.outputs import GB, read_json
+from stages.shared.card import card_budget
+from stages.shared.host_memory import available_bytes, pinned
+from stages.shared.model import load_base, load_streamed
+from stages.shared.outputs import GB
 from stages.shared.params import Params
 from stages.shared.placement import Placement, Prediction, Rates
 from stages.shared.process import StageError
 from stages.shared.ranks import ALONE, World
+from stages.shared.streaming import RING, Streamer
 from stages.shared.vram import Shape, Sizes, sizes_of
 from stages.shared.workload import KEPT, Lengths, planned_training, shape_of
-from stages.training.host_memory import available_bytes, pinned
-from stages.training.streaming import RING, Streamer, stream_layers
 
-PLAN = Path("metrics/plan.json")
-# Of the card, beside what is predicted.
-SPARE = 0.3e9
-# What the context still grows by: kernels are loaded when they first run.
-CONTEXT_GROWTH = 0.25e9
 # After an attempt that did not fit: bytes that the next one leaves free, in the environment.
 TIGHTER, TIGHTER_SHARE = "TRAIN_TIGHTER_BYTES", 0.1
 # Bytes and square products by which the rates are measured.
@@ -139,26 +134,6 @@ def describe(placed: Placement, sizes: Sizes) -> str:
     return f"{weights}; {recomputed}"
 
 
-def card_budget() -> float:
-    """Bytes that this process can have of the card, its context included: what is free, or
-    plan.vram_limit_gb, to which the allocator is then held."""
-    free = torch.cuda.mem_get_info()[0]
-    budget = free - CONTEXT_GROWTH - SPARE + placement.CONTEXT
-    limit = read_json(PLAN).get("vram_limit_gb") if PLAN.exists() else None
-    if limit is None or limit * GB >= budget:
-        return budget
-    hold_to(limit * GB)
-    return limit * GB
-
-
-def hold_to(limit: float) -> None:
-    """Let this process's allocator take no more of the card than `limit` bytes, less CUDA's own."""
-    own = placement.CONTEXT + placement.OFFLOADING_CONTEXT
-    share = max(0.0, limit - own) / torch.cuda.mem_get_info()[1]
-    held = min(share, torch.cuda.get_per_process_memory_fraction())
-    torch.cuda.set_per_process_memory_fraction(held)
-
-
 def measured_rates(device: torch.device) -> Rates:
     """Operations/s and bytes/s of this machine, in a fraction of a second."""
     host = pinned(PROBE_BYTES, "a measurement of the bus")
@@ -229,24 +204,12 @@ def no_host_memory(needed: float) -> StageError:
 def load_placed(
     folder: Path, device: torch.device, attention: str, placed: Placed, world: World = ALONE
 ) -> tuple[PreTrainedModel, Streamer | None]:
-    """The base of `folder` where it is placed, and what streams it.
-
-    The ranks of a machine stream from one copy, which the first of them makes.
-    """
+    """The base of `folder` where it is placed, and what streams it."""
     count = placed.placement.streamed
     if not count:
         return load_base(folder, device, attention), None
-    # Mapped from its files: nothing is read before it is copied to where it belongs.
-    model = load_base(folder, torch.device("cpu"), attention, torch.bfloat16)
-    if placed.ring:
-        return model, stream_layers(model, device, count, ring=True)
-    machines = world.gather(socket.gethostname())
-    maker = machines.index(machines[world.rank])
-    if maker == world.rank:
-        streamer = stream_layers(model, device, count)
-        world.gather(streamer.source.path)
-        return model, streamer
-    return model, stream_layers(model, device, count, world.gather(None)[maker])
+    kind = "ring" if placed.ring else "copy"
+    return load_streamed(folder, device, count, kind, attention, world=world)
 
 
 def tighter() -> float:

@@ -22,11 +22,11 @@ from stages.shared.params import Lora, Params, Train
 from stages.shared.placement import Placement
 from stages.shared.ranks import ALONE, World
 from stages.shared.rows import IGNORED, token_counts
+from stages.shared.streaming import Streamer
 from stages.training import attention
 from stages.training.dealing import Dealt, GroupedByLength, no_rows
 from stages.training.fused_lora import fuse_lora
 from stages.training.offload import HostStash
-from stages.training.streaming import Streamer
 from stages.training.trial import Trial
 
 # trl's output head leaves out what is not learned where it can have Triton; elsewhere it scores

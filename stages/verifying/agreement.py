@@ -13,6 +13,7 @@ from peft import PeftModel
 
 from stages.shared.ranks import ALONE, World
 from stages.shared.scoring import perplexity, scored_logits
+from stages.shared.streaming import Streamer
 
 # Logits are kept in float32: in 16 bit their rounding would exceed the divergence of a good merge
 # (1e-7 to 1e-5). They take vocabulary x 4 bytes a token, so beyond this size KL is taken over every
@@ -54,7 +55,11 @@ class Agreement:
 
 
 def reference(
-    model: PeftModel, rows: list[dict], cache: BufferedRandom, world: World = ALONE
+    model: PeftModel,
+    rows: list[dict],
+    cache: BufferedRandom,
+    world: World = ALONE,
+    streamer: Streamer | None = None,
 ) -> Reference:
     """Score `model` and write its logits to `cache`, an empty binary file.
 
@@ -64,7 +69,7 @@ def reference(
     tokens = sum(label >= 0 for row in rows for label in row["labels"][1:])
     every = max(1, math.ceil(tokens * vocabulary * 4 / MAX_CACHE_BYTES))
     losses, top = [], [torch.empty(0, dtype=torch.long)]
-    for index, targets, logits in scored_logits(model, rows, world=world):
+    for index, targets, logits in scored_logits(model, rows, world=world, streamer=streamer):
         losses.append(_nll(logits, targets))
         top.append(logits.argmax(-1).cpu())
         cache.write(logits[index % every == 0].cpu().numpy().data)
@@ -72,11 +77,13 @@ def reference(
     return Reference(nll, tokens, torch.cat(top), every, cache, world)
 
 
-def agreement(model, rows: list[dict], ref: Reference, device: torch.device) -> Agreement:
-    """Score `model` on the rows that `ref` was made with, computing on `device`."""
+def agreement(
+    model, rows: list[dict], ref: Reference, streamer: Streamer | None = None
+) -> Agreement:
+    """Score `model` on the rows that `ref` was made with."""
     losses, divergences, agreed, nonfinite, done = [], [], 0, 0, 0
     ref.cache.seek(0)
-    for index, targets, logits in scored_logits(model, rows, device=device, world=ref.world):
+    for index, targets, logits in scored_logits(model, rows, world=ref.world, streamer=streamer):
         nonfinite += int((~logits.isfinite()).sum())
         losses.append(_nll(logits, targets))
         agreed += int((logits.argmax(-1).cpu() == ref.top[done : done + len(logits)]).sum())

@@ -1,11 +1,6 @@
-"""The merged model as transformers alone loads it, wherever there is room for its weights.
+"""The merged model as transformers alone loads it, wherever there is room for its weights."""
 
-Where a GPU has none, and on the CPU, they stay mapped from their files and layer after layer is
-computed with.
-"""
-
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from stages.shared.outputs import GB
+from stages.shared.fitting import Scored, tightest
 from stages.shared.process import StageError
-from stages.shared.scoring import TOKENS_PER_BATCH
+from stages.shared.ranks import ALONE, World
+from stages.shared.scored_model import place_scored
+from stages.shared.streaming import Make, Streamer, stream_layers
 from stages.shared.text_model import (
     find_backbone,
     key_mapping,
@@ -23,34 +20,43 @@ from stages.shared.text_model import (
     read_config,
     without_tables,
 )
-from stages.shared.weights import Weights
 from stages.verifying.folder_check import AGAIN
 
-# Beside the merged weights on a GPU: a batch's activations and logits (7B: 1.1e9 measured).
-WORKING_BYTES = 1.5e9
 
+def place_merged(
+    folder: Path,
+    sizes: Scored,
+    device: torch.device,
+    world: World = ALONE,
+    renamed: dict[str, str] | None = None,
+    make: Make | None = None,
+) -> tuple[PreTrainedModel, Streamer | None]:
+    """The merged model where there is room for it, and what streams it if there is none.
 
-def place_for(weights: Weights, longest: int, device: torch.device) -> torch.device:
-    """Where a merged model waits: on the GPU if it has room for it, else in host memory.
+    renamed  as load_merged takes it
+    make     (name, stored tensor) gives the one to compute with
 
-    longest  tokens of the longest row, which are computed at once
+    On the CPU its layers are always streamed: 16-bit products are slow there, and in float32 all of
+    it would take twice the room.
     """
     if device.type == "cpu":
-        return device
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    mine = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_reserved()
-    room = min(free, mine)
-    needed = sum(2 * math.prod(shape) for shape in weights.shapes.values())
-    needed += WORKING_BYTES * max(1, longest / TOKENS_PER_BATCH)
-    if needed <= room:
-        return device
-    print(
-        f"verify: the merged model takes {needed / GB:.1f} GB of the {room / GB:.1f} GB that are "
-        "free on the GPU; its weights stay in host memory, and layer after layer visits",
-        flush=True,
+        found, room, dtype = tightest(sizes), 0.0, torch.float32
+    else:
+        found, room = place_scored("verify", sizes, device, world)
+        dtype = None
+    if not found.streamed:
+        model = load_merged(folder, device, renamed)
+        if make:
+            for name, parameter in model.named_parameters():
+                parameter.data.copy_(make(name, parameter.data))
+        return model, None
+    model = load_merged(folder, torch.device("cpu"), renamed)
+    kind = "files" if make or device.type == "cpu" else "ring"
+    streamer = stream_layers(
+        model, device, found.streamed, kind, dtype=dtype, slots=found.slots, make=make
     )
-    return torch.device("cpu")
+    streamer.room = room
+    return model, streamer
 
 
 def check_whole(folder: Path) -> None:
@@ -89,9 +95,9 @@ def load_merged(folder: Path, device: torch.device, renamed: dict[str, str] | No
 
 
 @contextmanager
-def watched_activations(model: torch.nn.Module, device: torch.device) -> Iterator[torch.Tensor]:
+def watched_activations(model: PreTrainedModel) -> Iterator[torch.Tensor]:
     """Yield a scalar that holds the largest |value| into or out of any layer with weights."""
-    largest = torch.zeros((), device=device)
+    largest = torch.zeros((), device=model.device)
 
     def watch(_module, inputs, output):
         for value in (*inputs, output):
@@ -103,50 +109,6 @@ def watched_activations(model: torch.nn.Module, device: torch.device) -> Iterato
     try:
         yield largest
     finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def streamed_layers(
-    model: PreTrainedModel,
-    device: torch.device,
-    weight_of: Callable[[str, torch.Tensor], torch.Tensor],
-) -> Iterator[None]:
-    """Compute on `device` with a 16-bit model in host memory, one layer's weights at a time.
-
-    Before a layer runs, each of its weights becomes weight_of(name, stored) on the device;
-    afterwards it is the stored one again, which the system keeps mapped from its file. On the CPU
-    it computes in float32: 16-bit products are slow there.
-    """
-    handles = []
-    stored: dict[tuple[torch.nn.Module, str], torch.Tensor] = {}
-    dtype = torch.float32 if device.type == "cpu" else model.dtype
-    for buffer in model.buffers():
-        buffer.data = buffer.data.to(device)
-    head = model.get_output_embeddings()
-
-    def leave(module, *_):
-        for key, parameter in module.named_parameters(recurse=False):
-            parameter.data = stored.pop((module, key))
-
-    for prefix, module in _layers(model):
-
-        def enter(module, _inputs, prefix=prefix):
-            for key, parameter in module.named_parameters(recurse=False):
-                stored[module, key] = parameter.data
-                parameter.data = weight_of(f"{prefix}.{key}", parameter.data).to(device, dtype)
-
-        if module is head:
-            # It runs for every chunk of logits: it enters once.
-            enter(module, None)
-            continue
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave))
-    try:
-        yield
-    finally:
-        leave(head)
         for handle in handles:
             handle.remove()
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from stages.shared.process import StageError
 from stages.shared.ranks import ALONE, World
+from stages.shared.streaming import Streamer
 from stages.shared.weights import Weights
 from stages.verifying.folder_check import AGAIN
 
@@ -27,12 +28,13 @@ def check_tensors(
     dtype: torch.dtype,
     device: torch.device,
     world: World = ALONE,
+    streamer: Streamer | None = None,
 ) -> None:
     """Compare every merged tensor with what PEFT and bitsandbytes compute from the sources: of the
     language model `source`, of other towers `base`.
 
-    The ranks of `world` share the tensors. Raises StageError naming those that differ by more than
-    rounding.
+    The ranks of `world` share the tensors; `streamer` is what streams the weights of `model`, if
+    anything does. Raises StageError naming those that differ by more than rounding.
     """
     modules = dict(model.get_base_model().named_modules())
     wrong = []
@@ -46,6 +48,8 @@ def check_tensors(
             updated = isinstance(module, LoraLayer) and name.endswith(".weight")
             if name in source.nf4:
                 plain = module.base_layer.weight if updated else module.weight
+                if streamer and (enter := streamer.entrance(plain)):
+                    enter()
                 if isinstance(plain, Params4bit):
                     plain = bnb.dequantize_4bit(plain.data, plain.quant_state)
                 # As it is stored: load_base lets the CPU compute in float32.

@@ -1,23 +1,26 @@
-"""Weights that wait in host memory and visit the GPU while they are computed with.
+"""Weights that wait in host memory or in their files, and visit what computes with them.
 
-The layers take turns in SLOTS buffers of one layer each. When a layer begins, the next two in the
+The layers take turns in a few buffers of one layer each. When a layer begins, the next two in the
 direction of the pass are on their way, on a stream of their own, or there already: up in the
 forward pass, down in the backward pass. A parameter's `data` always points at its layer's place in
 the same buffer, so that what autograd noted in the forward pass is right in the backward pass too,
-once its layer has been asked for again.
+once its layer has been asked for again. On the CPU, which computes in float32, 16-bit weights
+become that in their buffer.
 
-What is computed does not change: the same bytes are multiplied by the same kernels.
+What is computed does not change: the same values are multiplied by the same kernels, from memory
+that is aligned the same way wherever a file has them.
 """
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 
+from stages.shared.host_memory import LOCKING_THREADS, lock, pinned, shared_buffer
 from stages.shared.placement import SLOTS
-from stages.training.host_memory import LOCKING_THREADS, lock, pinned, shared_buffer
 
 # Smaller parameters (norms, biases) stay on the GPU.
 SMALLEST = 65536
@@ -25,8 +28,11 @@ SMALLEST = 65536
 ALIGNMENT, PAGE = 256, 4096
 # Of a ring: buffers that threads fill ahead of use, and threads. Each thread reads about 2 GB/s.
 RING, RING_THREADS = 5, 8
+# Layers by which the time of all is told.
+PROBED = 4
 
 Layer = list[torch.nn.Parameter]
+Make = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 class HostCopy:
@@ -38,19 +44,21 @@ class HostCopy:
     Raises MemoryError when the driver refuses to lock it.
     """
 
-    def __init__(self, layers: list[Layer], path: str | None = None):
-        sizes = [_rounded(_layer_bytes(layer), PAGE) for layer in layers]
+    def __init__(self, layers: list[Layer], dtype: torch.dtype | None, path: str | None = None):
+        sizes = [_rounded(_layer_bytes(layer, dtype), PAGE) for layer in layers]
         flat, self.path = shared_buffer(sum(sizes), path)
         self.layers = list(flat.split(sizes))
+        pairs = zip(self.layers, layers, strict=True)
+        self.places = [_places(buffer, layer, dtype) for buffer, layer in pairs]
 
-        def fill(buffer: torch.Tensor, layer: Layer) -> str | None:
+        def fill(number: int) -> str | None:
             if path is None:
-                for place, parameter in _places(buffer, layer):
+                for place, parameter in zip(self.places[number], layers[number], strict=True):
                     place.copy_(parameter.data)
-            return lock(buffer)
+            return lock(self.layers[number])
 
         with ThreadPoolExecutor(LOCKING_THREADS) as pool:
-            refusals = list(pool.map(fill, self.layers, layers))
+            refusals = list(pool.map(fill, range(len(layers))))
         if any(refusals):
             raise MemoryError(next(filter(None, refusals)))
 
@@ -61,9 +69,9 @@ class HostCopy:
     def ask(self, i: int) -> None:
         """Layer i is needed soon."""
 
-    def take(self, i: int) -> torch.Tensor:
-        """Layer i in locked memory, uint8, to be copied from until `sent`."""
-        return self.layers[i]
+    def take(self, i: int) -> list[torch.Tensor]:
+        """The tensors of layer i in locked memory, to be copied from until `sent`."""
+        return self.places[i]
 
     def sent(self, i: int, arrived: torch.cuda.Event | None) -> None:
         """Layer i has left once `arrived` has happened."""
@@ -77,8 +85,8 @@ class Ring:
 
     path = None
 
-    def __init__(self, layers: list[Layer]):
-        size = max(_layer_bytes(layer) for layer in layers)
+    def __init__(self, layers: list[Layer], dtype: torch.dtype | None):
+        size, self.dtype = max(_layer_bytes(layer, dtype) for layer in layers), dtype
         # The parameters' data will point at the GPU.
         self.layers = [[parameter.data for parameter in layer] for layer in layers]
         on_gpu = torch.cuda.is_available()
@@ -87,7 +95,8 @@ class Ring:
             for _ in range(RING)
         ]
         self.leaving: list[torch.cuda.Event | None] = [None] * RING
-        self.filling: dict[int, tuple[int, list[Future]]] = {}
+        # By layer: its buffer, its places there and what fills them.
+        self.filling: dict[int, tuple[int, list[torch.Tensor], list[Future]]] = {}
         self.threads = ThreadPoolExecutor(RING_THREADS)
 
     @property
@@ -95,22 +104,22 @@ class Ring:
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def ask(self, i: int) -> None:
-        used = {buffer for buffer, _ in self.filling.values()}
+        used = {buffer for buffer, *_ in self.filling.values()}
         free = [buffer for buffer in range(RING) if buffer not in used]
         if free and i not in self.filling and 0 <= i < len(self.layers):
             self._fill(i, free[0])
 
-    def take(self, i: int) -> torch.Tensor:
+    def take(self, i: int) -> list[torch.Tensor]:
         if i not in self.filling and len(self.filling) == RING:
             # The pass turned around: what was asked for first is not needed.
-            _, futures = self.filling.pop(next(iter(self.filling)))
+            *_, futures = self.filling.pop(next(iter(self.filling)))
             for future in futures:
                 future.result()
         self.ask(i)
-        buffer, futures = self.filling[i]
+        _, places, futures = self.filling[i]
         for future in futures:
             future.result()
-        return self.buffers[buffer]
+        return places
 
     def sent(self, i: int, arrived: torch.cuda.Event | None) -> None:
         self.leaving[self.filling.pop(i)[0]] = arrived
@@ -118,7 +127,8 @@ class Ring:
     def _fill(self, i: int, buffer: int) -> None:
         left, self.leaving[buffer] = self.leaving[buffer], None
         parts: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for place, data in _places(self.buffers[buffer], self.layers[i]):
+        places = _places(self.buffers[buffer], self.layers[i], self.dtype)
+        for place, data in zip(places, self.layers[i], strict=True):
             share = -(-data.numel() // RING_THREADS)
             flat = data.reshape(-1).split(share)
             parts += zip(place.view(-1).split(share), flat, strict=True)
@@ -128,20 +138,58 @@ class Ring:
                 left.synchronize()
             place.copy_(data)
 
-        self.filling[i] = buffer, [self.threads.submit(fill, *part) for part in parts]
+        self.filling[i] = buffer, places, [self.threads.submit(fill, *part) for part in parts]
+
+
+class Mapped:
+    """Layers in mapped files, read when they are needed; for the CPU, and for weights that `make`
+    (name, stored tensor) gives for the stored ones."""
+
+    path, host_bytes = None, 0
+
+    def __init__(self, layers: list[Layer], names: dict[int, str], make: Make | None = None):
+        self.layers = [[(names[id(p)], p.data) for p in layer] for layer in layers]
+        self.make = make or (lambda _name, stored: stored)
+
+    def ask(self, i: int) -> None:
+        pass
+
+    def take(self, i: int) -> Iterable[torch.Tensor]:
+        return (self.make(name, stored) for name, stored in self.layers[i])
+
+    def sent(self, i: int, arrived: torch.cuda.Event | None) -> None:
+        pass
+
+
+Source = HostCopy | Ring | Mapped
 
 
 class Streamer:
     """Lets `layers`, in the order of the forward pass, take turns on `device`.
 
-    source  their bytes in host memory
+    source  them in host memory
+    dtype   what they become, those in 4 bit apart; None for what they are
+    slots   buffers on the device, at most
+
+    Two attributes are of those who score (stages/shared/by_layer.py): `room`, bytes of the device
+    that hidden states may wait in, and `by_layer`, whether all batches can go through one layer
+    before the next.
     """
 
-    def __init__(self, layers: list[Layer], device: torch.device, source: HostCopy | Ring):
-        self.source = source
+    def __init__(
+        self,
+        layers: list[Layer],
+        device: torch.device,
+        source: Source,
+        dtype: torch.dtype | None = None,
+        slots: int = SLOTS,
+    ):
+        self.source, self.layers = source, layers
+        self.room, self.by_layer = 0.0, True
         self.count = len(layers)
-        size = max(_layer_bytes(layer) for layer in layers)
-        slots = min(SLOTS, self.count)
+        sizes = [_layer_bytes(layer, dtype) for layer in layers]
+        self.bytes, size = sum(sizes), max(sizes)
+        slots = min(slots, self.count)
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]
         self.held: list[int | None] = [None] * slots
         self.arrived: list[torch.cuda.Event | None] = [None] * slots
@@ -151,14 +199,16 @@ class Streamer:
         self.sent = 0
         self._layers = {id(p): i for i, layer in enumerate(layers) for p in layer}
         for i, layer in enumerate(layers):
-            for place, parameter in _places(self.slots[i % slots], layer):
+            places = _places(self.slots[i % slots], layer, dtype)
+            for place, parameter in zip(places, layer, strict=True):
                 parameter.data = place
 
     def enter(self, i: int) -> None:
         """Layer i is computed with next, on the current stream."""
         if i == self.current:
             return
-        step = -1 if self.current is not None and i < self.current else 1
+        # A backward pass; from any other layer a forward pass begins anew.
+        step = -1 if self.current is not None and i == self.current - 1 else 1
         self.current = i
         for near in (i, i + step, i + 2 * step):
             # With fewer slots than layers on their way, the layer at work stays.
@@ -185,31 +235,41 @@ class Streamer:
                 module.register_forward_pre_hook(lambda *_, i=i: self.enter(i))
                 module.register_full_backward_pre_hook(lambda *_, i=i: self.enter(i))
 
+    def pass_seconds(self) -> float:
+        """About how long it takes to stream every layer once, by the first of them."""
+        few, started = min(self.count, PROBED), time.monotonic()
+        for i in range(few):
+            self._send(i)
+        if self.stream is not None:
+            torch.cuda.synchronize()
+        self.current = None
+        return (time.monotonic() - started) * self.count / few
+
     def _send(self, i: int) -> None:
         slot = i % len(self.slots)
         self.held[slot] = i
         self.sent += 1
-        buffer = self.source.take(i)
-        place = self.slots[slot]
-        size = min(len(buffer), len(place))
+        pairs = zip(self.layers[i], self.source.take(i), strict=True)
         if self.stream is None:
-            place[:size].copy_(buffer[:size])
+            for parameter, tensor in pairs:
+                parameter.data.copy_(tensor)
             self.source.sent(i, None)
             return
         # What was computed with the slot's last layer must be over.
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            place[:size].copy_(buffer[:size], non_blocking=True)
+            for parameter, tensor in pairs:
+                parameter.data.copy_(tensor, non_blocking=True)
             self.arrived[slot] = self.stream.record_event()
         self.source.sent(i, self.arrived[slot])
 
 
-def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
     """The decoder's layers, in order. Raises ValueError for a model that has none."""
     count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return list(module)
+            return module
     raise ValueError(f"{type(model).__name__} has no list of {count} layers")
 
 
@@ -222,15 +282,28 @@ def stream_layers(
     model: torch.nn.Module,
     device: torch.device,
     count: int,
+    kind: str = "copy",
     path: str | None = None,
-    ring: bool = False,
+    dtype: torch.dtype | None = None,
+    slots: int = SLOTS,
+    make: Make | None = None,
 ) -> Streamer:
     """Put `model`, which lies in host memory, on `device`, with `count` layers streamed.
 
-    path  of another process's HostCopy of the same layers, None to make one
-    ring  make no copy: read the mapped files each time, as where locking a copy is refused
+    kind   `copy` makes a locked copy, `ring` reads the mapped files each time, as where locking a
+           copy is refused, `files` too and without buffers between
+    path   of another process's HostCopy of the same layers, None to make one
+    dtype  what everything becomes that is not in 4 bit; None for what it is
+    make   (name, stored tensor): the one to compute with; for `files`
     """
-    layers = decoder_layers(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    layers: Sequence[torch.nn.Module]
+    try:
+        layers = list(decoder_layers(model))
+    except ValueError:
+        # One that takes its turn with nothing: all that it costs is the room.
+        layers = [model.base_model]  # type: ignore[list-item]
+    count = min(count, len(layers))
     chosen = [streamed_weights(layers[i]) for i in spread(count, len(layers))]
     streamed = {id(p) for layer in chosen for p in layer}
     for module in model.modules():
@@ -240,14 +313,22 @@ def stream_layers(
             setattr(module, key, buffer.to(device))
     for parameter in model.parameters():
         if id(parameter) not in streamed:
-            parameter.data = parameter.data.to(device)
-    source: HostCopy | Ring
+            stored = parameter.data
+            value = make(names[id(parameter)], stored) if make else stored
+            parameter.data = value.to(device, _dtype(parameter, dtype))
+    source: Source
     try:
-        source = Ring(chosen) if ring else HostCopy(chosen, path)
+        if kind == "files":
+            source = Mapped(chosen, names, make)
+        else:
+            source = Ring(chosen, dtype) if kind == "ring" else HostCopy(chosen, dtype, path)
     except MemoryError:
-        source = Ring(chosen)
-    streamer = Streamer(chosen, device, source)
+        source = Ring(chosen, dtype)
+    streamer = Streamer(chosen, device, source, dtype, slots)
     streamer.attach(model)
+    for number, i in enumerate(spread(count, len(layers))):
+        # Some layers read a module's weight and do not call the module.
+        layers[i].register_forward_pre_hook(lambda *_, number=number: streamer.enter(number))
     return streamer
 
 
@@ -256,17 +337,25 @@ def streamed_weights(layer: torch.nn.Module) -> Layer:
     return [p for p in layer.parameters() if isinstance(p, Params4bit) or p.nbytes >= SMALLEST]
 
 
-def _places(buffer: torch.Tensor, tensors: list) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(the place of each tensor in `buffer`, of its dtype and shape; the tensor)."""
-    start = 0
-    for tensor in tensors:
-        end = start + tensor.nbytes
-        yield buffer[start:end].view(tensor.dtype).view(tensor.shape), tensor
+def _dtype(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """What a parameter becomes."""
+    packed = isinstance(tensor, Params4bit) or not tensor.is_floating_point()
+    return tensor.dtype if packed or dtype is None else dtype
+
+
+def _places(buffer: torch.Tensor, layer: list, dtype: torch.dtype | None) -> list[torch.Tensor]:
+    """The place of each tensor of `layer` in `buffer`."""
+    places, start = [], 0
+    for tensor in layer:
+        own = _dtype(tensor, dtype)
+        end = start + tensor.numel() * own.itemsize
+        places.append(buffer[start:end].view(own).view(tensor.shape))
         start = _rounded(end, ALIGNMENT)
+    return places
 
 
-def _layer_bytes(layer: list) -> int:
-    return sum(_rounded(tensor.nbytes, ALIGNMENT) for tensor in layer)
+def _layer_bytes(layer: list, dtype: torch.dtype | None) -> int:
+    return sum(_rounded(t.numel() * _dtype(t, dtype).itemsize, ALIGNMENT) for t in layer)
 
 
 def _rounded(size: int, multiple: int) -> int:
