@@ -24,10 +24,8 @@ SHAPE = {
     "pad_token_id": 2,
 }
 # What a tiny one of a family needs.
-OWN = {
-    name: FAMILIES[name].settings | {"vocab_size": 264} for name in ("gemma3n_text", "gemma4_text")
-}
-OWN |= {"minicpm3": {"num_key_value_heads": 4}}
+PECULIAR = ("codegen", "gemma3n_text", "gemma4_text", "gpt_neo", "gptj", "minicpm3")
+OWN = {name: FAMILIES[name].settings | {"vocab_size": 264} for name in PECULIAR}
 TRAIN = {
     "epochs": 1.0,
     "batch_size": 2,

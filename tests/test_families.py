@@ -1,5 +1,6 @@
 """A handful of families through what they are known to trouble; all of them: tests/families.py."""
 
+import json
 import shutil
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from families import FAMILIES, HANDFUL, config_of, make_checkpoint, model_of, works
 from peft import get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from stages.merging.companions import served_config
 from stages.plan import tell_left_out
 from stages.quantize import link, quantize
 from stages.quantizing.names import check_names
@@ -22,6 +24,7 @@ from stages.shared.text_model import find_backbone, key_mapping, language_config
 from stages.shared.weights import Weights, other_names
 from stages.shared.workload import match_targets, shape_of
 from stages.training.trainer import lora_config
+from stages.verifying.folder_check import without_old_names
 
 CPU = torch.device("cpu")
 TOWERS = sorted(name for name, family in FAMILIES.items() if family.text is not None)
@@ -83,6 +86,16 @@ def test_plan_says_what_all_linear_leaves_out(capsys):
     assert said in capsys.readouterr().out
     with pytest.raises(StageError, match="out_proj is no linear layer of the base that can be ad"):
         match_targets(shape, ["q_proj", "out_proj"])
+
+
+@pytest.mark.parametrize("name", [*TEXT_ALONE, *TOWERS])
+def test_what_transformers_4_reads_of_a_configuration_changes_nothing_in_5(name, tmp_path):
+    config_of(FAMILIES[name]).save_pretrained(tmp_path)
+    expected = AutoConfig.from_pretrained(tmp_path).to_dict()
+    served = served_config(json.loads((tmp_path / "config.json").read_text()))
+    (tmp_path / "config.json").write_text(json.dumps(served))
+    found = AutoConfig.from_pretrained(tmp_path).to_dict()
+    assert without_old_names(found, expected) == expected
 
 
 @pytest.mark.parametrize("name", ["falcon", "gemma3n_text", "llama", "gptj"])

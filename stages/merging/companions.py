@@ -31,6 +31,8 @@ TOKENIZER_FILES = (
 NEEDED = ("tokenizer.json", "tokenizer_config.json")
 PROCESSORS = ("*processor_config.json",)
 LICENCES = ("licen[cs]e*", "notice*", "copying*", "use_policy*")
+# Rotary embeddings that transformers 4 knows by `rope_scaling`; 5 takes no others from there.
+ROPES_OF_4 = ("linear", "dynamic", "yarn", "longrope", "llama3")
 # What prepare may have changed of a tokenizer, beside its template.
 SETTLED = ("eos_token", "pad_token")
 
@@ -78,7 +80,7 @@ def served_config(config: dict) -> dict:
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in rope:
             old[key] = rope[key]
-    if rope.get("rope_type", "default") != "default":
+    if rope.get("rope_type") in ROPES_OF_4:
         old["rope_scaling"] = {k: v for k, v in rope.items() if k not in old}
     return old | made
 

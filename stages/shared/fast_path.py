@@ -32,7 +32,6 @@ FLATTENED = {
     "gemma3n_text",
     "glm",
     "glm4",
-    "gpt_bigcode",
     "gpt_neox",
     "granite",
     "helium",
@@ -47,7 +46,6 @@ FLATTENED = {
     "olmo",
     "olmo2",
     "olmo3",
-    "persimmon",
     "phi",
     "phi3",
     "qwen2",
@@ -57,16 +55,18 @@ FLATTENED = {
     "starcoder2",
     "vaultgemma",
 }
-# Families seen to keep them apart with a mask alone: varlen would let them mix, or its kernel does
-# not have their widths.
+# Families seen to keep them apart with a mask alone: varlen would let them mix, its kernel does not
+# have their widths, or they drop weights by a setting of their own.
 MASKED = {
     "codegen",
     "diffllama",
     "gemma4_text",
+    "gpt_bigcode",
     "gpt_neo",
     "gptj",
     "minicpm3",
     "nemotron",
+    "persimmon",
     "stablelm",
 }
 # Layers that are residual attention, then a residual MLP, each after its norm, and nothing more.

@@ -14,6 +14,8 @@ from stages.shared.weights import LETTERS, Weights, other_names
 AGAIN = "merge it again with: dvc repro --force --single-item merge"
 # The adapter is an output of train, which would otherwise run again.
 TAKEN = "dvc commit --force train && dvc repro"
+# What served_config of stages/merging/companions.py adds.
+OF_4 = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"}
 # Of a configuration: how the base was stored, and by what.
 STORAGE = {"quantization_config", "torch_dtype", "transformers_version", "_name_or_path"}
 
@@ -36,6 +38,7 @@ def check_companions(folder: Path, base: Path, dtype: str) -> None:
         if not (folder / name).exists():
             raise StageError(f"{folder} lacks {name}; {AGAIN}")
     found, expected = (AutoConfig.from_pretrained(f).to_dict() for f in (folder, base))
+    found = without_old_names(found, expected)
     _same(folder / "config.json", found, expected | {"dtype": dtype}, STORAGE)
     found = read_json(folder / "generation_config.json")
     if (base / "generation_config.json").exists():
@@ -44,6 +47,16 @@ def check_companions(folder: Path, base: Path, dtype: str) -> None:
         expected = {key: expected.get(key) for key in found}
     # An end token may have come to it: stages/verifying/tokenizer_check.py.
     _same(folder / "generation_config.json", found, expected, {"eos_token_id"})
+
+
+def without_old_names(found: dict, expected: dict) -> dict:
+    """`found` without what merge wrote for transformers 4 (rotary embeddings, which `expected` has
+    in rope_parameters) and 5 keeps as it is where a family does not read it."""
+    made = {k: v for k, v in found.items() if k in expected or k not in OF_4}
+    for key, value in expected.items():
+        if key.endswith("_config") and isinstance(value, dict) and isinstance(made.get(key), dict):
+            made[key] = without_old_names(made[key], value)
+    return made
 
 
 def _same(file: Path, found: dict, expected: dict, but: set[str]) -> None:
