@@ -280,6 +280,24 @@ def scoring() -> None:
     )
 
 
+def replay() -> None:
+    lines = []
+    for run in results("replay")["runs"]:
+        p = run.get("retention_p")
+        lines.append(
+            [
+                f"{run['learning_rate']:g}, {run['seed']}",
+                f"{100 * run['share']:g} % ({run['general_rows']})",
+                f"{run['task_tuned_perplexity']:.2f}",
+                f"{run['retention_tuned_perplexity']:.2f}",
+                f"{run['retention_change_percent']:+.1f} %",
+                "" if p is None else "< 0.01" if p < 0.01 else f"{p:.2g}",
+            ]
+        )
+    head = ["learning rate, seed", "replay (rows)", "task:", "retention:"]
+    table([*head, "change from the base:", "p:"], lines)
+
+
 def curve() -> None:
     found = results("fast_path")["curve"]
     print(
