@@ -29,6 +29,8 @@ from tests.test_fast_path import with_random_adapter
 from tests.test_scoring import make_rows
 from tests.tiny import make_model, make_tokenizer
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 LAYERS, TOKENS = 4, 64
 ROWS = make_rows()

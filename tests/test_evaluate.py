@@ -25,6 +25,8 @@ from stages.shared.process import StageError
 from stages.shared.rows import set_sha256
 from stages.shared.scoring import Scores
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 PROMPTS = ("List the boxes", "Show", "Where is item 3 of box 2?")
 

@@ -26,6 +26,8 @@ from stages.shared.workload import match_targets, shape_of
 from stages.training.trainer import lora_config
 from stages.verifying.folder_check import without_old_names
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TOWERS = sorted(name for name, family in FAMILIES.items() if family.text is not None)
 TEXT_ALONE = sorted(
@@ -73,7 +75,7 @@ def test_what_is_scored_counted_and_adapted_is_the_models_own(name):
     shape = shape_of(config)
     assert shape.parameters == model.num_parameters()
     assert {x.name for x in shape.linears if x.quantized} == quantized_linears(model)
-    lora = Lora(r=4, alpha=8, dropout=0.0, target_modules="all-linear")
+    lora = Lora(r=4, alpha=8, scaling="standard", dropout=0.0, target_modules="all-linear")
     adapted = get_peft_model(model, lora_config(lora, model)).targeted_module_names
     assert set(adapted) == match_targets(shape, "all-linear")
 

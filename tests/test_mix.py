@@ -18,6 +18,8 @@ from stages.shared.process import StageError
 from stages.shared.rows import SCHEMA, read_rows
 from stages.shared.sets import held_out_sets, set_name
 
+pytestmark = pytest.mark.slow
+
 ENTRY = {"source": "local", "id": "data/source/y", "revision": None, "config": None, "split": None}
 ENTRY |= {"format": "auto", "columns": None}
 GENERAL = [{"prompt": f"Why {i}?", "completion": f"because {i}"} for i in range(40)]

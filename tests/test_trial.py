@@ -18,6 +18,8 @@ from stages.training.trainer import TrainingSet, build_trainer
 from tests.test_attention import reference
 from tests.tiny import PARAMS, make_model, make_tokenizer
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 PLAIN = FastPath("sdpa", padding_free=False, liger=False, fused_lora=False)
 FLAT = FastPath("sdpa", padding_free=True, liger=False, fused_lora=False)
