@@ -33,7 +33,8 @@ if GUARDED:
 else:
     import yaml
 
-Path(os.environ["STUB_LOG"]).open("a").write(NAME + "\\n")
+with Path(os.environ["STUB_LOG"]).open("a") as log:
+    log.write(NAME + "\\n")
 digest = hashlib.sha256()
 for dep in [*DEPS, __file__]:
     path = Path(dep)

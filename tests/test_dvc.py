@@ -15,7 +15,7 @@ import yaml
 from dvc.exceptions import ReproductionError
 from dvc.repo import Repo
 from stubs import PIPELINE, commit, must, run
-from tiny import ROOT
+from tiny import ROOT, append
 
 from tools.recover import broken
 
@@ -106,7 +106,7 @@ def change(folder: Path, what: str, value: int) -> None:
             params[what] = value
         (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     else:
-        (folder / what).open("a").write(f"# {value}\n")
+        append(folder / what, f"# {value}\n")
 
 
 PARAMS = yaml.safe_load(stubs.PARAMS.read_text())
@@ -271,7 +271,7 @@ def test_outputs_of_before_come_back_with_the_commands_printed(fresh, log):
     before = (fresh / "models/adapter/data.bin").read_text()
     change(fresh, "stages/train.py", 1)
     with paused(fresh, log, "train") as process:
-        (fresh / "params.yaml").open("a").write("# touched\n")
+        append(fresh / "params.yaml", "# touched\n")
         text = (fresh / "params.yaml").read_text()
         (fresh / "params.yaml").write_text(text.replace("  alpha: 32", "  alpha: 64"))
     said = process.stdout.read()

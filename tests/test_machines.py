@@ -15,6 +15,7 @@ import quick
 from stubs import must
 from test_ranks_ending import children, end_in_time
 from test_resume import checkpoints, results, set_params
+from tiny import append
 
 from stages.shared.process import StageError
 from stages.training.machines import how_many
@@ -31,7 +32,7 @@ def project(finished, tmp_path_factory) -> Path:
     kept = shutil.ignore_patterns("adapter", "merged", "release", "*.log", "checkpoints")
     shutil.copytree(finished, folder, ignore=kept)
     set_params(folder, train={"batch_size": 4})
-    (folder / ".gitignore").open("a").write("/tiny/\n*.log\n")
+    append(folder / ".gitignore", "/tiny/\n*.log\n")
     must(folder, "git", "init", "-q", "-b", "main")
     must(folder, "dvc", "remote", "add", "-q", "-d", "disk", str(folder.parent / "remote"))
     must(folder, "dvc", "commit", "-q", "--force", "prepare", "quantize")
@@ -138,7 +139,7 @@ def commit_more(folder: Path) -> None:
             "the first machine has other params.yaml (seed, lora, train) (here ",
         ),
         (
-            lambda folder: (folder / "stages/train.py").open("a").write("# another\n"),
+            lambda folder: append(folder / "stages/train.py", "# another\n"),
             "the first machine has other the code of train (here ",
         ),
     ],

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import quick
 import yaml
-from tiny import ROOT
+from tiny import ROOT, append
 
 from stages.shared import process
 from stages.shared.interrupts import NOTE, interrupted_before, note_interrupt
@@ -422,7 +422,7 @@ def test_outputs_of_before_can_be_had_back(tmp_path, monkeypatch, capsys):
 
 CHANGES = {
     "params.yaml: merge": lambda ws: edit(ws / "params.yaml", "dtype: float16", "dtype: bfloat16"),
-    "stages/shared/merging.py": lambda ws: (ws / "stages/shared/merging.py").open("a").write("#\n"),
+    "stages/shared/merging.py": lambda ws: append(ws / "stages/shared/merging.py", "#\n"),
     "dvc.yaml: merge": lambda ws: edit(ws / "dvc.yaml", "Add the adapter", "Put the adapter"),
     "models/adapter": lambda ws: os.utime(ws / "models/adapter/adapter_config.json"),
     "an input": lambda ws: (ws / "params.yaml").write_text("merge: [\n"),
@@ -482,7 +482,7 @@ def test_edits_of_what_a_stage_does_not_read_are_nothing_to_it(workspace):
     stage = quick.Stage("merge", workspace)
     assert stage.until(lambda: (workspace / "models/.merged.partial").exists()), stage.said
     edit(workspace / "params.yaml", "samples: 2", "samples: 4")
-    (workspace / "stages/train.py").open("a").write("#\n")
+    append(workspace / "stages/train.py", "#\n")
     assert stage.wait() == 0, stage.said
 
 

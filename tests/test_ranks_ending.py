@@ -10,6 +10,7 @@ import pytest
 import quick
 from prepared import make_prepared_workspace
 from test_resume import break_base, checkpoints, results, set_params, untrained
+from tiny import append
 
 pytestmark = pytest.mark.slow
 
@@ -138,7 +139,7 @@ Trainer.training_step = _fail
 )
 def test_a_rank_that_fails_ends_all(folder, fault, line):
     set_params(folder, train={"batch_size": 4})
-    (folder / "stages/training/trainer.py").open("a").write(FAILS.format(fault=fault))
+    append(folder / "stages/training/trainer.py", FAILS.format(fault=fault))
     since = time.monotonic()
     stage = quick.Stage("train", folder, CPU_RANKS="2")
     assert stage.wait() == 1

@@ -72,7 +72,7 @@ def test_recipe_runs_end_to_end(recipe, tmp_path):
     family, form = recipe.stem.split("-")[0], params["prepare"]["format"]
     # As the models of the recipes: a BOS, Llama's names of the projections, and a chat template
     # where the model has its own.
-    chatty = family in ("qwen", "smollm2")
+    chatty = family in ("gemma", "qwen", "smollm2")
     make_tokenizer(folder / "tiny", chat_template=CHATML if chatty else None)
     make_model(folder / "tiny", {"qwen": "qwen2", "smollm2": "llama"}.get(family, family))
     make_rows(folder / "data/source/rows.jsonl", form)

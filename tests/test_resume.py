@@ -17,6 +17,7 @@ from prepared import make_prepared_workspace
 from ruamel.yaml import YAML
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import append
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from stages.shared.interrupts import NOTE, interrupted_before
@@ -296,14 +297,14 @@ def test_checkpoint_of_other_parameters_is_never_used(simple, undamaged):
 
 def test_checkpoint_of_other_code_or_data_is_never_used(simple):
     assert kill_after(simple, 4).wait() == -signal.SIGKILL
-    (simple / "stages/shared/scoring.py").open("a").write("# another\n")
+    append(simple / "stages/shared/scoring.py", "# another\n")
     stage = quick.Stage("train", simple, CHECKPOINT_SECONDS="0")
     assert stage.until(lambda: len(list((simple / "checkpoints").iterdir())) == 2)
     stage.kill(signal.SIGKILL)
     stage.wait()
     assert "goes on from" not in stage.said
     prepared = simple / "data/prepared"
-    (prepared / "prepared.json").open("a").write("\n")
+    append(prepared / "prepared.json", "\n")
     write_sums(prepared)
     assert "goes on from" not in quick.run("train", simple).said
 

@@ -40,6 +40,11 @@ def make_tokenizer(folder: Path, chat_template: str | None = CHATML, pad: str = 
     return fast
 
 
+def append(file: Path, text: str) -> None:
+    with file.open("a") as end:
+        end.write(text)
+
+
 def make_model(folder: Path, arch: str = "llama", max_shard_size: str = "5GB", **overrides):
     """A random bf16 model of `arch` (llama, mistral, qwen2, gemma): 2 layers, hidden 64."""
     import torch
@@ -127,7 +132,7 @@ def make_workspace(folder: Path, git: bool = False, **sections: dict) -> Path:
     make_rows(folder / "data/source/rows.jsonl")
     (folder / "data/source/texts.txt").write_text(TEXTS, encoding="utf-8")
     if git:
-        (folder / ".gitignore").open("a").write("/tiny/\n")
+        append(folder / ".gitignore", "/tiny/\n")
         for command in (["init", "-q", "-b", "main"], ["add", "-A"], ["commit", "-qm", "tiny"]):
             subprocess.run(["git", *command], cwd=folder, check=True)
     return folder

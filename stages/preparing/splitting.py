@@ -7,6 +7,7 @@ has grown by about half. Validation rows are the very last, in the same way, so 
 ones are the same with and without them, and far from them.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -99,7 +100,9 @@ class Store:
         self.paths: list[str] = []
 
     def __del__(self):
-        self._file.close()
+        # What a full disk did not take was said when it was written.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def add(self, path: str, line: int, example: Example, group: str) -> None:
         prompt, rest = prompt_and_rest(example)
