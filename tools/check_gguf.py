@@ -18,9 +18,8 @@ import numpy as np
 from gguf import MODEL_ARCH_NAMES, GGUFReader, dequantize, get_tensor_name_map
 from tokenizers import Tokenizer
 
-from stages.shared.process import StageError
+from stages.shared.process import StageError, quiet_libraries
 from stages.shared.screen import on_screen
-from stages.shared.weights import Weights
 from tools.screen import fail
 
 RELEASE = Path("models/release")
@@ -49,6 +48,9 @@ def tensor_faults(reader: GGUFReader, release: Path) -> Iterator[str]:
     counts = [fields.get(f"{kind}.attention.{key}") for key in ("head_count", "head_count_kv")]
     heads = {count for count in counts if isinstance(count, int) and count}
     found = {tensor.name: tensor for tensor in reader.tensors}
+    # Its libraries are told first what not to say.
+    from stages.shared.weights import Weights
+
     weights, seen = Weights(release), set[str]()
     for name in weights.names:
         # The converter puts the experts of a layer behind each other.
@@ -100,6 +102,7 @@ def spaced(pair: list[str]) -> str:
 
 
 def main() -> None:
+    quiet_libraries()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("--release", type=Path, default=RELEASE)
