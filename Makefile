@@ -70,7 +70,7 @@ test-serving: $(READY) .serving/4.57/ready .serving/5/ready .gguf/ready  ## Load
 	@touch $@
 
 test-trackers: .trackers/ready  ## Train with Weights & Biases and MLflow, apart from the project.
-	@.trackers/bin/python -m pytest tests/test_trackers.py
+	@.trackers/bin/python -m pytest -W ignore::DeprecationWarning tests/test_trackers.py
 
 .gguf/ready: requirements-gguf.lock $(READY)
 	@rm -rf $(@D)
