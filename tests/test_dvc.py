@@ -557,7 +557,8 @@ def test_work_that_a_broken_lock_file_recorded_is_not_done_again(fresh, log, com
     assert reproduce(fresh, log) == STALE["lora"]
     made, lock = (fresh / "models/release/data.bin").read_text(), fresh / "dvc.lock"
     whole = lock.read_bytes()
-    for size in (0, 4096):
+    # Empty, or cut off within a key.
+    for size in (0, whole.index(b": ", 4096) - 1):
         lock.write_bytes(whole[:size])
         said = recover(fresh)
         assert said.startswith(f"recover: dvc.lock is {'cut off' if size else 'empty'}; moved to ")
