@@ -196,6 +196,14 @@ def placements() -> None:
     table([*head, "tokens/s:", "peak GB (predicted):", "card GB:", "host GB:"], lines)
 
 
+def streaming() -> None:
+    percent = 100 * results("placement")["ratios"]["7b_4096_6gb"]
+    print(
+        f"Streaming a 7B of 4,096 tokens a step, held to 6 GB, kept {percent:.0f} % of the "
+        "resident rate."
+    )
+
+
 def determinism() -> None:
     found = results("determinism")
     equal = sum(pair["equal"] for pair in found["pairs"])
