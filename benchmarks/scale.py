@@ -47,7 +47,7 @@ TRAIN = {
     "optimizer": "adamw_torch_fused",
 }
 SCORED_ROWS = 200
-LONG_ROWS, LONG_TOKENS, SHARD_BYTES = 40, 4096, 4e9
+LONG_ROWS, LONG_TOKENS, SHARD_BYTES = 16, 4096, 4e9
 
 
 def gpus(count: int) -> dict[str, str]:
@@ -210,7 +210,7 @@ def make_quantized(work: Path, shape: str) -> None:
                 value = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
                 value = value.fill_(1) if parameter.ndim == 1 else value.normal_(0, SPREAD)
                 made = {name: value}
-            pending |= {name: tensor.cpu() for name, tensor in made.items()}
+            pending |= {name: tensor.to("cpu", copy=True) for name, tensor in made.items()}
             if sum(tensor.nbytes for tensor in pending.values()) > SHARD_BYTES:
                 flush()
     if pending:
