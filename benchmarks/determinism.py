@@ -2,6 +2,7 @@
 
     python -m benchmarks.determinism --work DIR               # every part, on one NVIDIA GPU
     python -m benchmarks.determinism --work DIR small         # some of them
+    python -m benchmarks.determinism --beside OTHER.json      # its results of another GPU
 
     small       a small model: every batching and optimizer, dropout, attention, with and without
                 the trial step, each trained twice and once more with kills and resumes
@@ -12,7 +13,8 @@
 
 Weights and rows are random. Writes benchmarks/results/determinism.json after every part: `pairs`
 (what was compared, whether it was `equal`, and a digest to compare with other machines),
-`cost_percent`, `kills`, `kills_equal`.
+`cost_percent`, `kills`, `kills_equal`. `--beside` adds `two_gpus`: whether `pipeline` gave the same
+bytes on the other GPU.
 """
 
 import argparse
@@ -282,9 +284,17 @@ def perplexity(work: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True)
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--work", type=Path)
+    wanted.add_argument("--beside", type=Path, metavar="OTHER.json")
     parser.add_argument("parts", nargs="*", default=PARTS, metavar="|".join(PARTS))
     arguments = parser.parse_args()
+    if arguments.beside:
+        result, other = (json.loads(p.read_text("utf-8")) for p in (RESULTS, arguments.beside))
+        result["two_gpus"] = two_gpus(result, other)
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(result["two_gpus"], indent=1))
+        return
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     functions = {"small": small, "pipeline": pipeline, "7b": seven_b, "perplexity": perplexity}
@@ -294,6 +304,28 @@ def main() -> None:
         result |= totals(result)
         RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
+
+
+def two_gpus(result: dict, other: dict) -> dict:
+    """Whether `pipeline` gave the same bytes on two GPUs of one model.
+
+    Raises ValueError when they are one GPU, two models, or ran with other library versions.
+    """
+    if result["device_uuid"] == other["device_uuid"]:
+        raise ValueError(f"both ran on GPU {other['device_uuid']}")
+    for key in ("device", "versions"):
+        if result[key] != other[key]:
+            raise ValueError(f"{key}: {result[key]} and {other[key]}")
+    pairs = [
+        (a["what"].removeprefix("two runs: "), a["digest"] == b["digest"])
+        for a, b in zip(result["pipeline"], other["pipeline"], strict=True)
+        if "digest" in a
+    ]
+    return {
+        "device_uuids": [result["device_uuid"], other["device_uuid"]],
+        "outputs": [name for name, _ in pairs],
+        "equal": [name for name, same in pairs if same],
+    }
 
 
 def totals(result: dict) -> dict:

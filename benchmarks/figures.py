@@ -216,6 +216,40 @@ def determinism() -> None:
     )
 
 
+def two_gpus() -> None:
+    found = results("determinism")
+    pair = found["two_gpus"]
+    print(
+        f"On two {found['device']}s, {len(pair['equal'])} of {len(pair['outputs'])} outputs are "
+        f"equal to the byte: {', '.join(f'`{name}`' for name in pair['equal'])}."
+    )
+
+
+def ranks() -> None:
+    """One GPU and several: rates, memory, and what became of the loss and the bytes."""
+    found = results("scale")
+    lines = []
+    for name, run in found["7b"].items():
+        lines.append(
+            [
+                name.replace("1 GPUs", "1 GPU"),
+                f"{run['tokens_per_second']:,.0f}",
+                f"{run['steady_tokens_per_second']:,.0f}",
+                f"{run['peak_vram_gb']:.1f} GB ({run['predicted_peak_vram_gb']:.1f} GB)",
+                f"{run['peak_ram_gb']:.1f} GB",
+            ]
+        )
+    head = ["Mistral-7B's shape", "tokens/s, epoch:", "tokens/s, steady:"]
+    table([*head, "peak VRAM a GPU (predicted):", "host memory:"], lines)
+    equal = "equal to the byte" if found["7b_two_runs_equal"] else "**not** equal"
+    print(
+        f"\nThat is {found['7b_steady_ratio']:.2f} times the steady rate and "
+        f"{found['7b_epoch_ratio']:.2f} times that of the epoch of {found['rows']:,} rows. The "
+        f"losses of a step differ by at most {found['7b_largest_difference_of_losses']:.4f} nats; "
+        f"two runs on {found['gpus']} GPUs are {equal} ({found['device']}, {found['date']})."
+    )
+
+
 def chaos() -> None:
     found = results("chaos")
     lines = [
