@@ -7,8 +7,8 @@
     7b      Mistral-7B's shape, packed, r = 64, batch_size 8 x gradient_accumulation 2: an epoch of
             1,000 rows on one GPU, and two on all: rates, both loss curves, adapters' bytes
     70b     Llama-2-70B's shape on all GPUs held to --cap-gb each, one row of 4,096 tokens a GPU
-    kill    7b's run, rank 1 killed in the middle: seconds until all has ended, the line, and the
-            bytes after it went on
+    kill    7b's run, rank 1 killed in the middle, and in a second run stopped: seconds until all
+            has ended, the line, and the bytes after it went on
     score   evaluate and verify on one GPU and on all: figures and rates
 
 Weights and rows are random. Each part runs on 1 GPU and on --gpus of them, by default all that are
@@ -47,6 +47,7 @@ TRAIN = {
     "optimizer": "adamw_torch_fused",
 }
 SCORED_ROWS = 200
+HANG_SECONDS = 20
 LONG_ROWS, LONG_TOKENS, SHARD_BYTES = 16, 4096, 4e9
 
 
@@ -284,6 +285,40 @@ def children(pid: int) -> list[int]:
     return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def ended(base: Path, options, what: signal.Signals, seconds: float, **env: str) -> dict:
+    """Train, send rank 1 the signal in the middle; when all have ended, and what is said.
+
+    seconds  of the whole training, undisturbed
+    """
+
+    def checkpoints() -> set[Path]:
+        return set(base.glob("checkpoints/*/checkpoint-*/SHA256SUMS"))
+
+    before = checkpoints()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stages.train"],
+        cwd=base,
+        env=os.environ | gpus(options.gpus) | {"CHECKPOINT_SECONDS": str(seconds / 20)} | env,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not checkpoints() - before:
+        time.sleep(0.05)
+    time.sleep(random.Random(0).uniform(0.1, 0.2) * seconds)
+    ranks = children(process.pid)
+    since = time.monotonic()
+    os.kill(ranks[1], what)
+    process.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        time.sleep(0.01)
+    waited = time.monotonic() - since
+    lines = process.stderr.read().splitlines()
+    return {
+        "seconds_until_all_ended": waited,
+        "line": [text for text in lines if text.startswith("train: ")][-1],
+    }
+
+
 def kill(work: Path, options) -> dict:
     base = work / "7b"
     make(base, options.shape, options.rows)
@@ -291,28 +326,13 @@ def kill(work: Path, options) -> dict:
     stage(base, "train", options.gpus)
     expected, whole = digests(base), cost(base)["train_seconds"]
     shutil.rmtree(base / "models/adapter")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stages.train"],
-        cwd=base,
-        env=os.environ | gpus(options.gpus) | {"CHECKPOINT_SECONDS": str(whole / 10)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while process.poll() is None and not list(base.glob("checkpoints/*/checkpoint-*/SHA256SUMS")):
-        time.sleep(0.05)
-    time.sleep(random.Random(0).uniform(0.2, 0.3) * whole)
-    ranks = children(process.pid)
-    since = time.monotonic()
-    os.kill(ranks[1], signal.SIGKILL)
-    process.wait()
-    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
-        time.sleep(0.01)
-    seconds = time.monotonic() - since
-    line = [text for text in process.stderr.read().splitlines() if text.startswith("train: ")][-1]
+    killed = ended(base, options, signal.SIGKILL, whole)
+    hung = ended(base, options, signal.SIGSTOP, whole, RANKS_TIMEOUT=str(HANG_SECONDS))
     said, _ = stage(base, "train", options.gpus)
     return {
-        "kill_seconds_until_all_ended": seconds,
-        "kill_line": line,
+        "kill": killed,
+        "hang": hung | {"timeout_seconds": HANG_SECONDS},
+        "kill_shape": options.shape,
         "kill_went_on": "goes on from" in said,
         "kill_same_bytes": digests(base) == expected,
     }
@@ -337,7 +357,8 @@ def score(work: Path, options) -> dict:
             "evaluate_wall_seconds": seconds["evaluate"],
             "verify_wall_seconds": seconds["verify"],
         }
-    return {"score": runs, "score_figures_equal": found[0] == found[1]}
+    equal = found[0] == found[1]
+    return {"score": runs, "score_shape": options.shape, "score_figures_equal": equal}
 
 
 def no_retention(work: Path) -> None:
@@ -379,7 +400,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--shape", default="mistral-7b")
+    parser.add_argument("--shape", default="mistral-7b", help="of all parts but 70b")
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count() or 2)
     parser.add_argument("--cap-gb", type=float, default=24)
