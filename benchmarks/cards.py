@@ -39,6 +39,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from stages.shared.outputs import GB
 
@@ -282,7 +283,7 @@ def chain(recipe: str, shape: str, source: Path, work: Path, card: int, merging)
     """The stages from plan to verify on a card of `card` GB, up to the first that fails."""
     folder = work / f"{recipe}-{card}"
     make_workspace(recipe, source, folder, card)
-    part = {"part": recipe, "card_gb": card, "shape": shape, "stages": []}
+    part: dict[str, Any] = {"part": recipe, "card_gb": card, "shape": shape, "stages": []}
 
     def run(stage: str) -> bool:
         # plan uses no GPU, and only training has an optimizer.

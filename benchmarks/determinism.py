@@ -189,7 +189,11 @@ def small(work: Path) -> dict:
 def pipeline(work: Path) -> dict:
     base = work / "pipeline"
     make(base, SMALL, SMALL_ROWS)
-    sections = {"train": TRAIN | {"epochs": 1.0}, "lora": LORA, "evaluate": {"samples": 4}}
+    sections: dict[str, dict] = {
+        "train": TRAIN | {"epochs": 1.0},
+        "lora": LORA,
+        "evaluate": {"samples": 4},
+    }
     folders = [work / f"pipeline-{i}" for i in range(3)]
     for folder in folders:
         shutil.copytree(base, folder)

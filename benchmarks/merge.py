@@ -154,7 +154,7 @@ def write_adapter(folder: Path, shapes: dict, linear: set[str]) -> None:
 
 def plain_write(file: Path, size: int) -> float:
     """Seconds to write `size` bytes, of memory, with fsync."""
-    block = torch.randint(0, 256, (2**26,), dtype=torch.uint8).numpy()
+    block = torch.randint(0, 256, (2**26,), dtype=torch.uint8).numpy().data
     os.sync()
     start = time.perf_counter()
     with file.open("wb") as out:

@@ -25,6 +25,7 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -199,7 +200,8 @@ def strategy_path(
 
     gpu, layers = device.type == "cuda", config.num_hidden_layers
     fast = as_installed(choose_fast_path(params, config, gpu))
-    fast = replace(fast, **dict.fromkeys(set(off) & vars(fast).keys(), False))
+    named: dict[str, Any] = dict.fromkeys(set(off) & vars(fast).keys(), False)
+    fast = replace(fast, **named)
     if params.train.gradient_checkpointing is not True:
         return fast, Placement(layers, layers)
     large = 2 * config.hidden_size * layers * tokens >= OFFLOADED_BYTES
@@ -276,7 +278,7 @@ def measure_perplexity(name: str, project: Path, device: torch.device) -> dict:
         model = load_base(source, device, fast.attention)
         trainer = build_trainer(model, data, params, fast, placed, scratch())
         trainer.train()
-        trainer.model.save_pretrained(adapter, save_embedding_layers=False)
+        trainer.model.save_pretrained(str(adapter), save_embedding_layers=False)
         steps = trainer.state.global_step
         del trainer, model
         tuned = load_adapter(load_base(source, device), adapter)

@@ -176,7 +176,7 @@ def measure_point(name: str) -> tuple[dict, dict]:
     built = time.monotonic() - started
     trainer.train()
     found = peaks(trainer)
-    shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
+    shutil.rmtree(str(trainer.args.output_dir), ignore_errors=True)
     tokens, steady = point.tokens * point.accumulation, statistics.median(clock.seconds[WARM:])
     found |= {
         "tokens_per_second": tokens * len(clock.seconds) / sum(clock.seconds),

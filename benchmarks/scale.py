@@ -204,7 +204,7 @@ def make_quantized(work: Path, shape: str) -> None:
         for key, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{key}"
             if type(module) is linear and module is not head:
-                weight = random_nf4(*parameter.shape, True, device)
+                weight = random_nf4(module.out_features, module.in_features, True, device)
                 state = weight.quant_state.as_dict(packed=True)
                 made = {name: weight.data} | {f"{name}.{k}": v for k, v in state.items()}
             else:

@@ -29,11 +29,12 @@ import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/speed.json"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -240,7 +241,7 @@ def theirs(work: Path, library: str, batch: int, packed: bool, dropout: float) -
             bias="none",
             task_type="CAUSAL_LM",
         )
-    grouping = {} if packed else {"train_sampling_strategy": "group_by_length"}
+    grouping: dict[str, Any] = {} if packed else {"train_sampling_strategy": "group_by_length"}
     trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,
@@ -372,7 +373,7 @@ def profile(work: Path, side: str, steps: int) -> None:
 
     data = TrainingSet(rows, tokenizer, MAX_LENGTH)
     where = placed.placement
-    trainer = build_trainer(model, data, params, fast, where, Path("out"), streamer)
+    trainer = build_trainer(model, data, params, fast, where, Path("out"), streamer=streamer)
     trainer.add_callback(Window())
     trainer.train()
 

@@ -339,7 +339,7 @@ def fit() -> None:
         for returned in (1, 2, 3, 4):
             setattr(placement, name, returned)
             gaps[returned] = max(abs(p["measured_gb"] * GB - predicted(p).peak) for p in offloaded)
-        best = min(gaps, key=gaps.get)
+        best = min(gaps, key=gaps.__getitem__)
         setattr(placement, name, best)
         print(f"{name} = {best}  (of {len(offloaded)} points)")
     workspaces = statistics.median(
