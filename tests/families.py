@@ -21,6 +21,7 @@ from typing import Any
 
 import quick
 import yaml
+from moe import MOE
 from tiny import make_tokenizer, make_workspace
 
 DOCS = Path(__file__).parent.parent / "docs/models.md"
@@ -158,13 +159,9 @@ FAMILIES |= {
             "v_head_dim": 16,
         },
     ),
-    "mixtral": Family("mixtral", {"num_local_experts": 2}, says="mixture of experts"),
     "mpt": Family("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2}),
     "opt": Family("opt", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
     "qwen3_5_text": Family("qwen3_5_text", LINEAR),
-    "qwen3_moe": Family(
-        "qwen3_moe", {"num_experts": 2, "moe_intermediate_size": 64}, says="mixture of experts"
-    ),
     "recurrent_gemma": Family(
         "recurrent_gemma",
         {"logits_soft_cap": 0.5, "lru_width": 64, "num_key_value_heads": 1, "num_hidden_layers": 3},
@@ -305,8 +302,18 @@ FAMILIES |= {
         "smolvlm", {"vision_config": IMAGE, "scale_factor": 2}, {"model_type": "llama"}
     ),
 }
+# Mixtures of experts. Those with attention of their own have no q_proj or k_proj.
+ATTENTION = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+LATENT = {"target_modules": ["q_b_proj", "kv_b_proj", "o_proj"]}
+FAMILIES |= {
+    kind: Family(kind, settings, lora=LATENT if "kv_lora_rank" in settings else ATTENTION)
+    for kind, settings in MOE.items()
+}
+FAMILIES["dbrx"] = Family(
+    "dbrx", {"d_model": 64, "n_heads": 4, "n_layers": 2}, says="code of its own"
+)
 # In every test run: family and setting.
-HANDFUL = {"gemma3": "NF4", "granite": "16 bit"}
+HANDFUL = {"gemma3": "NF4", "granite": "16 bit", "qwen3_moe": "NF4", "deepseek_v3": "NF4"}
 
 
 def config_of(family: Family):
