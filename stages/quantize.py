@@ -227,7 +227,7 @@ def write_names(out: Path, names: Names) -> None:
         keys = {name: key for key, name in names.of.items()}
         write_json(out / NAMES, keys, sort_keys=True)
     if names.kept:
-        write_json(out / KEPT, sorted(names.kept))
+        write_json(out / KEPT, {"names": sorted(names.kept)})
 
 
 def config_of(base: Path) -> dict:

@@ -125,7 +125,7 @@ def test_what_stays_in_float32_is_kept_to_the_bit(family):
 
 def test_each_tensor_of_the_checkpoint_is_read_alone(family):
     """By merge: the bytes are those of a Linear4bit of that tensor."""
-    model, folder = family
+    _, folder = family
     weights, base = model_weights(folder / "out"), load_file(folder / "base/model.safetensors")
     names = folder / "out/names.json"
     keys = json.loads(names.read_text()) if names.exists() else {}

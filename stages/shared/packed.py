@@ -7,8 +7,8 @@ tensors and `dense`.
 
 The product of a layer's tokens with its experts keeps the module alone for the backward pass, and
 dequantizes again there: nothing as large as a dense expert outlives its product. Experts come in
-chunks of at most CHUNK_BYTES dequantized values, so that what is alive at once is bounded by that
-and not by the size of a layer.
+chunks of at most CHUNK_BYTES of values, so that what is alive at once is bounded by that and not by
+the size of a layer.
 
 Sums over the experts of a token run in the order of the router's choice, on every device: no atomic
 addition takes part.
@@ -16,6 +16,7 @@ addition takes part.
 
 from functools import cached_property
 from types import MethodType
+from typing import Any
 
 import torch
 from bitsandbytes.functional import create_dynamic_map
@@ -25,13 +26,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from stages.shared.experts import OWN_CODE, PACKED, expert_stacks, packed_name
 from stages.shared.nf4 import unnested, unpacked
+from stages.shared.vram import CHUNK_BYTES
 
 # The name under which transformers knows the forward pass below.
 IMPLEMENTATION = "packed"
-# Dequantized values alive at once. All of a layer of Qwen3-30B-A3B (0.8 GB) and of gpt-oss-20b
-# (1.06 GB) fits: one launch of the grouped product, and no wait for the device to learn where a
-# chunk's rows begin. Larger ones (Mixtral 8x7B 1.9 GB, DeepSeek-V3 15 GB) come in parts.
-CHUNK_BYTES = 2**30
 
 
 class Groups:
@@ -56,6 +54,8 @@ class Packed(nn.Module):
     """
 
     transposed = False
+    # Tensors of the checkpoint in an expert's: 2 where gate and up are two.
+    pieces = 1
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -82,6 +82,10 @@ class Nf4Experts(Packed):
     """
 
     FIRST = "codes"
+    absmax: torch.Tensor
+    nested: torch.Tensor | None
+    offset: torch.Tensor
+    code: torch.Tensor
 
     def __init__(
         self,
@@ -92,6 +96,7 @@ class Nf4Experts(Packed):
     ):
         super().__init__()
         self.codes = nn.Parameter(codes, requires_grad=False)
+        self.pieces = codes.shape[1] if codes.ndim == 4 else 1
         self.register_buffer("absmax", absmax)
         self.register_buffer("nested", nested)
         self.register_buffer("offset", offset)
@@ -101,10 +106,6 @@ class Nf4Experts(Packed):
     def shape(self) -> tuple[int, int, int]:
         experts, *rows, half = self.codes.shape
         return experts, torch.Size(rows).numel(), 2 * half
-
-    @property
-    def pieces(self) -> int:
-        return self.codes.shape[1] if self.codes.ndim == 4 else 1
 
     def dense(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
         part = slice(first, last)
@@ -200,7 +201,7 @@ def _back(y: torch.Tensor, order: torch.Tensor, chosen: int) -> torch.Tensor:
 
 
 def experts_forward(
-    self: nn.Module,
+    self: Any,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
@@ -228,7 +229,7 @@ def experts_forward(
     return _Sum.apply(y, order, chosen).to(hidden_states.dtype)
 
 
-def llama4_forward(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def llama4_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """Of Llama4TextExperts: every token comes once for each expert, sorted by it."""
     rows = len(hidden_states) // self.num_experts
     every = torch.arange(1, self.num_experts + 1, device=hidden_states.device)
@@ -258,6 +259,6 @@ def compute_packed(model: PreTrainedModel) -> None:
     stacks = expert_stacks(model).values()
     for module in stacks:
         if type(module).__name__ in OWN_CODE:
-            module.forward = MethodType(llama4_forward, module)  # type: ignore[method-assign]
+            module.forward = MethodType(llama4_forward, module)
     if any(type(module).__name__ not in OWN_CODE for module in stacks):
         model.set_experts_implementation(IMPLEMENTATION)

@@ -18,6 +18,8 @@ from stages.shared.packed import STORAGES, compute_packed, put_packed
 from stages.shared.process import StageError
 from stages.shared.weights import NF4_PARTS, NF4_STATE
 
+AGAIN = "repair it with: python -m tools.repair quantize"
+
 
 def holds_packed(folder: Path) -> bool:
     """Whether experts in `folder` are packed."""
@@ -64,13 +66,13 @@ def load_packed(
         owner, _, key = name.rpartition(".")
         if name not in tensors or isinstance(parameter, Params4bit):
             continue
-        stored = get(name)
-        if stored.shape != parameter.shape:
-            shapes = f"{tuple(stored.shape)} and must be {tuple(parameter.shape)}"
+        value = get(name)
+        if value.shape != parameter.shape:
+            shapes = f"{tuple(value.shape)} and must be {tuple(parameter.shape)}"
             raise StageError(f"{folder}: {name} is {shapes}; {AGAIN}")
         if isinstance(parameter, torch.nn.Parameter):
-            stored = torch.nn.Parameter(stored, requires_grad=False)
-        setattr(model.get_submodule(owner), key, stored)
+            value = torch.nn.Parameter(value, requires_grad=False)
+        setattr(model.get_submodule(owner), key, value)
     model.tie_weights()
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -85,12 +87,9 @@ def load_packed(
     return model.eval()
 
 
-AGAIN = "repair it with: python -m tools.repair quantize"
-
-
 def _tensors(folder: Path) -> dict[str, safe_open]:
     """The open file of each tensor in `folder`."""
-    found = {}
+    found: dict[str, safe_open] = {}
     for path in sorted(folder.glob("*.safetensors")):
         file = safe_open(path, framework="pt")
         found |= dict.fromkeys(file.keys(), file)

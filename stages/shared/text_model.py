@@ -33,6 +33,8 @@ from stages.shared.multimodal import MULTIMODAL
 _SAME = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 # Causal classes that take the configuration of the whole.
 _OF_WHOLE = {"mllama"}
+# How many experts a token has, as families call it.
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 _OF_IMAGES = ("type", "mrope_section", "mrope_interleaved")
 
 
@@ -153,7 +155,7 @@ def check_experts(model: PreTrainedModel) -> None:
 def kept_in_float32(model: PreTrainedModel) -> set[str]:
     """Names of the tensors of `model` that transformers keeps in float32 whatever it is loaded in:
     rounded, the bias of a router chooses other experts."""
-    patterns = model._keep_in_fp32_modules_strict or ()
+    patterns = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     found = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns) or "$^")
     tensors = (*model.named_parameters(), *model.named_buffers())
     return {name for name, _ in tensors if found.search(name)}
@@ -182,6 +184,11 @@ def key_mapping(renamed: dict[str, str]) -> dict[str, str]:
             found[f"^{pattern}"] = "".join(f"{part}." for part in inner)
     # The longest first: what it replaces is not to be found again.
     return dict(sorted(found.items(), key=lambda item: -len(item[0])))
+
+
+def chosen_experts(config: PretrainedConfig) -> int:
+    """Experts that a router chooses for each token; 1 where the configuration does not say."""
+    return next((n for key in _CHOSEN if isinstance(n := number_of(config, key), int)), 1)
 
 
 def number_of(config: PretrainedConfig, key: str) -> int | None:

@@ -28,7 +28,7 @@ LETTERS = {torch.float16: "F16", torch.bfloat16: "BF16"}
 # Where tensors of the checkpoint have other names than those of the model that is trained, or are
 # not in it: by the model's names those of the checkpoint (stages/shared/text_model.py).
 NAMES = "names.json"
-# Tensors that keep the type that the checkpoint has them in: a list of the model's names.
+# Tensors that keep the type that the checkpoint has them in: `names`, by the model.
 KEPT = "kept.json"
 # What bitsandbytes saves beside a packed weight, as <weight name>.<part>.
 NF4_STATE = "quant_state.bitsandbytes__nf4"
@@ -111,14 +111,14 @@ class Weights:
         """Add the tensors of the checkpoint that are in the packed experts `stack`."""
         tensor = f"{stack.removesuffix(PACKED)}_proj"
         experts, *rest, rows, half = self._stored[f"{stack}.codes"][1]
-        names, shape = [tensor], (experts, rows, 2 * half)
+        names, shape = [tensor], [experts, rows, 2 * half]
         if rest:
             names = [part_name(tensor, e, p) for e in range(experts) for p in range(rest[0])]
             shape = shape[1:]
         for place, name in enumerate(names):
             self._of_stack[name] = stack, place
             self.files[name] = self.files[f"{stack}.codes"]
-            self.shapes[name], self.dtypes[name] = shape, "U8"
+            self.shapes[name], self.dtypes[name] = tuple(shape), "U8"
         self.names += names
         self.nf4 |= set(names)
 
@@ -265,7 +265,7 @@ def model_weights(folder: Path) -> Weights:
 def kept_names(folder: Path) -> set[str]:
     """Names of the tensors in the folder of a model that is computed with whose type is that of the
     checkpoint."""
-    return set(read_json(folder / KEPT)) if (folder / KEPT).exists() else set()
+    return set(read_json(folder / KEPT)["names"]) if (folder / KEPT).exists() else set()
 
 
 @cache
