@@ -192,7 +192,7 @@ def tell_left_out(shape: Shape, targets: str | list[str]) -> None:
     if left and targets == "all-linear":
         print(
             f"plan: lora.target_modules: all-linear leaves out {len(left)} layers such as "
-            f"{left[0]}, where an adapter would have no effect"
+            f"{left[0]}, where an adapter would have no effect or change which experts are chosen"
         )
 
 

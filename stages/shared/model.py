@@ -10,6 +10,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from stages.shared.adapted import check_adapted, targets_as_written
+from stages.shared.adapter import factor_shapes
 from stages.shared.nf4 import unpack_odd_layers
 from stages.shared.packed_model import holds_packed, load_packed
 from stages.shared.placement import SLOTS
@@ -125,12 +127,16 @@ def let_4_bit_compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Put the adapter of `folder` onto `model`, frozen and in float32.
 
-    Raises StageError where PEFT refuses its configuration.
+    Raises StageError where PEFT refuses its configuration, or would leave a part of it out.
     """
     try:
-        return PeftModel.from_pretrained(model, folder, is_trainable=False).eval()
+        with targets_as_written():
+            adapted = PeftModel.from_pretrained(model, folder, is_trainable=False).eval()
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error)[:500].split())
         raise StageError(f"{folder}: PEFT does not load it: {reason}") from None
+    asked = {module for module, _ in factor_shapes(folder)}
+    check_adapted(adapted, asked, str(folder), "name its modules in full in adapter_config.json")
+    return adapted

@@ -1,7 +1,6 @@
 """What training is asked to do: the base model's shape, the rows and the settings, for what places
 them (stages/shared/placement.py)."""
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from stages.shared import vram
 from stages.shared.experts import OWN_CODE, expert_stacks, expert_tensors
 from stages.shared.fast_path import choose_fast_path, plain_layers
-from stages.shared.linears import adaptable_linears, quantized_linears
+from stages.shared.linears import adaptable_linears, quantized_linears, targets_of
 from stages.shared.outputs import read_json
 from stages.shared.params import Params, Train
 from stages.shared.process import StageError
@@ -122,26 +121,8 @@ def experts_shape(model: PreTrainedModel) -> dict[str, int]:
 
 
 def match_targets(shape: vram.Shape, wanted: str | list[str]) -> frozenset[str]:
-    """Names of the Linears that get an adapter, matched as peft does (by the end of the name).
-
-    Raises StageError for a name that is no Linear of the base: peft would skip it in silence.
-    """
-    names = [x.name for x in shape.linears if x.adaptable]
-    if wanted == "all-linear":
-        return frozenset(names)
-    found = set()
-    for target in wanted:
-        matches = [n for n in names if n == target or n.endswith(f".{target}")]
-        if not matches:
-            short = sorted({n.rsplit(".", 1)[-1] for n in names})
-            near = difflib.get_close_matches(target, short, 1, 0.4)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise StageError(
-                f"params.yaml: lora.target_modules: {target} is no linear layer of the base "
-                f"that can be adapted; {hint}It has {', '.join(short)}"
-            )
-        found.update(matches)
-    return frozenset(found)
+    """Names of the Linears that get an adapter. Raises StageError as targets_of does."""
+    return frozenset(targets_of(wanted, (x.name for x in shape.linears if x.adaptable)))
 
 
 def largest_step(rows: Lengths, train: Train, padding_free: bool) -> tuple[int, int, int]:
