@@ -46,6 +46,8 @@ from stages.shared.weights import (
     SINGLE,
     Entry,
     Weights,
+    kept_names,
+    model_weights,
     other_names,
     write_shard,
 )
@@ -55,7 +57,8 @@ COST = Path("metrics/merge_cost.json")
 
 class Sources(NamedTuple):
     """What is merged: weights, names of all tensors by file of the result, updates by name, the
-    base, and what is copied from it: other towers than the language model."""
+    base, and what is copied from it: other towers than the language model, and what keeps its
+    type."""
 
     weights: Weights
     shards: dict[str, list[str]]
@@ -66,12 +69,6 @@ class Sources(NamedTuple):
 
 def check_quantized(base: Weights, quantized: Weights) -> None:
     """The quantized tensors must be the base's: names and shapes. Raises StageError."""
-    for name in base.names:
-        if ".experts." in name:
-            raise StageError(
-                f"{base.folder}: {name}: experts are fused when a model is loaded, so mixtures "
-                "of experts cannot be merged tensor by tensor; choose a dense base model"
-            )
     for name in quantized.names:
         if base.shapes.get(name) != quantized.shapes[name]:
             raise StageError(
@@ -142,9 +139,10 @@ def read_sources(kind: str) -> Sources:
     check_sums(BASE, "fetch_model", weights=kind == "original")
     check_adapter_sums(ADAPTER)
     renamed = other_names(QUANTIZED)
-    base, quantized = Weights(BASE, renamed), Weights(QUANTIZED)
+    base, quantized = Weights(BASE, renamed), model_weights(QUANTIZED)
     check_quantized(base, quantized)
     copied = set() if renamed is None else set(base.names) - set(quantized.names)
+    copied |= kept_names(QUANTIZED)
     shards: dict[str, list[str]] = {}
     for name in sorted({*quantized.names, *copied}):
         shards.setdefault(base.files[name].name, []).append(name)

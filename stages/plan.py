@@ -27,7 +27,15 @@ from stages.shared import placement
 from stages.shared.fitting import Scored, fit
 from stages.shared.paths import PREPARED, TOKENIZER
 from stages.shared.placement import Placement, Prediction
-from stages.shared.vram import CARDS_GB, Shape, Sizes, Training, sizes_of
+from stages.shared.vram import (
+    CARDS_GB,
+    NF4_BYTES,
+    Shape,
+    Sizes,
+    Training,
+    chunk_values,
+    sizes_of,
+)
 from stages.shared.workload import KEPT, Lengths, read_lengths, read_model
 
 METRICS = Path("metrics/plan.json")
@@ -149,7 +157,7 @@ def metrics(
         "smallest_gpu_gb": fits[0] if fits else None,
         "vram_limit_gb": params.plan.vram_limit_gb,
         "cards": by_card,
-    }
+    } | ({"active_parameters": shape.active_parameters} if shape.experts else {})
 
 
 def check_positions(config: PretrainedConfig, rows: Lengths) -> None:
@@ -164,13 +172,27 @@ def check_positions(config: PretrainedConfig, rows: Lengths) -> None:
         )
 
 
+def tell_experts(shape: Shape, run: Training) -> None:
+    """Say what a mixture of experts has, and what of it computes."""
+    if not shape.experts:
+        return
+    packed = NF4_BYTES[run.double_quant] if run.method == "qlora" else 2
+    at_once = "" if run.method != "qlora" else f", {2 * chunk_values(shape) / GB:.2f} GB of them "
+    at_once += "dequantized at once" if at_once else ""
+    print(
+        f"plan: {shape.active_parameters / 1e9:.3f}e9 of {shape.parameters / 1e9:.3f}e9 parameters "
+        f"compute a token, {shape.chosen} of {shape.experts[0].count} experts a layer; experts "
+        f"take {packed * shape.expert_parameters / GB:.2f} GB{at_once}"
+    )
+
+
 def tell_left_out(shape: Shape, targets: str | list[str]) -> None:
     """Say which Linears all-linear leaves out."""
     left = [linear.name for linear in shape.linears if not linear.adaptable]
     if left and targets == "all-linear":
         print(
             f"plan: lora.target_modules: all-linear leaves out {len(left)} layers such as "
-            f"{left[0]}, where an adapter would have no effect"
+            f"{left[0]}, where an adapter would have no effect or change which experts are chosen"
         )
 
 
@@ -207,6 +229,7 @@ def main() -> None:
     print(table(placement.predict(sizes, placed), run, shape, placed))
     print(cards_table(found["cards"], shape.layers))
     print(further_gpus(sizes, placed))
+    tell_experts(shape, run)
     check_positions(config, rows)
     tell_left_out(shape, params.lora.target_modules)
     refuse_over_limit(config, shape, params, rows, sizes)

@@ -23,7 +23,7 @@ from stages.shared.outputs import (
     write_metrics,
 )
 from stages.shared.params import load_params
-from stages.shared.process import begin
+from stages.shared.process import StageError, begin
 
 if __name__ == "__main__":
     begin("quantize")
@@ -39,10 +39,11 @@ from transformers import BitsAndBytesConfig
 
 from stages.quantizing.names import Names, check_names
 from stages.shared.device import memory_metrics, pick_device
+from stages.shared.experts import packed_name, part_of
 from stages.shared.paths import BASE, QUANTIZED
 from stages.shared.provenance import provenance
 from stages.shared.text_model import read_config
-from stages.shared.weights import NAMES
+from stages.shared.weights import KEPT, NAMES
 
 COST = Path("metrics/quantize_cost.json")
 
@@ -66,7 +67,15 @@ def quantization_config(double_quant: bool) -> BitsAndBytesConfig:
 def quantized_tensors(
     name: str, weight: torch.Tensor, double_quant: bool, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """NF4 form of one weight [out, in]: packed nibbles (uint8) and the state to undo them.
+    """NF4 form of one weight [out, in] as bitsandbytes saves it."""
+    packed, state = nf4(weight, double_quant, device)
+    return {name: packed} | {f"{name}.{k}": v for k, v in state.as_dict(packed=True).items()}
+
+
+def nf4(
+    weight: torch.Tensor, double_quant: bool, device: torch.device
+) -> tuple[torch.Tensor, bnb.QuantState]:
+    """The packed nibbles of one weight, and the state to undo them, on the host.
 
     The same bytes on every device: a GPU scales each block as the CPU does, and what it would do
     otherwise is left to the host.
@@ -81,7 +90,7 @@ def quantized_tensors(
         packed.view(-1, BLOCK // 2)[state.absmax == 0] = TWO_ZEROS
     if double_quant:
         _quantize_constants(state)
-    return {name: packed} | {f"{name}.{k}": v for k, v in state.as_dict(packed=True).items()}
+    return packed, state
 
 
 def _quantize_constants(state: bnb.QuantState) -> None:
@@ -97,16 +106,76 @@ def _quantize_constants(state: bnb.QuantState) -> None:
     state.nested = True
 
 
+class Stacks:
+    """Experts on their way into packed form, until all of a tensor of the model are there.
+
+    A checkpoint has the experts of a layer near each other: of one or two layers they wait.
+    """
+
+    def __init__(self, names: Names, double_quant: bool, device: torch.device):
+        self.shapes, self.double_quant, self.device = names.experts, double_quant, device
+        self.waiting: dict[str, dict[tuple[int, int], dict[str, torch.Tensor]]] = {}
+        parts = [part for name in names.of.values() if (part := part_of(name))]
+        # Tensors of the checkpoint in each expert's.
+        self.pieces = {tensor: 1 + piece for tensor, _, piece in sorted(parts)}
+
+    def made(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The packed form of the model's tensor that `name` completes; nothing before."""
+        tensor, expert, piece = part_of(name) or (name, None, 0)
+        if weight.shape[-1] % BLOCK:
+            raise StageError(
+                f"{name} has rows of {weight.shape[-1]} values, no multiple of {BLOCK}: experts of "
+                "this width cannot be quantized; set quantize.type: none"
+            )
+        waiting = self.waiting.setdefault(tensor, {})
+        if expert is None:
+            waiting |= {(i, 0): self._packed(each) for i, each in enumerate(weight)}
+        else:
+            waiting[expert, piece] = self._packed(weight)
+        experts, pieces = self.shapes[tensor][0], self.pieces.get(tensor, 1)
+        if len(waiting) < experts * pieces:
+            return {}
+        del self.waiting[tensor]
+        stack = packed_name(tensor)
+        own = () if expert is None else (pieces,)
+        found = {}
+        for key in waiting[0, 0]:
+            values = torch.stack(
+                [waiting[e, p][key] for e in range(experts) for p in range(pieces)]
+            )
+            found[f"{stack}.{key}"] = values.view(experts, *own, *values.shape[1:])
+        return found
+
+    def _packed(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        packed, state = nf4(weight, self.double_quant, self.device)
+        found = {"codes": packed.view(len(weight), -1), "absmax": state.absmax}
+        if self.double_quant:
+            found |= {"nested": state.state2.absmax, "offset": state.offset}
+        return found
+
+    def check_whole(self) -> None:
+        """Raise StageError where an expert is missing."""
+        for tensor, found in sorted(self.waiting.items()):
+            raise StageError(
+                f"{tensor}: the files have {len(found)} tensors of its experts and lack others; "
+                "the model is incomplete: name another model.revision or model.id"
+            )
+
+
 def quantize(base: Path, out: Path, double_quant: bool) -> None:
     """Stream the weights of `base` into `out`, at most SHARD_BYTES in memory."""
     names, device = check_names(base), pick_device()
+    stacks = Stacks(names, double_quant, device)
 
     def made(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         if name in names.quantized:
             return quantized_tensors(name, tensor, double_quant, device)
-        return {name: tensor.to(torch.bfloat16)}
+        if name in names.experts or part_of(name):
+            return stacks.made(name, tensor)
+        return {name: tensor if name in names.kept else tensor.to(torch.bfloat16)}
 
     stream(base, out, names, made)
+    stacks.check_whole()
     config = config_of(base)
     config["dtype"] = "bfloat16"
     config["quantization_config"] = quantization_config(double_quant).to_dict()
@@ -149,9 +218,16 @@ def stream(
                     size += added
     flush()
     name_shards(out, shards)
-    if names.apart:
+    write_names(out, names)
+
+
+def write_names(out: Path, names: Names) -> None:
+    """Leave in `out` what later stages need to know of its tensors, if anything."""
+    if names.renamed:
         keys = {name: key for key, name in names.of.items()}
         write_json(out / NAMES, keys, sort_keys=True)
+    if names.kept:
+        write_json(out / KEPT, {"names": sorted(names.kept)})
 
 
 def config_of(base: Path) -> dict:
@@ -183,11 +259,14 @@ def link(base: Path, out: Path) -> None:
     work and names are the same."""
     names = check_names(base)
     if names.apart:
-        stream(base, out, names, lambda name, tensor: {name: tensor})
+        keys = {name: key for key, name in names.of.items()}
+        # Those of an expert stay apart, under the names by which transformers joins them.
+        stream(base, out, names, lambda name, x: {keys[name] if part_of(name) else name: x})
         write_json(out / "config.json", config_of(base), sort_keys=True)
         return
     for file in [*base.glob("*.safetensors"), *base.glob("*.safetensors.index.json")]:
         link_or_copy(file, out / file.name)
+    write_names(out, names)
     shutil.copyfile(base / "config.json", out / "config.json")
 
 

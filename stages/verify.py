@@ -42,7 +42,7 @@ from stages.shared.scored_model import load_to_score, model_sizes
 from stages.shared.scoring import batch_count
 from stages.shared.sets import held_out_sets
 from stages.shared.streaming import Streamer
-from stages.shared.weights import Weights, other_names
+from stages.shared.weights import Weights, kept_names, model_weights, other_names
 from stages.verifying.agreement import Reference, agreement, reference
 from stages.verifying.folder_check import check_companions, check_headers, check_record
 from stages.verifying.merged_model import check_whole, place_merged, watched_activations
@@ -95,12 +95,17 @@ def _with_nan(value: float) -> float:
 
 def merge_onto(source: Weights, updates: dict[str, Update], dtype, device: torch.device):
     """A function that gives the weights of the merge on `source` for those of another merge."""
+    kept = kept_names(QUANTIZED)
 
     def merged(name: str, stored: torch.Tensor) -> torch.Tensor:
-        if name not in source.shapes:  # an output head tied to the embeddings
-            return stored
-        blocks = merged_rows(source, name, updates.get(name), dtype, device)
-        return torch.cat([block.values for block in blocks])
+        # None are of an output head that is tied to the embeddings.
+        parts = [part for part in source.parts(name) if part not in kept]
+        blocks = (
+            block.values.to(stored.device)
+            for part in parts
+            for block in merged_rows(source, part, updates.get(part), dtype, device)
+        )
+        return torch.cat([x.flatten() for x in blocks]).view(stored.shape) if parts else stored
 
     return merged
 
@@ -144,7 +149,7 @@ def verify(params, rows: list[dict], device: torch.device, world: World = ALONE)
     dtype = getattr(torch, params.merge.dtype)
     renamed = other_names(QUANTIZED)
     merged, base = Weights(MERGED, renamed), Weights(BASE, renamed)
-    quantized = Weights(QUANTIZED)
+    quantized = model_weights(QUANTIZED)
     check_headers(merged, quantized, base, dtype)
     # Named here what PEFT would load in part or fail on.
     updates = read_adapter(ADAPTER, quantized.shapes)

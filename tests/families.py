@@ -67,6 +67,19 @@ LINEAR = {
 }
 
 
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
+GROUPS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+# The first layer is dense.
+SHARED = {"first_k_dense_replace": 1, "moe_intermediate_size": 64}
+
+
 def positions(*sections: int, **more: Any) -> dict:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
     return {"rope_parameters": rope | more}
@@ -158,13 +171,9 @@ FAMILIES |= {
             "v_head_dim": 16,
         },
     ),
-    "mixtral": Family("mixtral", {"num_local_experts": 2}, says="mixture of experts"),
     "mpt": Family("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2}),
     "opt": Family("opt", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
     "qwen3_5_text": Family("qwen3_5_text", LINEAR),
-    "qwen3_moe": Family(
-        "qwen3_moe", {"num_experts": 2, "moe_intermediate_size": 64}, says="mixture of experts"
-    ),
     "recurrent_gemma": Family(
         "recurrent_gemma",
         {"logits_soft_cap": 0.5, "lru_width": 64, "num_key_value_heads": 1, "num_hidden_layers": 3},
@@ -287,6 +296,55 @@ FAMILIES |= {
             "attn_temperature_tuning": False,
         },
     ),
+    # Experts.
+    "deepseek_v2": Family("deepseek_v2", LATENT | GROUPS | SHARED | {"topk_method": "greedy"}),
+    "deepseek_v3": Family("deepseek_v3", LATENT | GROUPS | SHARED),
+    "ernie4_5_moe": Family(
+        "ernie4_5_moe",
+        {
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 64,
+            "moe_layer_start_index": 1,
+        },
+    ),
+    "glm4_moe": Family("glm4_moe", GROUPS | SHARED),
+    "gpt_oss": Family(
+        "gpt_oss",
+        LOCAL
+        | {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+    "granitemoe": Family("granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "llama4_text": Family(
+        "llama4_text",
+        {
+            "intermediate_size_mlp": 128,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "no_rope_layers": [1, 1],
+            "attn_temperature_tuning": False,
+        },
+    ),
+    "mixtral": Family("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe": Family("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": Family(
+        "qwen2_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+        },
+    ),
+    "qwen3_moe": Family(
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+    ),
     "qwen2_vl": Family(
         "qwen2_vl",
         {"vision_config": {"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4}},
@@ -305,8 +363,13 @@ FAMILIES |= {
         "smolvlm", {"vision_config": IMAGE, "scale_factor": 2}, {"model_type": "llama"}
     ),
 }
+FAMILIES["dbrx"] = Family(
+    "dbrx",
+    {"d_model": 64, "n_heads": 4, "n_layers": 2, "tie_word_embeddings": False},
+    says="code of its own",
+)
 # In every test run: family and setting.
-HANDFUL = {"gemma3": "NF4", "granite": "16 bit"}
+HANDFUL = {"gemma3": "NF4", "granite": "16 bit", "qwen3_moe": "NF4", "deepseek_v3": "NF4"}
 
 
 def config_of(family: Family):

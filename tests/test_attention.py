@@ -24,7 +24,13 @@ SHAPE = {
     "pad_token_id": 2,
 }
 # What a tiny one of a family needs.
-PECULIAR = ("codegen", "gemma3n_text", "gemma4_text", "gpt_neo", "gptj", "minicpm3")
+# fmt: off
+PECULIAR = (
+    "codegen", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "gemma3n_text", "gemma4_text",
+    "glm4_moe", "gpt_neo", "gpt_oss", "gptj", "granitemoe", "llama4_text", "minicpm3", "mixtral",
+    "olmoe", "qwen2_moe", "qwen3_moe",
+)
+# fmt: on
 OWN = {name: FAMILIES[name].settings | {"vocab_size": 264} for name in PECULIAR}
 TRAIN = {
     "epochs": 1.0,
@@ -115,6 +121,16 @@ def test_a_family_that_mixes_rows_without_a_mask_is_given_one(family):
     assert mixing(family, VARLEN) > 1e-2
     packing = Train(**TRAIN | {"batching": "packing"})
     assert choose_attention(packing, AutoConfig.for_model(family), gpu=True) == "sdpa"
+
+
+def test_gpt_oss_mixes_rows_and_is_padded():
+    """Its model gives no positions to its masks."""
+    assert mixing("gpt_oss", None) > 1e-2
+    config = AutoConfig.for_model("gpt_oss")
+    assert choose_attention(Train(**TRAIN), config, gpu=True) == "eager"
+    packing = Train(**TRAIN | {"batching": "packing"})
+    with pytest.raises(StageError, match="train.batching: gpt_oss is not known to keep rows apart"):
+        choose_attention(packing, config, gpu=True)
 
 
 @pytest.mark.parametrize("family", ["bloom", "xglm"])

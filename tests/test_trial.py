@@ -1,9 +1,12 @@
 """Two rows tried before training: what differs from the model itself is found, mended or told."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
 from datasets import Dataset
+from families import FAMILIES
 from transformers import masking_utils
 
 from stages.shared import own_logits
@@ -128,6 +131,17 @@ def test_batches_whose_rows_see_each_other_are_padded(build, leaking, capsys):
     assert not trainer.args.padding_free
     found = loss_of(trainer)
     assert found == pytest.approx(loss_of(build(PLAIN)), rel=1e-6)
+
+
+def test_gpt_oss_is_seen_to_leak(build, capsys):
+    """Without any list: its rows are padded, and packs of them refused."""
+    eager = replace(FLAT, attention="eager")
+    shape = FAMILIES["gpt_oss"].settings
+    with pytest.raises(StageError, match=r"packed rows of gpt_oss .*set group_by_length$"):
+        build(eager, "gpt_oss", shape, batching="packing")
+    trainer = build(eager, "gpt_oss", shape)
+    assert "rows of gpt_oss that lie behind each other do not" in capsys.readouterr().out
+    assert not trainer.args.padding_free
 
 
 def test_a_family_that_raises_is_refused_in_one_line(build):

@@ -9,11 +9,12 @@ from transformers.pytorch_utils import Conv1D
 
 from stages.fetching.model_files import ANOTHER, COPY
 from stages.shared.bounded import bounded
+from stages.shared.experts import unknown_experts
 from stages.shared.loading import one_line
 from stages.shared.outputs import read_json
 from stages.shared.process import StageError
 from stages.shared.screen import brief
-from stages.shared.text_model import empty_model, is_multimodal, language_model
+from stages.shared.text_model import check_experts, empty_model, is_multimodal, language_model
 
 # In safetensors' letters.
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -46,11 +47,15 @@ def _check_layers(model: PreTrainedModel, id: str) -> None:
                 f"{id}: its weights are stored transposed ({name} is a Conv1D), which is not "
                 f"supported; {ANOTHER}"
             )
-    if experts := [name for name, _ in model.named_parameters() if ".experts." in name]:
+    if experts := unknown_experts(model):
         raise StageError(
-            f"{id} is a mixture of experts ({experts[0]}), which cannot be merged; choose a dense "
-            "model"
+            f"{id} is a mixture of experts ({experts[0]}) of a kind ({model.config.model_type}) "
+            f"that transformers computes by code of its own; {ANOTHER}"
         )
+    try:
+        check_experts(model)
+    except StageError as error:
+        raise StageError(f"{id}: {error}") from None
     if not getattr(model.config, "num_attention_heads", None):
         raise StageError(
             f"{id}: {model.config.model_type} has no attention, and plan cannot tell what its "

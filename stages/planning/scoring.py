@@ -8,7 +8,7 @@ import pyarrow.ipc
 from stages.shared.fitting import Decoder, Scored, scored
 from stages.shared.rows import token_counts
 from stages.shared.sets import held_out_sets
-from stages.shared.vram import Shape, Training, adapter_parameters
+from stages.shared.vram import Shape, Training, adapter_parameters, chunk_values
 
 
 def scoring_stages(shape: Shape, run: Training, longest: int) -> dict[str, Scored]:
@@ -24,12 +24,20 @@ def decoder_of(shape: Shape) -> Decoder:
     return Decoder(
         layers=shape.layers,
         hidden=shape.hidden,
-        intermediate=shape.intermediate,
+        intermediate=max(
+            0 if shape.experts else shape.intermediate, shape.chosen * expert_row(shape)
+        ),
         keys=2 * shape.kv_heads * shape.head_dim,
-        linears=sum(x.parameters for x in shape.linears),
-        largest=max(x.parameters for x in shape.linears),
+        linears=sum(x.parameters for x in shape.linears) + shape.expert_parameters,
+        largest=max(chunk_values(shape), *(x.parameters for x in shape.linears)),
         others=shape.other_parameters,
     )
+
+
+def expert_row(shape: Shape) -> int:
+    """What a token takes for each of its experts, in the widths that an MLP's bytes are counted by:
+    of those the results are the widest, three times 2H bytes."""
+    return max(shape.expert_width, shape.hidden // 2) if shape.experts else 0
 
 
 def longest_held_out(prepared: Path) -> int:

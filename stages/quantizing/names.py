@@ -6,10 +6,12 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from stages.shared.experts import expert_tensors, part_of
 from stages.shared.linears import quantized_linears
 from stages.shared.process import StageError
 from stages.shared.text_model import (
     is_multimodal,
+    kept_in_float32,
     language_model,
     language_names,
     loading_report,
@@ -22,12 +24,21 @@ class Names:
 
     of         by name in the files; what is of other towers is left out
     quantized  those of the weights to quantize: what transformers would, by their new names
-    apart      whether a folder of the language model is another than the checkpoint
+    experts    shapes [E, a, b] of the model's tensors of experts, by name
+    kept       those that keep their type
+    apart      whether a folder of the language model in 16 bit is another than the checkpoint
     """
 
     of: dict[str, str]
     quantized: set[str]
+    experts: dict[str, tuple[int, ...]]
+    kept: set[str]
     apart: bool
+
+    @property
+    def renamed(self) -> bool:
+        """Whether any tensor has another name here."""
+        return any(key != name for key, name in self.of.items())
 
 
 def check_names(folder: Path) -> Names:
@@ -64,8 +75,11 @@ def check_names(folder: Path) -> Names:
             f"{folder}: the weight {renamed[0]} of the model has another name in its files, or is "
             "fused with others; such an architecture cannot be quantized or merged tensor by tensor"
         )
-    apart = language is not model or any(key != name for key, name in of.items())
-    return Names(of, wanted, apart)
+    # transformers itself makes one tensor of those of several experts.
+    apart = language is not model or any(k != n and not part_of(n) for k, n in of.items())
+    experts = {name: tuple(tensor.shape) for name, tensor in expert_tensors(language).items()}
+    kept = kept_in_float32(language) & set(of.values())
+    return Names(of, wanted, experts, kept, apart)
 
 
 def tell_left_out(whole: PreTrainedModel, language: PreTrainedModel) -> None:

@@ -113,7 +113,7 @@ def read_adapter(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, 
     the rank that the configuration says, and fit its weight; PEFT must put an update onto exactly
     the modules that the file has one for. Raises StageError.
     """
-    config, halves = _read_config(folder), _read_shapes(folder)
+    config, halves = _read_config(folder), factor_shapes(folder)
     modules = sorted({module for module, _ in halves})
     for module in modules:
         _check_module(f"{folder}: {module}", f"{module}.weight", shapes)
@@ -179,8 +179,8 @@ def _read_config(folder: Path) -> Config:
     return held_to(Config, config, str(path))
 
 
-def _read_shapes(folder: Path) -> dict[tuple[str, str], tuple[int, ...]]:
-    """Shape of every factor by module and half."""
+def factor_shapes(folder: Path) -> dict[tuple[str, str], tuple[int, ...]]:
+    """Shape of every factor by module and half (A or B). Raises StageError."""
     shapes = {}
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as tensors:
@@ -239,7 +239,9 @@ def _as_peft(
     Both come from regular expressions in the configuration, so call it with `bounded`.
     """
     weights = [w for w, shape in shapes.items() if w.endswith(".weight") and len(shape) == 2]
-    linears = [weight.removesuffix(".weight") for weight in weights if not EMBEDDING.search(weight)]
+    # Experts that files hold one by one are no modules of a model.
+    none = re.compile(rf"{EMBEDDING.pattern}|\.experts\.")
+    linears = [weight.removesuffix(".weight") for weight in weights if not none.search(weight)]
     try:
         if config.target_modules == "all-linear":
             named = set(linears)

@@ -10,12 +10,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from stages.shared.adapted import check_adapted, targets_as_written
+from stages.shared.adapter import factor_shapes
 from stages.shared.nf4 import unpack_odd_layers
+from stages.shared.packed_model import holds_packed, load_packed
 from stages.shared.placement import SLOTS
 from stages.shared.process import StageError
 from stages.shared.ranks import ALONE, World
 from stages.shared.streaming import Streamer, stream_layers
-from stages.shared.text_model import find_backbone
+from stages.shared.text_model import find_backbone, kept_in_float32
 
 logging.disable_progress_bar()
 
@@ -36,9 +39,7 @@ def load_base(
     ignores `dtype=`, so both are set after loading.
     """
     dtype = dtype or computed_in(device)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, device_map={"": device}, attn_implementation=attention
-    )
+    model = _stored(folder, device, attention, dtype)
     find_backbone(model)
     set_compute_dtype(model, dtype)
     # What is loaded in bfloat16 on the CPU is on its way to a GPU.
@@ -63,9 +64,7 @@ def load_streamed(
     kind  as stream_layers takes it; the ranks of a machine share a copy, which the first one makes
     """
     # Mapped from its files: nothing is read before it is copied to where it belongs.
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", device_map={"": "cpu"}, attn_implementation=attention
-    )
+    model = _stored(folder, torch.device("cpu"), attention, "auto")
     find_backbone(model)
     dtype = computed_in(device)
     let_4_bit_compute_in(model, dtype)
@@ -84,16 +83,31 @@ def load_streamed(
     return model, stream(path=world.gather(None)[maker])
 
 
+def _stored(
+    folder: Path, device: torch.device, attention: str | None, dtype: torch.dtype | str
+) -> PreTrainedModel:
+    if holds_packed(folder):
+        return load_packed(folder, device, attention)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, device_map={"": device}, attn_implementation=attention
+    )
+
+
 def computed_in(device: torch.device) -> torch.dtype:
     """The type that `device` is fast in."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Cast what is not quantized to `dtype` and let 4-bit products compute in it."""
+def set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast what is not quantized to `dtype`, but for what stays in float32, and let 4-bit products
+    compute in it."""
     let_4_bit_compute_in(model, dtype)
-    for parameter in model.parameters():
-        if parameter.is_floating_point() and not isinstance(parameter, Params4bit):
+    kept = kept_in_float32(model)
+    for name, parameter in model.named_parameters():
+        floats = parameter.is_floating_point() and not isinstance(parameter, Params4bit)
+        if name in kept:
+            parameter.data = parameter.data.float()
+        elif floats:
             parameter.data = parameter.data.to(dtype)
 
 
@@ -113,12 +127,16 @@ def let_4_bit_compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Put the adapter of `folder` onto `model`, frozen and in float32.
 
-    Raises StageError where PEFT refuses its configuration.
+    Raises StageError where PEFT refuses its configuration, or would leave a part of it out.
     """
     try:
-        return PeftModel.from_pretrained(model, folder, is_trainable=False).eval()
+        with targets_as_written():
+            adapted = PeftModel.from_pretrained(model, folder, is_trainable=False).eval()
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error)[:500].split())
         raise StageError(f"{folder}: PEFT does not load it: {reason}") from None
+    asked = {module for module, _ in factor_shapes(folder)}
+    check_adapted(adapted, asked, str(folder), "name its modules in full in adapter_config.json")
+    return adapted

@@ -7,8 +7,8 @@ import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Linear4bit
 
-# Values that share a scale.
-BLOCK = 64
+# Values that share a scale, and scales that share a second one.
+BLOCK, NESTED_BLOCK = 64, 256
 
 
 def dequantize(packed: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:
@@ -24,6 +24,30 @@ def dequantize(packed: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:
     in_blocks = copy.copy(state)
     in_blocks.shape = torch.Size((blocks, BLOCK))
     return bnb.dequantize_4bit(packed.view(-1, 1), in_blocks).view(-1)[:count].view(state.shape)
+
+
+def unpacked(packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The values of `packed`, whole blocks, flat, by the scale of each block."""
+    state = bnb.QuantState(
+        scales.reshape(-1),
+        shape=torch.Size((scales.numel(), BLOCK)),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        dtype=dtype,
+    )
+    return dequantize(packed, state).view(-1)
+
+
+def unnested(
+    absmax: torch.Tensor, nested: torch.Tensor, offset: torch.Tensor, code: torch.Tensor
+) -> torch.Tensor:
+    """Scales [..., n] in float32, of double quantization, equal to bitsandbytes' to the bit.
+
+    absmax [..., n] uint8, nested [..., n / NESTED_BLOCK, rounded up], offset [...]; `code` is
+    bitsandbytes' create_dynamic_map.
+    """
+    each = nested.repeat_interleave(NESTED_BLOCK, -1)[..., : absmax.shape[-1]]
+    return code[absmax.int()].mul_(each).add_(offset[..., None])
 
 
 def unpack_odd_layers(model: torch.nn.Module) -> None:

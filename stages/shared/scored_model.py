@@ -9,14 +9,16 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from stages.shared.card import card_budget
+from stages.shared.experts import part_of
 from stages.shared.fitting import Decoder, Fit, Scored, fit, scored, tightest
 from stages.shared.host_memory import available_bytes
 from stages.shared.model import load_base, load_streamed
 from stages.shared.outputs import GB
 from stages.shared.ranks import ALONE, World
 from stages.shared.streaming import Streamer
-from stages.shared.text_model import number_of
-from stages.shared.weights import Weights
+from stages.shared.text_model import chosen_experts, number_of
+from stages.shared.vram import CHUNK_BYTES
+from stages.shared.weights import Weights, model_weights
 
 
 def model_sizes(
@@ -30,7 +32,7 @@ def model_sizes(
 
     dense  in 16 bit, though the folder may have it in NF4
     """
-    weights = Weights(folder)
+    weights = model_weights(folder)
     double_quant = any(f"{name}.nested_absmax" in weights.files for name in weights.nf4)
     beside = (adapter / "adapter_model.safetensors").stat().st_size if adapter else 0
     decoder = decoder_in(weights)
@@ -44,17 +46,29 @@ def decoder_in(weights: Weights) -> Decoder:
     config = AutoConfig.from_pretrained(weights.folder, local_files_only=True).get_text_config()
     heads = config.num_attention_heads
     width = number_of(config, "head_dim") or config.hidden_size // heads
-    matrices = [n for n, shape in weights.shapes.items() if len(shape) > 1]
-    linears = weights.nf4 or [n for n in matrices if re.search(r"\.\d+\.", n)]
-    sizes = [math.prod(weights.shapes[name]) for name in linears]
+    shapes = weights.shapes
+    matrices = [name for name, shape in shapes.items() if len(shape) > 1]
+    linears = sorted(weights.nf4) or [n for n in matrices if re.search(r"\.\d+\.", n)]
+    size = {name: math.prod(shapes[name]) for name in linears}
+    # By the model's tensor: those of experts are one there, of which a chunk is dequantized.
+    whole: dict[str, int] = {}
+    for name in linears:
+        tensor, *_ = part_of(name) or (name,)
+        whole[tensor] = whole.get(tensor, 0) + size[name]
+    experts = {name for name in linears if part_of(name) or len(shapes[name]) == 3}
+    row = max((min(shapes[name][-2:]) for name in experts), default=0)
+    rows = chosen_experts(config) * max(row, config.hidden_size // 2) if experts else 0
     return Decoder(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        intermediate=max(max(weights.shapes[name]) for name in linears),
+        intermediate=max([rows, *(max(shapes[n]) for n in linears if n not in experts)]),
         keys=2 * (number_of(config, "num_key_value_heads") or heads) * width,
-        linears=sum(sizes),
-        largest=max(sizes),
-        others=sum(math.prod(shape) for shape in weights.shapes.values()) - sum(sizes),
+        linears=sum(size.values()),
+        largest=max(
+            n if t in size and t not in experts else min(n, CHUNK_BYTES // 2)
+            for t, n in whole.items()
+        ),
+        others=sum(math.prod(shape) for shape in shapes.values()) - sum(size.values()),
     )
 
 

@@ -18,9 +18,11 @@ from functools import partial
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
+from transformers import PreTrainedModel
 
 from stages.shared.host_memory import LOCKING_THREADS, lock, pinned, shared_buffer
 from stages.shared.placement import SLOTS
+from stages.shared.text_model import kept_in_float32
 
 # Smaller parameters (norms, biases) stay on the GPU.
 SMALLEST = 65536
@@ -279,7 +281,7 @@ def spread(count: int, layers: int) -> list[int]:
 
 
 def stream_layers(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     device: torch.device,
     count: int,
     kind: str = "copy",
@@ -302,9 +304,14 @@ def stream_layers(
         layers = list(decoder_layers(model))
     except ValueError:
         # One that takes its turn with nothing: all that it costs is the room.
-        layers = [model.base_model]  # type: ignore[list-item]
+        layers = [model.base_model]
     count = min(count, len(layers))
-    chosen = [streamed_weights(layers[i]) for i in spread(count, len(layers))]
+    float32 = kept_in_float32(model)
+    kept = {id(parameter) for name, parameter in model.named_parameters() if name in float32}
+    chosen = [
+        [p for p in streamed_weights(layers[i]) if id(p) not in kept]
+        for i in spread(count, len(layers))
+    ]
     streamed = {id(p) for layer in chosen for p in layer}
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -315,7 +322,8 @@ def stream_layers(
         if id(parameter) not in streamed:
             stored = parameter.data
             value = make(names[id(parameter)], stored) if make else stored
-            parameter.data = value.to(device, _dtype(parameter, dtype))
+            own = torch.float32 if id(parameter) in kept else _dtype(parameter, dtype)
+            parameter.data = value.to(device, own)
     source: Source
     try:
         if kind == "files":

@@ -25,6 +25,7 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 from transformers.utils import logging
 
+from stages.shared.experts import check_converter, checkpoint_part, expert_tensors
 from stages.shared.multimodal import MULTIMODAL
 
 # Language models without a causal class of their own, and the family that computes the same where
@@ -32,6 +33,8 @@ from stages.shared.multimodal import MULTIMODAL
 _SAME = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 # Causal classes that take the configuration of the whole.
 _OF_WHOLE = {"mllama"}
+# How many experts a token has, as families call it.
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 _OF_IMAGES = ("type", "mrope_section", "mrope_interleaved")
 
 
@@ -108,25 +111,54 @@ def without_tables() -> Iterator[None]:
 def language_names(whole: PreTrainedModel, keys: set[str]) -> dict[str, str]:
     """What the language model calls each of `keys`, names of tensors in the checkpoint of `whole`.
 
-    Keys of other towers, and those that are fused with others when they are loaded, are left out.
+    Keys of other towers are left out, and those that are fused with others when they are loaded,
+    unless they are experts' (stages/shared/experts.py). Raises StageError where those are fused in
+    a way that cannot be undone.
     """
-    transforms = get_model_conversion_mapping(whole)
-    converters = [each for each in transforms if isinstance(each, WeightConverter)]
-    renamings: list[Any] = [each for each in transforms if not isinstance(each, WeightConverter)]
-    state = whole.state_dict()
+    renamings, converters = _transforms(whole)
+    by_pattern = {p: each for each in converters for p in each.source_patterns}
+    state, experts = whole.state_dict(), expert_tensors(whole)
     language = language_model(whole.config) if is_multimodal(whole.config) else whole
     inner, outer = (_backbone_name(model) for model in (language, whole))
     heads = [_name_of(model, model.get_output_embeddings()) for model in (language, whole)]
     found = {}
     for key in keys:
         name, fused = rename_source_key(key, renamings, converters, whole.base_model_prefix, state)
-        if fused or name not in state:
+        if name not in state or (fused and name not in experts):
             continue
+        if fused:
+            own, _ = rename_source_key(key, renamings, [])
+            name = checkpoint_part(name, own, fused, by_pattern[fused])
         if name.startswith(f"{outer}."):
             found[key] = f"{inner}.{name.removeprefix(f'{outer}.')}"
         elif heads[1] and name.startswith(f"{heads[1]}."):
             found[key] = f"{heads[0]}.{name.removeprefix(f'{heads[1]}.')}"
     return found
+
+
+def _transforms(model: PreTrainedModel) -> tuple[list[Any], list[WeightConverter]]:
+    """How transformers renames a checkpoint's tensors, and what it makes of several."""
+    transforms = get_model_conversion_mapping(model)
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    return [each for each in transforms if not isinstance(each, WeightConverter)], converters
+
+
+def check_experts(model: PreTrainedModel) -> None:
+    """Raise StageError where a checkpoint of `model` may have its experts fused in a way that
+    cannot be undone."""
+    for converter in _transforms(model)[1]:
+        for tensor in expert_tensors(model):
+            if any(tensor.endswith(target) for target in converter.target_patterns):
+                check_converter(tensor, converter)
+
+
+def kept_in_float32(model: PreTrainedModel) -> set[str]:
+    """Names of the tensors of `model` that transformers keeps in float32 whatever it is loaded in:
+    rounded, the bias of a router chooses other experts."""
+    patterns = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    found = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns) or "$^")
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name for name, _ in tensors if found.search(name)}
 
 
 def _backbone_name(model: PreTrainedModel) -> str:
@@ -152,6 +184,11 @@ def key_mapping(renamed: dict[str, str]) -> dict[str, str]:
             found[f"^{pattern}"] = "".join(f"{part}." for part in inner)
     # The longest first: what it replaces is not to be found again.
     return dict(sorted(found.items(), key=lambda item: -len(item[0])))
+
+
+def chosen_experts(config: PretrainedConfig) -> int:
+    """Experts that a router chooses for each token; 1 where the configuration does not say."""
+    return next((n for key in _CHOSEN if isinstance(n := number_of(config, key), int)), 1)
 
 
 def number_of(config: PretrainedConfig, key: str) -> int | None:

@@ -46,6 +46,11 @@ MULTIPROCESSORS = 132
 # Tiles of trl's fused head: tokens x vocabulary.
 HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
 
+# Experts that are dequantized at once, in bytes. All of a layer of Qwen3-30B-A3B (0.8 GB) and of
+# gpt-oss-20b (1.06 GB) fits: one launch of a grouped product, and no wait for the device to learn
+# where a chunk's rows begin. Larger ones (Mixtral 8x7B 1.9 GB, DeepSeek-V3 15 GB) come in parts.
+CHUNK_BYTES = 2**30
+
 NF4_BYTES = {True: 0.5 + 1 / 64 + 4 / 16384, False: 0.5 + 4 / 64}
 # Names that say which tensor of a layer a Linear reads, as Llama and its relatives use them.
 ATTENTION_INPUTS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj"})
@@ -73,9 +78,26 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """One tensor [count, rows, columns] of a layer's experts."""
+
+    name: str
+    count: int
+    rows: int
+    columns: int
+
+    @property
+    def parameters(self) -> int:
+        return self.count * self.rows * self.columns
+
+
+@dataclass(frozen=True)
 class Shape:
     """The numbers of a decoder that decide its memory. `other_parameters` are those outside of
-    `linears` (embeddings, output head, norms, biases), a tied head counted once."""
+    `linears` and `experts` (embeddings, output head, norms, biases, routers), a tied head counted
+    once. Of a mixture of experts, `chosen` compute each token and have `expert_width` values
+    between their products; `shared_width` are those of the experts that compute every token.
+    `float32_parameters` stay in float32."""
 
     layers: int
     vocabulary: int
@@ -88,10 +110,30 @@ class Shape:
     plain: bool  # its layers are plain_layers of stages/shared/fast_path.py
     linears: tuple[Linear, ...]
     other_parameters: int
+    experts: tuple[Experts, ...] = ()
+    chosen: int = 0
+    expert_width: int = 0
+    shared_width: int = 0
+    float32_parameters: int = 0
 
     @property
     def parameters(self) -> int:
-        return self.other_parameters + sum(linear.parameters for linear in self.linears)
+        linears = sum(linear.parameters for linear in self.linears)
+        return self.other_parameters + linears + self.expert_parameters
+
+    @property
+    def expert_parameters(self) -> int:
+        return sum(each.parameters for each in self.experts)
+
+    @property
+    def active_experts(self) -> int:
+        """Parameters of the experts that compute a token."""
+        return sum(self.chosen * each.rows * each.columns for each in self.experts)
+
+    @property
+    def active_parameters(self) -> int:
+        """Those that compute a token."""
+        return self.parameters - self.expert_parameters + self.active_experts
 
 
 @dataclass(frozen=True)
@@ -128,10 +170,11 @@ def adapter_parameters(shape: Shape, rank: int, targets: frozenset[str]) -> int:
 
 def weights_bytes(shape: Shape, method: str, double_quant: bool) -> float:
     """The base model on the GPU."""
+    others = 2.0 * shape.float32_parameters
     if method != "qlora":
-        return 2.0 * shape.parameters
-    linear = sum(x.parameters for x in shape.linears if x.quantized)
-    return NF4_BYTES[double_quant] * linear + 2.0 * (shape.parameters - linear)
+        return 2.0 * shape.parameters + others
+    packed = sum(x.parameters for x in shape.linears if x.quantized) + shape.expert_parameters
+    return NF4_BYTES[double_quant] * packed + 2.0 * (shape.parameters - packed) + others
 
 
 def adapts(shape: Shape, run: Training, names: frozenset[str]) -> bool:
@@ -162,12 +205,40 @@ def attention_saved(shape: Shape, run: Training) -> float:
 
 def mlp_saved(shape: Shape, run: Training) -> float:
     """Bytes per token that the MLP half of a layer keeps for its backward pass."""
+    if shape.experts:
+        return experts_saved(shape, run)
     h, i = shape.hidden, shape.intermediate
     gates, names, inputs = (4 if run.liger else 6) * i, MLP, {2 * h: MLP_INPUTS, 2 * i: MLP_OUTPUT}
     if one_operation_mlp(shape, run):
         # x A^T of down_proj is made again, from the product.
         gates, names, inputs = 4 * i, MLP_INPUTS, {2 * h: MLP_INPUTS}
     return norm_saved(h, run) + gates + projections_saved(shape, run, names, inputs)
+
+
+def experts_saved(shape: Shape, run: Training) -> float:
+    """`mlp_saved` of a layer of experts: the norm, the router's scores, for each expert of a token
+    gate and up, what the activation made of gate, and the result before it is weighted; the product
+    itself keeps nothing (stages/shared/packed.py). Experts of every token are an MLP besides."""
+    h, i = shape.hidden, shape.expert_width
+    scores = 10 * max(each.count for each in shape.experts)
+    of_16_bit = 0 if run.method == "qlora" else 2 * h + 2 * i
+    each = 6 * i + 2 * h + of_16_bit
+    shared = 8 * shape.shared_width + (2 * h if shape.shared_width else 0)
+    return norm_saved(h, run) + scores + shape.chosen * each + shared
+
+
+def experts_working(shape: Shape, run: Training) -> float:
+    """`mlp_working` of a layer of experts: rows are counted once for each expert of a token."""
+    h, i, rows = shape.hidden, shape.expert_width, run.tokens * shape.chosen
+    dequantized = dequantized_bytes(shape, run)
+    return 2.0 * h * run.tokens + max(
+        # Backward through the weighted sum: the results' gradient, weighted, and the weights'.
+        6 * h * rows,
+        # Through the activation: the product's gradient, those of its factors, and gate and up's.
+        10 * i * rows,
+        # Through the products: what comes, what goes, and a chunk of experts.
+        max(2 * h + 2 * i, 4 * i + 2 * h) * rows + dequantized,
+    )
 
 
 def norm_saved(hidden: int, run: Training) -> float:
@@ -201,11 +272,22 @@ def projections_saved(
 
 
 def dequantized_bytes(shape: Shape, run: Training) -> float:
-    """A 16-bit copy of one weight, and bitsandbytes' constants in fp32."""
+    """A 16-bit copy of one weight or of a chunk of experts, and bitsandbytes' constants in fp32."""
     if run.method != "qlora":
         return 0.0
     constants = 0 if run.fused_lora and run.liger else 4 / 64
-    return (2 + constants) * max((x.parameters for x in shape.linears if x.quantized), default=0)
+    linear = max((x.parameters for x in shape.linears if x.quantized), default=0)
+    return max((2 + constants) * linear, (2 + 4 / 64) * chunk_values(shape))
+
+
+def chunk_values(shape: Shape) -> int:
+    """Values of the experts that are dequantized at once."""
+
+    def of(each: Experts) -> int:
+        one = each.rows * each.columns
+        return one * min(each.count, max(1, CHUNK_BYTES // (2 * one)))
+
+    return max(map(of, shape.experts), default=0)
 
 
 def one_operation_working(shape: Shape, run: Training, again: bool) -> float:
@@ -225,6 +307,8 @@ def mlp_working(shape: Shape, run: Training, again: bool) -> float:
 
     again  it is computed twice, and nothing is saved the first time
     """
+    if shape.experts:
+        return experts_working(shape, run)
     h, i, t = shape.hidden, shape.intermediate, run.tokens
     one = one_operation_mlp(shape, run)
     if one and run.liger:
@@ -355,7 +439,8 @@ def sizes_of(shape: Shape, run: Training) -> Sizes:
     head_forward, head_backward = head_bytes(shape, run)
     linears = sum(x.parameters for x in shape.linears)
     # Of NF4 the codes; the constants stay on the GPU.
-    packed = (0.5 if run.method == "qlora" else 2.0) * linears / shape.layers
+    all_weights = linears + shape.expert_parameters
+    packed = (0.5 if run.method == "qlora" else 2.0) * all_weights / shape.layers
     width, attention = shape.heads * shape.head_dim, 2.0 * tokens * tokens / run.sequences
     return Sizes(
         layers=shape.layers,
@@ -385,8 +470,13 @@ def sizes_of(shape: Shape, run: Training) -> Sizes:
         head_backward=head_backward,
         checkpointing=run.checkpointing,
         offloading=run.offloading,
-        operations=2.0 * tokens * (linears + shape.hidden * shape.vocabulary),
-        mlp_operations=2.0 * tokens * _parameters(shape, MLP_INPUTS) / shape.layers,
+        operations=2.0
+        * tokens
+        * (linears + shape.active_experts + shape.hidden * shape.vocabulary),
+        mlp_operations=2.0
+        * tokens
+        * (_parameters(shape, MLP_INPUTS) + shape.active_experts)
+        / shape.layers,
         attention_operations=2.0 * tokens * _parameters(shape, ATTENTION_INPUTS) / shape.layers
         + attention * width,
     )

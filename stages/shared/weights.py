@@ -8,7 +8,8 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from functools import cache, cached_property
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +19,8 @@ from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as SINGLE
 from safetensors import SafetensorError, safe_open
 
-from stages.shared.nf4 import dequantize
+from stages.shared.experts import PACKED, part_name, part_of
+from stages.shared.nf4 import BLOCK, NESTED_BLOCK, dequantize, unnested, unpacked
 from stages.shared.outputs import read_json
 from stages.shared.process import StageError
 
@@ -26,19 +28,17 @@ LETTERS = {torch.float16: "F16", torch.bfloat16: "BF16"}
 # Where tensors of the checkpoint have other names than those of the model that is trained, or are
 # not in it: by the model's names those of the checkpoint (stages/shared/text_model.py).
 NAMES = "names.json"
+# Tensors that keep the type that the checkpoint has them in: `names`, by the model.
+KEPT = "kept.json"
 # What bitsandbytes saves beside a packed weight, as <weight name>.<part>.
 NF4_STATE = "quant_state.bitsandbytes__nf4"
 NF4_PARTS = (NF4_STATE, "absmax", "quant_map", "nested_absmax", "nested_quant_map")
 TYPES = {"F64": torch.float64, "F32": torch.float32} | {v: k for k, v in LETTERS.items()}
+# Of the values of any tensor that is read.
+_READ = TYPES | {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16}
+_READ |= {"I32": torch.int32, "I64": torch.int64}
 # Bytes of a value of each of safetensors' types, as tensors that are copied may have.
-WIDTHS = {k: v.itemsize for k, v in TYPES.items()} | {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "I16": 2,
-    "I32": 4,
-    "I64": 8,
-}
+WIDTHS = {letters: dtype.itemsize for letters, dtype in _READ.items()}
 # Values of one block: 1 MB in float32, which stays in the processor's cache. Blocks four times as
 # large took 30 % longer, most of it in page faults.
 BLOCK_VALUES = 2**18
@@ -61,7 +61,8 @@ class Entry(NamedTuple):
 
 
 class Weights:
-    """The tensors of a folder; an NF4 weight with its parts counts as one tensor.
+    """The tensors of a folder; an NF4 weight with its parts counts as one tensor, and of packed
+    experts each that the checkpoint has as one (stages/shared/experts.py).
 
     renamed  what to call a tensor that the files call otherwise, by its name there
     names   sorted, as the base model calls them
@@ -81,6 +82,8 @@ class Weights:
         if (folder / INDEX).exists():
             self.index = read_json(folder / INDEX)["weight_map"]
         shapes, dtypes, self._offsets = {}, {}, {}
+        # By name: the packed experts that it is of, and its place among their tensors.
+        self._of_stack: dict[str, tuple[str, int]] = {}
         for file in sorted(set(self.index.values())) if self.index else [SINGLE]:
             for key, entry in _header(folder / file).items():
                 self._check_place(key, file)
@@ -92,11 +95,47 @@ class Weights:
                 raise StageError(f"{folder / file} lacks {key}, which {INDEX} puts there")
         self.nf4 = {k.removesuffix(f".{NF4_STATE}") for k in self.files if k.endswith(NF4_STATE)}
         parts = {f"{weight}.{part}" for weight in self.nf4 for part in NF4_PARTS}
+        parts |= {key for key in self.files if f"{PACKED}." in key}
         self.names = sorted(self.files.keys() - parts)
+        self._stored = {name: (dtypes[name], shapes[name]) for name in self.files}
         self.dtypes = {name: dtypes[name] for name in self.names}
         self.shapes = {name: shapes[name] for name in self.names}
         for name in self.nf4:
             self.shapes[name] = tuple(json.loads(bytes(self.read(f"{name}.{NF4_STATE}")))["shape"])
+        for key in sorted(parts):
+            if key.endswith(f"{PACKED}.codes"):
+                self._add_stack(key.removesuffix(".codes"))
+        self.names.sort()
+
+    def _add_stack(self, stack: str) -> None:
+        """Add the tensors of the checkpoint that are in the packed experts `stack`."""
+        tensor = f"{stack.removesuffix(PACKED)}_proj"
+        experts, *rest, rows, half = self._stored[f"{stack}.codes"][1]
+        names, shape = [tensor], [experts, rows, 2 * half]
+        if rest:
+            names = [part_name(tensor, e, p) for e in range(experts) for p in range(rest[0])]
+            shape = shape[1:]
+        for place, name in enumerate(names):
+            self._of_stack[name] = stack, place
+            self.files[name] = self.files[f"{stack}.codes"]
+            self.shapes[name], self.dtypes[name] = tuple(shape), "U8"
+        self.names += names
+        self.nf4 |= set(names)
+
+    def parts(self, name: str) -> list[str]:
+        """The tensors that the model's `name` is made of, in the order of its rows; none where it
+        is not there."""
+        if name in self.shapes:
+            return [name]
+        return self._parts.get(name, [])
+
+    @cached_property
+    def _parts(self) -> dict[str, list[str]]:
+        found = sorted((part, name) for name in self.names if (part := part_of(name)))
+        return {
+            tensor: [name for _, name in of_tensor]
+            for tensor, of_tensor in groupby(found, lambda item: item[0][0])
+        }
 
     def _check_place(self, key: str, file: str) -> None:
         place = self.index.get(key, "no file") if self.index else file
@@ -107,9 +146,17 @@ class Weights:
             )
 
     def read(self, key: str) -> torch.Tensor:
-        """One tensor as stored."""
-        with safe_open(self.files[key], framework="pt") as tensors:
-            return tensors.get_tensor(self.key(key))
+        """One tensor as stored. Raises StageError for a type that is not known."""
+        letters, shape = self._stored[key]
+        if letters not in _READ:
+            raise StageError(f"{self.files[key]}: {key} is {letters}, which is not known here")
+        return self._fill(torch.empty(shape, dtype=_READ[letters]), key, 0)
+
+    def _values(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Values [start, stop) of a tensor, flat."""
+        dtype = _READ[self._stored[key][0]]
+        part = torch.empty(stop - start, dtype=dtype)
+        return self._fill(part, key, start * dtype.itemsize)
 
     def key(self, name: str) -> str:
         """What the files call the tensor `name`."""
@@ -121,6 +168,8 @@ class Weights:
         The slice is one of `row_blocks`. Raises StageError when the tensor is not of a floating
         type.
         """
+        if name in self._of_stack:
+            return self._stack_reader(name, device)
         if name in self.nf4:
             return self._nf4_reader(name, device)
         if self.dtypes[name] not in TYPES:
@@ -162,6 +211,35 @@ class Weights:
 
         return read
 
+    def _stack_reader(self, name: str, device: torch.device) -> Callable[[slice], torch.Tensor]:
+        (stack, place), shape = self._of_stack[name], self.shapes[name]
+        rows, columns = shape[-2:]
+        blocks = rows * columns // BLOCK
+        seconds = -(-blocks // NESTED_BLOCK)
+
+        def scales_of(i: int) -> torch.Tensor:
+            found = self._values(f"{stack}.absmax", i * blocks, (i + 1) * blocks).to(device)
+            if f"{stack}.nested" not in self.files:
+                return found
+            nested = self._values(f"{stack}.nested", i * seconds, (i + 1) * seconds).to(device)
+            offset = self._values(f"{stack}.offset", i, i + 1).to(device)
+            return unnested(found[None], nested[None], offset, _dynamic_map().to(device))[0]
+
+        def decoded(i: int, scales: torch.Tensor, first: int, last: int) -> torch.Tensor:
+            start = i * rows * columns
+            codes = self._values(
+                f"{stack}.codes", (start + first * columns) // 2, (start + last * columns) // 2
+            )
+            own = scales[first * columns // BLOCK : last * columns // BLOCK]
+            return unpacked(codes.to(device), own, torch.bfloat16).view(-1, columns)
+
+        if len(shape) == 2:
+            every = scales_of(place)
+            return lambda block: decoded(place, every, block.start, block.stop)
+        return lambda block: torch.stack(
+            [decoded(i, scales_of(i), 0, rows) for i in range(block.start, block.stop)]
+        )
+
     def _fill(self, part: torch.Tensor, name: str, start: int) -> torch.Tensor:
         """Fill `part` with a tensor's bytes from `start` on."""
         with self.files[name].open("rb") as file:
@@ -176,6 +254,23 @@ def other_names(folder: Path) -> dict[str, str] | None:
     if not (folder / NAMES).exists():
         return None
     return {key: name for name, key in read_json(folder / NAMES).items()}
+
+
+def model_weights(folder: Path) -> Weights:
+    """The weights in the folder of a model that is computed with, by the model's names."""
+    renamed = other_names(folder) or {}
+    return Weights(folder, {key: name for key, name in renamed.items() if part_of(name)})
+
+
+def kept_names(folder: Path) -> set[str]:
+    """Names of the tensors in the folder of a model that is computed with whose type is that of the
+    checkpoint."""
+    return set(read_json(folder / KEPT)["names"]) if (folder / KEPT).exists() else set()
+
+
+@cache
+def _dynamic_map() -> torch.Tensor:
+    return bnb.create_dynamic_map()
 
 
 def _header(file: Path) -> dict[str, dict]:
@@ -198,13 +293,15 @@ def _header(file: Path) -> dict[str, dict]:
 def row_blocks(shape: tuple[int, ...], device: torch.device) -> list[slice]:
     """Row blocks of like size for a tensor of `shape`; on a GPU one, the whole.
 
-    cuBLAS picks its kernel by the shape, so a block could differ from the whole product.
+    cuBLAS picks its kernel by the shape, so a block could differ from the whole product. Of three
+    dimensions the first counts experts, each a block at the most.
     """
     rows, values = shape[0] if shape else 1, torch.Size(shape).numel()
-    units, count = rows // UNIT_ROWS, 1
-    if device.type == "cpu":
+    unit = 1 if len(shape) > 2 else UNIT_ROWS
+    units, count = rows // unit, 1
+    if device.type == "cpu" or unit == 1:
         count = max(1, min(-(-values // BLOCK_VALUES), units))
-    bounds = [UNIT_ROWS * (units * i // count) for i in range(count)]
+    bounds = [unit * (units * i // count) for i in range(count)]
     return [slice(a, b) for a, b in pairwise([*bounds, rows])]
 
 

@@ -1,23 +1,29 @@
 """What training is asked to do: the base model's shape, the rows and the settings, for what places
 them (stages/shared/placement.py)."""
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.ipc
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from stages.shared import vram
+from stages.shared.experts import OWN_CODE, expert_stacks, expert_tensors
 from stages.shared.fast_path import choose_fast_path, plain_layers
-from stages.shared.linears import adaptable_linears, quantized_linears
+from stages.shared.linears import adaptable_linears, quantized_linears, targets_of
 from stages.shared.outputs import read_json
 from stages.shared.params import Params, Train
 from stages.shared.process import StageError
 from stages.shared.rows import lengths
-from stages.shared.text_model import largest_of, number_of, read_config
+from stages.shared.text_model import (
+    chosen_experts,
+    kept_in_float32,
+    largest_of,
+    number_of,
+    read_config,
+)
 
 
 @dataclass(frozen=True)
@@ -50,9 +56,6 @@ def shape_of(config: PretrainedConfig) -> vram.Shape:
     """The shape of the model, read off its modules, which are built on the meta device."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    if any(".experts." in name for name, _ in model.named_parameters()):
-        # peft would also adapt the fused experts, which merge refuses when all is trained.
-        raise ValueError("mixtures of experts cannot be merged; choose a dense base model")
     text, head = config.get_text_config(), model.get_output_embeddings()
     quantized, adaptable = quantized_linears(model), set(adaptable_linears(model))
     linears = tuple(
@@ -62,6 +65,7 @@ def shape_of(config: PretrainedConfig) -> vram.Shape:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     )
+    experts = tuple(vram.Experts(name, *x.shape) for name, x in expert_tensors(model).items())
     heads = number_of(text, "num_attention_heads")
     if not heads or not linears:
         raise ValueError("it has no layers of attention and products")
@@ -82,31 +86,43 @@ def shape_of(config: PretrainedConfig) -> vram.Shape:
         silu=getattr(text, "hidden_act", None) == "silu",
         plain=bool(plain_layers(model)),
         linears=linears,
-        other_parameters=model.num_parameters() - sum(x.parameters for x in linears),
+        other_parameters=model.num_parameters()
+        - sum(x.parameters for x in linears)
+        - sum(x.parameters for x in experts),
+        float32_parameters=sum(
+            tensor.numel()
+            for name, tensor in model.named_parameters()
+            if name in kept_in_float32(model)
+        ),
+        experts=experts,
+        **(experts_shape(model) if experts else {}),
     )
 
 
-def match_targets(shape: vram.Shape, wanted: str | list[str]) -> frozenset[str]:
-    """Names of the Linears that get an adapter, matched as peft does (by the end of the name).
+def experts_shape(model: PreTrainedModel) -> dict[str, int]:
+    """What a Shape says of a mixture of experts, beside their tensors."""
+    stacks = expert_stacks(model)
+    first, stack = next(iter(stacks.items()))
+    # Rows or columns, whichever the down projection does not share with the stream.
+    turned = getattr(stack, "is_transposed", type(stack).__name__ in OWN_CODE)
+    down = stack.get_parameter("down_proj").shape
+    beside = model.get_submodule(first.rpartition(".")[0])
+    # Those whose code gives every expert every token compute all.
+    every = down[0] if type(stack).__name__ in OWN_CODE else None
+    return {
+        "chosen": every or chosen_experts(model.config.get_text_config()),
+        "expert_width": down[1] if turned else down[2],
+        "shared_width": sum(
+            module.in_features
+            for name, module in beside.named_modules()
+            if isinstance(module, torch.nn.Linear) and name.endswith("down_proj")
+        ),
+    }
 
-    Raises StageError for a name that is no Linear of the base: peft would skip it in silence.
-    """
-    names = [x.name for x in shape.linears if x.adaptable]
-    if wanted == "all-linear":
-        return frozenset(names)
-    found = set()
-    for target in wanted:
-        matches = [n for n in names if n == target or n.endswith(f".{target}")]
-        if not matches:
-            short = sorted({n.rsplit(".", 1)[-1] for n in names})
-            near = difflib.get_close_matches(target, short, 1, 0.4)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise StageError(
-                f"params.yaml: lora.target_modules: {target} is no linear layer of the base "
-                f"that can be adapted; {hint}It has {', '.join(short)}"
-            )
-        found.update(matches)
-    return frozenset(found)
+
+def match_targets(shape: vram.Shape, wanted: str | list[str]) -> frozenset[str]:
+    """Names of the Linears that get an adapter. Raises StageError as targets_of does."""
+    return frozenset(targets_of(wanted, (x.name for x in shape.linears if x.adaptable)))
 
 
 def largest_step(rows: Lengths, train: Train, padding_free: bool) -> tuple[int, int, int]:

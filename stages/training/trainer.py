@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from stages.shared.adapted import check_adapted, lost_elsewhere, targets_as_written
 from stages.shared.fast_path import FastPath, plain_layers
-from stages.shared.linears import unadaptable_linears
+from stages.shared.linears import adaptable_linears, targets_of, unadaptable_linears
 from stages.shared.params import Lora, Params, Train
 from stages.shared.placement import Placement
 from stages.shared.ranks import ALONE, World
@@ -127,7 +128,8 @@ class Trainer(SFTTrainer):
 
 
 def lora_config(lora: Lora, model: PreTrainedModel | None = None) -> LoraConfig:
-    """params.lora in PEFT's words; of `model`, all-linear leaves out what PEFT would refuse."""
+    """params.lora in PEFT's words; of `model`, all-linear leaves out what PEFT would refuse, and
+    what chooses experts."""
     every = lora.target_modules == "all-linear"
     return LoraConfig(
         exclude_modules=(unadaptable_linears(model) if model and every else None) or None,
@@ -139,6 +141,16 @@ def lora_config(lora: Lora, model: PreTrainedModel | None = None) -> LoraConfig:
         bias="none",
         task_type="CAUSAL_LM",
     )
+
+
+def tell_lost(family: str, targets: set[str]) -> None:
+    """Say which modules of the adapter PEFT by itself would not load."""
+    if lost := lost_elsewhere(family, targets):
+        print(
+            f"train: PEFT by itself leaves out {len(lost)} of the adapter's {len(targets)} modules "
+            f"such as {lost[0]}, whose names it takes for those of experts of {family}; serve "
+            "models/release, which has all of them"
+        )
 
 
 def optimizer_steps(rows: int, train: Train) -> int:
@@ -177,14 +189,20 @@ def build_trainer(
     fast = trial.batches(model, fast, params.train.batching == "packing")
     if dropped := leave_out_attention_dropout(model):
         print(f"train: the base's attention_dropout ({dropped:g}) is left out")
-    trainer = Trainer(
-        model=model,
-        args=trainer_config(model, data, params, fast, placement, folder),
-        train_dataset=data.rows,
-        processing_class=data.tokenizer,
-        peft_config=lora_config(params.lora, model),
-        world=world,
+    targets = targets_of(params.lora.target_modules, adaptable_linears(model))
+    with targets_as_written():
+        trainer = Trainer(
+            model=model,
+            args=trainer_config(model, data, params, fast, placement, folder),
+            train_dataset=data.rows,
+            processing_class=data.tokenizer,
+            peft_config=lora_config(params.lora, model),
+            world=world,
+        )
+    check_adapted(
+        trainer.model, targets, "lora.target_modules", "name modules that it takes as they are"
     )
+    tell_lost(model.config.model_type, targets)
     assert trainer.args.train_batch_size == params.train.batch_size
     if optimizer_steps(len(trainer.train_dataset), params.train) == 1:
         # The first step of a warm-up has a learning rate of zero.
@@ -298,7 +316,7 @@ def trainer_config(
         # checkpoint is written of it, and a mean over several steps would not survive a resume.
         logging_steps=1,
         logging_nan_inf_filter=False,
-        # Dense members of families that have experts have none to balance.
+        # The router is frozen, so that there is nothing to balance.
         router_aux_loss_coef=0.0,
         save_strategy="no",
         # Trackers are called by stages/training/tracking.py.

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from stages.shared.adapter import WEIGHTS
 from stages.shared.outputs import read_json
 from stages.shared.process import StageError, sha256
-from stages.shared.weights import LETTERS, Weights, other_names
+from stages.shared.weights import LETTERS, Weights, kept_names, other_names
 
 # By force: DVC has the wrong files in its cache, whole, and would take them from there.
 AGAIN = "merge it again with: dvc repro --force --single-item merge"
@@ -71,14 +71,16 @@ def check_headers(merged: Weights, quantized: Weights, base: Weights, dtype: tor
     """Names, shapes, files and types against the base's. Raises StageError naming a tensor."""
     whole = other_names(quantized.folder) is not None
     expected = {*base.names} if whole else {*quantized.names}
+    kept = kept_names(quantized.folder)
     for name in sorted({*expected, *merged.names}):
         if name not in merged.shapes:
             raise StageError(f"{merged.folder} lacks {name}; {AGAIN}")
         if name not in expected:
             raise StageError(f"{merged.folder} holds {name}, which the base lacks; {AGAIN}")
         where, shape = f"{merged.files[name]}: {name}", base.shapes[name]
-        # Other towers are copied.
-        kind = LETTERS[dtype] if name in quantized.shapes else base.dtypes[name]
+        # Other towers are copied, as is what keeps its type.
+        copied = name not in quantized.shapes or name in kept
+        kind = base.dtypes[name] if copied else LETTERS[dtype]
         if merged.shapes[name] != shape:
             raise StageError(f"{where} is {merged.shapes[name]} and in the base {shape}; {AGAIN}")
         if merged.dtypes[name] != kind:

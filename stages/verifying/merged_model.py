@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from stages.shared.fitting import Scored, tightest
 from stages.shared.process import StageError
@@ -15,6 +15,7 @@ from stages.shared.scored_model import place_scored
 from stages.shared.streaming import Make, Streamer, stream_layers
 from stages.shared.text_model import (
     find_backbone,
+    is_multimodal,
     key_mapping,
     loading_report,
     read_config,
@@ -75,12 +76,14 @@ def load_merged(folder: Path, device: torch.device, renamed: dict[str, str] | No
 
     One left over is in the base too, as folder_check.check_headers saw, and does no harm there.
     """
+    # Of a language model alone transformers knows the names itself.
+    towers = is_multimodal(AutoConfig.from_pretrained(folder, local_files_only=True))
     # Typed as the model alone, which it is without output_loading_info.
     with without_tables():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=read_config(folder),
-            key_mapping=key_mapping(renamed) if renamed else None,
+            key_mapping=key_mapping(renamed) if renamed and towers else None,
             dtype="auto",
             device_map={"": device},
             output_loading_info=True,

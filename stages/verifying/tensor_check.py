@@ -4,6 +4,7 @@ The expectation comes from the model as transformers and PEFT loaded it, so that
 merge itself is found, and named.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -13,6 +14,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from tqdm import tqdm
 
+from stages.shared.experts import packed_name, part_of
+from stages.shared.packed import Packed
 from stages.shared.process import StageError
 from stages.shared.ranks import ALONE, World
 from stages.shared.streaming import Streamer
@@ -46,7 +49,12 @@ def check_tensors(
             found = merged.read(name).to(device)
             module: Any = modules.get(name.rpartition(".")[0])
             updated = isinstance(module, LoraLayer) and name.endswith(".weight")
-            if name in source.nf4:
+            if experts := packed_of(modules, name):
+                stack, of_name = experts
+                if streamer and (enter := streamer.entrance(next(stack.parameters()))):
+                    enter()
+                plain = of_name(stack).to(dtype)
+            elif name in source.nf4:
                 plain = module.base_layer.weight if updated else module.weight
                 if streamer and (enter := streamer.entrance(plain)):
                     enter()
@@ -71,6 +79,25 @@ def check_tensors(
         raise StageError(
             f"{merged.folder}: not the base plus the adapter: {', '.join(wrong[:3])}{more}; {AGAIN}"
         )
+
+
+def packed_of(
+    modules: dict[str, torch.nn.Module], name: str
+) -> tuple[Packed, Callable[[Packed], torch.Tensor]] | None:
+    """Of a tensor of experts, the module that has them packed, and how to have it in bfloat16."""
+    tensor, expert, piece = part_of(name) or (name, None, 0)
+    stack: Any = modules.get(packed_name(tensor))
+    if not isinstance(stack, Packed):
+        return None
+
+    def found(stack: Packed) -> torch.Tensor:
+        if expert is None:
+            every = range(stack.shape[0])
+            return torch.cat([stack.dense(e, e + 1, torch.bfloat16) for e in every])
+        rows = stack.dense(expert, expert + 1, torch.bfloat16)[0]
+        return rows.chunk(stack.pieces)[piece]
+
+    return stack, found
 
 
 def rounding_slack(module: LoraLayer) -> torch.Tensor:

@@ -1,0 +1,264 @@
+"""The experts of a layer, packed: dequantized where they compute, a few at a time.
+
+transformers keeps all experts of a layer in two tensors of three dimensions, which no quantizer of
+Linears takes. Here a module stands for each such tensor. It holds packed bytes and constants, and
+gives experts [first, last) in full. Several storages can do that: a class below Packed, with its
+tensors and `dense`.
+
+The product of a layer's tokens with its experts keeps the module alone for the backward pass, and
+dequantizes again there: nothing as large as a dense expert outlives its product. Experts come in
+chunks of at most CHUNK_BYTES of values, so that what is alive at once is bounded by that and not by
+the size of a layer.
+
+Sums over the experts of a token run in the order of the router's choice, on every device: no atomic
+addition takes part.
+"""
+
+from functools import cached_property
+from types import MethodType
+from typing import Any
+
+import torch
+from bitsandbytes.functional import create_dynamic_map
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from stages.shared.experts import OWN_CODE, PACKED, expert_stacks, packed_name
+from stages.shared.nf4 import unnested, unpacked
+from stages.shared.vram import CHUNK_BYTES
+
+# The name under which transformers knows the forward pass below.
+IMPLEMENTATION = "packed"
+
+
+class Groups:
+    """Rows that are sorted by expert. `ends` [E] int32: the row after the last of each."""
+
+    def __init__(self, ends: torch.Tensor):
+        self.ends = ends.to(torch.int32)
+
+    @cached_property
+    def bounds(self) -> list[int]:
+        """[E + 1]: the first row of each expert, and the number of rows. Waits for the device."""
+        return [0, *self.ends.tolist()]
+
+
+class Packed(nn.Module):
+    """The weights of all experts in one product of a layer, of whatever storage.
+
+    shape       [E, a, b] of the dense tensor, as transformers has it
+    transposed  it is [E, in, out], not [E, out, in]
+
+    Called with rows [n, in], sorted by expert, and their Groups it gives [n, out].
+    """
+
+    transposed = False
+    # Tensors of the checkpoint in an expert's: 2 where gate and up are two.
+    pieces = 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        raise NotImplementedError
+
+    def dense(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        """Experts [first, last) in full: [last - first, a, b]."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor, groups: Groups) -> torch.Tensor:
+        return _Product.apply(x, self, groups)
+
+
+class Nf4Experts(Packed):
+    """NF4, each tensor of the checkpoint quantized by itself: the bytes are those of a Linear4bit.
+
+    codes   uint8: [E, a, b / 2] where the checkpoint has all experts in one tensor, and
+            [E, pieces, a / pieces, b / 2] where it has one for each expert, or for each of gate
+            and up
+    absmax  a scale for each 64 values, [E, (pieces,) n]: uint8 with `nested` and `offset`, float32
+            without
+    nested  float32 [E, (pieces,) n / 256, rounded up]
+    offset  float32 [E(, pieces)]
+    """
+
+    FIRST = "codes"
+    absmax: torch.Tensor
+    nested: torch.Tensor | None
+    offset: torch.Tensor
+    code: torch.Tensor
+
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        absmax: torch.Tensor,
+        nested: torch.Tensor | None = None,
+        offset: torch.Tensor | None = None,
+    ):
+        super().__init__()
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.pieces = codes.shape[1] if codes.ndim == 4 else 1
+        self.register_buffer("absmax", absmax)
+        self.register_buffer("nested", nested)
+        self.register_buffer("offset", offset)
+        self.register_buffer("code", create_dynamic_map().to(absmax.device), persistent=False)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        experts, *rows, half = self.codes.shape
+        return experts, torch.Size(rows).numel(), 2 * half
+
+    def dense(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        part = slice(first, last)
+        scales = self.absmax[part]
+        if self.nested is not None:
+            scales = unnested(scales, self.nested[part], self.offset[part], self.code)
+        values = unpacked(self.codes[part], scales, dtype)
+        return values.view(last - first, *self.shape[1:])
+
+
+# By the name of the tensor that each has and no other.
+STORAGES: dict[str, type[Packed]] = {Nf4Experts.FIRST: Nf4Experts}
+
+
+class _Product(torch.autograd.Function):
+    """Each row times its expert's weight. Keeps the module, no weight."""
+
+    @staticmethod
+    def forward(ctx, x, packed, groups):
+        ctx.packed, ctx.groups, ctx.of_input = packed, groups, x.dtype
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        ctx.dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        return _grouped(x.to(ctx.dtype), packed, groups, turned=not packed.transposed)
+
+    @staticmethod
+    def backward(ctx, dy):
+        dy = dy.to(ctx.dtype).contiguous()
+        dx = _grouped(dy, ctx.packed, ctx.groups, turned=ctx.packed.transposed)
+        return dx.to(ctx.of_input), None, None
+
+
+def _grouped(x: torch.Tensor, packed: Packed, groups: Groups, turned: bool) -> torch.Tensor:
+    """Rows x of each expert times its weight [a, b], or `turned` times its [b, a]."""
+    experts, a, b = packed.shape
+    fused = x.is_cuda and x.dtype == torch.bfloat16
+    chunk = max(1, CHUNK_BYTES // (a * b * x.dtype.itemsize))
+    if fused and chunk >= experts:
+        weights = packed.dense(0, experts, x.dtype)
+        return _grouped_mm(x, weights.mT if turned else weights, groups.ends)
+    # Rows of no expert do not exist: every one is written.
+    y, bounds = x.new_empty(len(x), a if turned else b), groups.bounds
+    for first in range(0, experts, chunk):
+        last = min(first + chunk, experts)
+        start, end = bounds[first], bounds[last]
+        if start == end:
+            continue
+        weights = packed.dense(first, last, x.dtype)
+        weights = weights.mT if turned else weights
+        if fused:
+            y[start:end] = _grouped_mm(x[start:end], weights, groups.ends[first:last] - start)
+            continue
+        for weight, low, high in zip(weights, bounds[first:], bounds[first + 1 :], strict=False):
+            if low < high:
+                torch.mm(x[low:high], weight, out=y[low:high])
+    return y
+
+
+def _grouped_mm(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return nn.functional.grouped_mm(x, weights, offs=ends)
+
+
+class _Sort(torch.autograd.Function):
+    """Rows [n, width], each as often as experts were chosen for it, in the order of the experts."""
+
+    @staticmethod
+    def forward(ctx, x, order, chosen):
+        ctx.order, ctx.chosen = order, chosen
+        return x[order // chosen]
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _back(dy, ctx.order, ctx.chosen), None, None
+
+
+class _Sum(torch.autograd.Function):
+    """What _Sort undoes: sums of the rows that belong to one token."""
+
+    @staticmethod
+    def forward(ctx, y, order, chosen):
+        ctx.order, ctx.chosen = order, chosen
+        return _back(y, order, chosen)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx[ctx.order // ctx.chosen], None, None
+
+
+def _back(y: torch.Tensor, order: torch.Tensor, chosen: int) -> torch.Tensor:
+    placed = torch.empty_like(y)
+    placed[order] = y
+    return placed.view(-1, chosen, y.shape[-1]).sum(1)
+
+
+def experts_forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """What transformers' own forward passes of experts compute, for `self` with packed experts.
+
+    hidden_states [n, H]; top_k_index and top_k_weights [n, k]
+    """
+    chosen = top_k_index.shape[-1]
+    ids, order = top_k_index.flatten().sort(stable=True)
+    every = torch.arange(self.num_experts, device=ids.device)
+    groups = Groups(torch.searchsorted(ids, every, right=True))
+    gated, biased = self.has_gate, self.has_bias
+    first = f"{'gate_' * gated}up"
+    y = getattr(self, first + PACKED)(_Sort.apply(hidden_states, order, chosen), groups)
+    if biased:
+        y = y + getattr(self, f"{first}_proj_bias")[ids]
+    y = self._apply_gate(y) if gated else self.act_fn(y)
+    y = self.down_packed(y, groups)
+    if biased:
+        y = y + self.down_proj_bias[ids]
+    if getattr(self, "has_post_expert_norm", False):
+        y = self.post_expert_norm(y)
+    y = y * top_k_weights.flatten()[order, None]
+    return _Sum.apply(y, order, chosen).to(hidden_states.dtype)
+
+
+def llama4_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Of Llama4TextExperts: every token comes once for each expert, sorted by it."""
+    rows = len(hidden_states) // self.num_experts
+    every = torch.arange(1, self.num_experts + 1, device=hidden_states.device)
+    groups = Groups(rows * every)
+    gate, up = self.gate_up_packed(hidden_states, groups).chunk(2, dim=-1)
+    return self.down_packed(up * self.act_fn(gate), groups)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+def put_packed(model: PreTrainedModel, name: str, packed: Packed) -> None:
+    """Let `packed` stand for the parameter `name` of `model`. Raises ValueError where it does not
+    have its shape."""
+    owner, _, key = name.rpartition(".")
+    experts = model.get_submodule(owner)
+    if tuple(experts.get_parameter(key).shape) != packed.shape:
+        expected = tuple(experts.get_parameter(key).shape)
+        raise ValueError(f"{name} is {packed.shape} and must be {expected}")
+    packed.transposed = getattr(experts, "is_transposed", type(experts).__name__ in OWN_CODE)
+    delattr(experts, key)
+    experts.add_module(packed_name(key), packed)
+
+
+def compute_packed(model: PreTrainedModel) -> None:
+    """Let the experts of `model`, all of them packed, compute as above."""
+    stacks = expert_stacks(model).values()
+    for module in stacks:
+        if type(module).__name__ in OWN_CODE:
+            module.forward = MethodType(llama4_forward, module)
+    if any(type(module).__name__ not in OWN_CODE for module in stacks):
+        model.set_experts_implementation(IMPLEMENTATION)

@@ -1,0 +1,139 @@
+"""Packed experts compute what dequantized ones do in transformers' own forward passes."""
+
+import json
+
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from moe import MOE, moe_config
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from stages.quantize import nf4, quantize
+from stages.shared import packed
+from stages.shared.experts import expert_tensors
+from stages.shared.model import load_base
+from stages.shared.nf4 import dequantize
+from stages.shared.text_model import find_backbone, kept_in_float32
+from stages.shared.weights import model_weights
+
+pytestmark = pytest.mark.slow
+
+CPU = torch.device("cpu")
+IDS = torch.arange(3, 80)[None]
+
+
+def through_nf4(weight: torch.Tensor, double_quant: bool = True) -> torch.Tensor:
+    """As bitsandbytes alone decodes what it encodes, [out, in] in float32."""
+    codes, state = nf4(weight, double_quant, CPU)
+    if double_quant:
+        state.absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        state.nested = False
+    state.dtype = torch.float32
+    return dequantize(codes, state)
+
+
+def dequantized(model, double_quant: bool = True):
+    """`model` in float32 with what NF4 makes of each weight that quantize takes."""
+    from stages.shared.linears import quantized_linears
+
+    linears = quantized_linears(model)
+    model.float()
+    for name, tensor in expert_tensors(model).items():
+        pieces = 2 if "gate_up" in name and apart(model) else 1
+        for expert in tensor.data:
+            for piece in expert.chunk(pieces):
+                piece.copy_(through_nf4(piece.clone(), double_quant))
+    for name in linears:
+        weight = model.get_submodule(name).weight.data
+        weight.copy_(through_nf4(weight.clone(), double_quant))
+    return model
+
+
+def apart(model) -> bool:
+    """Whether checkpoints of the family have a tensor for each expert's gate and up."""
+    return model.config.model_type not in {"gpt_oss", "granitemoe", "llama4_text"}
+
+
+@pytest.fixture(scope="module", params=MOE)
+def family(request, tmp_path_factory):
+    """(a model in bfloat16, its checkpoint quantized)"""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(moe_config(request.param), dtype=torch.bfloat16)
+    for name in kept_in_float32(model):
+        owner, _, key = name.rpartition(".")
+        tensor = getattr(model.get_submodule(owner), key)
+        # Rounded to bfloat16 they would choose other experts.
+        tensor.data = tensor.data.float() + 5 + 0.05 * torch.randn(tensor.shape)
+    model.eval().save_pretrained(folder / "base")
+    (folder / "out").mkdir()
+    quantize(folder / "base", folder / "out", double_quant=True)
+    return model, folder
+
+
+def adapted(model, checkpointing: bool):
+    find_backbone(model)
+    targets = r".*self_attn\.(q_proj|q_b_proj|k_proj|kv_b_proj|o_proj)"
+    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+    torch.manual_seed(1)
+    model = get_peft_model(model, config)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        model.train()
+    return model
+
+
+def computed(model, checkpointing: bool) -> dict[str, torch.Tensor]:
+    """Logits, and gradients of the input and of the adapters."""
+    model = adapted(model, checkpointing)
+    inputs = model.get_input_embeddings()(IDS).detach().float().requires_grad_()
+    logits = model(inputs_embeds=inputs, use_cache=False).logits
+    logits.float().square().mean().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert found
+    return {name.replace("base_layer.", ""): g for name, g in found.items()} | {
+        "logits": logits.detach(),
+        "input": inputs.grad,
+    }
+
+
+@pytest.mark.parametrize(("checkpointing", "at_once"), [(False, 1), (True, 4)])
+def test_it_is_what_dequantized_experts_compute(family, checkpointing, at_once, monkeypatch):
+    model, folder = family
+    expected = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    expected = computed(dequantized(expected.eval()), checkpointing)
+    largest = max(t.numel() // len(t) for t in expert_tensors(model).values())
+    monkeypatch.setattr(packed, "CHUNK_BYTES", 4 * at_once * largest)
+    found = computed(load_base(folder / "out", CPU), checkpointing)
+    assert found.keys() == expected.keys()
+    off = {name: float((found[name] - expected[name]).abs().max()) for name in found}
+    assert not any(off.values()), {name: x for name, x in off.items() if x}
+
+
+def test_what_stays_in_float32_is_kept_to_the_bit(family):
+    model, folder = family
+    loaded = load_base(folder / "out", CPU, dtype=torch.bfloat16)
+    kept = kept_in_float32(model)
+    assert bool(kept) == (folder / "out/kept.json").exists()
+    tensors = dict(loaded.named_parameters()) | dict(loaded.named_buffers())
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert all(torch.equal(tensors[name], own[name]) for name in kept)
+
+
+def test_each_tensor_of_the_checkpoint_is_read_alone(family):
+    """By merge: the bytes are those of a Linear4bit of that tensor."""
+    _, folder = family
+    weights, base = model_weights(folder / "out"), load_file(folder / "base/model.safetensors")
+    names = folder / "out/names.json"
+    keys = json.loads(names.read_text()) if names.exists() else {}
+    packed_tensors = weights.nf4 & weights._of_stack.keys()
+    assert packed_tensors
+    for name in packed_tensors:
+        tensor = base[keys.get(name, name)]
+        read = weights.reader(name, CPU)
+        found = read(slice(0, len(tensor)))
+        expected = torch.stack([through_nf4(each) for each in tensor.view(-1, *tensor.shape[-2:])])
+        assert torch.equal(found, expected.view(tensor.shape).to(torch.bfloat16)), name
