@@ -172,8 +172,11 @@ def quantize(base: Path, out: Path, double_quant: bool) -> None:
             return quantized_tensors(name, tensor, double_quant, device)
         if name in names.experts or part_of(name):
             return stacks.made(name, tensor)
-        return {name: tensor if name in names.kept else tensor.to(torch.bfloat16)}
+        as_it_is = name in names.kept or name in names.packed
+        return {name: tensor if as_it_is else tensor.to(torch.bfloat16)}
 
+    if names.packed:
+        print("quantize: the experts are in MXFP4 already, and stay so to the bit")
     stream(base, out, names, made)
     stacks.check_whole()
     config = config_of(base)
@@ -233,6 +236,8 @@ def write_names(out: Path, names: Names) -> None:
 def config_of(base: Path) -> dict:
     """config.json of the language model: where it is all of the checkpoint, that of the files."""
     config, language = read_json(base / "config.json"), read_config(base)
+    # Of a checkpoint in MXFP4, which is said by its tensors here.
+    config.pop("quantization_config", None)
     if language.model_type == config["model_type"]:
         return config
     return language.to_diff_dict()
