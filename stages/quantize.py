@@ -40,6 +40,7 @@ from transformers import BitsAndBytesConfig
 from stages.quantizing.names import Names, check_names
 from stages.shared.device import memory_metrics, pick_device
 from stages.shared.experts import packed_name, part_of
+from stages.shared.mxfp4 import STORAGE
 from stages.shared.paths import BASE, QUANTIZED
 from stages.shared.provenance import provenance
 from stages.shared.text_model import read_config
@@ -236,8 +237,8 @@ def write_names(out: Path, names: Names) -> None:
 def config_of(base: Path) -> dict:
     """config.json of the language model: where it is all of the checkpoint, that of the files."""
     config, language = read_json(base / "config.json"), read_config(base)
-    # Of a checkpoint in MXFP4, which is said by its tensors here.
-    config.pop("quantization_config", None)
+    if config.pop("quantization_config", None):
+        config[STORAGE] = "mxfp4"
     if language.model_type == config["model_type"]:
         return config
     return language.to_diff_dict()

@@ -13,6 +13,8 @@ _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 VALUES = (*_POSITIVE, *(-value for value in _POSITIVE))
 GROUP = 32
 _BIAS = 127
+# The key of config.json in models/quantized by which it is said that experts are in MXFP4.
+STORAGE = "expert_storage"
 
 
 def decoded(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
