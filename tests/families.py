@@ -21,7 +21,7 @@ from typing import Any
 
 import quick
 import yaml
-from moe import MOE, to_mxfp4
+from moe import to_mxfp4
 from tiny import make_tokenizer, make_workspace
 
 DOCS = Path(__file__).parent.parent / "docs/models.md"
