@@ -53,8 +53,10 @@ class Point:
     streamed: int | None = None
     steps: int = STEPS
     held_out: bool = True
+    targets: str = "all-linear"
 
 
+ATTENTION = "q_proj,k_proj,v_proj,o_proj"
 K = 1024
 POINTS = {
     "70b resident 4096": Point("llama-2-70b", 16, 4 * K, checkpointing=True, steps=6),
@@ -78,6 +80,12 @@ POINTS = {
     "gemma 12b 24 GB 4096": Point("gemma-3-12b", 16, 4 * K, cap_gb=24),
     "8b one row of 65536": Point("llama-3-8b", 16, 64 * K, rows=1, cap_gb=24, steps=4),
     "7b 16 bit 12 GB": Point("mistral-7b", 16, 4 * K, cap_gb=12, quantize="none"),
+    # By padding alone where varlen attention cannot be had (gpt-oss: its attention has sinks).
+    "30b a3b resident": Point("qwen-3-30b-a3b", 16, 4 * K, targets=ATTENTION),
+    "30b a3b 24 GB": Point("qwen-3-30b-a3b", 16, 4 * K, cap_gb=24, targets=ATTENTION),
+    "30b a3b 8 GB": Point("qwen-3-30b-a3b", 16, 4 * K, cap_gb=8, targets=ATTENTION),
+    "gpt-oss 20b resident": Point("gpt-oss-20b", 16, 4 * K, targets=ATTENTION),
+    "gpt-oss 20b 8 GB": Point("gpt-oss-20b", 16, 4 * K, cap_gb=8, targets=ATTENTION),
     "7b paged 8 GB": Point("mistral-7b", 64, 4 * K, cap_gb=8, optimizer="paged_adamw_32bit"),
 }
 
@@ -86,7 +94,9 @@ def params_of(point: Point) -> Params:
     """params.yaml with the settings of `point`."""
     params = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
     params["quantize"]["type"] = point.quantize
+    targets = point.targets if point.targets == "all-linear" else point.targets.split(",")
     params["lora"] |= {"r": point.rank, "alpha": point.rank, "dropout": 0.0}
+    params["lora"]["target_modules"] = targets
     params["train"] |= {
         "epochs": 1.0,
         "batch_size": point.rows,

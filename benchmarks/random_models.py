@@ -10,7 +10,7 @@ import json
 import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,8 +26,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from stages.shared.experts import expert_tensors
 from stages.shared.model import set_compute_dtype
 from stages.shared.outputs import write_sums
+from stages.shared.packed import Nf4Experts, compute_packed, put_packed
 from stages.shared.process import sha256
 
 SPREAD = 0.02
@@ -49,7 +51,18 @@ class Family:
     tied: bool
     head: int | None = None
     window: int | None = None
+    more: dict = field(default_factory=dict)
 
+
+A3B = {
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+}
+TINY_A3B = A3B | {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+OSS = {"num_local_experts": 32, "num_experts_per_tok": 4}
+TINY_OSS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 SHAPES = {
     "tiny": Family("llama", 64, 128, 2, 4, 2, 260, False),
@@ -65,6 +78,10 @@ SHAPES = {
     "qwen1.5-110b": Family("qwen2", 8192, 49152, 80, 64, 8, 152064, False),
     # The language model of the multimodal checkpoint.
     "gemma-3-12b": Family("gemma3_text", 3840, 15360, 48, 16, 8, 262208, True, 256, 1024),
+    "tiny-moe": Family("qwen3_moe", 64, 128, 2, 4, 2, 260, False, 16, more=TINY_A3B),
+    "tiny-oss": Family("gpt_oss", 64, 64, 2, 4, 2, 260, False, 16, 16, more=TINY_OSS),
+    "qwen-3-30b-a3b": Family("qwen3_moe", 2048, 6144, 48, 32, 4, 151936, False, 128, more=A3B),
+    "gpt-oss-20b": Family("gpt_oss", 2880, 2880, 24, 64, 8, 201088, False, 64, 128, more=OSS),
     "llama-2-70b-8-layers": Family("llama", 8192, 28672, 8, 64, 8, 32000, False),
     "llama-2-70b": Family("llama", 8192, 28672, 80, 64, 8, 32000, False),
 }
@@ -73,9 +90,10 @@ SHAPES = {
 def config_of(name: str) -> PretrainedConfig:
     """The configuration of a shape of SHAPES."""
     shape = SHAPES[name]
-    more = {"head_dim": shape.head} if shape.head else {}
+    more: dict = {"head_dim": shape.head} if shape.head else {}
     if shape.window or shape.model_type == "mistral":
         more["sliding_window"] = shape.window
+    more |= shape.more
     return AutoConfig.for_model(
         shape.model_type,
         hidden_size=shape.hidden,
@@ -132,6 +150,24 @@ def random_nf4(outputs: int, inputs: int, double_quant: bool, device: torch.devi
     return Params4bit.from_prequantized(codes, stats, device=device)
 
 
+def random_experts(
+    shape: tuple[int, ...], pieces: int, double_quant: bool, device: torch.device
+) -> Nf4Experts:
+    """Experts [E, a, b] as random_nf4 makes a weight, each of so many tensors of a checkpoint."""
+    experts, rows, columns = shape
+    dims, blocks = (experts, pieces), rows * columns // pieces // 64
+    codes = random_nf4(experts * rows, columns, double_quant, device).data
+    codes = codes.view(*dims, rows // pieces, columns // 2)
+    if not double_quant:
+        return Nf4Experts(codes, torch.full((*dims, blocks), SPREAD, device=device))
+    return Nf4Experts(
+        codes,
+        torch.zeros(*dims, blocks, dtype=torch.uint8, device=device),
+        torch.zeros(*dims, -(-blocks // 256), device=device),
+        torch.full(dims, SPREAD, device=device),
+    )
+
+
 def build(
     name: str,
     quantized: bool,
@@ -165,6 +201,12 @@ def build(
             )
             replacement.quant_state = replacement.weight.quant_state
             model.set_submodule(path, replacement)
+    if quantized:
+        for path, tensor in expert_tensors(model).items():
+            pieces = 2 if "gate_up" in path else 1
+            shape = tuple(tensor.shape)
+            put_packed(model, path, random_experts(shape, pieces, double_quant, device))
+        compute_packed(model)
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.device.type == "meta":

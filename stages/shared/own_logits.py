@@ -1,12 +1,13 @@
 """Two short rows, and what the model itself makes of them: the measure of every faster way."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import cycle, islice
 
 import torch
 from transformers import PreTrainedModel
 
+from stages.shared.experts import OWN_CODE, expert_stacks
 from stages.shared.process import StageError
 from stages.shared.scoring import head
 
@@ -27,11 +28,37 @@ def short_rows(rows: list[list[int]]) -> list[list[int]]:
 
 @contextmanager
 def as_trained(model: torch.nn.Module) -> Iterator[torch.device]:
-    """No gradients, and products in the type that training has them in; gives the device."""
+    """No gradients, and products in the type that training has them in; gives the device.
+
+    On a GPU every token has the same experts: rounded otherwise, a router chooses others, and what
+    is compared here is everything but that.
+    """
     device = next(model.parameters()).device
     gpu = device.type == "cuda"
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=gpu):
+    with (
+        torch.no_grad(),
+        torch.autocast(device.type, torch.bfloat16, enabled=gpu),
+        same_experts(model) if gpu else nullcontext(),
+    ):
         yield device
+
+
+@contextmanager
+def same_experts(model: torch.nn.Module) -> Iterator[None]:
+    """Let the first experts of every layer of `model`, with equal weights, compute each token."""
+
+    def choose(_module, args):
+        hidden, chosen, weights, *rest = args
+        first = torch.arange(chosen.shape[-1], device=chosen.device).expand_as(chosen)
+        return hidden, first, torch.full_like(weights, 1 / chosen.shape[-1]), *rest
+
+    routed = [m for m in expert_stacks(model).values() if type(m).__name__ not in OWN_CODE]
+    hooks = [module.register_forward_pre_hook(choose) for module in routed]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def logits_alone(model: torch.nn.Module, rows: list[list[int]]) -> torch.Tensor:
