@@ -163,6 +163,8 @@ def main() -> None:
     tokenizer = tokenizer_folder(ADAPTER, PREPARED)
     where = f"{sources.weights.folder}, {params.dtype}, {device}"
     print(f"merge: {len(sources.updates)} updates onto {where}")
+    if sources.base.mxfp4:
+        print(f"merge: the base's experts are in MXFP4; the merge is {params.dtype} throughout")
     with whole_folder(MERGED, sums=sums) as out:
         counts = write_weights(out, sources, dtype, device, sums)
         write_companions(out, BASE, tokenizer, dtype)

@@ -29,11 +29,11 @@ from stages.shared.paths import PREPARED, TOKENIZER
 from stages.shared.placement import Placement, Prediction
 from stages.shared.vram import (
     CARDS_GB,
-    NF4_BYTES,
     Shape,
     Sizes,
     Training,
     chunk_values,
+    expert_bytes,
     sizes_of,
 )
 from stages.shared.workload import KEPT, Lengths, read_lengths, read_model
@@ -176,13 +176,13 @@ def tell_experts(shape: Shape, run: Training) -> None:
     """Say what a mixture of experts has, and what of it computes."""
     if not shape.experts:
         return
-    packed = NF4_BYTES[run.double_quant] if run.method == "qlora" else 2
-    at_once = "" if run.method != "qlora" else f", {2 * chunk_values(shape) / GB:.2f} GB of them "
-    at_once += "dequantized at once" if at_once else ""
+    packed, at_once = expert_bytes(shape, run.method, run.double_quant), ""
+    if run.method == "qlora" or shape.mxfp4:
+        at_once = f", {2 * chunk_values(shape) / GB:.2f} GB of them dequantized at once"
     print(
         f"plan: {shape.active_parameters / 1e9:.3f}e9 of {shape.parameters / 1e9:.3f}e9 parameters "
         f"compute a token, {shape.chosen} of {shape.experts[0].count} experts a layer; experts "
-        f"take {packed * shape.expert_parameters / GB:.2f} GB{at_once}"
+        f"take {packed / GB:.2f} GB{at_once}"
     )
 
 

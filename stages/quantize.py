@@ -40,6 +40,7 @@ from transformers import BitsAndBytesConfig
 from stages.quantizing.names import Names, check_names
 from stages.shared.device import memory_metrics, pick_device
 from stages.shared.experts import packed_name, part_of
+from stages.shared.mxfp4 import STORAGE
 from stages.shared.paths import BASE, QUANTIZED
 from stages.shared.provenance import provenance
 from stages.shared.text_model import read_config
@@ -172,8 +173,11 @@ def quantize(base: Path, out: Path, double_quant: bool) -> None:
             return quantized_tensors(name, tensor, double_quant, device)
         if name in names.experts or part_of(name):
             return stacks.made(name, tensor)
-        return {name: tensor if name in names.kept else tensor.to(torch.bfloat16)}
+        as_it_is = name in names.kept or name in names.packed
+        return {name: tensor if as_it_is else tensor.to(torch.bfloat16)}
 
+    if names.packed:
+        print("quantize: the experts are in MXFP4 already, and stay so to the bit")
     stream(base, out, names, made)
     stacks.check_whole()
     config = config_of(base)
@@ -233,6 +237,8 @@ def write_names(out: Path, names: Names) -> None:
 def config_of(base: Path) -> dict:
     """config.json of the language model: where it is all of the checkpoint, that of the files."""
     config, language = read_json(base / "config.json"), read_config(base)
+    if config.pop("quantization_config", None):
+        config[STORAGE] = "mxfp4"
     if language.model_type == config["model_type"]:
         return config
     return language.to_diff_dict()

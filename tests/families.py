@@ -21,6 +21,7 @@ from typing import Any
 
 import quick
 import yaml
+from moe import to_mxfp4
 from tiny import make_tokenizer, make_workspace
 
 DOCS = Path(__file__).parent.parent / "docs/models.md"
@@ -76,6 +77,11 @@ LATENT = {
     "v_head_dim": 16,
 }
 GROUPS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+GPT_OSS = LOCAL | {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
 # The first layer is dense.
 SHARED = {"first_k_dense_replace": 1, "moe_intermediate_size": 64}
 
@@ -87,7 +93,8 @@ def positions(*sections: int, **more: Any) -> dict:
 
 @dataclass(frozen=True)
 class Family:
-    """`says` is what a stage refuses it with. `text` and `towers` make one with several towers."""
+    """`says` is what a stage refuses it with, `mxfp4` that its experts come so. `text` and `towers`
+    make one with several towers."""
 
     kind: str
     settings: dict = field(default_factory=dict)
@@ -95,6 +102,7 @@ class Family:
     says: str | None = None
     lora: dict = field(default_factory=dict)
     without: frozenset = frozenset()
+    mxfp4: bool = False
 
 
 WIDTH = frozenset({"head_dim"})
@@ -309,15 +317,8 @@ FAMILIES |= {
         },
     ),
     "glm4_moe": Family("glm4_moe", GROUPS | SHARED),
-    "gpt_oss": Family(
-        "gpt_oss",
-        LOCAL
-        | {
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        },
-    ),
+    "gpt_oss": Family("gpt_oss", GPT_OSS),
+    "gpt_oss (MXFP4)": Family("gpt_oss", GPT_OSS, mxfp4=True),
     "granitemoe": Family("granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "llama4_text": Family(
         "llama4_text",
@@ -405,6 +406,8 @@ def make_checkpoint(folder: Path, family: Family) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     make_tokenizer(folder)
     model_of(family).save_pretrained(folder)
+    if family.mxfp4:
+        to_mxfp4(folder)
     if family.text is not None:
         for name in ("processor_config.json", "preprocessor_config.json"):
             (folder / name).write_text(json.dumps({"image_processor_type": "Tiny"}))

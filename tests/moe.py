@@ -56,3 +56,30 @@ def moe_config(kind: str):
     from transformers import AutoConfig
 
     return AutoConfig.for_model(kind, **(TEXT | MOE[kind]))
+
+
+def to_mxfp4(folder) -> None:
+    """Turn the checkpoint of a gpt_oss in `folder` into one as it is downloaded: experts in MXFP4
+    of random codes, whose values are as small as those that a model begins with."""
+    import json
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file, config = folder / "model.safetensors", folder / "config.json"
+    tensors, draw = {}, torch.Generator().manual_seed(0)
+    for name, tensor in load_file(file).items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            tensors[name] = tensor
+            continue
+        experts, rows, columns = tensor.shape
+        shape = experts, columns, rows // 32
+        for part, low, high, size in (
+            ("blocks", 0, 256, (*shape, 16)),
+            ("scales", 118, 123, shape),
+        ):
+            tensors[f"{name}_{part}"] = torch.randint(low, high, size, generator=draw).byte()
+    save_file(tensors, file, metadata={"format": "pt"})
+    method = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    settings = json.loads(config.read_text()) | {"quantization_config": method}
+    config.write_text(json.dumps(settings))

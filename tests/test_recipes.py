@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import yaml
+from moe import MOE, to_mxfp4
 from quick import Stage
 from tiny import CHATML, ROOT, make_model, make_tokenizer, make_workspace
 
@@ -26,6 +27,9 @@ STAGES = [
     "verify",
     "export",
 ]
+# Families of the models, by how a recipe's name begins where that is not the family's.
+FAMILIES = {"gpt-oss": "gpt_oss", "qwen-3": "qwen3_moe", "qwen": "qwen2", "smollm2": "llama"}
+CHATTY = ("gemma", "gpt-oss", "qwen", "smollm2")
 # What has to be small for the test; everything else is the recipe's own.
 SMALL = {
     "model": {"source": "local", "id": "tiny", "revision": None},
@@ -69,12 +73,14 @@ def test_recipe_runs_end_to_end(recipe, tmp_path):
     folder = make_workspace(tmp_path / "project")
     shutil.rmtree(folder / "tiny")
     params = yaml.safe_load(text)
-    family, form = recipe.stem.split("-")[0], params["prepare"]["format"]
+    form, begins = params["prepare"]["format"], recipe.stem.startswith
+    family = next((FAMILIES[x] for x in FAMILIES if begins(x)), recipe.stem.split("-")[0])
     # As the models of the recipes: a BOS, Llama's names of the projections, and a chat template
     # where the model has its own.
-    chatty = family in ("gemma", "qwen", "smollm2")
-    make_tokenizer(folder / "tiny", chat_template=CHATML if chatty else None)
-    make_model(folder / "tiny", {"qwen": "qwen2", "smollm2": "llama"}.get(family, family))
+    make_tokenizer(folder / "tiny", chat_template=CHATML if begins(CHATTY) else None)
+    make_model(folder / "tiny", family, **MOE.get(family, {}))
+    if family == "gpt_oss":
+        to_mxfp4(folder / "tiny")
     make_rows(folder / "data/source/rows.jsonl", form)
     mix_local(params, folder / "data/source")
     for section, values in SMALL.items():

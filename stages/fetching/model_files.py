@@ -75,6 +75,10 @@ def weight_files(folder: Path, files: dict[str, int], id: str) -> list[str]:
     return sorted(shards)
 
 
+# The one quantized form that is trained as it comes: model_type and quant_method.
+MXFP4 = ("gpt_oss", "mxfp4")
+
+
 class Tower(Foreign):
     # Of each layer a module is made before anything can be measured.
     num_hidden_layers: Annotated[int, Field(ge=1, le=2000)] | None = None
@@ -132,7 +136,8 @@ def check_config(folder: Path, id: str) -> None:
         )
     towers = (config, config.text_config or config)
     methods = [(tower.quantization_config or {}).get("quant_method") for tower in towers]
-    if method := next(filter(None, methods), None):
+    method = next(filter(None, methods), None)
+    if method and (kind, method) != MXFP4:
         raise StageError(f"{id} is quantized already ({method}); choose its 16-bit original")
     if not any(any(folder.glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
         raise StageError(f"{id} has no tokenizer; copy the files of its base model's beside it")

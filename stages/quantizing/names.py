@@ -6,8 +6,9 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from stages.shared.experts import expert_tensors, part_of
+from stages.shared.experts import expert_tensors, part_of, stored_packed
 from stages.shared.linears import quantized_linears
+from stages.shared.mxfp4 import GROUP
 from stages.shared.process import StageError
 from stages.shared.text_model import (
     is_multimodal,
@@ -26,6 +27,7 @@ class Names:
     quantized  those of the weights to quantize: what transformers would, by their new names
     experts    shapes [E, a, b] of the model's tensors of experts, by name
     kept       those that keep their type
+    packed     parts of experts that are in MXFP4 already, by their new names
     apart      whether a folder of the language model in 16 bit is another than the checkpoint
     """
 
@@ -33,6 +35,7 @@ class Names:
     quantized: set[str]
     experts: dict[str, tuple[int, ...]]
     kept: set[str]
+    packed: set[str]
     apart: bool
 
     @property
@@ -52,23 +55,27 @@ def check_names(folder: Path) -> Names:
             f"{folder}: {name} is {tuple(found)} in the files and {tuple(expected)} by "
             "config.json; one of the two is of another model"
         )
-    left = sorted(report["unexpected_keys"])
-    if missing := sorted(report["missing_keys"]):
+    keys = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
+                keys[key] = tuple(tensors.get_slice(key).get_shape())
+    packed = packed_parts(folder, model, keys)
+    left = sorted(report["unexpected_keys"] - packed.keys())
+    if missing := sorted(
+        name for name in report["missing_keys"] if not stored_packed(name).keys() <= packed.keys()
+    ):
         raise StageError(_missing(folder, model, missing, left))
     if left:
         print(f"quantize: not part of the model, and without effect: {_shown(left)}")
-    keys = set()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            keys |= set(tensors.keys())
-    of = language_names(model, keys)
+    of = language_names(model, set(keys)) | packed
     if is_multimodal(model.config):
         language = language_model(model.config)
         tell_left_out(model, language)
     else:
         language = model
         # Of no module: carried along.
-        of |= {key: key for key in keys - of.keys() if key not in of.values()}
+        of |= {key: key for key in keys.keys() - of.keys() if key not in of.values()}
     wanted = {f"{name}.weight" for name in quantized_linears(language)}
     if renamed := sorted(wanted - set(of.values())):
         raise StageError(
@@ -79,7 +86,29 @@ def check_names(folder: Path) -> Names:
     apart = language is not model or any(k != n and not part_of(n) for k, n in of.items())
     experts = {name: tuple(tensor.shape) for name, tensor in expert_tensors(language).items()}
     kept = kept_in_float32(language) & set(of.values())
-    return Names(of, wanted, experts, kept, apart)
+    return Names(of, wanted, experts, kept, set(packed.values()), apart)
+
+
+def packed_parts(folder: Path, model: PreTrainedModel, shapes: dict[str, tuple]) -> dict[str, str]:
+    """By name in the files, of which `shapes` are, what parts of packed experts are called here.
+
+    Raises StageError where they do not make the model's tensors.
+    """
+    found = {}
+    for name, tensor in expert_tensors(model).items():
+        parts = stored_packed(name)
+        if not parts.keys() <= shapes.keys():
+            continue
+        experts, rows, columns = tensor.shape
+        scales = experts, columns, rows // GROUP
+        for key, expected in zip(parts, ((*scales, GROUP // 2), scales), strict=True):
+            if shapes[key] != expected:
+                raise StageError(
+                    f"{folder}: {key} is {shapes[key]} in the files and {expected} by config.json; "
+                    "one of the two is of another model"
+                )
+        found |= parts
+    return found
 
 
 def tell_left_out(whole: PreTrainedModel, language: PreTrainedModel) -> None:

@@ -63,6 +63,11 @@ def packed_name(tensor: str) -> str:
     return tensor.removesuffix("_proj") + PACKED
 
 
+def stored_packed(tensor: str) -> dict[str, str]:
+    """What a checkpoint in MXFP4 calls the parts of a tensor, and what they are called here."""
+    return {f"{tensor}_{part}": f"{packed_name(tensor)}.{part}" for part in ("blocks", "scales")}
+
+
 def part_name(tensor: str, expert: int, piece: int) -> str:
     """What the rows of one expert are called that the checkpoint has as a tensor of their own."""
     return f"{tensor}.{expert}.{piece}"

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from stages.shared.experts import OWN_CODE, PACKED, expert_stacks, packed_name
+from stages.shared.mxfp4 import GROUP, decoded
 from stages.shared.nf4 import unnested, unpacked
 from stages.shared.vram import CHUNK_BYTES
 
@@ -117,8 +118,33 @@ class Nf4Experts(Packed):
         return values.view(last - first, *self.shape[1:])
 
 
+class Mxfp4Experts(Packed):
+    """MXFP4, the bytes of the checkpoint: blocks uint8 [E, b, a / 32, 16], scales uint8
+    [E, b, a / 32]."""
+
+    FIRST = "blocks"
+
+    def __init__(self, blocks: torch.Tensor, scales: torch.Tensor):
+        super().__init__()
+        self.blocks = nn.Parameter(blocks, requires_grad=False)
+        self.register_buffer("scales", scales)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        experts, columns, groups, _ = self.blocks.shape
+        return experts, groups * GROUP, columns
+
+    def dense(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
+        _, rows, columns = self.shape
+        values = self.blocks.new_empty((last - first, columns, rows), dtype=dtype)
+        # One by one: the indices by which values are looked up are as large as they.
+        for i, expert in enumerate(range(first, last)):
+            values[i] = decoded(self.blocks[expert], self.scales[expert], dtype)
+        return values.mT
+
+
 # By the name of the tensor that each has and no other.
-STORAGES: dict[str, type[Packed]] = {Nf4Experts.FIRST: Nf4Experts}
+STORAGES: dict[str, type[Packed]] = {kind.FIRST: kind for kind in (Nf4Experts, Mxfp4Experts)}
 
 
 class _Product(torch.autograd.Function):

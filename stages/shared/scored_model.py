@@ -48,7 +48,8 @@ def decoder_in(weights: Weights) -> Decoder:
     width = number_of(config, "head_dim") or config.hidden_size // heads
     shapes = weights.shapes
     matrices = [name for name, shape in shapes.items() if len(shape) > 1]
-    linears = sorted(weights.nf4) or [n for n in matrices if re.search(r"\.\d+\.", n)]
+    packed = weights.nf4 and weights.nf4 | weights.mxfp4
+    linears = sorted(packed) or [n for n in matrices if re.search(r"\.\d+\.", n)]
     size = {name: math.prod(shapes[name]) for name in linears}
     # By the model's tensor: those of experts are one there, of which a chunk is dequantized.
     whole: dict[str, int] = {}

@@ -51,6 +51,7 @@ HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768
 # where a chunk's rows begin. Larger ones (Mixtral 8x7B 1.9 GB, DeepSeek-V3 15 GB) come in parts.
 CHUNK_BYTES = 2**30
 
+MXFP4_BYTES = 0.5 + 1 / 32
 NF4_BYTES = {True: 0.5 + 1 / 64 + 4 / 16384, False: 0.5 + 4 / 64}
 # Names that say which tensor of a layer a Linear reads, as Llama and its relatives use them.
 ATTENTION_INPUTS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj"})
@@ -115,6 +116,7 @@ class Shape:
     expert_width: int = 0
     shared_width: int = 0
     float32_parameters: int = 0
+    mxfp4: bool = False  # experts come in MXFP4, and stay so
 
     @property
     def parameters(self) -> int:
@@ -171,10 +173,16 @@ def adapter_parameters(shape: Shape, rank: int, targets: frozenset[str]) -> int:
 def weights_bytes(shape: Shape, method: str, double_quant: bool) -> float:
     """The base model on the GPU."""
     others = 2.0 * shape.float32_parameters
-    if method != "qlora":
-        return 2.0 * shape.parameters + others
-    packed = sum(x.parameters for x in shape.linears if x.quantized) + shape.expert_parameters
-    return NF4_BYTES[double_quant] * packed + 2.0 * (shape.parameters - packed) + others
+    rest = shape.parameters - shape.expert_parameters
+    experts = expert_bytes(shape, method, double_quant)
+    packed = sum(x.parameters for x in shape.linears if x.quantized) if method == "qlora" else 0
+    return NF4_BYTES[double_quant] * packed + 2.0 * (rest - packed) + experts + others
+
+
+def expert_bytes(shape: Shape, method: str, double_quant: bool) -> float:
+    """All experts as they are stored."""
+    each = NF4_BYTES[double_quant] if method == "qlora" else 2.0
+    return (MXFP4_BYTES if shape.mxfp4 else each) * shape.expert_parameters
 
 
 def adapts(shape: Shape, run: Training, names: frozenset[str]) -> bool:
@@ -274,7 +282,7 @@ def projections_saved(
 def dequantized_bytes(shape: Shape, run: Training) -> float:
     """A 16-bit copy of one weight or of a chunk of experts, and bitsandbytes' constants in fp32."""
     if run.method != "qlora":
-        return 0.0
+        return 2.0 * chunk_values(shape) if shape.mxfp4 else 0.0
     constants = 0 if run.fused_lora and run.liger else 4 / 64
     linear = max((x.parameters for x in shape.linears if x.quantized), default=0)
     return max((2 + constants) * linear, (2 + 4 / 64) * chunk_values(shape))

@@ -20,6 +20,7 @@ from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as SINGLE
 from safetensors import SafetensorError, safe_open
 
 from stages.shared.experts import PACKED, part_name, part_of
+from stages.shared.mxfp4 import GROUP, decoded
 from stages.shared.nf4 import BLOCK, NESTED_BLOCK, dequantize, unnested, unpacked
 from stages.shared.outputs import read_json
 from stages.shared.process import StageError
@@ -67,8 +68,10 @@ class Weights:
     renamed  what to call a tensor that the files call otherwise, by its name there
     names   sorted, as the base model calls them
     keys    what the files call those that are renamed
+    nf4     those in NF4
+    mxfp4   those in MXFP4
     shapes  of each, unpacked
-    dtypes  of each as stored, in safetensors' letters (`U8` for NF4)
+    dtypes  of each as stored, in safetensors' letters (`U8` for NF4 and MXFP4)
     files   that hold each
     index   the weight_map of the folder's index, or None when it has none
     Raises StageError when a file is missing, broken, or not what the index says.
@@ -93,6 +96,7 @@ class Weights:
         for key, file in sorted((self.index or {}).items()):
             if renamed.get(key, key) not in self.files:
                 raise StageError(f"{folder / file} lacks {key}, which {INDEX} puts there")
+        self.mxfp4: set[str] = set()
         self.nf4 = {k.removesuffix(f".{NF4_STATE}") for k in self.files if k.endswith(NF4_STATE)}
         parts = {f"{weight}.{part}" for weight in self.nf4 for part in NF4_PARTS}
         parts |= {key for key in self.files if f"{PACKED}." in key}
@@ -105,6 +109,8 @@ class Weights:
         for key in sorted(parts):
             if key.endswith(f"{PACKED}.codes"):
                 self._add_stack(key.removesuffix(".codes"))
+            elif key.endswith(f"{PACKED}.blocks"):
+                self._add_mxfp4(key.removesuffix(".blocks"))
         self.names.sort()
 
     def _add_stack(self, stack: str) -> None:
@@ -121,6 +127,16 @@ class Weights:
             self.shapes[name], self.dtypes[name] = tuple(shape), "U8"
         self.names += names
         self.nf4 |= set(names)
+
+    def _add_mxfp4(self, stack: str) -> None:
+        """Add the tensor of the model that is in the packed experts `stack`, in MXFP4."""
+        name = f"{stack.removesuffix(PACKED)}_proj"
+        experts, columns, groups, _ = self._stored[f"{stack}.blocks"][1]
+        self._of_stack[name] = stack, 0
+        self.files[name] = self.files[f"{stack}.blocks"]
+        self.shapes[name], self.dtypes[name] = (experts, groups * GROUP, columns), "U8"
+        self.names.append(name)
+        self.mxfp4.add(name)
 
     def parts(self, name: str) -> list[str]:
         """The tensors that the model's `name` is made of, in the order of its rows; none where it
@@ -168,6 +184,8 @@ class Weights:
         The slice is one of `row_blocks`. Raises StageError when the tensor is not of a floating
         type.
         """
+        if name in self.mxfp4:
+            return self._mxfp4_reader(name, device)
         if name in self._of_stack:
             return self._stack_reader(name, device)
         if name in self.nf4:
@@ -239,6 +257,20 @@ class Weights:
         return lambda block: torch.stack(
             [decoded(i, scales_of(i), 0, rows) for i in range(block.start, block.stop)]
         )
+
+    def _mxfp4_reader(self, name: str, device: torch.device) -> Callable[[slice], torch.Tensor]:
+        stack, (_, rows, columns) = self._of_stack[name][0], self.shapes[name]
+        groups = columns * rows // GROUP
+
+        def read(block: slice) -> torch.Tensor:
+            blocks, scales = (
+                self._values(f"{stack}.{part}", block.start * size, block.stop * size).to(device)
+                for part, size in (("blocks", groups * GROUP // 2), ("scales", groups))
+            )
+            shape = block.stop - block.start, columns, rows // GROUP
+            return decoded(blocks.view(*shape, -1), scales.view(shape), torch.bfloat16).mT
+
+        return read
 
     def _fill(self, part: torch.Tensor, name: str, start: int) -> torch.Tensor:
         """Fill `part` with a tensor's bytes from `start` on."""

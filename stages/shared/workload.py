@@ -13,6 +13,7 @@ from stages.shared import vram
 from stages.shared.experts import OWN_CODE, expert_stacks, expert_tensors
 from stages.shared.fast_path import choose_fast_path, plain_layers
 from stages.shared.linears import adaptable_linears, quantized_linears, targets_of
+from stages.shared.mxfp4 import STORAGE
 from stages.shared.outputs import read_json
 from stages.shared.params import Params, Train
 from stages.shared.process import StageError
@@ -95,8 +96,15 @@ def shape_of(config: PretrainedConfig) -> vram.Shape:
             if name in kept_in_float32(model)
         ),
         experts=experts,
+        mxfp4=in_mxfp4(config),
         **(experts_shape(model) if experts else {}),
     )
+
+
+def in_mxfp4(config: PretrainedConfig) -> bool:
+    """Whether experts are in MXFP4: by a checkpoint's words, or by those of quantize."""
+    said = getattr(config, "quantization_config", None) or {}
+    return "mxfp4" in (getattr(config, STORAGE, None), said.get("quant_method"))
 
 
 def experts_shape(model: PreTrainedModel) -> dict[str, int]:
@@ -122,7 +130,8 @@ def experts_shape(model: PreTrainedModel) -> dict[str, int]:
 
 def match_targets(shape: vram.Shape, wanted: str | list[str]) -> frozenset[str]:
     """Names of the Linears that get an adapter. Raises StageError as targets_of does."""
-    return frozenset(targets_of(wanted, (x.name for x in shape.linears if x.adaptable)))
+    names = (linear.name for linear in shape.linears if linear.adaptable)
+    return frozenset(targets_of(wanted, names, bool(shape.experts)))
 
 
 def largest_step(rows: Lengths, train: Train, padding_free: bool) -> tuple[int, int, int]:
