@@ -1,12 +1,14 @@
 """Packed experts compute what dequantized ones do in transformers' own forward passes."""
 
 import json
+import math
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from bitsandbytes import functional as bnb
+from bitsandbytes.nn import Linear4bit
 from moe import MOE, TEXT, moe_config
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -19,7 +21,9 @@ from stages.shared.model import load_base
 from stages.shared.nf4 import dequantize
 from stages.shared.own_logits import same_experts
 from stages.shared.text_model import find_backbone, kept_in_float32
+from stages.shared.vram import weights_bytes
 from stages.shared.weights import model_weights
+from stages.shared.workload import read_model
 from stages.training.trainer import apply_liger
 
 pytestmark = pytest.mark.slow
@@ -141,6 +145,21 @@ def test_each_tensor_of_the_checkpoint_is_read_alone(family):
         found = read(slice(0, len(tensor)))
         expected = torch.stack([through_nf4(each) for each in tensor.view(-1, *tensor.shape[-2:])])
         assert torch.equal(found, expected.view(tensor.shape).to(torch.bfloat16)), name
+
+
+def test_plan_counts_the_bytes_that_are_loaded(family):
+    _, folder = family
+    model = load_base(folder / "out", CPU, dtype=torch.bfloat16)
+    _, shape = read_model(folder / "out")
+    states = [m.weight.quant_state for m in model.modules() if isinstance(m, Linear4bit)]
+    stacks = [m for m in model.modules() if isinstance(m, packed.Packed)]
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    held += sum(s.absmax.nbytes + s.state2.absmax.nbytes for s in states)
+    held += sum(b.nbytes for m in stacks for key, b in m.named_buffers() if key != "code")
+    assert abs(weights_bytes(shape, "qlora", True) / held - 1) < 0.01
+    assert shape.expert_parameters == sum(math.prod(m.shape) for m in stacks)
+    chosen = 4 if model.config.model_type == "llama4_text" else 2
+    assert shape.active_parameters == shape.parameters - (1 - chosen / 4) * shape.expert_parameters
 
 
 def test_liger_leaves_packed_experts_alone(monkeypatch):
