@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -11,15 +12,17 @@ from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Linear4bit
 from moe import MOE, TEXT, moe_config
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import MergeModulelist
 
-from stages.quantize import nf4, quantize
+from stages.quantize import link, nf4, quantize
 from stages.shared import packed
-from stages.shared.experts import OWN_CODE, expert_stacks, expert_tensors
+from stages.shared.experts import OWN_CODE, check_converter, expert_stacks, expert_tensors
 from stages.shared.model import load_base
 from stages.shared.nf4 import dequantize
 from stages.shared.own_logits import same_experts
+from stages.shared.process import StageError
 from stages.shared.text_model import find_backbone, kept_in_float32
 from stages.shared.vram import weights_bytes
 from stages.shared.weights import model_weights
@@ -145,6 +148,38 @@ def test_each_tensor_of_the_checkpoint_is_read_alone(family):
         found = read(slice(0, len(tensor)))
         expected = torch.stack([through_nf4(each) for each in tensor.view(-1, *tensor.shape[-2:])])
         assert torch.equal(found, expected.view(tensor.shape).to(torch.bfloat16)), name
+
+
+MISSING = {
+    "a part": (
+        ["up"],
+        "transformers cannot make the model of the tensors in its files: some are m",
+    ),
+    "an expert": (["gate", "up", "down"], "down_proj is (3, 64, 64) in the files and (4, 64, 64)"),
+}
+
+
+@pytest.mark.parametrize(("parts", "said"), MISSING.values(), ids=MISSING)
+@pytest.mark.parametrize("form", [lambda base, out: quantize(base, out, True), link])
+def test_an_expert_that_is_missing_is_refused(tmp_path, form, parts, said):
+    model = AutoModelForCausalLM.from_config(moe_config("qwen3_moe"), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    tensors = load_file(file)
+    for part in parts:
+        del tensors[f"model.layers.0.mlp.experts.3.{part}_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(StageError, match=re.escape(said)):
+        form(tmp_path / "base", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_conversion_that_merge_cannot_undo_is_refused_by_name():
+    interleave = type("Interleave", (), {"dim": 1})()
+    converter = SimpleNamespace(operations=[MergeModulelist(dim=0), interleave])
+    with pytest.raises(StageError, match=r"gate_up_proj of .* by MergeModulelist, Interleave"):
+        check_converter("model.layers.0.mlp.experts.gate_up_proj", converter)
 
 
 def test_plan_counts_the_bytes_that_are_loaded(family):

@@ -48,7 +48,14 @@ def check_names(folder: Path) -> Names:
     """Names what the files of `folder` hold beside the model. Raises StageError where they lack a
     weight of it, or have it in another shape: transformers would make up its values.
     """
-    model, report = loading_report(folder)
+    try:
+        model, report = loading_report(folder)
+    except RuntimeError:
+        # transformers joins tensors of experts, which must all be there and alike.
+        raise StageError(
+            f"{folder}: transformers cannot make the model of the tensors in its files: some are "
+            "missing, or of another shape; name another model.revision or model.id"
+        ) from None
     if wrong := sorted(report["mismatched_keys"]):
         name, found, expected = wrong[0]
         raise StageError(
