@@ -4,8 +4,9 @@
 
 Reads models/base, writes models/quantized: the same folder with each Linear's weight in NF4 as
 bitsandbytes serializes it (`quantize.type: nf4`), or the 16-bit weights as they are (`none`).
-No model holds them: the peak is one output shard and one tensor, at any model size. The
-bytes equal those of transformers' own save_pretrained of a model loaded in bfloat16.
+No model holds them: the peak is one output shard and one tensor, at any model size, or the packed
+experts of a layer or two. The bytes equal those of transformers' own save_pretrained of a model
+loaded in bfloat16, but for experts, which that leaves in 16 bit (stages/shared/packed.py).
 """
 
 import shutil

@@ -23,6 +23,7 @@ from stages.shared.params import Lora, Params
 from stages.shared.placement import Placement
 from stages.shared.process import StageError
 from stages.shared.text_model import find_backbone
+from stages.shared.workload import match_targets, shape_of
 from stages.training import trainer as trainer_module
 from stages.training.trainer import TrainingSet, build_trainer, lora_config
 
@@ -89,6 +90,14 @@ def test_all_linear_is_all_but_experts_and_what_chooses_them(name, tmp_path):
     # As files have them: one by one.
     shapes["model.layers.1.mlp.experts.0.gate_proj.weight"] = (64, 64)
     assert {w.removesuffix(".weight") for w in read_adapter(tmp_path, shapes)} == set(asked)
+
+
+@pytest.mark.parametrize("target", ["gate_proj", "gate", "gate_up_proj"])
+def test_experts_and_routers_are_no_targets(target):
+    shape = shape_of(config_of(FAMILIES["qwen3_moe"]))
+    said = f"target_modules: {target} is no linear layer .*, and experts, which get none$"
+    with pytest.raises(StageError, match=said):
+        match_targets(shape, ["q_proj", target])
 
 
 # All that PEFT says of it.

@@ -1,22 +1,33 @@
 """Packed experts compute what dequantized ones do in transformers' own forward passes."""
 
 import json
+import math
+import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from bitsandbytes import functional as bnb
-from moe import MOE, moe_config
+from bitsandbytes.nn import Linear4bit
+from moe import MOE, TEXT, moe_config
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import MergeModulelist
 
-from stages.quantize import nf4, quantize
+from stages.quantize import link, nf4, quantize
 from stages.shared import packed
-from stages.shared.experts import expert_tensors
+from stages.shared.experts import OWN_CODE, check_converter, expert_stacks, expert_tensors
 from stages.shared.model import load_base
 from stages.shared.nf4 import dequantize
+from stages.shared.own_logits import same_experts
+from stages.shared.process import StageError
 from stages.shared.text_model import find_backbone, kept_in_float32
+from stages.shared.vram import weights_bytes
 from stages.shared.weights import model_weights
+from stages.shared.workload import read_model
+from stages.training.trainer import apply_liger
 
 pytestmark = pytest.mark.slow
 
@@ -137,3 +148,78 @@ def test_each_tensor_of_the_checkpoint_is_read_alone(family):
         found = read(slice(0, len(tensor)))
         expected = torch.stack([through_nf4(each) for each in tensor.view(-1, *tensor.shape[-2:])])
         assert torch.equal(found, expected.view(tensor.shape).to(torch.bfloat16)), name
+
+
+MISSING = {
+    "a part": (
+        ["up"],
+        "transformers cannot make the model of the tensors in its files: some are m",
+    ),
+    "an expert": (["gate", "up", "down"], "down_proj is (3, 64, 64) in the files and (4, 64, 64)"),
+}
+
+
+@pytest.mark.parametrize(("parts", "said"), MISSING.values(), ids=MISSING)
+@pytest.mark.parametrize("form", [lambda base, out: quantize(base, out, True), link])
+def test_an_expert_that_is_missing_is_refused(tmp_path, form, parts, said):
+    model = AutoModelForCausalLM.from_config(moe_config("qwen3_moe"), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    tensors = load_file(file)
+    for part in parts:
+        del tensors[f"model.layers.0.mlp.experts.3.{part}_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(StageError, match=re.escape(said)):
+        form(tmp_path / "base", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_conversion_that_merge_cannot_undo_is_refused_by_name():
+    interleave = type("Interleave", (), {"dim": 1})()
+    converter = SimpleNamespace(operations=[MergeModulelist(dim=0), interleave])
+    with pytest.raises(StageError, match=r"gate_up_proj of .* by MergeModulelist, Interleave"):
+        check_converter("model.layers.0.mlp.experts.gate_up_proj", converter)
+
+
+def test_plan_counts_the_bytes_that_are_loaded(family):
+    _, folder = family
+    model = load_base(folder / "out", CPU, dtype=torch.bfloat16)
+    _, shape = read_model(folder / "out")
+    states = [m.weight.quant_state for m in model.modules() if isinstance(m, Linear4bit)]
+    stacks = [m for m in model.modules() if isinstance(m, packed.Packed)]
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    held += sum(s.absmax.nbytes + s.state2.absmax.nbytes for s in states)
+    held += sum(b.nbytes for m in stacks for key, b in m.named_buffers() if key != "code")
+    assert abs(weights_bytes(shape, "qlora", True) / held - 1) < 0.01
+    assert shape.expert_parameters == sum(math.prod(m.shape) for m in stacks)
+    chosen = 4 if model.config.model_type == "llama4_text" else 2
+    assert shape.active_parameters == shape.parameters - (1 - chosen / 4) * shape.expert_parameters
+
+
+def test_liger_leaves_packed_experts_alone(monkeypatch):
+    """Its own read dense weights."""
+    seen = {}
+    liger = SimpleNamespace(_apply_liger_kernel_to_instance=lambda **parts: seen.update(parts))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
+    for kind, swiglu in (("qwen3_moe", False), ("qwen3", True)):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **TEXT))
+        apply_liger(model)
+        assert seen["swiglu"] == swiglu
+
+
+def test_the_same_experts_compute_a_token_in_a_trial(family):
+    """Of rows that are rounded otherwise a router chooses others, which is no fault of theirs."""
+    model, _ = family
+    stacks = [m for m in expert_stacks(model).values() if type(m).__name__ not in OWN_CODE]
+    seen = []
+    hooks = [m.register_forward_hook(lambda _, args, __: seen.append(args[1:])) for m in stacks]
+    with torch.no_grad(), same_experts(model):
+        model(input_ids=IDS, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == len(stacks)
+    for chosen, weights in seen:
+        assert (chosen == torch.arange(2)).all()
+        assert (weights == 0.5).all()

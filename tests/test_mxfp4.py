@@ -6,7 +6,7 @@ from moe import moe_config, to_mxfp4
 from safetensors.torch import load_file, save_file
 from test_experts import computed
 from tiny import make_tokenizer
-from transformers import AutoModelForCausalLM, Mxfp4Config
+from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from stages.fetching.model_files import check_config
@@ -15,7 +15,9 @@ from stages.shared import packed
 from stages.shared.model import load_base
 from stages.shared.mxfp4 import decoded
 from stages.shared.process import StageError
+from stages.shared.vram import expert_bytes, weights_bytes
 from stages.shared.weights import Weights, other_names
+from stages.shared.workload import shape_of
 
 pytestmark = pytest.mark.slow
 
@@ -80,6 +82,22 @@ def test_its_bytes_are_kept_and_read_as_one_tensor(base, tmp_path, capsys):
         assert weights.key(name) == name
         read = weights.reader(name, CPU)
         assert torch.equal(torch.cat([read(slice(0, 1)), read(slice(1, 4))]), expected)
+
+
+@pytest.mark.parametrize(("kind", "method"), [("nf4", "qlora"), ("none", "lora")])
+def test_plan_counts_its_bytes(base, kind, method, tmp_path):
+    if kind == "nf4":
+        quantize(base, tmp_path, double_quant=True)
+    else:
+        link(base, tmp_path)
+    shape = shape_of(AutoConfig.from_pretrained(base))
+    assert shape == shape_of(AutoConfig.from_pretrained(tmp_path))
+    stored = load_file(tmp_path / "model.safetensors").items()
+    packed_bytes = sum(tensor.nbytes for name, tensor in stored if "_packed." in name)
+    assert packed_bytes == expert_bytes(shape, method, double_quant=True)
+    plain = shape_of(moe_config("gpt_oss"))
+    saved = weights_bytes(plain, method, True) - weights_bytes(shape, method, True)
+    assert saved == expert_bytes(plain, method, True) - packed_bytes
 
 
 def test_blocks_of_another_shape_are_refused(base, tmp_path):

@@ -48,7 +48,14 @@ def check_names(folder: Path) -> Names:
     """Names what the files of `folder` hold beside the model. Raises StageError where they lack a
     weight of it, or have it in another shape: transformers would make up its values.
     """
-    model, report = loading_report(folder)
+    try:
+        model, report = loading_report(folder)
+    except RuntimeError:
+        # transformers joins tensors of experts, which must all be there and alike.
+        raise StageError(
+            f"{folder}: transformers cannot make the model of the tensors in its files: some are "
+            "missing, or of another shape; name another model.revision or model.id"
+        ) from None
     if wrong := sorted(report["mismatched_keys"]):
         name, found, expected = wrong[0]
         raise StageError(
@@ -85,7 +92,7 @@ def check_names(folder: Path) -> Names:
     # transformers itself makes one tensor of those of several experts.
     apart = language is not model or any(k != n and not part_of(n) for k, n in of.items())
     experts = {name: tuple(tensor.shape) for name, tensor in expert_tensors(language).items()}
-    kept = kept_in_float32(language) & set(of.values())
+    kept = kept_in_float32(language, of.values())
     return Names(of, wanted, experts, kept, set(packed.values()), apart)
 
 

@@ -63,10 +63,11 @@ def unadaptable_linears(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def targets_of(wanted: str | list[str], names: Iterable[str]) -> set[str]:
+def targets_of(wanted: str | list[str], names: Iterable[str], experts: bool = False) -> set[str]:
     """Those of `names`, layers that can have an adapter, that get one.
 
-    wanted  lora.target_modules, matched as PEFT does (by the end of the name)
+    wanted   lora.target_modules, matched as PEFT does (by the end of the name)
+    experts  whether the model has some, for the message
 
     Raises StageError for a name that is none of them: PEFT would skip it in silence.
     """
@@ -83,6 +84,7 @@ def targets_of(wanted: str | list[str], names: Iterable[str]) -> set[str]:
             raise StageError(
                 f"params.yaml: lora.target_modules: {target} is no linear layer of the base "
                 f"that can be adapted; {hint}It has {', '.join(short)}"
+                f"{', and experts, which get none' if experts else ''}"
             )
         found.update(matches)
     return found

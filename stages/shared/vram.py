@@ -26,6 +26,11 @@ Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198), whose layer is anoth
 tests/test_vram.py.) Checkpointing keeps the input of a layer, or of each half of it, 2H, and
 recomputes the rest.
 
+Experts. A router gives each token k of E experts of width J, so that their rows are k times the
+tokens. Saved for one token of one layer are the router's scores 10E, and k (6J + 2H): gate and up
+4J, the activated gate 2J, and the result before it is weighted 2H. All experts of a product are in
+16 bit at once, CHUNK_BYTES of them at most (stages/shared/packed.py).
+
 Output head. trl scores the learned tokens in tiles of 4,096 x 32,768 and never makes the logits of
 all of them (trl/kernels/chunked_logprob.py).
 

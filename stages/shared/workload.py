@@ -130,7 +130,8 @@ def experts_shape(model: PreTrainedModel) -> dict[str, int]:
 
 def match_targets(shape: vram.Shape, wanted: str | list[str]) -> frozenset[str]:
     """Names of the Linears that get an adapter. Raises StageError as targets_of does."""
-    return frozenset(targets_of(wanted, (x.name for x in shape.linears if x.adaptable)))
+    names = (linear.name for linear in shape.linears if linear.adaptable)
+    return frozenset(targets_of(wanted, names, bool(shape.experts)))
 
 
 def largest_step(rows: Lengths, train: Train, padding_free: bool) -> tuple[int, int, int]:
