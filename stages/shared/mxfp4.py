@@ -27,8 +27,8 @@ def experts_at_once(values: int) -> int:
 
 
 def lookup_bytes(values: int) -> float:
-    """What it takes to look up bfloat16 `values` beside themselves: indices of 4 bytes for each two,
-    and the values before they are where they belong."""
+    """What looking up bfloat16 `values` takes beside them: an index of 4 bytes for each two, and
+    the values before they are where they belong."""
     return 4.0 * min(values, _AT_ONCE)
 
 
