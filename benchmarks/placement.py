@@ -80,12 +80,14 @@ POINTS = {
     "gemma 12b 24 GB 4096": Point("gemma-3-12b", 16, 4 * K, cap_gb=24),
     "8b one row of 65536": Point("llama-3-8b", 16, 64 * K, rows=1, cap_gb=24, steps=4),
     "7b 16 bit 12 GB": Point("mistral-7b", 16, 4 * K, cap_gb=12, quantize="none"),
-    # By padding alone where varlen attention cannot be had (gpt-oss: its attention has sinks).
+    # The rows of gpt-oss are short: its attention has sinks, which eager attention alone knows.
     "30b a3b resident": Point("qwen-3-30b-a3b", 16, 4 * K, targets=ATTENTION),
     "30b a3b 24 GB": Point("qwen-3-30b-a3b", 16, 4 * K, cap_gb=24, targets=ATTENTION),
     "30b a3b 8 GB": Point("qwen-3-30b-a3b", 16, 4 * K, cap_gb=8, targets=ATTENTION),
-    "gpt-oss 20b resident": Point("gpt-oss-20b", 16, 4 * K, targets=ATTENTION),
-    "gpt-oss 20b 8 GB": Point("gpt-oss-20b", 16, 4 * K, cap_gb=8, targets=ATTENTION),
+    "30b a3b recomputed": Point("qwen-3-30b-a3b", 16, 4 * K, checkpointing=True, targets=ATTENTION),
+    "gpt-oss 20b resident": Point("gpt-oss-20b", 16, 4 * K, rows=8, targets=ATTENTION),
+    "gpt-oss 20b 12 GB": Point("gpt-oss-20b", 16, 4 * K, rows=8, cap_gb=12, targets=ATTENTION),
+    "gpt-oss 20b 8 GB": Point("gpt-oss-20b", 16, 2 * K, rows=8, cap_gb=8, targets=ATTENTION),
     "7b paged 8 GB": Point("mistral-7b", 64, 4 * K, cap_gb=8, optimizer="paged_adamw_32bit"),
 }
 

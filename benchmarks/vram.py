@@ -63,6 +63,7 @@ class Point:
     held_out: bool = True
 
 
+ATTENTION = "q_proj,k_proj,v_proj,o_proj"
 K = 1024
 POINTS = [
     # Six to fit the constants of stages/shared/vram.py on.
@@ -94,6 +95,8 @@ POINTS = [
     Point("gemma-3-12b", "qlora", 16, 4 * K),
     Point("llama-2-70b", "qlora", 8, 2 * K),
     Point("llama-2-70b", "qlora", 64, 8 * K),
+    Point("qwen-3-30b-a3b", "qlora", 16, 4 * K, targets=ATTENTION),
+    Point("gpt-oss-20b", "qlora", 16, 4 * K, targets=ATTENTION),
     Point("mistral-7b", "qlora", 64, 2 * K, optimizer="paged_adamw_32bit"),
     Point("mistral-7b", "qlora", 256, 2 * K, optimizer="paged_adamw_32bit"),
     Point("mistral-7b", "qlora", 256, 8 * K, optimizer="paged_adamw_8bit"),
@@ -211,7 +214,7 @@ def training_of(point: Point, fast: dict) -> tuple[vram.Shape, vram.Training]:
         accumulation=point.accumulation,
         checkpointing=point.checkpointing,
         offloading=fast["offload"],
-        attention="sdpa" if padded else "varlen",
+        attention=fast["attention"] if padded else "varlen",
         liger=fast["liger"],
         fused_lora=fast["fused_lora"],
     )

@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoTokenizer
 from stages.shared.device import memory_metrics, memory_of_ranks, pick_device
 from stages.shared.fast_path import choose_fast_path, step_tokens
 from stages.shared.launch import Ranks, devices, see_one, watched
+from stages.shared.packed import parameters_of
 from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
 from stages.shared.provenance import device_name, provenance
 from stages.shared.ranks import ALONE, World, host, put
@@ -109,7 +110,7 @@ def validation_rows() -> list[dict]:
 
 def announce(params: Params, rows: int, tokens: int, trainer: Trainer, where: str) -> None:
     """Say in numbers what is about to happen."""
-    trainable, total = trainer.model.get_nb_trainable_parameters()
+    trainable, total = parameters_of(trainer.model)
     batch = params.train.batch_size * params.train.gradient_accumulation
     steps = optimizer_steps(len(trainer.train_dataset), params.train)
     lora, root = params.lora, params.lora.scaling == "rslora"
@@ -154,7 +155,7 @@ def outcome(
         validation.put_back()
         shutil.rmtree(adapter, ignore_errors=True)
         write_adapter(trainer, adapter)
-    trainable, total = trainer.model.get_nb_trainable_parameters()
+    trainable, total = parameters_of(trainer.model)
     history = trainer.state.log_history
     metrics = {
         "train_loss": mean_loss(history),

@@ -366,7 +366,13 @@ FAMILIES |= {
 }
 FAMILIES["dbrx"] = Family(
     "dbrx",
-    {"d_model": 64, "n_heads": 4, "n_layers": 2, "tie_word_embeddings": False},
+    {
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 2,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "tie_word_embeddings": False,
+    },
     says="code of its own",
 )
 # In every test run: family and setting.

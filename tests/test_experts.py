@@ -1,22 +1,26 @@
 """Packed experts compute what dequantized ones do in transformers' own forward passes."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from bitsandbytes import functional as bnb
-from moe import MOE, moe_config
+from moe import MOE, TEXT, moe_config
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.quantize import nf4, quantize
 from stages.shared import packed
-from stages.shared.experts import expert_tensors
+from stages.shared.experts import OWN_CODE, expert_stacks, expert_tensors
 from stages.shared.model import load_base
 from stages.shared.nf4 import dequantize
+from stages.shared.own_logits import same_experts
 from stages.shared.text_model import find_backbone, kept_in_float32
 from stages.shared.weights import model_weights
+from stages.training.trainer import apply_liger
 
 pytestmark = pytest.mark.slow
 
@@ -137,3 +141,31 @@ def test_each_tensor_of_the_checkpoint_is_read_alone(family):
         found = read(slice(0, len(tensor)))
         expected = torch.stack([through_nf4(each) for each in tensor.view(-1, *tensor.shape[-2:])])
         assert torch.equal(found, expected.view(tensor.shape).to(torch.bfloat16)), name
+
+
+def test_liger_leaves_packed_experts_alone(monkeypatch):
+    """Its own read dense weights."""
+    seen = {}
+    liger = SimpleNamespace(_apply_liger_kernel_to_instance=lambda **parts: seen.update(parts))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
+    for kind, swiglu in (("qwen3_moe", False), ("qwen3", True)):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **TEXT))
+        apply_liger(model)
+        assert seen["swiglu"] == swiglu
+
+
+def test_the_same_experts_compute_a_token_in_a_trial(family):
+    """Of rows that are rounded otherwise a router chooses others, which is no fault of theirs."""
+    model, _ = family
+    stacks = [m for m in expert_stacks(model).values() if type(m).__name__ not in OWN_CODE]
+    seen = []
+    hooks = [m.register_forward_hook(lambda _, args, __: seen.append(args[1:])) for m in stacks]
+    with torch.no_grad(), same_experts(model):
+        model(input_ids=IDS, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == len(stacks)
+    for chosen, weights in seen:
+        assert (chosen == torch.arange(2)).all()
+        assert (weights == 0.5).all()

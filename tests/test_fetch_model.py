@@ -188,8 +188,9 @@ REFUSED = {
         "tiny: its weights are stored transposed (transformer.h.0.attn.c_attn is a Conv1D), which",
     ),
     "experts": (
-        edit("config.json", model_type="mixtral", architectures=["MixtralForCausalLM"]),
-        "tiny is a mixture of experts (model.layers.0.mlp.experts.gate_up_proj), which cannot be",
+        edit("config.json", model_type="jetmoe", architectures=["JetMoeForCausalLM"]),
+        "tiny is a mixture of experts (model.layers.0.mlp.input_linear.weight) of a kind (jetmoe) "
+        "that transformers computes by code of its own; choose another model",
     ),
     "no attention": (
         edit(

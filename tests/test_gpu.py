@@ -22,9 +22,11 @@ from prepared import make_prepared_workspace
 
 from stages import quantize as quantize_stage
 from stages import train as train_stage
-from stages.quantize import quantize
-from stages.shared.model import load_base, set_compute_dtype
+from stages.quantize import nf4, quantize
+from stages.shared import packed
+from stages.shared.model import load_base, load_streamed, set_compute_dtype
 from stages.shared.outputs import write_sums
+from stages.shared.packed import Groups, Nf4Experts
 from stages.shared.placement import Placement
 from stages.shared.process import StageError, sha256
 from stages.shared.scoring import scored_logits
@@ -365,3 +367,66 @@ def test_a_merged_model_in_host_memory_computes_what_one_on_the_gpu_does(tmp_pat
         assert streamer.sent == 2
         for ours, theirs in zip(found, expected, strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_grouped_products_of_packed_experts_are_those_of_dense_ones(monkeypatch, transposed):
+    """Forward and backward, whole and in chunks, against each expert by itself in float32; with an
+    expert that has no token."""
+    torch.manual_seed(0)
+    weights = [0.05 * torch.randn(384, 256) for _ in range(5)]
+    parts = [nf4(weight, True, torch.device("cpu")) for weight in weights]
+    stack = Nf4Experts(
+        torch.stack([codes.view(384, 128) for codes, _ in parts]),
+        torch.stack([state.absmax for _, state in parts]),
+        torch.stack([state.state2.absmax for _, state in parts]),
+        torch.stack([state.offset for _, state in parts]),
+    ).cuda()
+    stack.transposed = transposed
+    counts = torch.tensor([70, 1, 0, 129, 33])
+    groups = Groups(counts.cumsum(0).cuda())
+    inputs, outputs = (384, 256) if transposed else (256, 384)
+    x = torch.randn(int(counts.sum()), inputs).bfloat16().cuda().requires_grad_()
+    dy = torch.randn(len(x), outputs).bfloat16().cuda()
+    dense = stack.dense(0, 5, torch.bfloat16).float()
+    each = [stack.dense(e, e + 1, torch.bfloat16) for e in range(5)]
+    assert torch.equal(dense, torch.cat(each).float())
+    dense = dense if transposed else dense.mT
+    rows = x.detach().float().split(counts.tolist())
+    expected = torch.cat([a @ w for a, w in zip(rows, dense, strict=True)])
+    expected_dx = torch.cat(
+        [a @ w.mT for a, w in zip(dy.float().split(counts.tolist()), dense, strict=True)]
+    )
+    for at_once in (5, 2, 1):
+        monkeypatch.setattr(packed, "CHUNK_BYTES", at_once * 2 * 384 * 256)
+        x.grad = None
+        y = stack(x, Groups(groups.ends))
+        y.backward(dy)
+        for found, exact in ((y, expected), (x.grad, expected_dx)):
+            assert (found.float() - exact).norm() < 0.005 * exact.norm()
+
+
+def test_a_mixture_of_experts_trains_alike_wherever_it_lies(tmp_path):
+    """Twice the same bytes, resident and streamed."""
+    settings = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+    shape = {"hidden_size": 256, "head_dim": 64, "num_hidden_layers": 4} | settings
+    make_model(tmp_path / "base", "qwen3_moe", **shape)
+    (tmp_path / "nf4").mkdir()
+    quantize(tmp_path / "base", tmp_path / "nf4", double_quant=True)
+    gpu, ids = torch.device("cuda", 0), torch.arange(600).view(2, 300).cuda() % 250 + 3
+    found = []
+    for streamed in (0, 0, 4):
+        if streamed:
+            model, _ = load_streamed(tmp_path / "nf4", gpu, streamed, attention="sdpa")
+        else:
+            model = load_base(tmp_path / "nf4", gpu, "sdpa")
+        torch.manual_seed(1)
+        config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        model = get_peft_model(model, config).train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        with torch.autocast("cuda", torch.bfloat16):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found.append(gradients(model))
+    for other in found[1:]:
+        assert all(torch.equal(other[name], value) for name, value in found[0].items())

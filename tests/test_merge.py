@@ -390,7 +390,7 @@ SPOILED = [
     ("quantized", lambda t: t.pop(NORM), f"models/quantized lacks {NORM} of the base"),
     ("quantized", lambda t: t.update(more=torch.zeros(2)), "more has shape (2,) and in the base"),
     ("quantized", lambda t: t.update({NORM: t[NORM].int()}), f"{NORM} is I32, not a float type"),
-    ("base", experts, "experts.0.w1.weight: experts are fused"),
+    ("base", experts, "models/quantized lacks model.layers.0.mlp.experts.0.w1.weight of the base"),
 ]
 
 

@@ -125,8 +125,6 @@ def test_a_target_that_peft_would_skip_is_refused(tiny, targets, message):
     [
         ({"model_type": "no-such-model"}, "not a decoder that plan knows"),
         ({"model_type": "gpt2"}, "not a decoder that plan knows"),
-        (MISTRAL | {"model_type": "mixtral"}, "mixtures of experts cannot be merged"),
-        (MISTRAL | {"model_type": "qwen3_moe"}, "mixtures of experts cannot be merged"),
         ({}, "not a decoder that plan knows"),
     ],
 )

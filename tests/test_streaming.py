@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from stages.quantize import quantize
 from stages.shared import streaming
 from stages.shared.model import load_base
+from stages.shared.packed import Packed
 from stages.shared.placement import SLOTS, Placement
 from stages.shared.streaming import HostCopy, Ring, Streamer, spread, stream_layers
 from stages.training.fused_lora import fuse_lora
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 LAYERS = 6
 SHAPE = {"num_hidden_layers": LAYERS, "hidden_size": 128, "intermediate_size": 256}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +38,9 @@ def small_weights(monkeypatch):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     made = {}
-    for arch, kind in itertools.product(("llama", "gemma"), ("nf4", "16 bit")):
+    for arch, kind in itertools.product(("llama", "gemma", "qwen3_moe"), ("nf4", "16 bit")):
         folder = tmp_path_factory.mktemp(f"{arch}")
-        make_model(folder / "base", arch, **SHAPE)
+        make_model(folder / "base", arch, **SHAPE | (EXPERTS if "moe" in arch else {}))
         made[arch, kind] = folder / "base"
         if kind == "nf4":
             (folder / "nf4").mkdir()
@@ -126,6 +128,25 @@ def test_layers_without_an_adapter_stream_too(folders):
         )
 
 
+@pytest.mark.parametrize("placement", [Placement(streamed=6), Placement(6, 6, streamed=5)], ids=str)
+@pytest.mark.parametrize("kind", ["nf4", "16 bit"])
+def test_experts_stream_as_the_rest(folders, kind, placement):
+    folder, targets = folders["qwen3_moe", kind], ["q_proj", "v_proj"]
+    resident = Placement(placement.kept_mlp, placement.kept_attention)
+    same(
+        trained(folder, placement, False, targets=targets),
+        trained(folder, resident, False, targets=targets),
+    )
+
+
+def test_packed_experts_are_what_is_streamed(folders):
+    model = load_base(folders["qwen3_moe", "nf4"], CPU)
+    codes = {id(m.codes) for m in model.modules() if isinstance(m, Packed)}
+    streamer = stream_layers(model, CPU, LAYERS)
+    assert codes
+    assert codes <= {id(parameter) for layer in streamer.layers for parameter in layer}
+
+
 def test_memory_that_cannot_be_locked_leaves_a_ring(folders, monkeypatch):
     monkeypatch.setattr(streaming, "lock", lambda buffer: "refused")
     for placement in (Placement(streamed=6), Placement(3, 2, streamed=6)):
@@ -135,8 +156,8 @@ def test_memory_that_cannot_be_locked_leaves_a_ring(folders, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("kept", [0, LAYERS])
-def test_a_layer_that_is_not_asked_for_again_would_be_seen(folders, monkeypatch, kept):
+@pytest.mark.parametrize(("arch", "kept"), [("llama", 0), ("llama", LAYERS), ("qwen3_moe", LAYERS)])
+def test_a_layer_that_is_not_asked_for_again_would_be_seen(folders, monkeypatch, arch, kept):
     """Without the calls of the backward pass it multiplies by another layer's weights."""
     going_up = {"furthest": -1}
     enter = Streamer.enter
@@ -146,9 +167,10 @@ def test_a_layer_that_is_not_asked_for_again_would_be_seen(folders, monkeypatch,
             going_up["furthest"] = i
             enter(self, i)
 
-    expected = trained(folders["llama", "nf4"], KEPT, True, steps=1)
+    targets, folder = ["q_proj", "v_proj"], folders[arch, "nf4"]
+    expected = trained(folder, KEPT, True, 1, targets)
     monkeypatch.setattr(Streamer, "enter", only_up)
-    found = trained(folders["llama", "nf4"], Placement(kept, kept, streamed=6), True, steps=1)
+    found = trained(folder, Placement(kept, kept, streamed=6), True, 1, targets)
     assert found[0] == expected[0]
     assert any(not torch.equal(found[1][n], expected[1][n]) for n in expected[1])
 

@@ -3,6 +3,7 @@
 import re
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -21,8 +22,16 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 _LAYER = re.compile(r"(.+\.)(\d+)\..+")
 
 
-def declared_shapes(folder: Path, id: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters that Transformers makes by `folder`/config.json.
+class Declared(NamedTuple):
+    """Shapes of a model's parameters, and patterns of names in its files that are of no module:
+    layers for predicting further tokens, which Transformers leaves out."""
+
+    shapes: dict[str, tuple[int, ...]]
+    left_out: tuple[str, ...]
+
+
+def declared_shapes(folder: Path, id: str) -> Declared:
+    """What Transformers makes by `folder`/config.json.
 
     Raises StageError for what no model can be made of, and for settings that are not the model's.
     """
@@ -30,13 +39,14 @@ def declared_shapes(folder: Path, id: str) -> dict[str, tuple[int, ...]]:
     return bounded(partial(_make, folder, id), f"{id}: making a model of config.json", ANOTHER)
 
 
-def _make(folder: Path, id: str) -> dict[str, tuple[int, ...]]:
+def _make(folder: Path, id: str) -> Declared:
     with one_line(f"{id}: no model can be made of config.json", f"{COPY}, or {ANOTHER}"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         model = empty_model(config)
         language = language_model(config) if is_multimodal(config) else model
     _check_layers(language, id)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return Declared(shapes, tuple(model._keys_to_ignore_on_load_unexpected or ()))
 
 
 def _check_layers(model: PreTrainedModel, id: str) -> None:
@@ -80,10 +90,8 @@ def _check_settings(config: dict, id: str) -> None:
             )
 
 
-def check_sizes(
-    folder: Path, files: list[str], declared: dict[str, tuple[int, ...]], id: str
-) -> None:
-    """Raise StageError when the weights in `files` have other shapes or layers than `declared`.
+def check_sizes(folder: Path, files: list[str], model: Declared, id: str) -> None:
+    """Raise StageError when the weights in `files` have other shapes or layers than `model`.
 
     Tensors that Transformers renames or joins when it loads them are passed over. Raises
     StageError for weights that are quantized, of which config.json says nothing, too.
@@ -91,6 +99,7 @@ def check_sizes(
     from safetensors import safe_open
 
     found: dict[str, tuple[int, ...]] = {}
+    declared = model.shapes
     for file in files:
         with safe_open(folder / file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
@@ -107,7 +116,8 @@ def check_sizes(
                 f"{id}: {name} is {_by(found[name])} in the weights and {_by(declared[name])} by "
                 "config.json; one of the two is of another model"
             )
-    has, says = _layers(found), _layers(declared)
+    own = [n for n in found if not any(re.search(pattern, n) for pattern in model.left_out)]
+    has, says = _layers(own), _layers(declared)
     for prefix in sorted(has.keys() & says.keys()):
         if has[prefix] != says[prefix]:
             raise StageError(

@@ -85,7 +85,7 @@ def check_names(folder: Path) -> Names:
     # transformers itself makes one tensor of those of several experts.
     apart = language is not model or any(k != n and not part_of(n) for k, n in of.items())
     experts = {name: tuple(tensor.shape) for name, tensor in expert_tensors(language).items()}
-    kept = kept_in_float32(language) & set(of.values())
+    kept = kept_in_float32(language, of.values())
     return Names(of, wanted, experts, kept, set(packed.values()), apart)
 
 

@@ -14,6 +14,7 @@ Sums over the experts of a token run in the order of the router's choice, on eve
 addition takes part.
 """
 
+import math
 from functools import cached_property
 from types import MethodType
 from typing import Any
@@ -281,6 +282,14 @@ def put_packed(model: PreTrainedModel, name: str, packed: Packed) -> None:
     packed.transposed = getattr(experts, "is_transposed", type(experts).__name__ in OWN_CODE)
     delattr(experts, key)
     experts.add_module(packed_name(key), packed)
+
+
+def parameters_of(model: Any) -> tuple[int, int]:
+    """(trained, all) of a model of PEFT's, which counts the bytes of packed experts."""
+    trained, all_of_them = model.get_nb_trainable_parameters()
+    packed = [module for module in model.modules() if isinstance(module, Packed)]
+    stored = sum(parameter.numel() for module in packed for parameter in module.parameters(False))
+    return trained, all_of_them + sum(math.prod(module.shape) for module in packed) - stored
 
 
 def compute_packed(model: PreTrainedModel) -> None:

@@ -7,7 +7,7 @@ where the two differ.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -155,13 +155,14 @@ def check_experts(model: PreTrainedModel) -> None:
                 check_converter(tensor, converter)
 
 
-def kept_in_float32(model: PreTrainedModel) -> set[str]:
-    """Names of the tensors of `model` that transformers keeps in float32 whatever it is loaded in:
-    rounded, the bias of a router chooses other experts."""
+def kept_in_float32(model: PreTrainedModel, names: Iterable[str] | None = None) -> set[str]:
+    """Of `names`, or of those of all tensors of `model`, the ones that transformers keeps in
+    float32, whatever it is loaded in: rounded, the bias of a router chooses other experts."""
     patterns = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     found = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns) or "$^")
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    return {name for name, _ in tensors if found.search(name)}
+    if names is None:
+        names = (name for name, _ in (*model.named_parameters(), *model.named_buffers()))
+    return {name for name in names if found.search(name)}
 
 
 def _backbone_name(model: PreTrainedModel) -> str:

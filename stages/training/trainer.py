@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from stages.shared.adapted import check_adapted, lost_elsewhere, targets_as_written
+from stages.shared.experts import expert_stacks
 from stages.shared.fast_path import FastPath, plain_layers
 from stages.shared.linears import adaptable_linears, targets_of, unadaptable_linears
 from stages.shared.params import Lora, Params, Train
@@ -269,10 +270,18 @@ def train_together(model: PeftModel, world: World, seed: int) -> None:
 
 
 def apply_liger(model: PreTrainedModel) -> None:
-    """Let `model` take Liger's norms, rotary embedding and SwiGLU, and keep its own loss."""
+    """Let `model` take Liger's norms, rotary embedding and SwiGLU, and keep its own loss.
+
+    Of a mixture of experts not the SwiGLU: with it come Liger's experts, which read dense weights.
+    """
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-    parts = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False}
+    parts = {
+        "rope": True,
+        "rms_norm": True,
+        "swiglu": not expert_stacks(model),
+        "cross_entropy": False,
+    }
     _apply_liger_kernel_to_instance(model=model, **parts, fused_linear_cross_entropy=False)
 
 
