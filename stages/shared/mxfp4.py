@@ -17,6 +17,21 @@ _BIAS = 127
 STORAGE = "expert_storage"
 
 
+# Values that are looked up at once, where few calls matter more than memory.
+_AT_ONCE = 2**26
+
+
+def experts_at_once(values: int) -> int:
+    """Of so many values each."""
+    return max(1, _AT_ONCE // values)
+
+
+def lookup_bytes(values: int) -> float:
+    """What looking up bfloat16 `values` takes beside them: an index of 4 bytes for each two, and
+    the values before they are where they belong."""
+    return 4.0 * min(values, _AT_ONCE)
+
+
 def decoded(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The values [..., 32 n] of uint8 `blocks` [..., n, 16], the first of two in the low bits, and
     uint8 `scales` [..., n]. Exact in bfloat16 and float32."""

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from stages.shared.experts import OWN_CODE, PACKED, expert_stacks, packed_name
-from stages.shared.mxfp4 import GROUP, decoded
+from stages.shared.mxfp4 import GROUP, decoded, experts_at_once
 from stages.shared.nf4 import unnested, unpacked
 from stages.shared.vram import CHUNK_BYTES
 
@@ -137,9 +137,12 @@ class Mxfp4Experts(Packed):
     def dense(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
         _, rows, columns = self.shape
         values = self.blocks.new_empty((last - first, columns, rows), dtype=dtype)
-        # One by one: the indices by which values are looked up are as large as they.
-        for i, expert in enumerate(range(first, last)):
-            values[i] = decoded(self.blocks[expert], self.scales[expert], dtype)
+        step = experts_at_once(rows * columns)
+        for start in range(first, last, step):
+            part = slice(start, min(start + step, last))
+            values[start - first : part.stop - first] = decoded(
+                self.blocks[part], self.scales[part], dtype
+            )
         return values.mT
 
 

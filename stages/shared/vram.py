@@ -41,6 +41,7 @@ takes, is stages/shared/placement.py.
 
 from dataclasses import dataclass
 
+from stages.shared.mxfp4 import lookup_bytes
 from stages.shared.outputs import GB
 
 # The usual sizes of cards.
@@ -286,11 +287,13 @@ def projections_saved(
 
 def dequantized_bytes(shape: Shape, run: Training) -> float:
     """A 16-bit copy of one weight or of a chunk of experts, and bitsandbytes' constants in fp32."""
+    values = chunk_values(shape)
+    experts = 2.0 * values + (lookup_bytes(values) if shape.mxfp4 else 4 / 64 * values)
     if run.method != "qlora":
-        return 2.0 * chunk_values(shape) if shape.mxfp4 else 0.0
+        return experts if shape.mxfp4 else 0.0
     constants = 0 if run.fused_lora and run.liger else 4 / 64
     linear = max((x.parameters for x in shape.linears if x.quantized), default=0)
-    return max((2 + constants) * linear, (2 + 4 / 64) * chunk_values(shape))
+    return max((2 + constants) * linear, experts)
 
 
 def chunk_values(shape: Shape) -> int:
