@@ -249,6 +249,11 @@ def with_predictions(results: dict) -> dict:
             "predicted_device_gb": prediction.device / GB,
             "predicted_ram_gb": prediction.host / GB,
         }
+        if rate := results.get("tflops"):
+            # Of the time of a step, what its operations take at the rate of a square product.
+            computing = placement.operations(sizes, placed) / (rate * 1e12)
+            steps = found["steady_tokens_per_second"] / found["tokens"]
+            found["share_of_operations"] = computing * steps
     return results | {"ratios": results.get("ratios", {}) | ratios(results["points"])}
 
 

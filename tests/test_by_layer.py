@@ -75,6 +75,19 @@ def test_one_pass_over_the_weights_gives_the_same_digits(family, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["base", "nf4"])
+def test_experts_go_through_layer_by_layer_too(kind, tmp_path):
+    settings = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    make_model(tmp_path / "base", "qwen3_moe", num_hidden_layers=LAYERS, **settings)
+    if kind == "nf4":
+        (tmp_path / "nf4").mkdir()
+        quantize(tmp_path / "base", tmp_path / "nf4", double_quant=True)
+    expected = score(load_base(tmp_path / kind, CPU), ROWS, TOKENS)
+    model, streamer = streamed(tmp_path / kind)
+    assert score(model, ROWS, TOKENS, streamer=streamer) == expected
+    assert streamer.sent == LAYERS
+
+
+@pytest.mark.parametrize("kind", ["base", "nf4"])
 def test_base_and_tuned_stream_once_each(folders, kind):
     found = []
     for by in (False, True):

@@ -247,10 +247,11 @@ def sent_bytes(sizes: Sizes, placement: Placement) -> tuple[float, float]:
 def copies_hide(sizes: Sizes, placement: Placement, rates: Rates = RATES) -> bool:
     """Whether a step computes for longer than its copies take."""
     copies = max(sent_bytes(sizes, placement)) / rates.bus
-    return copies <= _operations(sizes, placement) / rates.operations
+    return copies <= operations(sizes, placement) / rates.operations
 
 
-def _operations(sizes: Sizes, placement: Placement) -> float:
+def operations(sizes: Sizes, placement: Placement) -> float:
+    """Of a step."""
     again = (sizes.layers - placement.kept_mlp) * sizes.mlp_operations
     again += (sizes.layers - placement.kept_attention) * sizes.attention_operations
     return 2 * sizes.operations + again
@@ -258,9 +259,9 @@ def _operations(sizes: Sizes, placement: Placement) -> float:
 
 def seconds(sizes: Sizes, placement: Placement, rates: Rates) -> float:
     """Of a step, by the model above."""
-    operations = _operations(sizes, placement) / rates.operations
+    computing = operations(sizes, placement) / rates.operations
     copies = max(sent_bytes(sizes, placement)) / rates.bus
-    return max(operations, copies, LAUNCHING * sizes.layers)
+    return max(computing, copies, LAUNCHING * sizes.layers)
 
 
 def choose(
