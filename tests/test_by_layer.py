@@ -248,7 +248,7 @@ def test_streamed_answers_are_the_same_and_their_time_is_said(folders, capsys):
 
 def test_what_fewer_samples_would_save_is_said(monkeypatch):
     streamer = SimpleNamespace(room=0.0, bytes=34.2 * GB, pass_seconds=lambda: 1.5)
-    room = Room(streamer, SimpleNamespace(working=100.0, token=0.5, cached=0.5))
+    room = Room(streamer, SimpleNamespace(working=130.0, dequantized=30.0, token=0.5, cached=0.5))
     said = forecast([[0] * 10] * 6, 40, room)
     # Two rows of 50 tokens at once, in three batches, by two models.
     assert "6 prompts are answered 2 at once; each token streams 34.2 GB in about 1.5 s" in said

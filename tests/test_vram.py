@@ -5,8 +5,9 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from moe import moe_config
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.random_models import build, config_of
 from benchmarks.vram import Point, prepare, random_rows, training_of
@@ -146,6 +147,30 @@ def test_a_layer_keeps_the_bytes_that_the_model_says(tmp_path, changes):
     kept = bytes_of_layer(model, base.model.layers[0], shape.hidden) - casts
     per_token = vram.attention_saved(shape, run) + vram.mlp_saved(shape, run)
     assert kept / TOKENS == pytest.approx(per_token, rel=0.03)
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "olmo2", "glm4", "phi3", "granite"])
+def test_norms_and_fused_projections_are_counted(arch):
+    """Norms of q and k, norms of results, and q, k and v as views of one tensor."""
+    widths = {"hidden_size": 128, "intermediate_size": 320, "head_dim": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    config = AutoConfig.for_model(arch, vocab_size=260, pad_token_id=0, **widths, **heads)
+    shape = shape_of(config)
+    run = run_of(shape)
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    lora = LoraConfig(r=8, target_modules=sorted(run.targets), task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora).train()
+    casts = 2 * vram.adapter_parameters(shape, run.rank, run.targets)
+    kept = bytes_of_layer(model, base.model.layers[0], shape.hidden) - casts
+    per_token = vram.attention_saved(shape, run) + vram.mlp_saved(shape, run)
+    assert kept / TOKENS == pytest.approx(per_token, rel=0.01)
+
+
+@pytest.mark.parametrize(("family", "each"), [("qwen3_moe", 6), ("gpt_oss", 12)])
+def test_what_an_experts_activation_keeps_is_counted(family, each):
+    shape = shape_of(moe_config(family))
+    assert shape.expert_gate == each * shape.expert_width
+    assert shape.sinks == (family == "gpt_oss")
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ class Room:
 
     @property
     def tokens(self) -> int:
-        free = self.streamer.room + self.sizes.working
+        free = self.streamer.room + self.sizes.working - self.sizes.dequantized
         return int(free / (self.sizes.token + self.sizes.cached))
 
 
@@ -50,7 +50,8 @@ def answering_bytes(sizes: Scored, sets: dict[str, list[dict]], params: Evaluate
     longest = max(row["prompt_tokens"] for rows in sets.values() for row in rows)
     prompts = params.samples * longest
     cached = (prompts + params.samples * params.max_answer_tokens) * sizes.cached
-    return min(prompts, PROMPT_TOKENS) * sizes.token + min(cached, CACHE_BYTES["cuda"])
+    working = min(prompts, PROMPT_TOKENS) * sizes.token + sizes.dequantized
+    return working + min(cached, CACHE_BYTES["cuda"])
 
 
 def forecast(prompts: list[list[int]], limit: int, room: Room) -> str:

@@ -38,12 +38,14 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Scored:
-    """A model with what scores it, in bytes. `layer` is what of a layer can be streamed; `token`
-    and `cached` are those of a token at work and of one in the KV cache."""
+    """A model with what scores it, in bytes. `layer` is what of a layer can be streamed;
+    `dequantized` is one weight in 16 bit, a part of `working`; `token` and `cached` are those of a
+    token at work and of one in the KV cache."""
 
     layers: int
     weights: float
     layer: float
+    dequantized: float
     working: float
     token: float
     cached: float
@@ -79,6 +81,7 @@ def scored(
         weights=each * decoder.linears + size * decoder.others + adapter,
         # Of NF4 the codes; the constants stay.
         layer=(0.5 if nf4 else size) * decoder.linears / decoder.layers,
+        dequantized=dequantized,
         working=max(TOKENS_PER_BATCH, longest) * token + dequantized + LOGIT_BYTES * LOGITS,
         token=token,
         cached=1.0 * size * decoder.layers * decoder.keys,

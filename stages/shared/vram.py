@@ -17,7 +17,8 @@ Activations. What autograd keeps for one token of one layer is the sum over its 
 Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198), whose layer is another one:
 
     attention   RMSNorm 2H (Liger; 4H without), the projections' input 2H, q and output 4A,
-                k and v 4K, log-sum-exp 4 per head
+                k and v 4K, log-sum-exp 4 per head; what q, k and v are views of, where one Linear
+                makes them, 2A + 2K more; further norms (of q and k, of results) 2 or 4 a value
     MLP         RMSNorm 2H or 4H, input 2H, gate and up 4I (6I without Liger), and their product 2I
                 unless the MLP is one operation (stages/training/fused_lora.py)
     adapters    x A^T, 2r each, and in PEFT's own layers with dropout 3 bytes for each input
@@ -60,6 +61,7 @@ CHUNK_BYTES = 2**30
 MXFP4_BYTES = 0.5 + 1 / 32
 NF4_BYTES = {True: 0.5 + 1 / 64 + 4 / 16384, False: 0.5 + 4 / 64}
 # Names that say which tensor of a layer a Linear reads, as Llama and its relatives use them.
+FUSED_INPUTS = frozenset({"qkv_proj", "query_key_value", "Wqkv", "c_attn"})
 ATTENTION_INPUTS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj"})
 ATTENTION = ATTENTION_INPUTS | {"o_proj"}
 MLP_INPUTS = frozenset({"gate_proj", "up_proj", "gate_up_proj"})
@@ -117,9 +119,14 @@ class Shape:
     plain: bool  # its layers are plain_layers of stages/shared/fast_path.py
     linears: tuple[Linear, ...]
     other_parameters: int
+    # Values of a token that a layer's norms read beside the two of H that every layer has.
+    more_norms: float = 0.0
+    # Attention has sinks: eager, and its softmax in bf16.
+    sinks: bool = False
     experts: tuple[Experts, ...] = ()
     chosen: int = 0
     expert_width: int = 0
+    expert_gate: int = 0  # bytes that the activation keeps of a token in one expert
     shared_width: int = 0
     float32_parameters: int = 0
     mxfp4: bool = False  # experts come in MXFP4, and stay so
@@ -208,12 +215,17 @@ def attention_saved(shape: Shape, run: Training) -> float:
     k, row = shape.kv_heads * shape.head_dim, run.tokens / run.rows
     # q, k, v, the output and an fp32 log-sum-exp.
     kept = norm_saved(h, run) + 4 * a + 4 * k + 4 * shape.heads
+    kept += norm_saved(shape.more_norms, run)
+    if any(x.name.rsplit(".", 1)[-1] in FUSED_INPUTS for x in shape.linears):
+        # v is a view of all three; q and k are made anew when they are turned.
+        kept += 2 * a + 2 * k
     if run.attention != "varlen":
         # A mask makes transformers expand K and V to all heads (use_gqa_in_sdpa) and becomes an
         # additive bf16 one in every layer.
         kept += 4 * (a - k) + 2 * row
     if run.attention == "eager":
-        kept += shape.heads * row * (4 + 2)  # the softmax in fp32 and in bf16
+        # The softmax in fp32 and in bf16.
+        kept += shape.heads * row * (2 if shape.sinks else 4 + 2)
     return kept + projections_saved(shape, run, ATTENTION, {2 * h: ATTENTION_INPUTS})
 
 
@@ -236,7 +248,7 @@ def experts_saved(shape: Shape, run: Training) -> float:
     h, i = shape.hidden, shape.expert_width
     scores = 10 * max(each.count for each in shape.experts)
     of_16_bit = 0 if run.method == "qlora" else 2 * h + 2 * i
-    each = 6 * i + 2 * h + of_16_bit
+    each = shape.expert_gate + 2 * h + of_16_bit
     shared = 8 * shape.shared_width + (2 * h if shape.shared_width else 0)
     return norm_saved(h, run) + scores + shape.chosen * each + shared
 
@@ -255,7 +267,7 @@ def experts_working(shape: Shape, run: Training) -> float:
     )
 
 
-def norm_saved(hidden: int, run: Training) -> float:
+def norm_saved(hidden: float, run: Training) -> float:
     """RMSNorm keeps its input: Liger in bf16, transformers in fp32 and, to learn its weight, the
     normalized values as well."""
     return hidden * (2 if run.liger else 6 if run.method == "full" else 4)
@@ -374,7 +386,8 @@ def attention_working(shape: Shape, run: Training) -> float:
     else:
         live += 4 * (a - k)
     if run.attention == "eager":
-        live += shape.heads * run.tokens / run.rows * (4 + 4 + 2)
+        # Of the weights, in fp32 and bf16; with sinks in bf16 alone.
+        live += shape.heads * run.tokens / run.rows * (2 + 2 + 2 if shape.sinks else 4 + 4 + 2)
     return run.tokens * live
 
 

@@ -1,8 +1,10 @@
 """What training is asked to do: the base model's shape, the rows and the settings, for what places
 them (stages/shared/placement.py)."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -86,6 +88,8 @@ def shape_of(config: PretrainedConfig) -> vram.Shape:
         head_dim=head_dim,
         silu=getattr(text, "hidden_act", None) == "silu",
         plain=bool(plain_layers(model)),
+        more_norms=more_norms(model, heads, head_dim),
+        sinks=any(name.endswith(".sinks") for name, _ in model.named_parameters()),
         linears=linears,
         other_parameters=model.num_parameters()
         - sum(x.parameters for x in linears)
@@ -99,6 +103,19 @@ def shape_of(config: PretrainedConfig) -> vram.Shape:
         mxfp4=in_mxfp4(config),
         **(experts_shape(model) if experts else {}),
     )
+
+
+def more_norms(model: PreTrainedModel, heads: int, head_dim: int) -> float:
+    """What a Shape says of norms: those of q and k read every head, and others a whole stream."""
+    text = model.config.get_text_config()
+    keys = number_of(text, "num_key_value_heads") or heads
+    read = 0
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if "Norm" in type(module).__name__ and weight is not None and re.search(r"\.\d+\.", name):
+            times = {"q_norm": heads, "k_norm": keys}.get(name.rsplit(".", 1)[-1], 1)
+            read += weight.numel() * (times if weight.numel() <= head_dim else 1)
+    return max(0.0, read / text.num_hidden_layers - 2 * text.hidden_size)
 
 
 def in_mxfp4(config: PretrainedConfig) -> bool:
@@ -120,12 +137,37 @@ def experts_shape(model: PreTrainedModel) -> dict[str, int]:
     return {
         "chosen": every or chosen_experts(model.config.get_text_config()),
         "expert_width": down[1] if turned else down[2],
+        "expert_gate": kept_by_gate(stack, down[1] if turned else down[2]),
         "shared_width": sum(
             module.in_features
             for name, module in beside.named_modules()
             if isinstance(module, torch.nn.Linear) and name.endswith("down_proj")
         ),
     }
+
+
+def kept_by_gate(stack: torch.nn.Module, width: int) -> int:
+    """Bytes that autograd keeps of what one expert's activation makes of a token in bf16."""
+    module: Any = stack
+    gated = getattr(module, "has_gate", True)
+    x = torch.empty(1, (2 if gated else 1) * width, dtype=torch.bfloat16, device="meta")
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        x.requires_grad_()
+        if not gated:
+            module.act_fn(x)
+        elif hasattr(module, "_apply_gate"):
+            module._apply_gate(x)
+        else:
+            gate, up = x.chunk(2, dim=-1)
+            up * module.act_fn(gate)
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def match_targets(shape: vram.Shape, wanted: str | list[str]) -> frozenset[str]:
