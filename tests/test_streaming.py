@@ -15,6 +15,7 @@ from stages.shared import streaming
 from stages.shared.model import load_base
 from stages.shared.packed import Packed
 from stages.shared.placement import SLOTS, Placement
+from stages.shared.scoring import score
 from stages.shared.streaming import HostCopy, Ring, Streamer, spread, stream_layers
 from stages.training.fused_lora import fuse_lora
 from tests.test_fast_path import with_random_adapter
@@ -83,6 +84,25 @@ def same(found, expected):
         assert one.keys() == other.keys()
         for name, value in one.items():
             assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_held_out_rows_pass_through_the_streamed_weights_once(folders, fused):
+    """As training scores them, in several batches."""
+    rows = [{"input_ids": ids, "labels": ids} for ids in ([*range(3, 20 + n)] for n in range(8))]
+    found = []
+    for count in (0, LAYERS):
+        model, streamer = load_base(folders["llama", "nf4"], CPU, None, torch.bfloat16), None
+        if count:
+            streamer = stream_layers(model, CPU, count)
+        peft = with_random_adapter(get_peft_model(model, LoraConfig(r=4)).train())
+        if fused:
+            fuse_lora(peft, liger=False, placement=Placement(streamed=count), streamer=streamer)
+        before = streamer.sent if streamer else 0
+        found.append(score(peft, rows, tokens_per_batch=48, streamer=streamer))
+        assert peft.training
+    assert found[0] == found[1]
+    assert streamer.sent - before <= LAYERS
 
 
 KEPT = Placement(LAYERS, LAYERS)

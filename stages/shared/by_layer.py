@@ -68,7 +68,9 @@ def _by_layer(
     except ValueError as reason:
         raise NotByLayer(str(reason)) from None
     tokens = sum(inputs["input_ids"].numel() for inputs in batches)
-    with tqdm(total=len(layers) * tokens, unit=" tokens", desc="layers", disable=None) as bar:
+    with tqdm(
+        total=len(layers) * tokens, unit=" tokens", desc="layers", leave=False, disable=None
+    ) as bar:
         while rest:
             chunk: list[_Batch] = []
             size = next_size = 0.0

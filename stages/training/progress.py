@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from stages.shared.device import reset_peaks
 from stages.shared.outputs import write_text
-from stages.shared.scoring import TOKENS_PER_BATCH, score
+from stages.shared.scoring import TOKENS_PER_BATCH
 from stages.training.trainer import Trainer
 from stages.training.validation import Validation
 
@@ -66,7 +66,7 @@ class Progress(TrainerCallback):
         self._count(time.monotonic() - self.mark - self.validation.took)
         self.bar.update()
         if scoring:
-            scores = score(model, self.held_out, self.tokens_per_batch, self.world)
+            scores = self.trainer.score(self.held_out, self.tokens_per_batch)
             loss = math.fsum(scores.nll) / sum(scores.tokens)
             state.log_history.append({"step": state.global_step, "eval_loss": loss})
         if control.should_save:

@@ -24,6 +24,7 @@ from stages.shared.params import Lora, Params, Train
 from stages.shared.placement import Placement
 from stages.shared.ranks import ALONE, World
 from stages.shared.rows import IGNORED, token_counts
+from stages.shared.scoring import Scores, score
 from stages.shared.streaming import Streamer
 from stages.training import attention
 from stages.training.dealing import Dealt, GroupedByLength, no_rows
@@ -58,6 +59,8 @@ class Trainer(SFTTrainer):
     tokens = 0
     # Whether trl's output head gives the model's own logits (stages/training/trial.py).
     fused_head = True
+    # Of the base, where its layers' weights are streamed.
+    streamer: Streamer | None = None
 
     def __init__(self, world: World = ALONE, **options):
         self.world = world
@@ -88,6 +91,10 @@ class Trainer(SFTTrainer):
         learned = labels != IGNORED
         logits, labels = logits[learned].float(), labels[learned]
         return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / tokens
+
+    def score(self, rows: list[dict], tokens_per_batch: int) -> Scores:
+        """Score `rows` with the adapter as it is; streamed weights pass once."""
+        return score(self.model, rows, tokens_per_batch, self.world, self.streamer)
 
     def _get_train_sampler(self, train_dataset=None):
         """As transformers does, told the lengths: it would decode every row to count its tokens."""
@@ -215,6 +222,7 @@ def build_trainer(
             parameter.data = parameter.data.float()
     trainer.model.eval()
     trainer.fused_head = trial.fused_head(trainer.model.get_base_model())
+    trainer.streamer = streamer
 
     def fuse() -> None:
         stash = host_stash(trainer, fast, placement)

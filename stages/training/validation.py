@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from stages.shared.params import Train
 from stages.shared.process import StageError
-from stages.shared.scoring import TOKENS_PER_BATCH, score
+from stages.shared.scoring import TOKENS_PER_BATCH
 from stages.training.trainer import Trainer
 
 # How often in a run the validation rows are scored, or at every step of a shorter one.
@@ -57,7 +57,7 @@ class Validation(TrainerCallback):
         if model.device.type == "cuda":
             torch.cuda.synchronize()
         started = time.monotonic()
-        scores = score(model, self.rows, self.tokens_per_batch, self.world)
+        scores = self.trainer.score(self.rows, self.tokens_per_batch)
         loss = math.fsum(scores.nll) / sum(scores.tokens)
         if not math.isfinite(loss):
             raise StageError(
