@@ -104,8 +104,8 @@ def history_of(steps, monkeypatch, history=()):
     last one is saved."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock.now)
-    monkeypatch.setattr(progress, "score", lambda *_: Scores([1.0], [1]))
-    trainer = SimpleNamespace(tokens=0, world=ALONE)
+    scores = Scores([1.0], [1])
+    trainer = SimpleNamespace(tokens=0, world=ALONE, score=lambda *_: scores)
     callback = Progress(trainer, [], 100, SimpleNamespace(took=0.0))
     state = TrainerState(log_history=list(history), max_steps=1000)
     model = SimpleNamespace(device=CPU)

@@ -169,7 +169,9 @@ def test_an_early_end_is_the_last_step_for_checkpoints(tmp_path):
 
 def validation(train: dict, rows: list) -> Validation:
     settings = SimpleNamespace(**{"keep": "last", "patience": None} | train)
-    return Validation(SimpleNamespace(world=ALONE), rows, settings, 100)
+    scores = SimpleNamespace(nll=[float("nan")], tokens=[1])
+    trainer = SimpleNamespace(world=ALONE, score=lambda *_: scores)
+    return Validation(trainer, rows, settings, 100)
 
 
 @pytest.mark.parametrize("train", [{"keep": "best"}, {"patience": 2}])
@@ -178,9 +180,7 @@ def test_nothing_is_chosen_by_no_rows(train):
         validation(train, [])
 
 
-def test_a_validation_loss_that_is_no_number_ends_training(monkeypatch):
-    scores = SimpleNamespace(nll=[float("nan")], tokens=[1])
-    monkeypatch.setattr("stages.training.validation.score", lambda *_: scores)
+def test_a_validation_loss_that_is_no_number_ends_training():
     state, model = TrainerState(global_step=1, max_steps=1), torch.nn.Linear(1, 1)
     model.device = torch.device("cpu")
     with pytest.raises(StageError, match="validation loss is nan at step 1; lower"):
