@@ -118,10 +118,10 @@ noise: $(READY)  ## Repeat the default with three other seeds and store the spre
 	@touch $@
 
 harness: .harness/ready  ## Run tasks of lm-evaluation-harness: make harness TASKS="hellaswag arc_easy"
-	@PYTHONPATH=.harness python -m tools.harness --tasks $(TASKS)
+	@PYTHONPATH=$(CURDIR)/.harness python -m tools.harness --tasks $(TASKS)
 
 test-harness: .harness/ready  ## Run a task of lm-evaluation-harness on a tiny model, without a network.
-	@PYTHONPATH=.harness pytest tests/harness/check_harness.py
+	@PYTHONPATH=$(CURDIR)/.harness pytest tests/harness/check_harness.py
 
 experiments: $(READY)  ## The experiments, with the columns that matter.
 	@dvc exp show --only-changed --drop '^(?!(Experiment|((group|source_[0-9]+)_)?(perplexity|exact_match|command_and_flags)_after|retention_change_percent|merge_change_percent|train_minutes|v?ram_gb|seed|(lora|train|quantize|merge|model|dataset|prepare)\..*)$$)'
