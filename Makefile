@@ -16,7 +16,7 @@ READY := .venv/ready
 # dvc.yaml says `python`: it must be the environment's.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help env repro test quick test-browser test-serving test-trackers families lock gguf lint fix figures compare gate noise harness test-harness experiments chaos
+.PHONY: help env repro test quick test-browser test-serving test-trackers families lock gguf lint fix figures compare gate noise harness test-harness experiments chaos mutants
 help:  ## Show this list.
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -88,6 +88,17 @@ gguf: .gguf/ready  ## Convert models/release to models/release.gguf, and hold th
 
 chaos: $(READY)  ## Kill the pipeline 400 times and feed it hostile files, an hour; 3 to 20 minutes of it: make chaos PART=writes
 	@python -m tests.chaos $(PART)
+
+# With the project's packages, and mutmut in front of them.
+.mutmut/ready: requirements.lock $(READY)
+	@$(BIN)/python -m venv --clear .mutmut/env
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$(.mutmut/env/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	@.mutmut/env/bin/python -m pip install --quiet --disable-pip-version-check mutmut==3.8.1
+	@touch $@
+
+mutants: .mutmut/ready  ## Change six modules and see tests fail, an hour, or make mutants NAMES="gate scoring"; writes a result file
+	@.mutmut/env/bin/python -m tests.mutants $(NAMES)
 
 families: $(READY)  ## Try tiny models of all families, an hour, or make families NAMES="gemma3 granite"; writes docs/models.md
 	@PYTHONPATH=tests python -m tests.families $(NAMES)

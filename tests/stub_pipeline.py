@@ -77,8 +77,14 @@ metrics/verify.json:
 class Texts(Revision):
     """A revision made of texts: path -> content."""
 
+    prefix = ""
+
     def __init__(self, name: str, texts: dict[str, str]):
         self.name, self.commit, self.texts = name, name.encode().hex(), texts
+
+    @property
+    def files(self) -> dict[str, str]:
+        return self.texts
 
     def bytes(self, path: str) -> bytes | None:
         return self.texts[path].encode() if path in self.texts else None
