@@ -6,6 +6,8 @@ BASE ?= main
 # Processes that run tests.
 JOBS ?= 2
 UPGRADE ?=
+# A file's tests share what they make. Files begin in the order of tests/conftest.py.
+SIDE_BY_SIDE = pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 BIN := $(CURDIR)/.venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -37,10 +39,10 @@ repro: $(READY)  ## Run whatever is stale of the pipeline.
 	@python -m tools.recover && dvc repro
 
 test: $(READY)  ## Run the tests.
-	@pytest -n $(JOBS) --dist loadfile
+	@$(SIDE_BY_SIDE)
 
 quick: $(READY)  ## Run the tests that start no stage, in a minute or two.
-	@pytest -n $(JOBS) --dist loadfile -m 'not slow and not gpu'
+	@$(SIDE_BY_SIDE) -m 'not slow and not gpu'
 
 test-browser: $(READY)  ## Open the report and the plots in Chromium with the network denied.
 	@pytest tests/browser/check_report.py

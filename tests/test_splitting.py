@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import tempfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -90,7 +91,9 @@ def test_the_hash_is_64_bits_of_blake2b():
         assert hash64(text) == int(digits, 16)
 
 
-def test_a_store_gives_back_what_it_was_given(tmp_path):
+def test_a_store_gives_back_what_it_was_given(tmp_path, monkeypatch):
+    # The system's own folder for such files may be memory, or small.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     store, other = Store(tmp_path), {"text": "ünlike", "answers": []}
     added = [("a", 3, CHAT, "g"), ("a", 4, "text", "h"), ("b", 1, other, "g"), ("b", 2, CHAT, "g")]
     for row in added:
@@ -107,9 +110,20 @@ def test_a_store_gives_back_what_it_was_given(tmp_path):
     assert store.prompts.tolist() == [hash64(prompt) for prompt, _ in asked]
     wholes = [hash64(f"{hash64(prompt)} {rest}") for prompt, rest in asked]
     assert store.wholes.tolist() == wholes
+    assert [store.lines.dtype, store.prompts.dtype] == [np.uint32, np.uint64]
     assert store.size(np.array([0, 2])) == len(texts[0].encode()) + len(texts[2].encode())
     assert store.in_files(["b", "c"]).tolist() == [False, False, True, True]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_store_that_a_full_disk_did_not_take_ends_in_silence(tmp_path):
+    def full():
+        raise OSError("no space left")
+
+    store = Store(tmp_path)
+    store._file.close()
+    store._file = SimpleNamespace(close=full)
+    store.__del__()
 
 
 def test_rows_are_ordered_by_prompt_then_by_the_whole_row():
@@ -144,6 +158,14 @@ def test_runs_of_three_words_are_told_apart(tmp_path):
     assert near_duplicates(store, range(3)).tolist() == [2]
 
 
+def test_runs_have_three_words_and_all_count(tmp_path):
+    words = [f"word{i}" for i in range(30)]
+    # In both orders the same runs of three words, and half of those of four.
+    texts = [" ".join(f"x y {word}" for word in [*each, "x y"]) for each in (words, words[::-1])]
+    store = stored(tmp_path, [*texts, "one two three four", "one two three five"])
+    assert near_duplicates(store, range(4)).tolist() == [1]
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 10, 100])
 def test_enough_is_left_to_train_on(count):
     most = may_be_held_out(np.arange(count))
@@ -168,7 +190,10 @@ def test_rows_that_ask_the_same_stay_on_one_side():
     assert after_held_out(store, all_of(store), 4).tolist() == []
     # The first of an order that is not that of the rows.
     assert after_held_out(store, all_of(store)[::-1], 1).tolist() == [4, 3, 2, 1, 0]
+    odd = columns(prompts=[1, 1, 1, 2, 2])
+    assert after_held_out(odd, all_of(odd), 1).tolist() == [3, 4]
     alike = columns(prompts=[1, 1])
+    assert after_held_out(alike, all_of(alike), 0).tolist() == [0, 1]
     assert after_held_out(alike, all_of(alike), 1).tolist() == []
 
 
@@ -178,6 +203,9 @@ def test_groups_take_turns():
     assert in_turn(store, np.array([4, 2, 1, 3])).tolist() == [4, 2, 1, 3]
     assert in_turn(store, np.array([2, 1, 4, 3])).tolist() == [2, 4, 1, 3]
     assert in_turn(store, np.array([], int)).tolist() == []
+    # So many that a sort which is not stable would move them.
+    single = columns(groups=range(100, 0, -1))
+    assert in_turn(single, all_of(single)).tolist() == list(range(100))
 
 
 GROUPS = {
