@@ -8,6 +8,7 @@ from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
+from dvc.repo import Repo
 from tiny import ROOT
 
 from tools.revision import Revision
@@ -134,8 +135,8 @@ def make(folder: Path, top: Path | None = None) -> Path:
     for name in ("tools", "stages"):
         (folder / name).symlink_to(ROOT / name)
     must(top, "git", "init", "-q", "-b", "main")
-    must(top, "dvc", "init", "-q")
-    must(folder, "dvc", "config", "core.autostage", "false")
+    Repo.init(str(top)).close()
+    (top / ".dvc/config").write_text("[core]\n    autostage = false\n")
     must(top, "git", "add", "-A")
     must(top, "git", "commit", "-qm", "pipeline")
     must(folder, "git", "tag", "no-metrics")
@@ -144,7 +145,9 @@ def make(folder: Path, top: Path | None = None) -> Path:
 
 
 def reproduce(folder: Path, message: str) -> None:
-    must(folder, "dvc", "repro", "-q")
+    """`dvc repro`, without the start of a process, and a commit."""
+    with chdir(folder), Repo() as repo:
+        repo.reproduce()
     must(folder, "git", "add", "-A")
     must(folder, "git", "commit", "-qm", message)
 

@@ -95,6 +95,21 @@ def test_what_passes():
     assert judge(MAIN, revision("HEAD", scored(tuned_perplexity=13.2))) == (0, PASSED)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"unlimited": math.inf}, "unlimited is inf"),
+        ({"tuned_perplexity": "12.0"}, "tuned_perplexity is not a number ('12.0')"),
+        ({"tuned_perplexity": None}, "tuned_perplexity is missing"),
+    ],
+)
+def test_metrics_that_no_run_should_give(values, said):
+    assert judge(MAIN, revision("HEAD", scored(**values))) == (
+        1,
+        [f"broken: {EVAL}: {said}", "gate: FAILED: 1 broken"],
+    )
+
+
 def test_limits_are_those_of_the_base():
     loose = GATE.replace("10", "500")
     worse = revision("HEAD", scored(tuned_perplexity=24.0), {"gate.yaml": loose})
