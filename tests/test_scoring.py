@@ -228,3 +228,17 @@ def test_what_a_backbone_gives_beside_hidden_states_is_nothing():
     assert given.router_logits is None
     with pytest.raises(AttributeError, match=r"^__other__$"):
         given.__other__  # noqa: B018
+
+
+def test_autocast_is_for_16_bits_on_a_gpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "autocast", lambda *arguments: asked.append(arguments))
+    for device in ("cpu", "cuda"):
+        for dtype in (torch.float32, torch.bfloat16):
+            embeddings = SimpleNamespace(weight=torch.empty(0, dtype=dtype))
+            model = SimpleNamespace(
+                device=SimpleNamespace(type=device),
+                get_output_embeddings=lambda found=embeddings: found,
+            )
+            scoring._autocast(model)
+    assert asked == [("cuda", torch.bfloat16)]
