@@ -137,11 +137,16 @@ def test_the_last_layers_are_those_kept(biased):
 def test_a_family_of_other_layers_is_checkpointed_as_transformers_does():
     settings = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 1}
     targets = ["gate_proj", "up_proj", "down_proj"]
+    losses = []
     for placement, checkpointed in ((Placement(), True), (KEPT, False)):
         model = make("falcon_h1", targets, **settings)
         assert not model.is_gradient_checkpointing
         fuse_lora(model, False, placement)
         assert model.is_gradient_checkpointing is checkpointed
+        loss, gradients = loss_and_gradients(model)
+        assert all(gradient.any() for gradient in gradients.values())
+        losses.append(loss)
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["k_proj", "v_proj"], ["down_proj", "o_proj"]])
