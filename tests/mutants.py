@@ -6,8 +6,8 @@
 
 mutmut (https://mutmut.readthedocs.io) makes the changes, in copies of the project in .mutmut/, and
 runs for each the tests that call the changed function. Counts go into
-benchmarks/results/mutants.json, what no test noticed into .mutmut/NAME.diff; docs/benchmarks.md says
-of which kinds those are.
+benchmarks/results/mutants.json, what no test noticed into .mutmut/NAME.diff, whose kinds
+docs/benchmarks.md lists.
 """
 
 import argparse
