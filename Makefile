@@ -6,6 +6,8 @@ BASE ?= main
 # Processes that run tests.
 JOBS ?= 2
 UPGRADE ?=
+# A file's tests share what they make. Files begin in the order of tests/conftest.py.
+SIDE_BY_SIDE = pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 BIN := $(CURDIR)/.venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -16,7 +18,7 @@ READY := .venv/ready
 # dvc.yaml says `python`: it must be the environment's.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help env repro test quick test-browser test-serving test-trackers families lock gguf lint fix figures compare gate noise harness test-harness experiments chaos
+.PHONY: help env repro test quick test-browser test-serving test-trackers families lock gguf lint fix figures compare gate noise harness test-harness experiments chaos mutants
 help:  ## Show this list.
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -37,10 +39,10 @@ repro: $(READY)  ## Run whatever is stale of the pipeline.
 	@python -m tools.recover && dvc repro
 
 test: $(READY)  ## Run the tests.
-	@pytest -n $(JOBS) --dist loadfile
+	@$(SIDE_BY_SIDE)
 
 quick: $(READY)  ## Run the tests that start no stage, in a minute or two.
-	@pytest -n $(JOBS) --dist loadfile -m 'not slow and not gpu'
+	@$(SIDE_BY_SIDE) -m 'not slow and not gpu'
 
 test-browser: $(READY)  ## Open the report and the plots in Chromium with the network denied.
 	@pytest tests/browser/check_report.py
@@ -88,6 +90,17 @@ gguf: .gguf/ready  ## Convert models/release to models/release.gguf, and hold th
 
 chaos: $(READY)  ## Kill the pipeline 400 times and feed it hostile files, an hour; 3 to 20 minutes of it: make chaos PART=writes
 	@python -m tests.chaos $(PART)
+
+# With the project's packages, and mutmut in front of them.
+.mutmut/ready: requirements.lock $(READY)
+	@$(BIN)/python -m venv --clear .mutmut/env
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$(.mutmut/env/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	@.mutmut/env/bin/python -m pip install --quiet --disable-pip-version-check mutmut==3.8.1
+	@touch $@
+
+mutants: .mutmut/ready  ## Change six modules and see tests fail, an hour, or make mutants NAMES="gate scoring"; writes a result file
+	@.mutmut/env/bin/python -m tests.mutants $(NAMES)
 
 families: $(READY)  ## Try tiny models of all families, an hour, or make families NAMES="gemma3 granite"; writes docs/models.md
 	@PYTHONPATH=tests python -m tests.families $(NAMES)

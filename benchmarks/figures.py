@@ -267,6 +267,18 @@ def chaos() -> None:
     )
 
 
+def mutants() -> None:
+    """How many changes of six modules tests notice (tests/mutants.py)."""
+    modules = results("mutants")["modules"]
+    lines = [
+        [f"`{module}`", *(str(found[key]) for key in ("changes", "tried", "noticed", "left"))]
+        for module, found in modules.items()
+    ]
+    table(["module", "changes:", "tried:", "noticed:", "not noticed:"], lines)
+    tried, noticed = (sum(found[key] for found in modules.values()) for key in ("tried", "noticed"))
+    print(f"\n{noticed} of {tried} changes are noticed, {100 * noticed / tried:.1f} %.")
+
+
 def kills() -> None:
     found = results("chaos")
     print(

@@ -16,6 +16,31 @@ for _role in ("AUTHOR", "COMMITTER"):
     os.environ[f"GIT_{_role}_EMAIL"] = "test@example.com"
 
 
+# Files of more than half a minute of CPU, the longest first: one that began last would be waited
+# for, and pytest-xdist puts those with few tests there.
+LONGEST = [
+    "test_dvc.py",
+    "test_resume.py",
+    "test_recipes.py",
+    "test_sweep.py",
+    "test_hostile.py",
+    "test_ranks.py",
+    "test_machines.py",
+    "test_cards.py",
+    "test_families.py",
+    "test_process.py",
+    "test_train.py",
+    "test_verify.py",
+    "test_merge.py",
+    "test_prepare.py",
+]
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 @pytest.fixture(autouse=True)
 def isolated(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

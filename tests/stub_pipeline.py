@@ -8,6 +8,7 @@ from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
+from dvc.repo import Repo
 from tiny import ROOT
 
 from tools.revision import Revision
@@ -77,8 +78,14 @@ metrics/verify.json:
 class Texts(Revision):
     """A revision made of texts: path -> content."""
 
+    prefix = ""
+
     def __init__(self, name: str, texts: dict[str, str]):
         self.name, self.commit, self.texts = name, name.encode().hex(), texts
+
+    @property
+    def files(self) -> dict[str, str]:
+        return self.texts
 
     def bytes(self, path: str) -> bytes | None:
         return self.texts[path].encode() if path in self.texts else None
@@ -128,8 +135,8 @@ def make(folder: Path, top: Path | None = None) -> Path:
     for name in ("tools", "stages"):
         (folder / name).symlink_to(ROOT / name)
     must(top, "git", "init", "-q", "-b", "main")
-    must(top, "dvc", "init", "-q")
-    must(folder, "dvc", "config", "core.autostage", "false")
+    Repo.init(str(top)).close()
+    (top / ".dvc/config").write_text("[core]\n    autostage = false\n")
     must(top, "git", "add", "-A")
     must(top, "git", "commit", "-qm", "pipeline")
     must(folder, "git", "tag", "no-metrics")
@@ -138,7 +145,9 @@ def make(folder: Path, top: Path | None = None) -> Path:
 
 
 def reproduce(folder: Path, message: str) -> None:
-    must(folder, "dvc", "repro", "-q")
+    """`dvc repro`, without the start of a process, and a commit."""
+    with chdir(folder), Repo() as repo:
+        repo.reproduce()
     must(folder, "git", "add", "-A")
     must(folder, "git", "commit", "-qm", message)
 

@@ -1,4 +1,7 @@
-"""The gate over real branches of a repository that the real DVC ran."""
+"""The gate over real branches of a repository that the real DVC ran.
+
+What it makes of each metric and file is in tests/test_gate_rules.py.
+"""
 
 import hashlib
 
@@ -6,19 +9,15 @@ import pytest
 import stub_pipeline as stub
 from stub_pipeline import edit, must, tool
 
-from tools.gate import broken
-
 # branch: edits of files before a run, edits after it, exit status and what must be said
 BRANCHES = {
     "same": ({}, {}, 0, "passed: 5 metrics within the limits"),
-    "better": ({"params.yaml": ("12.0", "11.0")}, {}, 0, "gate: passed"),
     "with_a_table": (
         {"evaluate.py": ('"token_agreement"', '"cards": [{"card_gb": 4}], "token_agreement"')},
         {},
         0,
         "gate: passed",
     ),
-    "slightly_worse": ({"params.yaml": ("12.0", "12.5")}, {}, 0, "gate: passed"),
     "worse": (
         {"params.yaml": ("12.0", "13.4")},
         {},
@@ -26,47 +25,17 @@ BRANCHES = {
         "broken: metrics/eval.json: tuned_perplexity rose by 11.67 %, from 12 to 13.4; "
         "10 % is allowed",
     ),
-    "worse_in_groups": (
-        {"params.yaml": ("14.0", "15.6")},
-        {},
-        1,
-        "group_tuned_perplexity rose by 11.43 %",
-    ),
     "not_a_number": (
         {"params.yaml": ("12.0", ".nan")},
         {},
         1,
         "broken: metrics/eval.json: tuned_perplexity is nan",
     ),
-    "infinite_and_unlimited": (
-        {"params.yaml": ("100.0", ".inf")},
-        {},
-        1,
-        "broken: metrics/train_cost.json: train_seconds is inf",
-    ),
-    "metric_missing": (
-        {"params.yaml": ("group: 14.0", "group: null")},
-        {},
-        1,
-        "broken: metrics/eval.json: group_tuned_perplexity is missing",
-    ),
     "merge_broken": (
         {"evaluate.py": ('"nonfinite_values": 0', '"nonfinite_values": 3')},
         {},
         1,
         "broken: metrics/verify.json: nonfinite_values is 3; at most 0 is allowed",
-    ),
-    "agreement_lost": (
-        {"evaluate.py": ("0.999", "0.9")},
-        {},
-        1,
-        "token_agreement is 0.9; at least 0.95 is demanded",
-    ),
-    "text_for_a_number": (
-        {"params.yaml": ("group: 14.0", "group: '14.0'")},
-        {},
-        1,
-        "group_tuned_perplexity is not a number ('14.0')",
     ),
     "moves_the_limits": (
         {"params.yaml": ("12.0", "24.0"), "gate.yaml": ("percent: 10", "percent: 500")},
@@ -79,12 +48,6 @@ BRANCHES = {
         {},
         2,
         "not comparable: metrics/eval.json: eval_set_sha256 is bbbb, but aaaa at the base",
-    ),
-    "other_token_count": (
-        {"evaluate.py": ("4211", "4212")},
-        {},
-        2,
-        "not comparable: metrics/eval.json: eval_tokens is 4212, but 4211 at the base",
     ),
     "edited_by_hand": (
         {},
@@ -336,23 +299,3 @@ def test_the_limits_of_a_project_below_the_top_are_judged(tmp_path):
     assert tool(project, "check_repro").returncode == 0
     edit(project / "metrics/verify.json", '"nonfinite_values": 3', '"nonfinite_values": 0')
     assert "nonfinite_values: 3 committed, 0 now" in tool(project, "check_repro").stderr
-
-
-@pytest.mark.parametrize(
-    ("rule", "limit", "before", "reached", "beyond"),
-    [
-        ("at_most", 1, None, 1.0, 1.0001),
-        ("at_least", 0.95, None, 0.95, 0.9499),
-        ("at_least", -1, None, -1.0, -1.0001),
-        # In binary 15.4 is more than a tenth above 14, and 12.6 more than a tenth below.
-        ("may_rise_percent", 10, 14.0, 15.4, 15.4001),
-        ("may_rise_percent", 10, 12.0, 13.2, 13.2001),
-        ("may_rise_percent", 10, -14.0, -12.6, -12.5999),
-        ("may_fall_percent", 10, 14.0, 12.6, 12.5999),
-        ("may_fall_percent", 0, 0.3, 0.3, 0.29999),
-        ("may_rise_percent", 5, 0, 0, 1e-9),
-    ],
-)
-def test_a_limit_exactly_reached_is_kept(rule, limit, before, reached, beyond):
-    assert broken(rule, limit, before, reached) is None
-    assert broken(rule, limit, before, beyond)

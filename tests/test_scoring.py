@@ -2,9 +2,11 @@
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.quantize import quantize
@@ -146,3 +148,98 @@ def test_head_gives_the_logits_of_the_model(family, settings):
     plain = model.get_output_embeddings()(hidden)
     assert torch.allclose(found, plain) == (family in ("llama", "opt"))
     assert torch.equal(model(ids, use_cache=False).logits[0], expected)
+
+
+def test_perplexity_has_a_bound_and_knows_nan():
+    assert scoring.perplexity(2.5) == math.exp(2.5)
+    assert scoring.perplexity(701.0) == scoring.perplexity(math.inf) == math.exp(700)
+    assert math.isnan(scoring.perplexity(math.nan))
+    assert scoring.Scores([1.0, 5.0], [1, 2]).perplexity == math.exp(2)
+
+
+def test_batches_are_padded_on_the_right():
+    found = scoring._padded([{"input_ids": [7, 8, 9]}, {"input_ids": [5]}])
+    assert found["input_ids"].tolist() == [[7, 8, 9], [5, 0, 0]]
+    assert found["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert {each.dtype for each in found.values()} == {torch.long}
+    assert set(found) == {"input_ids", "attention_mask"}
+
+
+def test_so_many_ranks_can_score_as_there_are_batches():
+    rows = [{"input_ids": [3] * 4096}] * 3 + [{"input_ids": [3] * 1024}] * 5
+    assert scoring.batch_count(rows) == 5
+
+
+def test_ranks_have_together_what_one_has(model):
+    rows = make_rows()
+    told = []
+
+    def keep(value):
+        told.append(value)
+        return [value]
+
+    for rank in range(3):
+        score(model, rows, 64, SimpleNamespace(rank=rank, size=3, gather=keep))
+    assert all(sum(tokens) > 0 for _, tokens in told)
+    world = SimpleNamespace(rank=0, size=3, gather=lambda value: told)
+    assert score(model, rows, 64, world) == score(model, rows, 64)
+
+
+def test_who_streams_the_weights_is_asked(model, monkeypatch):
+    asked, last_hidden_states = [], scoring.last_hidden_states
+
+    def noted(causal, inputs, streamer):
+        asked.append(streamer)
+        assert all(each["use_cache"] is False for each in inputs)
+        return last_hidden_states(causal, inputs, None)
+
+    monkeypatch.setattr(scoring, "last_hidden_states", noted)
+    streamer = object()
+    score(model, make_rows(2), streamer=streamer)
+    assert asked == [streamer]
+
+
+def test_scoring_is_for_the_model_below_an_adapter_and_keeps_no_graph(model):
+    adapted = get_peft_model(random_model("llama", {}), LoraConfig(target_modules=["q_proj"]))
+    for _, _, logits in scored_logits(adapted, make_rows(2)):
+        assert not logits.requires_grad
+    # Dropout, which training switches on, is off meanwhile.
+    adapted.train()
+    scored = scored_logits(adapted, make_rows(2))
+    next(scored)
+    assert not adapted.training
+
+
+def test_head_leaves_a_forward_that_was_put_in_place_before():
+    model, seen = random_model("llama", {}), []
+    forward = model.base_model.forward
+    model.base_model.forward = lambda *args, **kwargs: seen.append(1) or forward(*args, **kwargs)
+    own = model.base_model.forward
+    head(model, torch.zeros(3, 64))
+    assert seen == []
+    assert model.base_model.forward is own
+    bare = random_model("llama", {})
+    head(bare, torch.zeros(3, 64))
+    assert "forward" not in vars(bare.base_model)
+
+
+def test_what_a_backbone_gives_beside_hidden_states_is_nothing():
+    given = scoring._Given(last_hidden_state=torch.zeros(1))
+    assert given.router_logits is None
+    with pytest.raises(AttributeError, match=r"^__other__$"):
+        given.__other__  # noqa: B018
+
+
+def test_autocast_is_for_16_bits_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *arguments: arguments)
+    found = {}
+    for device in ("cpu", "cuda"):
+        for dtype in (torch.float32, torch.bfloat16):
+            embeddings = SimpleNamespace(weight=torch.empty(0, dtype=dtype))
+            model = SimpleNamespace(
+                device=SimpleNamespace(type=device),
+                get_output_embeddings=lambda found=embeddings: found,
+            )
+            found[device, dtype] = scoring._autocast(model)
+    asked = {key: context for key, context in found.items() if isinstance(context, tuple)}
+    assert asked == {("cuda", torch.bfloat16): ("cuda", torch.bfloat16)}

@@ -216,8 +216,10 @@ def test_no_family_of_the_fast_path_drops_weights(build, family):
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize(("size", "times"), [(4, 2), (2, 4)])
-def test_a_step_has_one_gradient_however_it_is_split(build, size, times):
+@pytest.mark.parametrize(
+    ("size", "times", "fused_head"), [(4, 2, True), (2, 4, True), (2, 4, False)]
+)
+def test_a_step_has_one_gradient_however_it_is_split(build, size, times, fused_head):
     """Rows are of unlike length: a loss divided by a micro-batch's own tokens would differ."""
 
     class First(TrainerCallback):
@@ -232,6 +234,8 @@ def test_a_step_has_one_gradient_however_it_is_split(build, size, times):
     for split in ((8, 1), (size, times)):
         first = First()
         trainer = build(batch_size=split[0], gradient_accumulation=split[1])
+        assert trainer.fused_head
+        trainer.fused_head = fused_head
         generator = torch.Generator().manual_seed(1)
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
