@@ -34,6 +34,7 @@ _SAME = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": 
 # Causal classes that take the configuration of the whole.
 _OF_WHOLE = {"mllama"}
 # How many experts a token has, as families call it.
+_EVERY = {"llama4_text"}  # All compute all, and what a router does not choose is zero.
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 _OF_IMAGES = ("type", "mrope_section", "mrope_interleaved")
 
@@ -191,7 +192,9 @@ def key_mapping(renamed: dict[str, str]) -> dict[str, str]:
 
 
 def chosen_experts(config: PretrainedConfig) -> int:
-    """Experts that a router chooses for each token; 1 where the configuration does not say."""
+    """Experts that compute each token; 1 where the configuration does not say."""
+    if config.model_type in _EVERY:
+        return config.num_local_experts
     return next((n for key in _CHOSEN if isinstance(n := number_of(config, key), int)), 1)
 
 

@@ -117,10 +117,8 @@ def experts_shape(model: PreTrainedModel) -> dict[str, int]:
     down = stack.get_parameter("down_proj").shape
     width = down[1] if turned else down[2]
     beside = model.get_submodule(first.rpartition(".")[0])
-    # Those whose code gives every expert every token compute all.
-    every = down[0] if type(stack).__name__ in OWN_CODE else None
     return {
-        "chosen": every or chosen_experts(model.config.get_text_config()),
+        "chosen": chosen_experts(model.config.get_text_config()),
         "expert_width": width,
         "gate_bytes": gate_bytes(stack, width),
         "shared_width": sum(
