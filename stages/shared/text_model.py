@@ -33,10 +33,11 @@ from stages.shared.multimodal import MULTIMODAL
 _SAME = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 # Causal classes that take the configuration of the whole.
 _OF_WHOLE = {"mllama"}
-# How many experts a token has, as families call it.
-_EVERY = {"llama4_text"}  # All compute all, and what a router does not choose is zero.
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 _OF_IMAGES = ("type", "mrope_section", "mrope_interleaved")
+# Families in which every expert computes every token: what a router does not choose is zero.
+_EVERY = {"llama4_text"}
+# How many experts others choose, as they call it.
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
 
 def read_config(folder: Path) -> PretrainedConfig:
