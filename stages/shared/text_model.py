@@ -25,7 +25,7 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 from transformers.utils import logging
 
-from stages.shared.experts import check_converter, checkpoint_part, expert_tensors
+from stages.shared.experts import check_converter, checkpoint_part, expert_tensors, part_of
 from stages.shared.multimodal import MULTIMODAL
 
 # Language models without a causal class of their own, and the family that computes the same where
@@ -178,9 +178,12 @@ def _name_of(model: torch.nn.Module, wanted: torch.nn.Module | None) -> str:
 
 def key_mapping(renamed: dict[str, str]) -> dict[str, str]:
     """For from_pretrained: patterns of the checkpoint's names and what the language model has in
-    their place. `renamed` are names in the language model by those in the checkpoint."""
+    their place. `renamed` are names in the language model by those in the checkpoint; experts
+    go by the names around theirs."""
     found = {}
     for key, name in renamed.items():
+        if part_of(name):
+            continue
         inner, outer = name.split("."), key.split(".")
         while inner and outer and inner[-1] == outer[-1]:
             inner.pop()
