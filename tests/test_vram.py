@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.random_models import build, config_of
-from benchmarks.vram import Point, prepare, random_rows, training_of
+from benchmarks.vram import ATTENTION, Point, prepare, random_rows, training_of
 from stages.quantize import quantize
 from stages.shared import placement, vram
 from stages.shared.placement import Placement
@@ -169,7 +169,7 @@ def test_norms_and_fused_projections_are_counted(arch):
 @pytest.mark.parametrize(("family", "each"), [("qwen3_moe", 6), ("gpt_oss", 12)])
 def test_what_an_experts_activation_keeps_is_counted(family, each):
     shape = shape_of(moe_config(family))
-    assert shape.expert_gate == each * shape.expert_width
+    assert shape.gate_bytes == each * shape.expert_width
     assert shape.sinks == (family == "gpt_oss")
 
 
@@ -287,6 +287,9 @@ def test_a_random_nf4_model_is_as_large_as_predicted_and_computes(double_quant):
         Point("tiny", "qlora", 4, 64),
         Point("tiny-tied", "lora", 4, 64, dropout=0.1, accumulation=2),
         Point("tiny-gemma3", "qlora", 4, 64),
+        Point("tiny-moe", "qlora", 4, 64, targets=ATTENTION),
+        Point("tiny-moe", "lora", 4, 64, targets=ATTENTION),
+        Point("tiny-oss", "qlora", 4, 64, targets=ATTENTION),
         Point("tiny", "full", 0, 64, checkpointing=False),
     ],
     ids=lambda point: f"{point.shape} {point.method}",

@@ -101,7 +101,7 @@ def packed_parts(folder: Path, model: PreTrainedModel, shapes: dict[str, tuple])
 
     Raises StageError where they do not make the model's tensors.
     """
-    found = {}
+    found: dict[str, str] = {}
     for name, tensor in expert_tensors(model).items():
         parts = stored_packed(name)
         if not parts.keys() <= shapes.keys():

@@ -123,6 +123,7 @@ class Mxfp4Experts(Packed):
     [E, b, a / 32]."""
 
     FIRST = "blocks"
+    scales: torch.Tensor
 
     def __init__(self, blocks: torch.Tensor, scales: torch.Tensor):
         super().__init__()

@@ -28,8 +28,9 @@ tests/test_vram.py.) Checkpointing keeps the input of a layer, or of each half o
 recomputes the rest.
 
 Experts. A router gives each token k of E experts of width J, so that their rows are k times the
-tokens. Saved for one token of one layer are the router's scores 10E, and k (6J + 2H): gate and up
-4J, the activated gate 2J, and the result before it is weighted 2H. All experts of a product are in
+tokens. Saved for one token of one layer are the router's scores 10E, and k times what lies
+between the products (of SwiGLU 6J: gate and up 4J, the activated gate 2J; counted by running it)
+and the result before it is weighted, 2H. All experts of a product are in
 16 bit at once, CHUNK_BYTES of them at most (stages/shared/packed.py).
 
 Output head. trl scores the learned tokens in tiles of 4,096 x 32,768 and never makes the logits of
@@ -106,7 +107,8 @@ class Shape:
     `linears` and `experts` (embeddings, output head, norms, biases, routers), a tied head counted
     once. Of a mixture of experts, `chosen` compute each token and have `expert_width` values
     between their products; `shared_width` are those of the experts that compute every token.
-    `float32_parameters` stay in float32."""
+    `gate_bytes` are what the backward pass keeps of one expert's row between them.
+    `float32_parameters` stay in float32. `sinks`: attention has a score more, of its own."""
 
     layers: int
     vocabulary: int
@@ -121,14 +123,13 @@ class Shape:
     other_parameters: int
     # Values of a token that a layer's norms read beside the two of H that every layer has.
     more_norms: float = 0.0
-    # Attention has sinks: eager, and its softmax in bf16.
-    sinks: bool = False
     experts: tuple[Experts, ...] = ()
     chosen: int = 0
     expert_width: int = 0
-    expert_gate: int = 0  # bytes that the activation keeps of a token in one expert
+    gate_bytes: int = 0
     shared_width: int = 0
     float32_parameters: int = 0
+    sinks: bool = False
     mxfp4: bool = False  # experts come in MXFP4, and stay so
 
     @property
@@ -224,7 +225,7 @@ def attention_saved(shape: Shape, run: Training) -> float:
         # additive bf16 one in every layer.
         kept += 4 * (a - k) + 2 * row
     if run.attention == "eager":
-        # The softmax in fp32 and in bf16.
+        # The softmax in fp32 and in bf16; with sinks in bf16 alone.
         kept += shape.heads * row * (2 if shape.sinks else 4 + 2)
     return kept + projections_saved(shape, run, ATTENTION, {2 * h: ATTENTION_INPUTS})
 
@@ -243,12 +244,13 @@ def mlp_saved(shape: Shape, run: Training) -> float:
 
 def experts_saved(shape: Shape, run: Training) -> float:
     """`mlp_saved` of a layer of experts: the norm, the router's scores, for each expert of a token
-    gate and up, what the activation made of gate, and the result before it is weighted; the product
-    itself keeps nothing (stages/shared/packed.py). Experts of every token are an MLP besides."""
+    gate and up, what the activation makes of them, and the result before it is weighted; the
+    product itself keeps nothing (stages/shared/packed.py). Experts of every token are an MLP
+    besides."""
     h, i = shape.hidden, shape.expert_width
     scores = 10 * max(each.count for each in shape.experts)
     of_16_bit = 0 if run.method == "qlora" else 2 * h + 2 * i
-    each = shape.expert_gate + 2 * h + of_16_bit
+    each = shape.gate_bytes + 2 * h + of_16_bit
     shared = 8 * shape.shared_width + (2 * h if shape.shared_width else 0)
     return norm_saved(h, run) + scores + shape.chosen * each + shared
 
@@ -260,8 +262,8 @@ def experts_working(shape: Shape, run: Training) -> float:
     return 2.0 * h * run.tokens + max(
         # Backward through the weighted sum: the results' gradient, weighted, and the weights'.
         6 * h * rows,
-        # Through the activation: the product's gradient, those of its factors, and gate and up's.
-        10 * i * rows,
+        # Through the activation: gradients of all that it kept, and of gate and up.
+        (shape.gate_bytes + 4 * i) * rows,
         # Through the products: what comes, what goes, and a chunk of experts.
         max(2 * h + 2 * i, 4 * i + 2 * h) * rows + dequantized,
     )

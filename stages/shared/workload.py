@@ -68,6 +68,7 @@ def shape_of(config: PretrainedConfig) -> vram.Shape:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     )
+    float32 = kept_in_float32(model)
     experts = tuple(vram.Experts(name, *x.shape) for name, x in expert_tensors(model).items())
     heads = number_of(text, "num_attention_heads")
     if not heads or not linears:
@@ -89,16 +90,14 @@ def shape_of(config: PretrainedConfig) -> vram.Shape:
         silu=getattr(text, "hidden_act", None) == "silu",
         plain=bool(plain_layers(model)),
         more_norms=more_norms(model, heads, head_dim),
-        sinks=any(name.endswith(".sinks") for name, _ in model.named_parameters()),
         linears=linears,
         other_parameters=model.num_parameters()
         - sum(x.parameters for x in linears)
         - sum(x.parameters for x in experts),
         float32_parameters=sum(
-            tensor.numel()
-            for name, tensor in model.named_parameters()
-            if name in kept_in_float32(model)
+            tensor.numel() for name, tensor in model.named_parameters() if name in float32
         ),
+        sinks=any(name.endswith(".sinks") for name, _ in model.named_parameters()),
         experts=experts,
         mxfp4=in_mxfp4(config),
         **(experts_shape(model) if experts else {}),
@@ -131,13 +130,12 @@ def experts_shape(model: PreTrainedModel) -> dict[str, int]:
     # Rows or columns, whichever the down projection does not share with the stream.
     turned = getattr(stack, "is_transposed", type(stack).__name__ in OWN_CODE)
     down = stack.get_parameter("down_proj").shape
+    width = down[1] if turned else down[2]
     beside = model.get_submodule(first.rpartition(".")[0])
-    # Those whose code gives every expert every token compute all.
-    every = down[0] if type(stack).__name__ in OWN_CODE else None
     return {
-        "chosen": every or chosen_experts(model.config.get_text_config()),
-        "expert_width": down[1] if turned else down[2],
-        "expert_gate": kept_by_gate(stack, down[1] if turned else down[2]),
+        "chosen": chosen_experts(model.config.get_text_config()),
+        "expert_width": width,
+        "gate_bytes": gate_bytes(stack, width),
         "shared_width": sum(
             module.in_features
             for name, module in beside.named_modules()
@@ -146,11 +144,8 @@ def experts_shape(model: PreTrainedModel) -> dict[str, int]:
     }
 
 
-def kept_by_gate(stack: torch.nn.Module, width: int) -> int:
-    """Bytes that autograd keeps of what one expert's activation makes of a token in bf16."""
-    module: Any = stack
-    gated = getattr(module, "has_gate", True)
-    x = torch.empty(1, (2 if gated else 1) * width, dtype=torch.bfloat16, device="meta")
+def gate_bytes(stack: Any, width: int) -> int:
+    """Bytes that autograd keeps of one row between the two products of `stack`, in bfloat16."""
     kept: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -158,15 +153,17 @@ def kept_by_gate(stack: torch.nn.Module, width: int) -> int:
         kept[storage._cdata] = storage
         return tensor
 
+    gated = getattr(stack, "has_gate", True)
+    row = torch.empty(1, (1 + gated) * width, dtype=torch.bfloat16, device="meta")
+    row.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        x.requires_grad_()
         if not gated:
-            module.act_fn(x)
-        elif hasattr(module, "_apply_gate"):
-            module._apply_gate(x)
+            stack.act_fn(row)
+        elif hasattr(stack, "_apply_gate"):
+            stack._apply_gate(row)
         else:
-            gate, up = x.chunk(2, dim=-1)
-            up * module.act_fn(gate)
+            gate, up = row.chunk(2, dim=-1)
+            _ = up * stack.act_fn(gate)
     return sum(storage.nbytes() for storage in kept.values())
 
 
