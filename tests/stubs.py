@@ -16,6 +16,7 @@ from tiny import PARAMS, ROOT
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 STUB = '''\
 """Stub of {name}."""
+import functools
 import hashlib
 import json
 import os
@@ -42,7 +43,8 @@ for dep in [*DEPS, __file__]:
         if file.is_file() and (file.suffix != ".py" or dep == __file__):
             digest.update(file.read_bytes())
 params = load_params().model_dump() if GUARDED else yaml.safe_load(Path("params.yaml").read_text())
-digest.update(repr([params[key] for key in PARAMS]).encode())
+values = [functools.reduce(dict.__getitem__, key.split("."), params) for key in PARAMS]
+digest.update(repr(values).encode())
 content = digest.hexdigest()
 if GUARDED and "STUB_FAILS" in os.environ:
     from stages.shared.process import StageError

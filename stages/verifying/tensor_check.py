@@ -11,8 +11,10 @@ import torch
 from bitsandbytes.nn import Params4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import TrainableTokensWrapper
 from tqdm import tqdm
 
+from stages.shared.embeddings import extended
 from stages.shared.process import StageError
 from stages.shared.ranks import ALONE, World
 from stages.shared.streaming import Streamer
@@ -57,7 +59,10 @@ def check_tensors(
             else:
                 # Of other towers, as it is.
                 weights = source if name in source.shapes else base
-                plain = weights.read(name).to(device, found.dtype)
+                plain = weights.read(name)
+                if isinstance(module, TrainableTokensWrapper):
+                    plain = with_rows(plain, module)
+                plain = plain.to(device, found.dtype)
             # In place, as PEFT merges: the sum is rounded once.
             delta = module.get_delta_weight("default") if updated else None
             expected = plain if delta is None else plain.clone().add_(delta)
@@ -71,6 +76,15 @@ def check_tensors(
         raise StageError(
             f"{merged.folder}: not the base plus the adapter: {', '.join(wrong[:3])}{more}; {AGAIN}"
         )
+
+
+def with_rows(plain: torch.Tensor, module: Any) -> torch.Tensor:
+    """A matrix of the base with the rows that PEFT has for it."""
+    rows = module.token_adapter
+    ids = rows.token_indices["default"]
+    plain = extended(plain, max(ids) + 1).float()
+    values = rows.trainable_tokens_delta["default"].detach()
+    return plain.index_copy(0, torch.tensor(ids), values.to(plain))
 
 
 def rounding_slack(module: LoraLayer) -> torch.Tensor:
