@@ -1,17 +1,27 @@
 """lora.new_tokens: a base model without chat tokens, given a template that writes some."""
 
 import json
+import shutil
+import signal
 
 import pytest
 import torch
+import yaml
+from datasets import Dataset
 from merging import tensors
 from peft import PeftModel
 from quick import Stage, run
 from safetensors.torch import load_file
-from tiny import make_model, make_workspace
+from tiny import PARAMS, make_model, make_tokenizer, make_workspace
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stages.shared.embeddings import extend
+from stages.shared.fast_path import FastPath
+from stages.shared.model import load_base
+from stages.shared.params import Params
+from stages.shared.placement import Placement
+from stages.training import trainer as trainer_module
+from stages.training.trainer import TrainingSet, build_trainer
 
 pytestmark = pytest.mark.slow
 
@@ -52,9 +62,11 @@ def folder(request, tmp_path_factory):
     return folder
 
 
+WEIGHTS = "models/adapter/adapter_model.safetensors"
+
+
 def rows_of(folder) -> dict[str, torch.Tensor]:
-    file = folder / "models/adapter/adapter_model.safetensors"
-    return {k: v for k, v in load_file(file).items() if "lora_" not in k}
+    return {k: v for k, v in load_file(folder / WEIGHTS).items() if "lora_" not in k}
 
 
 def test_rows_are_encoded_with_them(folder):
@@ -79,15 +91,12 @@ def test_exactly_those_rows_train(folder):
     base = AutoModelForCausalLM.from_pretrained(folder / "models/base", dtype=torch.float32)
     extend(base, 263, IDS[:3])
     for module in modules:
-        change = (
-            found[key.format(module)] - base.get_submodule(module).weight.data[[*IDS[3:], *IDS[:3]]]
-        )
-        assert (change.norm(dim=1)[1:] > 1e-2).all()
-    trained = json.loads((folder / "metrics/train.json").read_text())["trainable_params"]
-    lora = sum(
-        v.numel() for v in load_file(folder / "models/adapter/adapter_model.safetensors").values()
-    )
-    assert trained == lora
+        before = base.get_submodule(module).weight.data[[*IDS[3:], *IDS[:3]]]
+        assert ((found[key.format(module)] - before).norm(dim=1)[1:] > 1e-2).all()
+    count = json.loads((folder / "metrics/train.json").read_text())["trainable_params"]
+    assert count == sum(tensor.numel() for tensor in load_file(folder / WEIGHTS).values())
+    plan = json.loads((folder / "metrics/plan.json").read_text())
+    assert plan["adapter_gb"] * 1e9 == pytest.approx(4 * count)
 
 
 def test_the_merge_is_pefts_own(folder):
@@ -95,7 +104,8 @@ def test_the_merge_is_pefts_own(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "models/release")
     merged = tensors(folder / "models/release")
     assert len(merged["model.embed_tokens.weight"]) == config.vocab_size
-    assert config.vocab_size == max(260, len(tokenizer)) or config.vocab_size == 272
+    assert config.vocab_size == (263 if config.tie_word_embeddings else 272)
+    assert len(tokenizer) == 263
     source = "quantized" if "nf4" in (folder / "params.yaml").read_text() else "base"
     dtype = merged["model.embed_tokens.weight"].dtype
     model = AutoModelForCausalLM.from_pretrained(folder / f"models/{source}", dtype=dtype)
@@ -110,6 +120,27 @@ def test_the_merge_is_pefts_own(folder):
             assert torch.equal(tensor, merged[name]), name
 
 
+def test_a_killed_run_ends_with_the_same_bytes(folder, tmp_path):
+    project = tmp_path / "project"
+    shutil.copytree(folder, project, ignore=shutil.ignore_patterns("adapter", "release", "merged"))
+    stage = Stage("train", project, CHECKPOINT_SECONDS="0")
+    seal = "checkpoint-5/SHA256SUMS"
+    assert stage.until(lambda: any(project.glob(f"checkpoints/*/{seal}")))
+    stage.kill(signal.SIGKILL)
+    assert stage.wait() != 0
+    # The rows, and not the whole of what was extended.
+    [saved, *_] = project.glob("checkpoints/*/checkpoint-5/adapter_model.safetensors")
+    assert load_file(saved).keys() == load_file(folder / WEIGHTS).keys()
+    again = run("train", project)
+    assert "train: goes on from checkpoint-" in again.said
+    assert (project / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+
+
+def test_trls_head_is_taken(folder):
+    """Or every logit would be there at once."""
+    assert "trl's output head" not in (folder / "train.log").read_text()
+
+
 def test_the_template_alone_is_refused_with_the_remedy(folder):
     """The last test with this folder."""
     params = folder / "params.yaml"
@@ -121,3 +152,43 @@ def test_the_template_alone_is_refused_with_the_remedy(folder):
         "lora.new_tokens: ['<|stop|>'], which adds and trains them, or another prepare.template, "
         "such as plain text with {prompt} in it"
     )
+
+
+ROWS = [[2 + i, 262, 9, 261, 40 + i, 260] for i in range(4)]
+
+
+@pytest.mark.parametrize("head", ["trl's", "its own"])
+@pytest.mark.parametrize(("arch", "tied"), [("gemma", True), ("cohere", True), ("llama", False)])
+def test_gradients_are_those_of_pefts_layers(arch, tied, head, tmp_path, monkeypatch):
+    """Which put the rows into a copy of the whole matrix, and make a gradient of all of it."""
+    make_model(tmp_path / "base", arch, tie_word_embeddings=tied)
+    params = Params.model_validate(yaml.safe_load(PARAMS.read_text()))
+    rows = Dataset.from_dict({"input_ids": ROWS, "labels": ROWS})
+    data = TrainingSet(rows, make_tokenizer(tmp_path / "tokenizer"), 60, (7, 260, 261, 262))
+    fast = FastPath("sdpa", padding_free=False, liger=False, fused_lora=False)
+
+    def trained(own: bool) -> tuple[float, dict[str, torch.Tensor]]:
+        base = load_base(tmp_path / "base", torch.device("cpu"))
+        extend(base, 263, (260, 261, 262))
+        if not own:
+            monkeypatch.setattr(trainer_module, "train_rows", lambda _: None)
+        trainer = build_trainer(base, data, params, fast, Placement(2, 2), tmp_path / "out")
+        assert trainer.fused_head == own
+        trainer.fused_head &= head == "trl's"
+        for name, parameter in trainer.model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                draw = torch.Generator().manual_seed(3)
+                parameter.data.normal_(0, 0.05, generator=draw)
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=20)
+        loss.backward()
+        named = trainer.model.named_parameters()
+        return loss.item(), {n: p.grad for n, p in named if p.requires_grad}
+
+    loss, grads = trained(own=True)
+    expected, of_peft = trained(own=False)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert grads.keys() == of_peft.keys()
+    assert sum("trainable_tokens_delta" in name for name in grads) == (1 if tied else 2)
+    for name, grad in of_peft.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-6)

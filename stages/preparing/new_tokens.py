@@ -36,13 +36,10 @@ def add_tokens(tokenizer, tokens: list[str]) -> dict[str, dict[str, int]]:
     return {key: ids for key, ids in (("new_tokens", new), ("known_tokens", known)) if ids}
 
 
-def check_marks(tokenizer, params: Prepare, samples: list[Example]) -> None:
-    """Refuse a template, not the model's own, that writes marks which are no tokens.
-
-    The model would learn them letter by letter, and a user's own words could hold them.
+def check_marks(tokenizer, params: Prepare, samples: list[Example]) -> str:
+    """Refuse a template that writes marks which are no tokens: the model would learn them letter
+    by letter. Of the model's own template, which may mean it, that is returned in words.
     """
-    if params.template == "chat":
-        return
     known, missing = tokenizer.get_vocab(), dict[str, None]()
     made = Renderer(tokenizer, params.loss_on).render(samples)
     for sample, row in zip(samples, made, strict=True):
@@ -54,6 +51,8 @@ def check_marks(tokenizer, params: Prepare, samples: list[Example]) -> None:
                 for mark in MARK.findall(row.prompt + row.answer)
                 if mark not in known and mark not in words
             )
+    if missing and params.template == "chat":
+        return f"; {', '.join(missing)} is no token of this model and is learned letter by letter"
     if missing:
         named = ", ".join(f"'{mark}'" for mark in missing)
         raise StageError(
@@ -61,3 +60,4 @@ def check_marks(tokenizer, params: Prepare, samples: list[Example]) -> None:
             f"set lora.new_tokens: [{named}], which adds and trains them, or another "
             "prepare.template, such as plain text with {prompt} in it"
         )
+    return ""

@@ -50,10 +50,10 @@ def settle(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> 
     if "strftime_now" in text:
         text, said = _FIXED_DATE + text, f"{said} with a fixed date"
     tokenizer.chat_template, thoughts = _thinking(tokenizer, params, text, samples)
-    check_marks(tokenizer, params, samples)
+    marks = check_marks(tokenizer, params, samples)
     _settle_eos(tokenizer, params, samples)
     said += thoughts
-    said = f"{said}, answers end with {tokenizer.eos_token}, {pad}"
+    said = f"{said}, answers end with {tokenizer.eos_token}, {pad}{marks}"
     if form.shape and form.shape.end not in tokenizer.get_vocab():
         said += (
             f"; {form.shape.end} is no token of this model and would be learned letter by letter: "

@@ -39,21 +39,25 @@ def set_vocabulary(config: PretrainedConfig, count: int) -> None:
 
 def extend(model: PreTrainedModel, count: int, start: Sequence[int] = ()) -> None:
     """Give `model` `count` rows, if it has fewer; rows of `start` begin as the mean too."""
-    modules: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    weights = [extended(module.weight.data, count) for module in modules]
-    if count > len(modules[0].weight):
+    embeddings: Any = model.get_input_embeddings()
+    grows = count > len(embeddings.weight)
+    if not grows and not start:
+        return
+    head: Any = model.get_output_embeddings()
+    parts = [embeddings] if head.weight is embeddings.weight else [embeddings, head]
+    own = [part.weight.data for part in parts]
+    weights = [extended(weight, count).clone() for weight in own]
+    if grows:
         devices = [model.device] if model.device.type == "cuda" else []
         # It draws values for the new rows, which are replaced.
         with torch.random.fork_rng(devices):
             model.resize_token_embeddings(count, mean_resizing=False)
-    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
-    for module, weight in zip(modules, weights, strict=True):
+        parts = [model.get_input_embeddings(), model.get_output_embeddings()][: len(parts)]
+    for part, weight, before in zip(parts, weights, own, strict=True):
+        # A copy of its own: the base's may be those of a mapped file.
+        part.weight.data = weight
         if start:
-            # Not those of a mapped file.
-            weight = weight.clone()
-            mean = mean_row(weight.__getitem__, len(weight))
-            weight[list(start)] = mean.to(weight)
-        module.weight.data = weight
+            weight[list(start)] = mean_row(before.__getitem__, len(before)).to(weight)
 
 
 def names_of_embeddings(model: PreTrainedModel) -> list[str]:
@@ -67,7 +71,7 @@ def names_of_embeddings(model: PreTrainedModel) -> list[str]:
 
 def with_vocabulary(config: dict, base: Path, count: int) -> dict:
     """`config`, a config.json of the model of `base`, with `count` rows if that has fewer."""
-    if AutoConfig.from_pretrained(base).get_text_config().vocab_size >= count:
+    if not count or AutoConfig.from_pretrained(base).get_text_config().vocab_size >= count:
         return config
     rows = {"vocab_size": count}
     if "text_config" not in config:

@@ -79,7 +79,7 @@ def _with_rows(weights: Weights, name: str, update: Rows, dtype: torch.dtype) ->
     device, own = torch.device("cpu"), weights.shapes[name][0]
     read, values = weights.reader(name, device), update.values()
     shape = merged_shape(weights, name, update)
-    mean = mean_row(read, own).float()
+    mean = mean_row(read, own).float() if shape[0] > own else torch.empty(0)
 
     def merged(block: slice) -> RowBlock:
         part = read(slice(block.start, min(block.stop, own))).float() if block.start < own else None

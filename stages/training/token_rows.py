@@ -69,7 +69,9 @@ class LogProbsOfRows:
         """As trl calls it: hidden states [N, width], targets [N]."""
         options = (temperature, chunk, cap, scale, outputs)
         found, *others = LogProbs.apply(hidden, weight, bias, targets, *options)
-        rows: Rows = weight.rows
+        rows: Rows | None = getattr(weight, "rows", None)
+        if rows is None:  # Of another model of this process.
+            return found, *others
 
         def logits(products: torch.Tensor) -> torch.Tensor:
             capped = products.float() * scale
