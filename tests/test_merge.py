@@ -47,6 +47,12 @@ SOURCES = {
     },
     "gemma": {"arch": "gemma", "lora": {"target_modules": ["q_proj", "v_proj"]}},
     "sixteen": {"arch": "llama", "nf4": False},
+    "rows": {"arch": "gemma", "lora": {"trainable_token_indices": [7, 3, 259]}},
+    "rows, untied": {
+        "arch": "llama",
+        "tie_word_embeddings": False,
+        "lora": {"trainable_token_indices": {"embed_tokens": [7, 3], "lm_head": [9]}},
+    },
 }
 ADAPTER = "adapter_model.safetensors"
 Q = "model.layers.0.self_attn.q_proj"

@@ -1,5 +1,6 @@
 """lora.new_tokens: a base model without chat tokens, given a template that writes some."""
 
+import contextlib
 import json
 import shutil
 import signal
@@ -8,6 +9,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from families import FAMILIES, config_of
 from merging import tensors
 from peft import PeftModel
 from quick import Stage, run
@@ -15,11 +17,16 @@ from safetensors.torch import load_file
 from tiny import PARAMS, make_model, make_tokenizer, make_workspace
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from stages.planning.new_rows import check_new_rows
+from stages.preparing.formats import Format
+from stages.preparing.templates import settle
 from stages.shared.embeddings import extend
 from stages.shared.fast_path import FastPath
 from stages.shared.model import load_base
-from stages.shared.params import Params
+from stages.shared.params import Params, Prepare
 from stages.shared.placement import Placement
+from stages.shared.process import StageError
+from stages.shared.workload import Lengths
 from stages.training import trainer as trainer_module
 from stages.training.trainer import TrainingSet, build_trainer
 
@@ -154,6 +161,7 @@ def test_the_template_alone_is_refused_with_the_remedy(folder):
     )
 
 
+PREPARE = yaml.safe_load(PARAMS.read_text())["prepare"]
 ROWS = [[2 + i, 262, 9, 261, 40 + i, 260] for i in range(4)]
 
 
@@ -192,3 +200,42 @@ def test_gradients_are_those_of_pefts_layers(arch, tied, head, tmp_path, monkeyp
     assert sum("trainable_tokens_delta" in name for name in grads) == (1 if tied else 2)
     for name, grad in of_peft.items():
         torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ids", "fault"),
+    [
+        ("phi", (3,), "its output head has a bias, which PEFT leaves out where it trains rows"),
+        ("gemma3n_text", (264,), "it has embeddings for each layer, which would need further rows"),
+        ("gemma3n_text", (263,), None),
+        ("phi", (), None),
+        ("llama", (400,), None),
+    ],
+)
+def test_plan_refuses_what_cannot_have_such_rows(kind, ids, fault, tmp_path):
+    config_of(FAMILIES[kind]).save_pretrained(tmp_path)
+    rows = Lengths([4], [4], 60, ids)
+    if fault is None:
+        check_new_rows(tmp_path, rows)
+        return
+    with pytest.raises(StageError, match=f"lora.new_tokens: not supported for {kind}: {fault}"):
+        check_new_rows(tmp_path, rows)
+
+
+def test_only_marks_that_the_template_writes_itself_are_refused(tmp_path):
+    tokenizer = make_tokenizer(tmp_path)
+    chat = [{"role": "user", "content": "<|a|>"}, {"role": "assistant", "content": "b"}]
+    said = {}
+    for template in ("[INST] {prompt} [/INST] ### Response:", "<|start|>{prompt}"):
+        params = Prepare.model_validate(PREPARE | {"template": template})
+        with contextlib.suppress(StageError):
+            said[template] = settle(tokenizer, params, Format("messages", {}), [chat])
+    assert list(said) == ["[INST] {prompt} [/INST] ### Response:"]
+    # The model's own may mean it, and it is said.
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|x|>{{ m['content'] + eos_token }}{% endfor %}"
+    )
+    own = Prepare.model_validate(PREPARE | {"template": "chat"})
+    assert "; <|x|> is no token of this model and is learned letter by letter" in settle(
+        tokenizer, own, Format("messages", {}), [chat]
+    )
