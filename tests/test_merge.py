@@ -333,6 +333,10 @@ REFUSED = [
     (config(target_parameters=["experts.gate"]), "target_parameters is not supported: LoRA on"),
     (config(trainable_token_indices=[3]), "trainable_token_indices has no rows; it is incomplete"),
     (rows([3, 9], 2, 32), "embed_tokens: has 2 x 32 values of rows and must have 2 x 64"),
+    (
+        add(f"{Q}.token_adapter.trainable_tokens_delta", 1, 64),
+        f"{Q}: has rows, and is no embedding or head of the base",
+    ),
     (rows([3, 3], 2, 64), "has 2 x 64 values of rows and must have 2 x 64, one for each"),
     (rows([2**20], 1, 64), "a row for token 1048576, and the base has 260 rows"),
     (rows([-1], 1, 64), "trainable_token_indices"),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.ipc
 
+from stages.shared.embeddings import copy_bytes
 from stages.shared.fitting import Decoder, Scored, scored
 from stages.shared.rows import token_counts
 from stages.shared.sets import held_out_sets
@@ -15,6 +16,8 @@ def scoring_stages(shape: Shape, run: Training, longest: int) -> dict[str, Score
     """What evaluate and verify have on the card, with rows of at most `longest` tokens: the base
     with its adapter, and the merged model."""
     adapter = 4.0 * trained_parameters(shape, run)
+    if run.token_rows:
+        adapter += copy_bytes(shape.vocabulary, shape.hidden, on_gpu=True)
     decoder = decoder_of(shape)
     base = scored(decoder, run.method == "qlora", run.double_quant, longest, adapter)
     return {"evaluate": base, "verify": scored(decoder, False, False, longest, 0.0)}

@@ -37,6 +37,8 @@ LARGEST_ALPHA = 1e6
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
 ROWS = re.compile(r"base_model\.model\.(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 EMBEDDING = re.compile(r"(^|\.)(lm_head|embed_tokens|embed_out|wte)\.weight$")
+# What lies in one of the layers.
+LAYER = re.compile(r"\.\d+\.")
 # Settings that change only how an adapter is trained or where it was made, never what it adds.
 HARMLESS = {
     "auto_mapping",
@@ -193,8 +195,8 @@ def _read_rows(
     for module, shape in trained.items():
         where, weight = f"{folder}: {module}", f"{module}.weight"
         ids = next((ids for end, ids in wanted.items() if module.endswith(end)), [])
-        if weight not in shapes:
-            raise StageError(f"{where}: has rows, and the base has no such module")
+        if weight not in shapes or LAYER.search(weight):
+            raise StageError(f"{where}: has rows, and is no embedding or head of the base")
         rows, width = shapes[weight]
         if shape != (len(ids), width) or len(set(ids)) < len(ids):
             raise StageError(
@@ -207,20 +209,23 @@ def _read_rows(
         found[weight] = Rows(folder / WEIGHTS, key, tuple(ids))
         if not found[weight].values().isfinite().all():
             raise StageError(f"{where}: a row has NaN or infinite values; train it again")
-    if wanted and not found:
-        raise StageError(f"{folder}: trainable_token_indices has no rows; it is incomplete")
-    return found | _rows_of_twins(folder, found, shapes, base)
+    tied = bool(found and base and AutoConfig.from_pretrained(base).tie_word_embeddings)
+    without = [end for end in wanted if not any(module.endswith(end) for module in trained)]
+    if wanted and (not found or (without and not tied)):
+        of = f" of {without[0]}" if found else ""
+        raise StageError(f"{folder}: trainable_token_indices has no rows{of}; it is incomplete")
+    return found | _rows_of_twins(folder, found, shapes, tied)
 
 
 def _rows_of_twins(
-    folder: Path, found: dict[str, Rows], shapes: dict, base: Path | None
+    folder: Path, found: dict[str, Rows], shapes: dict, tied: bool
 ) -> dict[str, Rows]:
     """Rows of the embeddings or the head where only the other has its own: those of a tied one."""
     made = {}
     for name, rows in found.items():
-        twins = [n for n, s in shapes.items() if s == shapes[name] and not re.search(r"\.\d+\.", n)]
+        twins = [n for n, s in shapes.items() if s == shapes[name] and not LAYER.search(n)]
         for twin in set(twins) - found.keys():
-            if base and AutoConfig.from_pretrained(base).tie_word_embeddings:
+            if tied:
                 made[twin] = rows
             elif rows.count > shapes[twin][0]:
                 raise StageError(
