@@ -30,8 +30,9 @@ from stages.evaluating.generation import Room, answering_bytes
 from stages.evaluating.perplexity import set_metrics
 from stages.evaluating.retention import PREFIX, forgetting, retention_rows
 from stages.evaluating.row_scores import rows_csv
-from stages.shared.adapter import check_adapter_sums, read_adapter
+from stages.shared.adapter import check_adapter_sums, read_adapter, rows_needed
 from stages.shared.device import memory_metrics, memory_of_ranks, pick_device, reset_peaks
+from stages.shared.embeddings import extend
 from stages.shared.end_tokens import end_tokens
 from stages.shared.launch import on_devices
 from stages.shared.model import load_adapter
@@ -58,7 +59,7 @@ def main() -> None:
         check_sums(folder, stage)
     check_adapter_sums(ADAPTER)
     # Named here what PEFT would load in part or fail on.
-    read_adapter(ADAPTER, Weights(QUANTIZED).shapes)
+    read_adapter(ADAPTER, Weights(QUANTIZED).shapes, QUANTIZED)
     check_named_base(ADAPTER, QUANTIZED)
     made = on_devices("evaluate", measure, max(map(batch_count, held_out().values())))
     lines = (json.dumps(one) + "\n" for one in made["samples"])
@@ -96,6 +97,7 @@ def measure(world: World, task: dict) -> dict:
     # Each set is scored twice.
     passes = 2 * len(scored) + 2 * params.evaluate.samples
     base, streamer = load_to_score("evaluate", QUANTIZED, sizes, device, world, answers, passes)
+    extend(base, rows_needed(ADAPTER))
     if not streamer:
         # Of a streamed model each row would take a pass over its weights; train has tried it.
         check_head(base, [row["input_ids"] for row in sets[""]])

@@ -34,9 +34,16 @@ import torch
 from tqdm import tqdm
 
 from stages.merging.companions import tokenizer_folder, write_companions
-from stages.shared.adapter import WEIGHTS, Update, check_adapter_sums, read_adapter
+from stages.shared.adapter import (
+    WEIGHTS,
+    Rows,
+    Update,
+    check_adapter_sums,
+    read_adapter,
+    rows_needed,
+)
 from stages.shared.device import memory_metrics, pick_device
-from stages.shared.merging import check_rounding, merged_rows
+from stages.shared.merging import check_rounding, merged_rows, merged_shape
 from stages.shared.named_base import check_named_base
 from stages.shared.paths import ADAPTER, BASE, MERGED, PREPARED, QUANTIZED
 from stages.shared.provenance import provenance
@@ -62,7 +69,7 @@ class Sources(NamedTuple):
 
     weights: Weights
     shards: dict[str, list[str]]
-    updates: dict[str, Update]
+    updates: dict[str, Update | Rows]
     base: Weights
     copied: set[str]
 
@@ -97,7 +104,7 @@ def write_weights(
     entries = {
         name: base.entry(name)
         if name in sources.copied
-        else Entry(LETTERS[dtype], weights.shapes[name])
+        else Entry(LETTERS[dtype], merged_shape(weights, name, sources.updates.get(name)))
         for names in sources.shards.values()
         for name in names
     }
@@ -146,7 +153,7 @@ def read_sources(kind: str) -> Sources:
     shards: dict[str, list[str]] = {}
     for name in sorted({*quantized.names, *copied}):
         shards.setdefault(base.files[name].name, []).append(name)
-    updates = read_adapter(ADAPTER, quantized.shapes)
+    updates = read_adapter(ADAPTER, quantized.shapes, QUANTIZED)
     check_named_base(ADAPTER, BASE)
     weights = quantized if kind == "dequantized" else base
     return Sources(weights, shards, updates, base, copied)
@@ -167,7 +174,7 @@ def main() -> None:
         print(f"merge: the base's experts are in MXFP4; the merge is {params.dtype} throughout")
     with whole_folder(MERGED, sums=sums) as out:
         counts = write_weights(out, sources, dtype, device, sums)
-        write_companions(out, BASE, tokenizer, dtype)
+        write_companions(out, BASE, tokenizer, dtype, rows_needed(ADAPTER))
         record = params.model_dump() | {"adapter_sha256": sha256(ADAPTER / WEIGHTS)} | counts
         write_json(out / "merge.json", record, sort_keys=True)
     cost = {"merge_seconds": time.monotonic() - started} | memory_metrics()

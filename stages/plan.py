@@ -21,6 +21,7 @@ import torch
 from transformers import PretrainedConfig
 
 from stages.planning.advice import cheapest_change, planned
+from stages.planning.new_rows import check_new_rows
 from stages.planning.scoring import longest_held_out, scoring_stages
 from stages.planning.token_ids import check_token_ids
 from stages.shared import placement
@@ -215,9 +216,10 @@ def main() -> None:
     params = load_params()
     check_sums(TOKENIZER, "fetch_model")
     check_sums(PREPARED, "prepare")
-    config, shape = read_model(TOKENIZER)
-    check_token_ids(config, PREPARED)
     rows = read_lengths(PREPARED)
+    check_new_rows(TOKENIZER, rows)
+    config, shape = read_model(TOKENIZER, rows.vocabulary)
+    check_token_ids(config, PREPARED, rows.trained)
     run = planned(config, shape, params, rows)
     sizes = sizes_of(shape, run)
     others = scoring_stages(shape, run, longest_held_out(PREPARED))

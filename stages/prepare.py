@@ -2,8 +2,8 @@
 
     python -m stages.prepare
 
-Reads data/raw and models/tokenizer, and dataset and prepare from params.yaml. Writes
-data/prepared (stages/shared/rows.py says what lies there), metrics/data.json and
+Reads data/raw and models/tokenizer, and dataset, prepare and lora.new_tokens from params.yaml.
+Writes data/prepared (stages/shared/rows.py says what lies there), metrics/data.json and
 metrics/lengths.csv.
 
 Every row is read and checked once, and kept on disk with a few hashes in memory. The hashes
@@ -39,6 +39,7 @@ from stages.preparing.encoding import Encoder
 from stages.preparing.formats import Example, Format
 from stages.preparing.messages import Unusable, names_of
 from stages.preparing.mixing import Scanned, check_together, owners, write_mixed
+from stages.preparing.new_tokens import add_tokens
 from stages.preparing.recognizing import recognize
 from stages.preparing.splitting import (
     Pools,
@@ -253,9 +254,15 @@ def write_sets(
 
 
 def write_about(
-    out: Path, tokenizer, folders: list[str], parts: list[Scanned], params: Prepare, sets: dict
+    out: Path,
+    tokenizer,
+    folders: list[str],
+    parts: list[Scanned],
+    params: Prepare,
+    sets: dict,
+    new: dict,
 ) -> dict:
-    """Write the tokenizer, source.json and prepared.json; returns the last."""
+    """Write the tokenizer, source.json and prepared.json, `new` in it; returns the last."""
     tokenizer.save_pretrained(out / "tokenizer")
     config = read_json(out / "tokenizer/tokenizer_config.json")
     # How the tokenizer was loaded is no part of it, and differs between two equal runs.
@@ -281,6 +288,7 @@ def write_about(
             name: {"rows": len(w.rows), "tokens": int(w.lengths.sum()), "learned_tokens": w.learned}
             for name, w in sets.items()
         },
+        **new,
     }
     for prefix, file in held_out_sets(out).items():
         about[f"{prefix}eval_set_sha256"] = set_sha256(read_rows(file))
@@ -336,7 +344,9 @@ def settle_bounded(tokenizer, params: Prepare, form: Format, samples: list[Examp
     return said
 
 
-def prepare(dataset: Dataset, params: Prepare, out: Path) -> tuple[dict, str, dict]:
+def prepare(
+    dataset: Dataset, params: Prepare, out: Path, new_tokens: list[str]
+) -> tuple[dict, str, dict]:
     """Fill `out`; (metrics/data.json, metrics/lengths.csv, a row of the training set to show)."""
     store = Store(out)
     sources = sources_of(dataset)
@@ -347,6 +357,7 @@ def prepare(dataset: Dataset, params: Prepare, out: Path) -> tuple[dict, str, di
     store.finish()
     of, settling = owners(store, parts), check_together(parts)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    new = add_tokens(tokenizer, new_tokens)
     candidates = np.flatnonzero(np.isin(of, settling))
     spread = np.linspace(0, len(candidates) - 1, min(len(candidates), SAMPLES)).astype(int)
     samples = [store.example(row) for row in candidates[spread]]
@@ -357,7 +368,7 @@ def prepare(dataset: Dataset, params: Prepare, out: Path) -> tuple[dict, str, di
     others = [hash_order(store, rows[of[rows] == n]) for n in range(1, len(parts))]
     encoder = Encoder(tokenizer, params)
     sets, unused = write_sets(store, pools, others, parts, encoder, params, out)
-    about = write_about(out, tokenizer, list(sources), parts, params, sets)
+    about = write_about(out, tokenizer, list(sources), parts, params, sets, new)
     drops = [[part.unreadable, each] for part, each in zip(parts, unused, strict=True)]
     metrics = metrics_of(store, sets, removed, drops, params, of)
     return metrics, lengths_table(sets["train"].lengths, params.max_length), about["sample"]
@@ -368,7 +379,8 @@ def main() -> None:
     check_sums(RAW, "fetch_data")
     check_sums(TOKENIZER, "fetch_model")
     with whole_folder(PREPARED) as out:
-        metrics, lengths, sample = prepare(params.dataset, params.prepare, out)
+        new = params.lora.new_tokens
+        metrics, lengths, sample = prepare(params.dataset, params.prepare, out, new)
     write_text(LENGTHS, lengths)
     write_metrics(METRICS, metrics)
     show(sample)

@@ -26,6 +26,7 @@ from datasets import Dataset, disable_caching
 from transformers import AutoConfig, AutoTokenizer
 
 from stages.shared.device import memory_metrics, memory_of_ranks, pick_device
+from stages.shared.embeddings import extend, set_vocabulary
 from stages.shared.fast_path import choose_fast_path, step_tokens
 from stages.shared.launch import Ranks, devices, see_one, watched
 from stages.shared.packed import parameters_of
@@ -73,13 +74,16 @@ def train(whole: Params, device: torch.device, folder: Path, world: World = ALON
         rows=named.select_columns(["input_ids", "labels"]),
         tokenizer=AutoTokenizer.from_pretrained(PREPARED / "tokenizer"),
         max_length=rows.max_length,
+        trained=rows.trained,
     )
     config = AutoConfig.from_pretrained(QUANTIZED)
+    set_vocabulary(config, rows.vocabulary)
     largest = step_tokens(params.train, rows.tokens, data.max_length)
     fast = as_installed(choose_fast_path(params, config, device.type == "cuda"))
     placed = place(params, config, rows, device, world, tighter())
     try:
         model, streamer = load_placed(QUANTIZED, device, fast.attention, placed, world)
+        extend(model, rows.vocabulary, rows.added)
     except torch.cuda.OutOfMemoryError:
         raise no_memory_for_base(placed.prediction) from None
     base_bytes = torch.cuda.memory_allocated()

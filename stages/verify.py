@@ -30,8 +30,9 @@ if __name__ == "__main__":
 
 import torch
 
-from stages.shared.adapter import Update, check_adapter_sums, read_adapter
+from stages.shared.adapter import Rows, Update, check_adapter_sums, read_adapter, rows_needed
 from stages.shared.device import pick_device
+from stages.shared.embeddings import extend
 from stages.shared.launch import on_devices
 from stages.shared.merging import merged_rows
 from stages.shared.model import load_adapter
@@ -65,7 +66,7 @@ def check_inputs(params) -> list[dict]:
         check_sums(folder, stage)
     check_adapter_sums(ADAPTER)
     check_record(MERGED, ADAPTER, params.merge.base, params.merge.dtype)
-    check_companions(MERGED, BASE, params.merge.dtype)
+    check_companions(MERGED, BASE, params.merge.dtype, rows_needed(ADAPTER))
     rows = read_rows(held_out_sets()[""])
     check_tokenizer(MERGED, PREPARED / "tokenizer", ADAPTER, rows)
     return rows
@@ -93,7 +94,7 @@ def _with_nan(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def merge_onto(source: Weights, updates: dict[str, Update], dtype, device: torch.device):
+def merge_onto(source: Weights, updates: dict[str, Update | Rows], dtype, device: torch.device):
     """A function that gives the weights of the merge on `source` for those of another merge."""
     kept = kept_names(QUANTIZED)
 
@@ -150,14 +151,15 @@ def verify(params, rows: list[dict], device: torch.device, world: World = ALONE)
     renamed = other_names(QUANTIZED)
     merged, base = Weights(MERGED, renamed), Weights(BASE, renamed)
     quantized = model_weights(QUANTIZED)
-    check_headers(merged, quantized, base, dtype)
     # Named here what PEFT would load in part or fail on.
-    updates = read_adapter(ADAPTER, quantized.shapes)
+    updates = read_adapter(ADAPTER, quantized.shapes, QUANTIZED)
+    check_headers(merged, quantized, base, dtype, updates)
     source, other = (quantized, base) if params.merge.base == "dequantized" else (base, quantized)
     with tempfile.TemporaryFile(dir=MERGED.parent) as cache:
         longest = max(len(row["input_ids"]) for row in rows)
         sizes = model_sizes(QUANTIZED, longest, device, ADAPTER)
         base_model, streamer = load_to_score("verify", QUANTIZED, sizes, device, world)
+        extend(base_model, rows_needed(ADAPTER))
         model: Any = load_adapter(base_model, ADAPTER)
         check_tensors(merged, model, source, base, dtype, device, world, streamer)
         ref = reference(model, rows, cache, world, streamer)

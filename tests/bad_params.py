@@ -159,6 +159,11 @@ VALUES = {
         "10%": "must be a number (got '10%')",
         ".nan": "must be a finite number (got nan)",
     },
+    "lora.new_tokens": {
+        "null": "must be a list (got None)",
+        "<|im_start|>": "must be a list (got '<|im_start|>')",
+        "[<s>, <s>]": "'<s>' is named twice",
+    },
     "lora.target_modules": {
         "all_linear": f"{TARGETS} (got 'all_linear')",
         "q_proj": f"{TARGETS} (got 'q_proj')",
@@ -303,7 +308,7 @@ def _said(key: str, value: str, rule: str) -> str:
 
 _CUT = "'" + "x" * 27 + "..." + "x" * 28 + "'"
 _MISSING = [f"{name}: missing" for name in yaml.safe_load(GOOD)]
-_LORA = "; lora has r, alpha, scaling, dropout, target_modules"
+_LORA = "; lora has r, alpha, scaling, dropout, target_modules, new_tokens"
 _FILE = f"; the file has {', '.join(yaml.safe_load(GOOD))}"
 _TAG = "could not determine a constructor for the tag"
 

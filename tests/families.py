@@ -22,24 +22,12 @@ from typing import Any
 import quick
 import yaml
 from moe import to_mxfp4
-from tiny import make_tokenizer, make_workspace
+from tiny import MARKS, SHAPE, make_tokenizer, make_workspace
 
 DOCS = Path(__file__).parent.parent / "docs/models.md"
 BEGIN, END = "<!-- families: python -m tests.families -->", "<!-- /families -->"
 # What all families have in common here.
-TEXT = {
-    "vocab_size": 264,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
-}
+TEXT = SHAPE | MARKS | {"vocab_size": 264}
 IMAGE = {
     "hidden_size": 64,
     "intermediate_size": 128,

@@ -24,6 +24,7 @@ DVC_YAML = _MODULE.sub(
 PIPELINE = yaml.safe_load(DVC_YAML)["stages"]
 STUB = '''\
 """Stub of {name}."""
+import functools
 import hashlib
 import json
 import os
@@ -50,7 +51,8 @@ for dep in [*DEPS, __file__]:
         if file.is_file() and (file.suffix != ".py" or dep == __file__):
             digest.update(file.read_bytes())
 params = load_params().model_dump() if GUARDED else yaml.safe_load(Path("params.yaml").read_text())
-digest.update(repr([params[key] for key in PARAMS]).encode())
+values = [functools.reduce(dict.__getitem__, key.split("."), params) for key in PARAMS]
+digest.update(repr(values).encode())
 content = digest.hexdigest()
 if GUARDED and "STUB_FAILS" in os.environ:
     from stages.shared.process import StageError

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES
+from tiny import SHAPE
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.shared.fast_path import FLATTENED, MASKED, VARLEN, choose_attention, supports_varlen
@@ -11,18 +12,7 @@ from stages.shared.process import StageError
 from stages.training import attention
 
 LENGTHS = (20, 13, 30)
-SHAPE = {
-    "vocab_size": 260,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "sliding_window": 8,
-    "pad_token_id": 2,
-}
+LOCAL = SHAPE | {"sliding_window": 8, "pad_token_id": 2}
 # What a tiny one of a family needs.
 # fmt: off
 PECULIAR = (
@@ -73,7 +63,7 @@ def reference(q, k, v, bounds, _, longest, __, scale, window_size, enable_gqa=Fa
 
 def make(family, kind):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **SHAPE | OWN.get(family, {}))
+    config = AutoConfig.for_model(family, **LOCAL | OWN.get(family, {}))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kind)
     return model.eval()
 
@@ -112,7 +102,7 @@ def mixing(family, kind):
 @pytest.mark.parametrize("family", sorted(FLATTENED | MASKED))
 def test_flattened_rows_keep_apart(family):
     assert mixing(family, None) < 1e-4
-    if supports_varlen(AutoConfig.for_model(family, **SHAPE | OWN.get(family, {}))):
+    if supports_varlen(AutoConfig.for_model(family, **LOCAL | OWN.get(family, {}))):
         assert mixing(family, VARLEN) < 1e-4
 
 

@@ -36,6 +36,8 @@ STALE = {
     "plan": ["plan", "export"],
     "quantize": ["plan", "quantize", *AFTER_TRAIN],
     "lora": ["plan", *AFTER_TRAIN],
+    # Rows are encoded with them.
+    "lora.new_tokens": ["prepare", "plan", *AFTER_TRAIN],
     "train": ["plan", *AFTER_TRAIN],
     # What shows training while it runs changes no result.
     "tracking": [],
@@ -98,10 +100,11 @@ def reproduce(folder: Path, log: Path) -> list[str]:
 
 def change(folder: Path, what: str, value: int) -> None:
     """Change a section of params.yaml or the bytes of a file."""
-    if what in PARAMS:
+    section, _, leaf = what.partition(".")
+    if section in PARAMS:
         params = yaml.safe_load((folder / "params.yaml").read_text())
-        if isinstance(params[what], dict):
-            params[what]["changed"] = value
+        if isinstance(params[section], dict):
+            params[section][leaf or "changed"] = value
         else:
             params[what] = value
         (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))

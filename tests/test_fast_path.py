@@ -14,7 +14,7 @@ from stages.shared.placement import Placement
 from stages.training import fused_lora
 from stages.training.fused_lora import fuse_lora
 from stages.training.trainer import remember_parameters
-from tests.tiny import make_model
+from tests.tiny import SHAPE, make_model
 
 CPU = torch.device("cpu")
 # Of two layers: everything kept, and everything computed again.
@@ -22,15 +22,6 @@ PLACEMENTS = {False: Placement(2, 2), True: Placement()}
 
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "gemma"]
-SMALL = {
-    "vocab_size": 260,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +117,7 @@ def test_a_model_that_remembers_its_parameters_behaves_as_before():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_mlp_of_another_formula_keeps_it(checkpointing):
     """Falcon-H1 multiplies within an MLP whose parts have the names of Llama's."""
-    shape = SMALL | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 1}
+    shape = SHAPE | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 1}
     config = AutoConfig.for_model("falcon_h1", mlp_multipliers=[0.5, 0.25], **shape)
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -144,7 +135,7 @@ def test_an_mlp_of_another_formula_keeps_it(checkpointing):
 def test_float32_inputs_under_autocast(targets):
     """What LayerNorm, or a power, leaves under autocast on a GPU."""
     torch.manual_seed(0)
-    mlp = LlamaMLP(AutoConfig.for_model("llama", **SMALL)).bfloat16()
+    mlp = LlamaMLP(AutoConfig.for_model("llama", **SHAPE)).bfloat16()
     lora = LoraConfig(r=4, target_modules=targets)
     plain = with_random_adapter(get_peft_model(torch.nn.Sequential(mlp), lora).train())
     fused = copy.deepcopy(plain)

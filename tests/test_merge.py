@@ -47,6 +47,12 @@ SOURCES = {
     },
     "gemma": {"arch": "gemma", "lora": {"target_modules": ["q_proj", "v_proj"]}},
     "sixteen": {"arch": "llama", "nf4": False},
+    "rows": {"arch": "gemma", "lora": {"trainable_token_indices": [7, 3, 259]}},
+    "rows, untied": {
+        "arch": "llama",
+        "tie_word_embeddings": False,
+        "lora": {"trainable_token_indices": {"embed_tokens": [7, 3], "lm_head": [9]}},
+    },
 }
 ADAPTER = "adapter_model.safetensors"
 Q = "model.layers.0.self_attn.q_proj"
@@ -296,6 +302,14 @@ def test_an_adapters_modules_are_those_of_peft():
         assert found == [name for name in NAMES if check_target_module_exists(peft, name)], settings
 
 
+def rows(ids, *shape):
+    def change(adapter):
+        config(trainable_token_indices=ids)(adapter)
+        add("model.embed_tokens.token_adapter.trainable_tokens_delta", *shape)(adapter)
+
+    return change
+
+
 REFUSED = [
     (factors(nan), f"{Q}: lora_B has NaN or infinite values"),
     (config(r=8), "model.layers.0.mlp.down_proj: lora_A is 4 x 128 and must be 8 x 128 (rank 8"),
@@ -317,7 +331,15 @@ REFUSED = [
     (config(bias="all"), "bias: all is not supported"),
     (config(fan_in_fan_out=True), "fan_in_fan_out is not supported"),
     (config(target_parameters=["experts.gate"]), "target_parameters is not supported: LoRA on"),
-    (config(trainable_token_indices=[3]), "trainable_token_indices is not supported"),
+    (config(trainable_token_indices=[3]), "trainable_token_indices has no rows; it is incomplete"),
+    (rows([3, 9], 2, 32), "embed_tokens: has 2 x 32 values of rows and must have 2 x 64"),
+    (
+        add(f"{Q}.token_adapter.trainable_tokens_delta", 1, 64),
+        f"{Q}: has rows, and is no embedding or head of the base",
+    ),
+    (rows([3, 3], 2, 64), "has 2 x 64 values of rows and must have 2 x 64, one for each"),
+    (rows([2**20], 1, 64), "a row for token 1048576, and the base has 260 rows"),
+    (rows([-1], 1, 64), "trainable_token_indices"),
     (config(layer_replication=[[0, 2]]), "layer_replication is not supported"),
     (config(a_new_setting={"x": 1}), "a_new_setting is not supported: its effect on a merge"),
     (config(init_lora_weights="pissa"), "init_lora_weights: pissa is not supported: it changes"),

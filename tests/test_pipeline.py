@@ -26,6 +26,8 @@ OWN_FILES = {"stages/shared/process.py", "stages/shared/interrupts.py"}
 SHARED_PATHS = {name: path for name, path in vars(shared_paths).items() if name.isupper()}
 # Where training is shown while it runs: no result depends on it, and switching it runs nothing.
 NO_RESULT = {"tracking"}
+# The one key that decides more than its section does: another rank prepares no rows anew.
+LEAF = ("lora", "new_tokens")
 # Only named to the user, by the message that a package is not installed.
 PINS = [PurePosixPath("requirements-default.lock")]
 
@@ -77,10 +79,12 @@ def sections_of(function: ast.FunctionDef) -> set[str]:
         if getattr(arg.annotation, "id", "Params" if arg.arg == "params" else "") == "Params"
     }
     found = set()
+    leaves = [n.value for n in nodes if isinstance(n, ast.Attribute) and n.attr == LEAF[1]]
     for node in nodes:
         if isinstance(node, ast.Attribute) and is_whole(node.value, names):
             assert node.attr in SECTIONS | {"model_dump", "model_copy"}, node.attr
-            found |= {node.attr} & SECTIONS
+            leaf = node.attr == LEAF[0] and node in leaves
+            found |= {".".join(LEAF)} if leaf else {node.attr} & SECTIONS
         dumps = isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "model_dump"
         if dumps and is_whole(node.func.value, names):
             named = {k.arg: ast.literal_eval(k.value) for k in node.keywords}

@@ -339,8 +339,8 @@ def test_a_token_beyond_the_embeddings_is_refused_where_it_is_used(
         check_token_ids(config, folder)
     assert str(error.value) == (
         "rows.jsonl:4: has the token '<new>', which is 260, and the embeddings have 260 rows "
-        "(vocab_size); take it out of the data or the template (prepare.template), or choose "
-        "another model"
+        "(vocab_size); take it out of the data or the template (prepare.template), name it in "
+        "lora.new_tokens, or choose another model"
     )
     write_rows(folder, rows[:4])
     check_token_ids(config, folder)

@@ -13,18 +13,9 @@ from stages.quantize import quantize
 from stages.shared import scoring
 from stages.shared.model import load_base
 from stages.shared.scoring import head, score, scored_logits
-from tests.tiny import make_model
+from tests.tiny import SHAPE, make_model
 
 CPU = torch.device("cpu")
-SMALL = {
-    "vocab_size": 260,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
 
 
 def make_rows(count=13):
@@ -127,7 +118,7 @@ OWN_LOGITS = {
 
 
 def random_model(family, settings):
-    shape = SMALL | {"pad_token_id": 2, "tie_word_embeddings": False} | settings
+    shape = SHAPE | {"pad_token_id": 2, "tie_word_embeddings": False} | settings
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **shape)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -9,6 +9,18 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 PARAMS = ROOT / "tests/params.yaml"
+# What all tiny models have in common.
+SHAPE = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+MARKS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
     " + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -50,20 +62,7 @@ def make_model(folder: Path, arch: str = "llama", max_shard_size: str = "5GB", *
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape = {
-        "vocab_size": 260,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
-    } | overrides
+    shape = SHAPE | MARKS | {"tie_word_embeddings": True} | overrides
     config = AutoConfig.for_model(arch, **shape)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

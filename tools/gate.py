@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import Field, TypeAdapter
 
+from stages.shared.params import value_at
 from stages.shared.process import StageError
 from stages.shared.screen import on_screen
 from tools.paired import EVAL, Paired, Pairs
@@ -172,7 +173,9 @@ def outdated(run: Run, made: dict[str, str], head: Revision, base: Revision) -> 
             found.append(dep.path)
     recorded = run.params.get(PARAMS, {})
     return found + [
-        f"{key} in {PARAMS}" for key, value in recorded.items() if head.params.get(key) != value
+        f"{key} in {PARAMS}"
+        for key, value in recorded.items()
+        if value_at(head.params, key) != value
     ]
 
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 from transformers.utils.hub import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE as PROCESSOR_TEMPLATE
 
+from stages.shared.embeddings import with_vocabulary
 from stages.shared.end_tokens import end_tokens
 from stages.shared.loading import check_tokenizer
 from stages.shared.outputs import check_sums, read_json, write_json
@@ -37,9 +38,15 @@ ROPES_OF_4 = ("linear", "dynamic", "yarn", "longrope", "llama3")
 SETTLED = ("eos_token", "pad_token")
 
 
-def write_companions(out: Path, base: Path, tokenizer: Path, dtype: torch.dtype) -> None:
-    """Write configs, tokenizer, chat templates, processor files and licence into `out`."""
+def write_companions(
+    out: Path, base: Path, tokenizer: Path, dtype: torch.dtype, vocabulary: int = 0
+) -> None:
+    """Write configs, tokenizer, chat templates, processor files and licence into `out`.
+
+    vocabulary  rows that the embeddings have at the least
+    """
     config = served_config(read_json(base / "config.json"))
+    config = with_vocabulary(config, base, vocabulary)
     config["dtype"] = str(dtype).removeprefix("torch.")
     write_json(out / "config.json", config, sort_keys=True)
     write_tokenizer(out, base, tokenizer)

@@ -5,16 +5,19 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.ipc
 
+from stages.shared.embeddings import copy_bytes
 from stages.shared.fitting import Decoder, Scored, scored
 from stages.shared.rows import token_counts
 from stages.shared.sets import held_out_sets
-from stages.shared.vram import Shape, Training, adapter_parameters, chunk_values
+from stages.shared.vram import Shape, Training, chunk_values, trained_parameters
 
 
 def scoring_stages(shape: Shape, run: Training, longest: int) -> dict[str, Scored]:
     """What evaluate and verify have on the card, with rows of at most `longest` tokens: the base
     with its adapter, and the merged model."""
-    adapter = 4.0 * adapter_parameters(shape, run.rank, run.targets)
+    adapter = 4.0 * trained_parameters(shape, run)
+    if run.token_rows:
+        adapter += copy_bytes(shape.vocabulary, shape.hidden, on_gpu=True)
     decoder = decoder_of(shape)
     base = scored(decoder, run.method == "qlora", run.double_quant, longest, adapter)
     return {"evaluate": base, "verify": scored(decoder, False, False, longest, 0.0)}

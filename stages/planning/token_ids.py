@@ -10,8 +10,11 @@ from transformers import AutoTokenizer, PretrainedConfig
 from stages.shared.process import StageError
 
 
-def check_token_ids(config: PretrainedConfig, prepared: Path) -> None:
-    """Refuse rows with a token beyond the embeddings; say which tokens nobody may use.
+def check_token_ids(
+    config: PretrainedConfig, prepared: Path, trained: tuple[int, ...] = ()
+) -> None:
+    """Refuse rows with a token beyond the embeddings; say which tokens nobody may use, and which
+    of those whose rows are `trained` no training row has.
 
     Raises StageError naming the first such row.
     """
@@ -23,13 +26,16 @@ def check_token_ids(config: PretrainedConfig, prepared: Path) -> None:
         with pa.memory_map(str(file)) as source:
             table = pyarrow.ipc.open_stream(source).read_all()
             largest = pc.max(pc.list_flatten(table["input_ids"])).as_py()
+            if file.stem == "train" and trained:
+                tell_unseen(tokenizer, trained, pc.unique(pc.list_flatten(table["input_ids"])))
             if largest < size:
                 continue
             at = pc.index(pc.greater_equal(pc.list_flatten(table["input_ids"]), size), True)
             row = table["row"][pc.list_parent_indices(table["input_ids"])[at.as_py()].as_py()]
         raise StageError(
             f"{row}: has the token {beyond.get(largest)!r}, which is {largest}, {lacks}; take it "
-            "out of the data or the template (prepare.template), or choose another model"
+            "out of the data or the template (prepare.template), name it in lora.new_tokens, or "
+            "choose another model"
         )
     if tokenizer.pad_token_id in beyond:
         raise StageError(
@@ -44,3 +50,11 @@ def check_token_ids(config: PretrainedConfig, prepared: Path) -> None:
             f"such as {beyond[first]!r}, which is {first}, {lacks}: a prompt with one of them "
             "would stop the model"
         )
+
+
+def tell_unseen(tokenizer, trained: tuple[int, ...], seen: pa.Array) -> None:
+    """Say which rows nothing would train."""
+    unseen = set(trained) - set(seen.to_pylist())
+    if unseen:
+        names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(unseen))))
+        print(f"plan: warning: lora.new_tokens: no training row has {names}")

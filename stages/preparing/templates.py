@@ -8,6 +8,7 @@ import jinja2
 
 from stages.preparing.chat_template import TEMPLATE_FAULTS, bos_of
 from stages.preparing.formats import Example, Format, chat_of, text_and_answers
+from stages.preparing.new_tokens import check_marks
 from stages.preparing.rendering import Rendered, Renderer
 from stages.preparing.shapes import Shape, read_rendered
 from stages.shared.params import Prepare
@@ -49,13 +50,15 @@ def settle(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> 
     if "strftime_now" in text:
         text, said = _FIXED_DATE + text, f"{said} with a fixed date"
     tokenizer.chat_template, thoughts = _thinking(tokenizer, params, text, samples)
+    marks = check_marks(tokenizer, params, samples)
     _settle_eos(tokenizer, params, samples)
     said += thoughts
-    said = f"{said}, answers end with {tokenizer.eos_token}, {pad}"
+    said = f"{said}, answers end with {tokenizer.eos_token}, {pad}{marks}"
     if form.shape and form.shape.end not in tokenizer.get_vocab():
         said += (
             f"; {form.shape.end} is no token of this model and would be learned letter by letter: "
-            "better bring messages or prompt and completion, which are rendered for it"
+            "name it in lora.new_tokens, or bring messages or prompt and completion, which are "
+            "rendered for the model"
         )
     return said
 
@@ -95,8 +98,9 @@ def _template(tokenizer, params: Prepare, form: Format, samples: list[Example]) 
         )
     if not own:
         raise StageError(
-            "the tokenizer has no chat template (a base model?); set prepare.template to "
-            "templates/chatml.jinja, or to plain text with {prompt} in it"
+            "the tokenizer has no chat template (a base model?); set prepare.template to plain "
+            "text with {prompt} in it, or to templates/chatml.jinja and lora.new_tokens to "
+            "['<|im_start|>']"
         )
     tools = any(chat and chat.given.get("tools") for chat in map(chat_of, samples))
     # Some tokenizers have a template of their own for tools.

@@ -3,7 +3,8 @@
 An adapter is a folder as PEFT saves it (adapter_config.json, adapter_model.safetensors), made by
 `train` or by any other tool. For a module with weight W [out, in] it holds A [r, in] and
 B [out, r]; the merged weight is W + (B A) * alpha / r, or alpha / sqrt(r) with rsLoRA
-(LoRA: arXiv 2106.09685; rsLoRA: arXiv 2312.03732).
+(LoRA: arXiv 2106.09685; rsLoRA: arXiv 2312.03732). Beside them it may hold whole rows of the
+embeddings and of the output head, of tokens that were trained (PEFT's trainable_token_indices).
 """
 
 import difflib
@@ -18,6 +19,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
 
 from stages.shared.bounded import bounded
 from stages.shared.foreign import Foreign, held_to, read_object
@@ -28,10 +30,15 @@ from stages.shared.screen import brief
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 CONFIG = "adapter_config.json"
+# So many rows may come to the embeddings of a base; more is no vocabulary.
+MOST_NEW_ROWS = 2**16
 # Beyond it float32 has no digits left for the weight that is added to.
 LARGEST_ALPHA = 1e6
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
+ROWS = re.compile(r"base_model\.model\.(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 EMBEDDING = re.compile(r"(^|\.)(lm_head|embed_tokens|embed_out|wte)\.weight$")
+# What lies in one of the layers.
+LAYER = re.compile(r"\.\d+\.")
 # Settings that change only how an adapter is trained or where it was made, never what it adds.
 HARMLESS = {
     "auto_mapping",
@@ -62,13 +69,13 @@ READ = {
     "r",
     "rank_pattern",
     "target_modules",
+    "trainable_token_indices",
     "use_rslora",
 }
 REFUSED = {
     "megatron_config": "PEFT would import the module that megatron_core names",
     "use_dora": "DoRA rescales whole columns of the weight",
     "modules_to_save": "whole retrained modules are not a low-rank update",
-    "trainable_token_indices": "retrained embedding rows are not a low-rank update",
     "target_parameters": "LoRA on bare parameters (fused experts) has another layout",
     "fan_in_fan_out": "the base's weights are stored transposed",
     "lora_bias": "the adapter also changes biases",
@@ -98,6 +105,29 @@ class Update:
             )
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of the embeddings or the output head that take the base's place, still on disk.
+
+    key  of the tensor in the file, [len(ids), width]
+    ids  which rows; those beyond the base's come to it
+    """
+
+    file: Path
+    key: str
+    ids: tuple[int, ...]
+
+    def values(self) -> torch.Tensor:
+        """[len(ids), width] in float32."""
+        with safe_open(self.file, framework="pt") as tensors:
+            return tensors.get_tensor(self.key).float()
+
+    @property
+    def count(self) -> int:
+        """Rows that a tensor must have to hold them."""
+        return max(self.ids) + 1
+
+
 def check_adapter_sums(folder: Path) -> None:
     """Compare the adapter with its SHA256SUMS. One that was copied in may carry none."""
     if (folder / SUMS).exists():
@@ -106,14 +136,17 @@ def check_adapter_sums(folder: Path) -> None:
         print(f"{folder} has no {SUMS}: an adapter from elsewhere, taken as it is")
 
 
-def read_adapter(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Update]:
-    """Updates by the name of the weight they are added to.
+def read_adapter(
+    folder: Path, shapes: dict[str, tuple[int, ...]], base: Path | None = None
+) -> dict[str, Update | Rows]:
+    """Updates by the name of the weight they are added to, or whose rows they take.
 
-    `shapes` are those of the base's tensors. Every factor is read once and must be finite, of
-    the rank that the configuration says, and fit its weight; PEFT must put an update onto exactly
-    the modules that the file has one for. Raises StageError.
+    `shapes` are those of the base's tensors, and `base` the folder of its config.json. Every
+    factor is read once and must be finite, of the rank that the configuration says, and fit its
+    weight; PEFT must put an update onto exactly the modules that the file has one for. Raises
+    StageError.
     """
-    config, halves = _read_config(folder), factor_shapes(folder)
+    config, (halves, trained) = _read_config(folder), factor_shapes(folder)
     modules = sorted({module for module, _ in halves})
     for module in modules:
         _check_module(f"{folder}: {module}", f"{module}.weight", shapes)
@@ -123,22 +156,90 @@ def read_adapter(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, 
         "write them as plain names",
     )
     _check_complete(folder, set(modules), named)
-    updates = {}
+    updates: dict[str, Update | Rows] = {}
     for module in modules:
         where, weight = f"{folder}: {module}", f"{module}.weight"
         rank, scaling = settings[module]
         of_module = {half: halves.get((module, half)) for half in "AB"}
         _check_factors(where, of_module, rank, shapes[weight])
-        updates[weight] = Update(folder / WEIGHTS, module, scaling)
-        for half, factor in zip("AB", updates[weight].factors(torch.device("cpu")), strict=True):
+        updates[weight] = update = Update(folder / WEIGHTS, module, scaling)
+        for half, factor in zip("AB", update.factors(torch.device("cpu")), strict=True):
             if not factor.isfinite().all():
                 raise StageError(f"{where}: lora_{half} has NaN or infinite values; train it again")
-    return updates
+    return updates | _read_rows(folder, config, trained, shapes, base)
+
+
+def rows_needed(folder: Path) -> int:
+    """How many rows the embeddings must have for the adapter in `folder`; 0 for any."""
+    wanted = held_to(Config, read_object(folder / CONFIG), str(folder / CONFIG))
+    return max((max(ids) + 1 for ids in _indices(wanted).values() if ids), default=0)
+
+
+def _indices(config: "Config") -> dict[str, list[int]]:
+    """Ids of the trained rows by the end of a module's name; "" is the embeddings alone."""
+    wanted = config.trainable_token_indices or {}
+    return {"": wanted} if isinstance(wanted, list) else wanted
+
+
+def _read_rows(
+    folder: Path,
+    config: "Config",
+    trained: dict[str, tuple[int, ...]],
+    shapes: dict,
+    base: Path | None,
+) -> dict[str, Rows]:
+    """`trained` are the shapes of rows by module. Raises StageError where PEFT would not have
+    exactly these."""
+    found: dict[str, Rows] = {}
+    wanted = _indices(config)
+    for module, shape in trained.items():
+        where, weight = f"{folder}: {module}", f"{module}.weight"
+        ids = next((ids for end, ids in wanted.items() if module.endswith(end)), [])
+        if weight not in shapes or LAYER.search(weight):
+            raise StageError(f"{where}: has rows, and is no embedding or head of the base")
+        rows, width = shapes[weight]
+        if shape != (len(ids), width) or len(set(ids)) < len(ids):
+            raise StageError(
+                f"{where}: has {_by(shape)} values of rows and must have {len(ids)} x {width}, one "
+                f"for each of trainable_token_indices in {CONFIG}"
+            )
+        if max(ids) >= rows + MOST_NEW_ROWS:
+            raise StageError(f"{where}: a row for token {max(ids)}, and the base has {rows} rows")
+        key = f"base_model.model.{module}.token_adapter.trainable_tokens_delta"
+        found[weight] = Rows(folder / WEIGHTS, key, tuple(ids))
+        if not found[weight].values().isfinite().all():
+            raise StageError(f"{where}: a row has NaN or infinite values; train it again")
+    tied = bool(found and base and AutoConfig.from_pretrained(base).tie_word_embeddings)
+    without = [end for end in wanted if not any(module.endswith(end) for module in trained)]
+    if wanted and (not found or (without and not tied)):
+        of = f" of {without[0]}" if found else ""
+        raise StageError(f"{folder}: trainable_token_indices has no rows{of}; it is incomplete")
+    return found | _rows_of_twins(folder, found, shapes, tied)
+
+
+def _rows_of_twins(
+    folder: Path, found: dict[str, Rows], shapes: dict, tied: bool
+) -> dict[str, Rows]:
+    """Rows of the embeddings or the head where only the other has its own: those of a tied one."""
+    made = {}
+    for name, rows in found.items():
+        twins = [n for n, s in shapes.items() if s == shapes[name] and not LAYER.search(n)]
+        for twin in set(twins) - found.keys():
+            if tied:
+                made[twin] = rows
+            elif rows.count > shapes[twin][0]:
+                raise StageError(
+                    f"{folder}: brings tokens that the base lacks and no rows of theirs for "
+                    f"{twin}, which is not tied; train it again with trainable_token_indices for "
+                    "both"
+                )
+    return made
 
 
 Names = str | list[str] | None
 Alpha = Annotated[float, Field(ge=-LARGEST_ALPHA, le=LARGEST_ALPHA)]
 Rank = Annotated[int, Field(ge=1, le=2**16)]
+Id = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Config(Foreign):
@@ -146,6 +247,7 @@ class Config(Foreign):
 
     r: Rank
     lora_alpha: Alpha
+    trainable_token_indices: list[Id] | dict[str, list[Id]] | None = None
     rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, Alpha] | None = None
     use_rslora: bool | None = None
@@ -179,12 +281,18 @@ def _read_config(folder: Path) -> Config:
     return held_to(Config, config, str(path))
 
 
-def factor_shapes(folder: Path) -> dict[tuple[str, str], tuple[int, ...]]:
-    """Shape of every factor by module and half (A or B). Raises StageError."""
-    shapes = {}
+def factor_shapes(
+    folder: Path,
+) -> tuple[dict[tuple[str, str], tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Shape of every factor by module and half (A or B), and of the trained rows by module. Raises
+    StageError."""
+    shapes, rows = {}, {}
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
+                if of_rows := ROWS.fullmatch(key):
+                    rows[of_rows["module"]] = tuple(tensors.get_slice(key).get_shape())
+                    continue
                 match = KEY.fullmatch(key)
                 if not match:
                     raise StageError(
@@ -201,7 +309,7 @@ def factor_shapes(folder: Path) -> dict[tuple[str, str], tuple[int, ...]]:
         raise StageError(f"{folder / WEIGHTS}: cannot be read ({error})") from None
     if not shapes:
         raise StageError(f"{folder / WEIGHTS} holds no LoRA tensor")
-    return shapes
+    return shapes, rows
 
 
 def _check_module(where: str, weight: str, shapes: dict) -> None:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from stages.shared.adapter import Update
+from stages.shared.adapter import Rows, Update
+from stages.shared.embeddings import mean_row
 from stages.shared.process import StageError
 from stages.shared.weights import Weights, row_blocks
 
@@ -35,13 +36,20 @@ class RowBlock(NamedTuple):
 
 
 def merged_rows(
-    weights: Weights, name: str, update: Update | None, dtype: torch.dtype, device: torch.device
+    weights: Weights,
+    name: str,
+    update: Update | Rows | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Iterator[RowBlock]:
     """Yield the tensor `name` with its update in row blocks, computed on all cores.
 
     The order of operations is that of `weight.data += delta` in peft/tuners/lora/layer.py: the
     weight rounded to `dtype`, plus (B A) * scaling in float32, rounded once.
     """
+    if isinstance(update, Rows):
+        yield from _with_rows(weights, name, update, dtype)
+        return
     if update:
         a, b = update.factors(device)
     elif name not in weights.nf4:
@@ -58,6 +66,31 @@ def merged_rows(
         return _rounded(exact, dtype)
 
     yield from _in_order(merged, row_blocks(weights.shapes[name], device))
+
+
+def merged_shape(weights: Weights, name: str, update: Update | Rows | None) -> tuple[int, ...]:
+    """That of the merged tensor: rows of new tokens may come to the base's."""
+    rows, *width = weights.shapes[name]
+    return (max(rows, update.count) if isinstance(update, Rows) else rows, *width)
+
+
+def _with_rows(weights: Weights, name: str, update: Rows, dtype: torch.dtype) -> Iterator[RowBlock]:
+    """The base's rows but those of `update`, and between the two what `extended` gives."""
+    device, own = torch.device("cpu"), weights.shapes[name][0]
+    read, values = weights.reader(name, device), update.values()
+    shape = merged_shape(weights, name, update)
+    mean = mean_row(read, own).float() if shape[0] > own else torch.empty(0)
+
+    def merged(block: slice) -> RowBlock:
+        part = read(slice(block.start, min(block.stop, own))).float() if block.start < own else None
+        further = mean.expand(block.stop - max(block.start, own), -1) if block.stop > own else None
+        exact = torch.cat([rows for rows in (part, further) if rows is not None])
+        for i, id in enumerate(update.ids):
+            if block.start <= id < block.stop:
+                exact[id - block.start] = values[i]
+        return _rounded(exact, dtype)
+
+    yield from _in_order(merged, row_blocks(shape, device))
 
 
 def _rounded(exact: torch.Tensor, dtype: torch.dtype) -> RowBlock:

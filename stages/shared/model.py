@@ -137,6 +137,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error)[:500].split())
         raise StageError(f"{folder}: PEFT does not load it: {reason}") from None
-    asked = {module for module, _ in factor_shapes(folder)}
+    factors, _ = factor_shapes(folder)
+    asked = {module for module, _ in factors}
     check_adapted(adapted, asked, str(folder), "name its modules in full in adapter_config.json")
     return adapted

@@ -195,6 +195,11 @@ class Lora(Section):
     scaling: Literal["standard", "rslora"]
     dropout: Share
     target_modules: Annotated[str | list[str], BeforeValidator(_target_modules)]
+    new_tokens: list[Text]
+
+    def conflicts(self) -> list[str]:
+        twice = {token for token in self.new_tokens if self.new_tokens.count(token) > 1}
+        return [f"new_tokens: {brief(token)} is named twice" for token in sorted(twice)]
 
 
 class Train(Section):
@@ -403,6 +408,13 @@ def faults(text: str) -> list[str]:
     except ValidationError as error:
         return [line for fault in error.errors() for line in _messages(fault)]
     return []
+
+
+def value_at(params: dict, key: str) -> Any:
+    """What a file's `params` say at `key`, a section or `section.key`; None where it is missing."""
+    section, _, leaf = key.partition(".")
+    value = params.get(section)
+    return (value or {}).get(leaf) if leaf else value
 
 
 _kept: dict[Path, Params] = {}

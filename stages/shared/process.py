@@ -30,7 +30,7 @@ from stages.shared.interrupts import (
 )
 
 # YAMLError too, since params is where a Python without the packages is noticed.
-from stages.shared.params import PARAMS, YAMLError, keep_params, load_params, read_yaml
+from stages.shared.params import PARAMS, YAMLError, keep_params, load_params, read_yaml, value_at
 from stages.shared.screen import on_screen
 
 # What the disk refuses, and what its owner can do about it.
@@ -175,11 +175,12 @@ def _outs(entry: dict, *kinds: str) -> list[str]:
 
 
 def _inputs(name: str) -> dict:
-    """The stage's entry in dvc.yaml, its parameter sections by value and its files by content."""
+    """The stage's entry in dvc.yaml, its parameters by value and its files by content."""
     entry = _entry(name)
     params = read_yaml(PARAMS.read_text(encoding="utf-8"))
     inputs: dict[str, Any] = {f"dvc.yaml: {name}": entry}
-    inputs |= {f"params.yaml: {key}": params.get(key) for key in entry.get("params", [])}
+    for key in entry.get("params", []):
+        inputs[f"params.yaml: {key}"] = value_at(params, key)
     for dep in entry["deps"]:
         path = Path(dep)
         if path.suffix in (".py", ".json", ".ok"):

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from stages.shared.adapter import rows_needed
 from stages.shared.card import card_budget
+from stages.shared.embeddings import copy_bytes
 from stages.shared.experts import TENSORS, part_of
 from stages.shared.fitting import Decoder, Fit, Scored, fit, scored, tightest
 from stages.shared.host_memory import available_bytes
@@ -34,9 +36,12 @@ def model_sizes(
     """
     weights = model_weights(folder)
     double_quant = any(f"{name}.nested_absmax" in weights.files for name in weights.nf4)
-    beside = (adapter / "adapter_model.safetensors").stat().st_size if adapter else 0
+    beside: float = (adapter / "adapter_model.safetensors").stat().st_size if adapter else 0
     decoder = decoder_in(weights)
     on_gpu = device.type == "cuda"
+    if adapter and (rows := rows_needed(adapter)):
+        own = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+        beside += copy_bytes(max(rows, own.vocab_size), decoder.hidden, on_gpu)
     nf4 = bool(weights.nf4) and not dense
     return scored(decoder, nf4, double_quant, longest, beside, on_gpu)
 

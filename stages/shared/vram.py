@@ -172,6 +172,7 @@ class Training:
     attention: str  # varlen | sdpa | eager
     liger: bool  # Liger's RMSNorm, RoPE and SwiGLU
     fused_lora: bool  # stages/training/fused_lora.py
+    token_rows: int = 0  # of the embeddings and the head
 
 
 def adapted(shape: Shape, targets: frozenset[str]) -> list[Linear]:
@@ -182,6 +183,11 @@ def adapted(shape: Shape, targets: frozenset[str]) -> list[Linear]:
 def adapter_parameters(shape: Shape, rank: int, targets: frozenset[str]) -> int:
     """Trainable parameters of LoRA: peft's A (r x in) and B (out x r), no bias."""
     return sum(rank * (x.inputs + x.outputs) for x in adapted(shape, targets))
+
+
+def trained_parameters(shape: Shape, run: Training) -> int:
+    """Those of the adapter, with rows of the embeddings (stages/training/token_rows.py)."""
+    return adapter_parameters(shape, run.rank, run.targets) + run.token_rows * shape.hidden
 
 
 def weights_bytes(shape: Shape, method: str, double_quant: bool) -> float:
@@ -407,7 +413,7 @@ def trainable_bytes(shape: Shape, run: Training) -> tuple[float, float, float]:
     """(weights, gradients, copies in bf16) of what trains; a full model's weights are the base."""
     if run.method == "full":
         return 0.0, 2.0 * shape.parameters, 0.0
-    count = adapter_parameters(shape, run.rank, run.targets)
+    count = trained_parameters(shape, run)
     # Autocast keeps a bf16 copy of each weight; the fused path makes one when it needs it.
     return 4.0 * count, 4.0 * count, 0.0 if run.fused_lora else 2.0 * count
 
@@ -465,7 +471,7 @@ class Sizes:
 def sizes_of(shape: Shape, run: Training) -> Sizes:
     """What a step of `run` is made of."""
     adapter, gradients, casts = trainable_bytes(shape, run)
-    moments = MOMENT_BYTES[run.optimizer] * adapter_parameters(shape, run.rank, run.targets)
+    moments = MOMENT_BYTES[run.optimizer] * trained_parameters(shape, run)
     stream, tokens = 2.0 * shape.hidden * run.tokens, run.tokens
     head_forward, head_backward = head_bytes(shape, run)
     linears = sum(x.parameters for x in shape.linears)

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from stages.shared import vram
+from stages.shared.embeddings import set_vocabulary
 from stages.shared.experts import OWN_CODE, expert_stacks, expert_tensors
 from stages.shared.fast_path import choose_fast_path, plain_layers
 from stages.shared.linears import adaptable_linears, quantized_linears, targets_of
@@ -31,24 +32,41 @@ from stages.shared.text_model import (
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens and learned tokens of each training row; `max_length` is the width of a pack."""
+    """Tokens and learned tokens of each training row; `max_length` is the width of a pack.
+
+    added, known  ids whose rows are trained: of tokens that prepare added, and of the model's own
+    """
 
     tokens: list[int]
     learned: list[int]
     max_length: int
+    added: tuple[int, ...] = ()
+    known: tuple[int, ...] = ()
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        return self.known + self.added
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows that the embeddings must have for them."""
+        return max(self.trained, default=-1) + 1
 
 
 def read_lengths(prepared: Path) -> Lengths:
     """Lengths of every training row, and what packing fills rows up to."""
     with pa.memory_map(str(prepared / "train.arrow")) as source:
         tokens, learned = lengths(pyarrow.ipc.open_stream(source).read_all())
-    return Lengths(tokens, learned, read_json(prepared / "prepared.json")["max_length"])
+    about = read_json(prepared / "prepared.json")
+    added, known = (tuple(about.get(f"{key}_tokens", {}).values()) for key in ("new", "known"))
+    return Lengths(tokens, learned, about["max_length"], added, known)
 
 
-def read_model(folder: Path) -> tuple[PretrainedConfig, vram.Shape]:
-    """The model of `folder`/config.json; no weights are read."""
+def read_model(folder: Path, vocabulary: int = 0) -> tuple[PretrainedConfig, vram.Shape]:
+    """The model of `folder`/config.json, extended to a `vocabulary`; no weights are read."""
     try:
         config = read_config(folder)
+        set_vocabulary(config, vocabulary)
         return config, shape_of(config)
     except (AttributeError, KeyError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
@@ -215,6 +233,7 @@ def planned_training(
         attention=fast.attention,
         liger=fast.liger,
         fused_lora=fast.fused_lora,
+        token_rows=len(rows.trained) * (1 if config.tie_word_embeddings else 2),
     )
 
 

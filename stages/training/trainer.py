@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from stages.shared.adapted import check_adapted, lost_elsewhere, targets_as_written
+from stages.shared.embeddings import names_of_embeddings
 from stages.shared.experts import expert_stacks
 from stages.shared.fast_path import FastPath, plain_layers
 from stages.shared.linears import adaptable_linears, targets_of, unadaptable_linears
@@ -30,6 +31,7 @@ from stages.training import attention
 from stages.training.dealing import Dealt, GroupedByLength, no_rows
 from stages.training.fused_lora import fuse_lora
 from stages.training.offload import HostStash
+from stages.training.token_rows import train_rows
 from stages.training.trial import Trial
 
 # trl's output head leaves out what is not learned where it can have Triton; elsewhere it scores
@@ -41,11 +43,13 @@ attention.register()
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """`rows` with input_ids and labels; packing fills rows up to `max_length` tokens."""
+    """`rows` with input_ids and labels; packing fills rows up to `max_length` tokens. `trained` are
+    tokens whose rows of the embeddings and the head train too."""
 
     rows: Dataset
     tokenizer: PreTrainedTokenizerBase
     max_length: int
+    trained: tuple[int, ...] = ()
 
 
 class Trainer(SFTTrainer):
@@ -135,10 +139,13 @@ class Trainer(SFTTrainer):
         return 0
 
 
-def lora_config(lora: Lora, model: PreTrainedModel | None = None) -> LoraConfig:
-    """params.lora in PEFT's words; of `model`, all-linear leaves out what PEFT would refuse, and
-    what chooses experts."""
+def lora_config(
+    lora: Lora, model: PreTrainedModel | None = None, trained: tuple[int, ...] = ()
+) -> LoraConfig:
+    """params.lora in PEFT's words; of `model`, all-linear leaves out what PEFT would refuse and
+    what chooses experts, and the rows of the tokens `trained` train."""
     every = lora.target_modules == "all-linear"
+    names = names_of_embeddings(model) if model and trained else []
     return LoraConfig(
         exclude_modules=(unadaptable_linears(model) if model and every else None) or None,
         r=lora.r,
@@ -146,6 +153,7 @@ def lora_config(lora: Lora, model: PreTrainedModel | None = None) -> LoraConfig:
         use_rslora=lora.scaling == "rslora",
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
+        trainable_token_indices={name: list(trained) for name in names} or None,
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -204,7 +212,7 @@ def build_trainer(
             args=trainer_config(model, data, params, fast, placement, folder),
             train_dataset=data.rows,
             processing_class=data.tokenizer,
-            peft_config=lora_config(params.lora, model),
+            peft_config=lora_config(params.lora, model, data.trained),
             world=world,
         )
     check_adapted(
@@ -220,6 +228,7 @@ def build_trainer(
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    train_rows(trainer.model)
     trainer.model.eval()
     trainer.fused_head = trial.fused_head(trainer.model.get_base_model())
     trainer.streamer = streamer

@@ -1,11 +1,14 @@
 """Is a merged folder what merge should have written? All that its files tell without a model."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig
 
-from stages.shared.adapter import WEIGHTS
+from stages.shared.adapter import WEIGHTS, Rows, Update
+from stages.shared.embeddings import with_vocabulary
+from stages.shared.merging import merged_shape
 from stages.shared.outputs import read_json
 from stages.shared.process import StageError, sha256
 from stages.shared.weights import LETTERS, Weights, kept_names, other_names
@@ -29,8 +32,9 @@ def check_record(folder: Path, adapter: Path, kind: str, dtype: str) -> None:
             raise StageError(f"{folder} was merged with {key} {record[key]}, not {value}; {AGAIN}")
 
 
-def check_companions(folder: Path, base: Path, dtype: str) -> None:
-    """What serving reads beside the weights is there and says what the base's says, in `dtype`.
+def check_companions(folder: Path, base: Path, dtype: str, vocabulary: int = 0) -> None:
+    """What serving reads beside the weights is there and says what the base's says, in `dtype` and
+    of a `vocabulary` that is as large at the least.
 
     Raises StageError.
     """
@@ -38,6 +42,7 @@ def check_companions(folder: Path, base: Path, dtype: str) -> None:
         if not (folder / name).exists():
             raise StageError(f"{folder} lacks {name}; {AGAIN}")
     found, expected = (AutoConfig.from_pretrained(f).to_dict() for f in (folder, base))
+    expected = with_vocabulary(expected, base, vocabulary)
     found = without_old_names(found, expected)
     _same(folder / "config.json", found, expected | {"dtype": dtype}, STORAGE)
     found = read_json(folder / "generation_config.json")
@@ -67,7 +72,13 @@ def _same(file: Path, found: dict, expected: dict, but: set[str]) -> None:
             )
 
 
-def check_headers(merged: Weights, quantized: Weights, base: Weights, dtype: torch.dtype) -> None:
+def check_headers(
+    merged: Weights,
+    quantized: Weights,
+    base: Weights,
+    dtype: torch.dtype,
+    updates: Mapping[str, Update | Rows] = {},
+) -> None:
     """Names, shapes, files and types against the base's. Raises StageError naming a tensor."""
     whole = other_names(quantized.folder) is not None
     expected = {*base.names} if whole else {*quantized.names}
@@ -77,7 +88,8 @@ def check_headers(merged: Weights, quantized: Weights, base: Weights, dtype: tor
             raise StageError(f"{merged.folder} lacks {name}; {AGAIN}")
         if name not in expected:
             raise StageError(f"{merged.folder} holds {name}, which the base lacks; {AGAIN}")
-        where, shape = f"{merged.files[name]}: {name}", base.shapes[name]
+        where = f"{merged.files[name]}: {name}"
+        shape = merged_shape(base, name, updates.get(name))
         # Other towers are copied, as is what keeps its type.
         copied = name not in quantized.shapes or name in kept
         kind = base.dtypes[name] if copied else LETTERS[dtype]

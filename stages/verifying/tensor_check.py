@@ -12,8 +12,10 @@ import torch
 from bitsandbytes.nn import Params4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import TrainableTokensWrapper
 from tqdm import tqdm
 
+from stages.shared.embeddings import extended
 from stages.shared.experts import packed_name, part_of
 from stages.shared.packed import Packed
 from stages.shared.process import StageError
@@ -65,7 +67,10 @@ def check_tensors(
             else:
                 # Of other towers, as it is.
                 weights = source if name in source.shapes else base
-                plain = weights.read(name).to(device, found.dtype)
+                plain = weights.read(name)
+                if isinstance(module, TrainableTokensWrapper):
+                    plain = with_rows(plain, module)
+                plain = plain.to(device, found.dtype)
             # In place, as PEFT merges: the sum is rounded once.
             delta = module.get_delta_weight("default") if updated else None
             expected = plain if delta is None else plain.clone().add_(delta)
@@ -98,6 +103,15 @@ def packed_of(
         return rows.chunk(stack.pieces)[piece]
 
     return stack, found
+
+
+def with_rows(plain: torch.Tensor, module: Any) -> torch.Tensor:
+    """A matrix of the base with the rows that PEFT has for it."""
+    rows = module.token_adapter
+    ids = rows.token_indices["default"]
+    plain = extended(plain, max(ids) + 1).float()
+    values = rows.trainable_tokens_delta["default"].detach()
+    return plain.index_copy(0, torch.tensor(ids), values.to(plain))
 
 
 def rounding_slack(module: LoraLayer) -> torch.Tensor:

@@ -1,0 +1,63 @@
+"""Tokens that a model lacks: lora.new_tokens adds them; a template that needs others is refused."""
+
+import json
+import re
+
+from tokenizers import AddedToken
+
+from stages.preparing.formats import Example, chat_of
+from stages.preparing.rendering import Rendered, Renderer
+from stages.shared.params import Prepare
+from stages.shared.process import StageError
+from stages.shared.screen import tell
+
+# Of the form that only marks have: what looks like a word, [INST] or ### may be plain text.
+MARK = re.compile(r"<[|\uff5c][^\s<>|\uff5c]{1,60}[|\uff5c]>")
+
+
+def add_tokens(tokenizer, tokens: list[str]) -> dict[str, dict[str, int]]:
+    """Give `tokenizer` those of `tokens` that it lacks, as special ones.
+
+    Returns, for prepared.json, the ids of those that were added and of those that it had; without
+    `tokens`, nothing.
+    """
+    before = tokenizer.get_vocab()
+    added = [token for token in tokens if token not in before]
+    if added:
+        marks = [AddedToken(token, special=True, normalized=False) for token in added]
+        # As special tokens by name too: other programs look there for what not to show.
+        tokenizer.add_special_tokens(
+            {"extra_special_tokens": marks}, replace_extra_special_tokens=False
+        )
+        tell(f"prepare: added to the tokenizer: {', '.join(added)}")
+    if known := {token: before[token] for token in tokens if token in before}:
+        tell(f"prepare: tokens of the model itself, whose rows are trained too: {', '.join(known)}")
+    new = {token: tokenizer.convert_tokens_to_ids(token) for token in added}
+    return {key: ids for key, ids in (("new_tokens", new), ("known_tokens", known)) if ids}
+
+
+def check_marks(tokenizer, params: Prepare, samples: list[Example]) -> str:
+    """Refuse a template that writes marks which are no tokens: the model would learn them letter
+    by letter. Of the model's own template, which may mean it, that is returned in words.
+    """
+    known, missing = tokenizer.get_vocab(), dict[str, None]()
+    made = Renderer(tokenizer, params.loss_on).render(samples)
+    for sample, row in zip(samples, made, strict=True):
+        chat = chat_of(sample)
+        if chat and isinstance(row, Rendered):
+            words = json.dumps([chat.messages, chat.given], ensure_ascii=False)
+            missing |= dict.fromkeys(
+                mark
+                for mark in MARK.findall(row.prompt + row.answer)
+                if mark not in known and mark not in words
+            )
+    if missing and params.template == "chat":
+        return f"; {', '.join(missing)} is no token of this model and is learned letter by letter"
+    if missing:
+        named = ", ".join(f"'{mark}'" for mark in missing)
+        raise StageError(
+            f"prepare.template: writes {', '.join(missing)}, which the model has no token for; "
+            f"set lora.new_tokens: [{named}], which adds and trains them, or another "
+            "prepare.template, such as plain text with {prompt} in it"
+        )
+    return ""

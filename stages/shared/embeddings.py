@@ -1,0 +1,86 @@
+"""Further rows for the embeddings and the output head, of tokens that a base model lacks.
+
+Each is the mean of the model's own, as transformers' resize_token_embeddings draws them but for a
+noise of a billionth; here it is the same each time.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+# Rows that are in float64 at once.
+BLOCK_ROWS = 4096
+
+
+def mean_row(read: Callable[[slice], torch.Tensor], rows: int) -> torch.Tensor:
+    """The mean of `rows` rows, [width] in bfloat16; `read` gives those of a slice."""
+    starts = range(0, rows, BLOCK_ROWS)
+    blocks = (read(slice(start, min(start + BLOCK_ROWS, rows))) for start in starts)
+    sums = torch.stack([block.double().sum(0) for block in blocks])
+    return (sums.sum(0) / rows).to(torch.bfloat16)
+
+
+def extended(weight: torch.Tensor, count: int) -> torch.Tensor:
+    """`weight` [rows, width] with `count` rows, if it has fewer."""
+    if (more := count - len(weight)) <= 0:
+        return weight
+    mean = mean_row(weight.__getitem__, len(weight)).to(weight)
+    return torch.cat([weight, mean.expand(more, -1)])
+
+
+def copy_bytes(vocabulary: int, width: int, on_gpu: bool) -> float:
+    """Of the copy of the embeddings that PEFT makes in each pass to put an adapter's rows in."""
+    return (2.0 if on_gpu else 4.0) * vocabulary * width
+
+
+def set_vocabulary(config: PretrainedConfig, count: int) -> None:
+    """Let `config` be that of a model extended to `count` rows."""
+    text = config.get_text_config()
+    text.vocab_size = max(text.vocab_size, count)
+
+
+def extend(model: PreTrainedModel, count: int, start: Sequence[int] = ()) -> None:
+    """Give `model` `count` rows, if it has fewer; rows of `start` begin as the mean too."""
+    embeddings: Any = model.get_input_embeddings()
+    grows = count > len(embeddings.weight)
+    if not grows and not start:
+        return
+    head: Any = model.get_output_embeddings()
+    parts = [embeddings] if head.weight is embeddings.weight else [embeddings, head]
+    own = [part.weight.data for part in parts]
+    weights = [extended(weight, count).clone() for weight in own]
+    if grows:
+        devices = [model.device] if model.device.type == "cuda" else []
+        # It draws values for the new rows, which are replaced.
+        with torch.random.fork_rng(devices):
+            model.resize_token_embeddings(count, mean_resizing=False)
+        parts = [model.get_input_embeddings(), model.get_output_embeddings()][: len(parts)]
+    for part, weight, before in zip(parts, weights, own, strict=True):
+        # A copy of its own: the base's may be those of a mapped file.
+        part.weight.data = weight
+        if start:
+            weight[list(start)] = mean_row(before.__getitem__, len(before)).to(weight)
+
+
+def names_of_embeddings(model: PreTrainedModel) -> list[str]:
+    """The modules that have rows of their own: the embeddings, and a head that is not tied."""
+    wanted = [model.get_input_embeddings()]
+    if not model.config.tie_word_embeddings:
+        wanted.append(model.get_output_embeddings())
+    names = {module: name for name, module in model.named_modules()}
+    return [names[module] for module in wanted]
+
+
+def with_vocabulary(config: dict, base: Path, count: int) -> dict:
+    """`config`, a config.json of the model of `base`, with `count` rows if that has fewer."""
+    if not count or AutoConfig.from_pretrained(base).get_text_config().vocab_size >= count:
+        return config
+    rows = {"vocab_size": count}
+    if "text_config" not in config:
+        return config | rows
+    # Some with several towers say it of the whole too.
+    whole = rows if "vocab_size" in config else {}
+    return config | {"text_config": config["text_config"] | rows} | whole
