@@ -187,7 +187,7 @@ def test_the_advised_change_fits_and_is_the_first_that_does(mistral, settings):
                 assert said == f"{text} ({needed / 1e9:.2f} GB)"
                 break
         else:
-            text = "none of the settings"
+            text = "no single setting"
             assert said.startswith(text)
         advised.add(text)
     # Or the limits told nothing apart.
@@ -340,20 +340,20 @@ def test_a_token_beyond_the_embeddings_is_refused_where_it_is_used(
     with pytest.raises(StageError) as error:
         check_token_ids(config, folder)
     assert str(error.value) == (
-        "rows.jsonl:4: has the token '<new>', which is 260, and the embeddings have 260 rows "
-        "(vocab_size); take it out of the data or the template (prepare.template), or choose "
+        "rows.jsonl:4: the token '<new>' has id 260, but the embeddings have 260 rows "
+        "(vocab_size); remove it from the data or the template (prepare.template), or choose "
         "another model"
     )
     write_rows(folder, rows[:4])
     check_token_ids(config, folder)
     assert capsys.readouterr().out == (
-        "plan: warning: the tokenizer knows 1 tokens that no row of the data has, such as "
-        "'<new>', which is 260, and the embeddings have 260 rows (vocab_size): a prompt with one "
-        "of them would stop the model\n"
+        "plan: warning: 1 tokens of the tokenizer that the data does not use, such as '<new>', "
+        "have ids from 260, but the embeddings have 260 rows (vocab_size): a prompt with one of "
+        "them would crash the model\n"
     )
     added.pad_token = "<new>"
     added.save_pretrained(folder / "tokenizer")
-    with pytest.raises(StageError, match="rows are padded with <new>, which is 260, and the"):
+    with pytest.raises(StageError, match="the pad token <new> has id 260, but the"):
         check_token_ids(config, folder)
 
 

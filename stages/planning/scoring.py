@@ -1,4 +1,4 @@
-"""What the stages that score a model will have on the card."""
+"""GPU memory of the stages that score a model."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from stages.shared.vram import Shape, Training, adapter_parameters
 
 
 def scoring_stages(shape: Shape, run: Training, longest: int) -> dict[str, Scored]:
-    """What evaluate and verify have on the card, with rows of at most `longest` tokens: the base
-    with its adapter, and the merged model."""
+    """Sizes for evaluate (base with adapter) and verify (merged model), with rows of at most
+    `longest` tokens."""
     adapter = 4.0 * adapter_parameters(shape, run.rank, run.targets)
     decoder = decoder_of(shape)
     base = scored(decoder, run.method == "qlora", run.double_quant, longest, adapter)
@@ -33,7 +33,7 @@ def decoder_of(shape: Shape) -> Decoder:
 
 
 def longest_held_out(prepared: Path) -> int:
-    """Tokens of the longest row that is scored."""
+    """Tokens of the longest scored row."""
     longest = 0
     for file in held_out_sets(prepared).values():
         with pa.memory_map(str(file)) as source:
