@@ -392,7 +392,7 @@ BAD_INPUTS = [
         "answer first",
         "a.jsonl",
         chat(("assistant", "a")),
-        "message 1: assistant comes first: mend",
+        "message 1: assistant comes first: fix",
     ),
     Bad(
         "question last",
@@ -410,7 +410,7 @@ BAD_INPUTS = [
         "two answers",
         "a.jsonl",
         chat(("user", "a"), ("assistant", "b"), ("assistant", "c")),
-        "message 3: assistant follows assistant: mend or delete the row",
+        "message 3: assistant follows assistant: fix or delete the row",
     ),
     Bad(
         "late system message",
@@ -440,7 +440,7 @@ BAD_INPUTS = [
         "half a surrogate in a tool call",
         "a.jsonl",
         rows({"messages": [{"role": "user", "content": "a", "tool_calls": [{"x": "\ud800"}]}]}),
-        "a.jsonl:1: message 1: a tool call that is no JSON",
+        "a.jsonl:1: message 1: a tool call that is not JSON",
     ),
     Bad(
         "ShareGPT no value",
@@ -488,7 +488,7 @@ BAD_INPUTS = [
         "a mark in somebody's words",
         "a.jsonl",
         rows(*({"prompt": f"a{i}", "completion": "b<|im_end|>"} for i in range(9))),
-        "holds '<|im_end|>', which the model reads as a mark of its own: remove it, or",
+        "contains '<|im_end|>', a special token of the model: remove it, or",
     ),
     Bad(
         "all too long",
@@ -523,7 +523,7 @@ BAD_INPUTS = [
         "one group",
         "a.jsonl",
         rows(*({**GOOD, "prompt": f"a{i}", "group": "g"} for i in range(9))),
-        "prepare.group_by: 1 groups, and none is small enough to be held out",
+        "prepare.group_by: none of the 1 groups is small enough to hold out",
         {"group_by": "group"},
     ),
 ]

@@ -475,7 +475,7 @@ def test_repair_takes_from_the_cache_what_is_whole_there(fresh, log):
     file.unlink()
     file.write_text("damaged")
     said = must(fresh, "python", "-m", "tools.repair", "fetch_model", STUB_GUARDED="1")
-    assert "repair: models/base is made anew" in said
+    assert "repair: recreating models/base" in said
     assert file.read_text() == whole
     assert log.read_text() == ""
 
@@ -523,8 +523,11 @@ RWLOCKS = {
     "empty": ("", "was broken, removed"),
     "cut": (json.dumps({"write": {"models/adapter": DEAD}})[:-9], "was broken, removed"),
     "odd": ('{"write": {"models/adapter": 3}}', "was broken, removed"),
-    "dead": (json.dumps({"read": {"stages/train.py": [DEAD]}}), "processes that are gone, mended"),
-    "taken": (json.dumps({"write": {"data/raw": TAKEN}}), "processes that are gone, mended"),
+    "dead": (
+        json.dumps({"read": {"stages/train.py": [DEAD]}}),
+        "processes that are gone; removed those",
+    ),
+    "taken": (json.dumps({"write": {"data/raw": TAKEN}}), "processes that are gone; removed those"),
 }
 
 
@@ -550,19 +553,21 @@ def test_list_of_busy_paths_of_a_living_dvc_stays(fresh, log):
 
 @pytest.mark.parametrize("committed", [True, False])
 def test_work_that_a_broken_lock_file_recorded_is_not_done_again(fresh, log, committed):
-    """DVC writes dvc.lock in place: killed meanwhile, it leaves it empty or cut off."""
+    """DVC writes dvc.lock in place: killed meanwhile, it leaves it empty or truncated."""
     if not committed:
         must(fresh, "git", "rm", "-q", "--cached", "dvc.lock")
     change(fresh, "lora", 5)
     assert reproduce(fresh, log) == STALE["lora"]
     made, lock = (fresh / "models/release/data.bin").read_text(), fresh / "dvc.lock"
     whole = lock.read_bytes()
-    # Empty, or cut off within a key.
+    # Empty, or truncated within a key.
     for size in (0, whole.index(b": ", 4096) - 1):
         lock.write_bytes(whole[:size])
         said = recover(fresh)
-        assert said.startswith(f"recover: dvc.lock is {'cut off' if size else 'empty'}; moved to ")
-        assert ("Git's is in its place" in said) == committed
+        assert said.startswith(
+            f"recover: dvc.lock is {'truncated' if size else 'empty'}; moved to "
+        )
+        assert ("replaced by Git's" in said) == committed
         assert recover(fresh) == ""
         assert reproduce(fresh, log) == []
         assert (fresh / "models/release/data.bin").read_text() == made
@@ -622,8 +627,8 @@ def test_repair_of_what_was_never_made(fresh):
     done = run(fresh, "python", "-m", "tools.repair", "quantize")
     assert done.returncode == 1
     assert done.stderr == (
-        "repair: models/base, which quantize reads, is missing too; make all of it with: dvc repro "
-        "quantize\n"
+        "repair: models/base, which quantize reads, is missing too; recreate all of it with: "
+        "dvc repro quantize\n"
     )
 
 

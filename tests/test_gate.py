@@ -60,7 +60,7 @@ BRANCHES = {
         {"evaluate.py": ("0.999", "0.9")},
         {},
         1,
-        "token_agreement is 0.9; at least 0.95 is demanded",
+        "token_agreement is 0.9; at least 0.95 is required",
     ),
     "text_for_a_number": (
         {"params.yaml": ("group: 14.0", "group: '14.0'")},
@@ -216,7 +216,7 @@ def test_no_limits_at_all_judges_nothing(repository):
 def test_unknown_base_fails_in_one_line(repository, base):
     done = tool(repository, "gate", f"--base={base}")
     assert done.returncode == 2
-    assert f"gate: FAILED: {base or repr(base)} is no revision of this clone; " in done.stderr
+    assert f"gate: FAILED: {base or repr(base)} is not a revision here; " in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -101,7 +101,7 @@ def test_two_machines_give_the_bytes_of_one_with_two_devices(first, joiner, undi
     waits = "train: waits for 1 more of 2 machines: python -m tools.join 127.0.0.1:"
     assert stage.said.startswith(waits)
     assert [line for line in other.said.splitlines() if line.startswith("join: ")][1:] == [
-        "join: pulls data/prepared and models/quantized",
+        "join: pulling data/prepared and models/quantized",
         "join: ranks 1 to 1 of 2 run here",
         "join: the training has ended",
     ]
@@ -200,7 +200,7 @@ def test_a_second_machine_that_a_step_does_not_feed_is_sent_home(first, joiner):
         assert stage.wait() == 0, stage.said
         assert "train: 1 of 2 ranks work" in stage.said
         assert other.wait() == 0, other.said
-        assert "these are not needed" in other.said.splitlines()[-1]
+        assert "this machine is not used" in other.said.splitlines()[-1]
     finally:
         for folder in (first, joiner):
             set_params(folder, train={"batch_size": 4, "epochs": 1.0})

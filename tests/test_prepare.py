@@ -206,7 +206,7 @@ def test_worker_that_dies_ends_the_stage_in_a_line(tmp_path, monkeypatch, death)
     monkeypatch.setattr(writing, "_work", work)
     monkeypatch.setattr(writing, "_encode", dying)
     started = time.monotonic()
-    with pytest.raises(StageError, match="a worker process ended before its work") as refused:
+    with pytest.raises(StageError, match="a worker process died") as refused:
         run(tmp_path, monkeypatch, {"a.jsonl": jsonl(pairs(200))}, eval_rows=8)
     assert f"({death.split()[0] if 'result' in death else death})" in str(refused.value)
     assert time.monotonic() - started < 20

@@ -335,7 +335,7 @@ def test_folder_that_may_not_be_written_is_refused_before_the_work(workspace, na
         parent.chmod(0o755)
     assert stage.said == (
         f"{name}: {parent.relative_to(workspace)}: Permission denied; "
-        "mend its permissions (chown, chmod) and run it again\n"
+        "fix its permissions (chown, chmod) and run it again\n"
     )
 
 
@@ -516,9 +516,9 @@ def test_code_from_before_the_clock_was_set_back_is_no_edit(workspace):
     [
         (
             lambda: Path("dvc.lock").write_text("schema: '2.0'\nstages:\n  a:\n    md5: 01"),
-            "dvc.lock is cut off; mend it with: python -m tools.recover",
+            "dvc.lock is truncated; fix it with: python -m tools.recover",
         ),
-        (lambda: Path("dvc.lock").touch(), "dvc.lock is cut off; mend it"),
+        (lambda: Path("dvc.lock").touch(), "dvc.lock is truncated; fix it"),
         (note_interrupt, "interrupted while the stage before it ended; dvc repro goes on from"),
         (lambda: Path("{a}").mkdir() or os.chdir("{a}"), "DVC cannot keep files below a path"),
     ],

@@ -179,7 +179,7 @@ def test_a_tracker_that_cannot_begin_is_one_line(monkeypatch):
     with pytest.raises(StageError) as refused:
         begun(monkeypatch, none)
     assert str(refused.value) == (
-        "tensorboard (tracking.report_to) cannot begin: RuntimeError: no key; mend its settings in "
+        "tensorboard (tracking.report_to) cannot begin: RuntimeError: no key; fix its settings in "
         "the environment, or set it to none"
     )
 

@@ -75,7 +75,7 @@ def read_json(path: Path) -> Iterator[tuple[int, dict]]:
             after_value = True
     if in_array:
         raise StageError(
-            f"{path}:{line}: broken JSON; the array is not closed: the file is cut off"
+            f"{path}:{line}: broken JSON; the array is not closed: the file is truncated"
         )
 
 
@@ -95,7 +95,7 @@ def _value(path: Path, line: int, text: str, start: int, chunks: Iterator[str]) 
                     raise too_big(f"{path}:{line}") from None
                 where = f"{path}:{line + text.count(chr(10), 0, position)}"
                 raise StageError(
-                    f"{where}: broken JSON ({error.msg}); mend it or fetch the file again"
+                    f"{where}: broken JSON ({error.msg}); fix it or fetch the file again"
                 ) from None
             text += more
         except (_Fault, RecursionError, ValueError) as error:

@@ -38,15 +38,15 @@ DISK_FAULTS = {
     errno.ENOSPC: "make room and run it again",
     errno.EDQUOT: "make room and run it again",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f) and run it again",
-    errno.EACCES: "mend its permissions (chown, chmod) and run it again",
-    errno.EPERM: "mend its permissions (chown, chmod) and run it again",
+    errno.EACCES: "fix its permissions (chown, chmod) and run it again",
+    errno.EPERM: "fix its permissions (chown, chmod) and run it again",
     errno.EROFS: "make it writable and run it again",
 }
 _begun: dict = {}
 
 
 class StageError(Exception):
-    """A fault the user can mend. Its message is one line: what is wrong, where, what to do."""
+    """A fault the user can fix. Its message is one line: what is wrong, where, what to do."""
 
 
 def begin(name: str) -> None:
@@ -237,7 +237,7 @@ def _check_dvc() -> None:
     lock = Path("dvc.lock")
     # A hash that is cut off would have DVC run what is there.
     if lock.exists() and not lock.read_bytes().endswith(b"\n"):
-        raise StageError("dvc.lock is cut off; mend it with: python -m tools.recover")
+        raise StageError("dvc.lock is truncated; fix it with: python -m tools.recover")
 
 
 def _process_start() -> float:

@@ -89,7 +89,7 @@ class Tracker(TrainerCallback):
             self.callback.on_train_begin(self.args, state, control, model=model)
         except Exception as error:
             raise StageError(
-                f"{self.name} (tracking.report_to) cannot begin: {_brief(error)}; mend its "
+                f"{self.name} (tracking.report_to) cannot begin: {_brief(error)}; fix its "
                 "settings in the environment, or set it to none"
             ) from None
 
