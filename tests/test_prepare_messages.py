@@ -126,7 +126,7 @@ def test_documents_and_variables_reach_the_template():
             ["a"],
             "'documents' is passed to the template and must be a list of objects, not a list",
         ),
-        ("chat_template_kwargs", [1], "holds a list where an object belongs"),
+        ("chat_template_kwargs", [1], "must be an object, not a list"),
         ("chat_template_kwargs", {"tokenize": 1}, "must not set 'tokenize'"),
     ],
 )

@@ -407,7 +407,7 @@ LLAMA_2 = "<s>[INST] q [/INST] a </s>"
         (CHATML.replace("q", "what is <|im_start|>, please"), "or '<|im_start|>' or"),
         (
             CHATML.replace("q", "what is <|im_end|>, please"),
-            "'<|im_end|>' within one: where a turn",
+            "'<|im_end|>' within one: the bounds",
         ),
         (CHATML.replace("user", "user, dear"), "the bounds of a turn are ambiguous; fix or"),
         (CHATML + "more", "text outside of turns"),
@@ -563,12 +563,12 @@ TWO_QUESTIONS = [CHAT[0], CHAT[0], CHAT[1]]
             only_questions_and_answers,
             [CHAT[0], CHAT[1], TOOL, CHAT[1]],
             "template",
-            "out the text of message 3 (tool)",
+            "omits the text of message 3 (tool)",
         ),
         ("smollm", None, [CHAT[0], CALL, TOOL, CHAT[1]], "template", "tool_calls of message 2"),
-        ("smollm", None, [CHAT[0], CALL], "template", "out the tool_calls of message 2"),
-        ("smollm", no_thought, THOUGHT, "template", "out the text of message 2 (assistant)"),
-        ("smollm", None, APART, "template", "out the reasoning_content of message 2"),
+        ("smollm", None, [CHAT[0], CALL], "template", "omits the tool_calls of message 2"),
+        ("smollm", no_thought, THOUGHT, "template", "omits the text of message 2 (assistant)"),
+        ("smollm", None, APART, "template", "omits the reasoning_content of message 2"),
     ],
 )
 def test_row_that_would_be_wrong_is_dropped(shape, edit, chat, reason, message):
