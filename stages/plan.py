@@ -102,7 +102,7 @@ def card(sizes: Sizes, placed: Placement) -> dict:
 def cards_table(found: list[dict], layers: int) -> str:
     """`cards` as a table for people."""
     lines = [
-        "  card GB  weights          kept (MLP, attention)  GPU GB  RAM GB  evaluate  verify    "
+        "  card GB  weights            kept (MLP, attention)  GPU GB  RAM GB  evaluate  verify    "
         "GB sent a step",
     ]
     for entry in found:
@@ -110,7 +110,7 @@ def cards_table(found: list[dict], layers: int) -> str:
         others = [entry[f"{name}_streamed_layers"] for name in ("evaluate", "verify")]
         words = ["no" if n is None else "streamed" if n else "resident" for n in others]
         if placed is None:
-            lines.append(f"  {size:>7}  {'does not fit':<56}{words[0]:<10}{words[1]}")
+            lines.append(f"  {size:>7}  {'does not fit':<58}{words[0]:<10}{words[1]}")
             continue
         streamed = placed["streamed_layers"]
         weights = f"{streamed} of {layers} streamed" if streamed else "resident"
@@ -118,7 +118,7 @@ def cards_table(found: list[dict], layers: int) -> str:
         remarks = ", MLPs in tiles" * bool(placed["mlp_tile_tokens"])
         remarks += "" if placed["copies_hide"] else ", slower"
         lines.append(
-            f"  {size:>7}  {weights:<16} {kept:<22} {placed['predicted_device_gb']:>6.1f}  "
+            f"  {size:>7}  {weights:<18} {kept:<22} {placed['predicted_device_gb']:>6.1f}  "
             f"{placed['predicted_ram_gb']:>6.1f}  {words[0]:<10}{words[1]:<10}"
             f"{placed['sent_gb_per_step']:.1f}{remarks}"
         )

@@ -115,10 +115,10 @@ ALL, NONE = 3, 0
         ),
         # What is under test.
         ({}, {"lora": {"r": 64}}, ALL, "with the parameters of main"),
-        ({"lora": {"r": 64}}, {}, NONE, "and main has other values of lora.r. Measure yours"),
-        ({"lora": {"new": 2}}, {}, NONE, "and main has other values of lora.new."),
+        ({"lora": {"r": 64}}, {}, NONE, "but main has other values of lora.r. Measure yours"),
+        ({"lora": {"new": 2}}, {}, NONE, "but main has other values of lora.new."),
         ({"model": {"id": "mine"}}, {}, NONE, "tiny 1 and rows with the parameters of 0123456789,"),
-        ({}, {"model": {"id": "mine"}}, NONE, "and the workspace has other values of model.id."),
+        ({}, {"model": {"id": "mine"}}, NONE, "but the workspace has other values of model.id."),
         (
             {"data": {"train_tokens": 9}},
             {"data": {"train_tokens": 9}},

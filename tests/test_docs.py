@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import yaml
+from page_commands import blocks, fault, simple
 from tiny import ROOT
 
 PAGES = (
@@ -36,6 +37,36 @@ def test_commands_are_there(page):
     makefile = (ROOT / "Makefile").read_text()
     verbs = set(re.findall(r"(?:\$ |`)make ([a-z-]+)", text(page)))
     assert [verb for verb in verbs if f"\n{verb}:" not in makefile] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_right_or_marked(page, tmp_path):
+    for block in blocks(page):
+        if block.mark == "run":
+            assert (ROOT / block.why).exists(), block
+        for line in block.commands:
+            for words in simple(line):
+                found = fault(words, tmp_path)
+                if found != "unknown" or block.mark != "not run":
+                    assert found is None, f"{page}: {line}"
+
+
+WRONG = {
+    "dvc exp run -S lora.rank=64": "Could not override 'lora.rank'",
+    "dvc exp run --queue -S 'lora.r=8,none'": "lora.r: ",
+    "dvc exp run --quene": "parser error",
+    "dvc repro quantise": "no stage quantise",
+    "make reprot": "No rule to make target 'reprot'",
+    "python -m tools.nothing": "no module tools.nothing",
+    "python -m tools.compare --bass main": "tools.compare has no --bass",
+    "pytest tests/test_nothing.py": "no tests/test_nothing.py",
+    "A=1 nvidia-smi": "unknown",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_command_is_found(line, tmp_path):
+    assert WRONG[line] in fault(*simple(line), tmp_path)
 
 
 def test_constants_are_where_contributing_says():

@@ -69,7 +69,7 @@ def test_one_row_of_sixty_is_noise():
     before, now = revision("main"), revision("now", right=lambda i: float(i == 3))
     assert marks(before, now) == {"answers: tuned_mine": "within noise, p = 1, 30 rows"}
     said = comparison(before, now)
-    assert "which rows were drawn: a paired bootstrap" in said
+    assert "by the choice of rows alone" in said
     assert said.index("answers: tuned_mine") < said.index("p is from a paired bootstrap")
 
 

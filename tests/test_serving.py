@@ -103,7 +103,7 @@ def test_experts_lie_behind_each_other(broken, release, tmp_path, capsys, monkey
         save_file(weights, mixture / "model.safetensors")
     status, said = checked(tmp_path / "it.gguf", mixture, capsys, monkeypatch)
     assert status == int(broken), said
-    assert ("blk.1.ffn_down_exps.weight (BF16) is not model" in said) is broken
+    assert ("blk.1.ffn_down_exps.weight (BF16) differs from model" in said) is broken
 
 
 FAULTS = {
