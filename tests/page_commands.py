@@ -3,8 +3,8 @@
 A comment before a block of commands says how it is tested:
 
     <!-- run: tests/test_x.py -->    that test runs the block's commands
-    <!-- not run: why -->            nothing runs them; may hold commands that are not checked either
-    no comment                       every command is checked by `fault`, none is run
+    <!-- not run: why -->            no test runs them, and commands unknown to `fault` are allowed
+    no comment                       no test runs them, but `fault` checks every one
 """
 
 import ast

@@ -1,13 +1,22 @@
 """What the pages for people name is there: files, commands, and constants in the files named."""
 
+import csv
+import io
+import json
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
+import quick
 import yaml
+from dvc.cli.parser import get_main_parser
+from dvc.utils.hydra import apply_overrides
 from page_commands import blocks, fault, simple
 from tiny import ROOT
+
+from tools.picture import drawn, memory_text
 
 PAGES = (
     "README.md",
@@ -99,3 +108,32 @@ def test_links_between_pages_lead_somewhere():
 
 def test_the_readme_stays_short():
     assert len(text("README.md").splitlines()) <= 150
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md"])
+def test_own_rows_are_prepared_as_the_pages_say(page, finished, tmp_path):
+    [(copy, command)] = [
+        block.commands for block in blocks(page) if block.why == "tests/test_docs.py"
+    ]
+    folder = shutil.copytree(finished, tmp_path / "project", symlinks=True)
+    [[_, file, target]], [words] = simple(copy), simple(command)
+    names = ("question", "answer") if file.endswith(".csv") else ("prompt", "completion")
+    rows = [(f"Show item {i} of box {i % 7}", f"get --item {i}") for i in range(60)]
+    made = io.StringIO()
+    if file.endswith(".csv"):
+        csv.writer(made).writerows([names, *rows])
+    else:
+        made.writelines(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows)
+    (folder / target / file).write_text(made.getvalue())
+    given = get_main_parser().parse_args(words[1:])
+    apply_overrides(folder / "params.yaml", given.set_param)
+    for stage in ("fetch_data", "prepare"):
+        said = quick.run(stage, folder).said
+    assert "training 24" in said
+
+
+def test_the_picture_of_the_memory_table_is_what_plan_prints():
+    made = drawn(memory_text())
+    assert "GPU memory needed" in made
+    assert text("docs/memory.svg") == made, "run: python -m tools.picture memory"
