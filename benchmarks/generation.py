@@ -1,13 +1,13 @@
-"""Answers of the evaluate stage beside a loop of `generate`, row by row.
+"""Batched answers of the evaluate stage against a loop of `generate`, row by row.
 
     python -m benchmarks.generation speed                   # one NVIDIA GPU, random weights
     python -m benchmarks.generation answers --default DIR   # the same or a CPU, real weights
 
-    speed      100 prompts of unlike length answered by an NF4 base of Mistral-7B's shape with its
+    speed      100 prompts of various lengths answered by an NF4 base of Mistral-7B's shape with an
                adapter: tokens a second and the allocator's peak of both ways, and how many answers
-               differ. Random weights make nearly every choice of a token a close one, so far more
-               differ than of a model that was trained.
-    answers    the default's own held-out prompts, base and tuned: how many of 100 answers differ
+               differ. With random weights nearly all token choices are close, so far more answers
+               differ than with a trained model.
+    answers    the default's held-out prompts, base and tuned: how many of 100 answers differ
                between the two ways. DIR is a project in which prepare, quantize and train have run.
 
 Writes benchmarks/results/generation.json.
@@ -50,7 +50,7 @@ def batched(model, prompts: Answers, ends: list[int], limit: int) -> Answers:
 
 @torch.no_grad()
 def row_by_row(model, prompts: Answers, ends: list[int], limit: int) -> Answers:
-    """As a notebook does it."""
+    """As in a typical notebook."""
     found = []
     for prompt in prompts:
         ids = torch.tensor([prompt], device=model.device)
@@ -85,7 +85,7 @@ def differing(one: Answers, other: Answers) -> dict:
 
 
 def timed(run: Callable, model, prompts: Answers, ends: list[int], limit: int) -> tuple:
-    """What `run` answers, its tokens a second, and its peak memory on a GPU."""
+    """The answers of `run`, its tokens a second, and its peak memory on a GPU."""
     run(model, prompts[:4], ends, 8)
     cuda = model.device.type == "cuda"
     if cuda:
