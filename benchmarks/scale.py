@@ -313,7 +313,7 @@ def kill(work: Path, options) -> dict:
     return {
         "kill_seconds_until_all_ended": seconds,
         "kill_line": line,
-        "kill_went_on": "goes on from" in said,
+        "kill_went_on": "resuming from" in said,
         "kill_same_bytes": digests(base) == expected,
     }
 

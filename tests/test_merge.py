@@ -205,7 +205,7 @@ def test_adapter_from_elsewhere(llama, monkeypatch, capsys):
     assert not (llama / "models/merged/training_args.bin").exists()
     said = capsys.readouterr().out
     assert "models/adapter has no SHA256SUMS: an adapter from elsewhere" in said
-    assert "models/adapter brings no tokenizer, so that of the rows is used" in said
+    assert "models/adapter has no tokenizer; using that of the rows" in said
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])

@@ -255,7 +255,7 @@ def test_lock_is_taken_over_from_a_run_that_removed_it(tmp_path, monkeypatch):
     with ThreadPoolExecutor() as other:
         second = other.submit(lock, path, "train")
         line = said.get(timeout=60)
-        assert line == f"train: waits for process {os.getpid()}, which runs the same"
+        assert line == f"train: waiting for process {os.getpid()}, which runs the same stage"
         shutil.rmtree(path.parent)
         first.close()
         assert os.path.samestat(os.fstat(second.result().fileno()), path.stat())
@@ -519,7 +519,7 @@ def test_code_from_before_the_clock_was_set_back_is_no_edit(workspace):
             "dvc.lock is truncated; fix it with: python -m tools.recover",
         ),
         (lambda: Path("dvc.lock").touch(), "dvc.lock is truncated; fix it"),
-        (note_interrupt, "interrupted while the stage before it ended; dvc repro goes on from"),
+        (note_interrupt, "interrupted at the end of the previous stage; dvc repro continues"),
         (lambda: Path("{a}").mkdir() or os.chdir("{a}"), "DVC cannot keep files below a path"),
     ],
     ids=["cut", "empty", "interrupted", "braces"],

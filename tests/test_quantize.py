@@ -105,7 +105,7 @@ REFUSED = {
     "head": (
         without("lm_head.weight"),
         {"tie_word_embeddings": False},
-        "the files lack lm_head.weight of the model; if the model takes its embeddings for it, say "
+        "the files lack lm_head.weight of the model; if the model shares its embeddings, set "
         "tie_word_embeddings: true in the config.json of a copy, with model.source: local",
     ),
     "linear": (
@@ -120,7 +120,7 @@ REFUSED = {
         "weight and 18 more of the model; they call model.embed_tokens.weight "
         "language_model.model.embed_tokens.weight: rename the tensors in a copy",
     ),
-    "shape": (cut, {}, "model.norm.weight is (8,) in the files and (64,) by config.json; one of"),
+    "shape": (cut, {}, "model.norm.weight is (8,) in the files and (64,) in config.json; one of"),
 }
 
 
@@ -169,7 +169,7 @@ def test_left_over_weights_are_named_where_transformers_would_warn(tmp_path, cap
     edit_tensors(tmp_path / "base", lambda tensors: tensors.update(EXTRA))
     (tmp_path / "out").mkdir()
     link(tmp_path / "base", tmp_path / "out")
-    said = "quantize: not part of the model, and without effect: model.extra.weight\n"
+    said = "quantize: not part of the model, without effect: model.extra.weight\n"
     assert capsys.readouterr().out == said
 
 

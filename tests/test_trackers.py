@@ -63,7 +63,7 @@ def test_tensorboard_switched_on_in_between_trains_nothing_again(plain, tmp_path
     set_params(folder, tracking={"report_to": "tensorboard"})
     assert kill_after(folder, 6).wait() == -signal.SIGKILL
     stage = quick.run("train", folder)
-    assert "goes on from checkpoint-" in stage.said
+    assert "resuming from checkpoint-" in stage.said
     assert results(folder) == results(plain)
     assert not list((folder / "checkpoints").iterdir())
     found = scalars(folder)

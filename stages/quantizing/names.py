@@ -1,4 +1,4 @@
-"""Are the weights in a model's files those of the model that config.json makes?"""
+"""Checks that the weights in a model's files belong to the model of config.json."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,11 @@ from stages.shared.text_model import (
 
 @dataclass(frozen=True)
 class Names:
-    """Tensors of a checkpoint, and what its language model calls them.
+    """Tensors of a checkpoint, and their names in its language model.
 
-    of         by name in the files; what is of other towers is left out
-    quantized  those of the weights to quantize: what transformers would, by their new names
-    apart      whether a folder of the language model is another than the checkpoint
+    of         name in the files -> name in the language model; without other towers
+    quantized  new names of the weights to quantize, the same ones as in transformers
+    apart      whether the language model differs from the checkpoint
     """
 
     of: dict[str, str]
@@ -38,14 +38,14 @@ def check_names(folder: Path) -> Names:
     if wrong := sorted(report["mismatched_keys"]):
         name, found, expected = wrong[0]
         raise StageError(
-            f"{folder}: {name} is {tuple(found)} in the files and {tuple(expected)} by "
-            "config.json; one of the two is of another model"
+            f"{folder}: {name} is {tuple(found)} in the files and {tuple(expected)} in "
+            "config.json; one of them belongs to another model"
         )
     left = sorted(report["unexpected_keys"])
     if missing := sorted(report["missing_keys"]):
         raise StageError(_missing(folder, model, missing, left))
     if left:
-        print(f"quantize: not part of the model, and without effect: {_shown(left)}")
+        print(f"quantize: not part of the model, without effect: {_shown(left)}")
     keys = set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
@@ -56,13 +56,13 @@ def check_names(folder: Path) -> Names:
         tell_left_out(model, language)
     else:
         language = model
-        # Of no module: carried along.
+        # Of no module: copied.
         of |= {key: key for key in keys - of.keys() if key not in of.values()}
     wanted = {f"{name}.weight" for name in quantized_linears(language)}
     if renamed := sorted(wanted - set(of.values())):
         raise StageError(
             f"{folder}: the weight {renamed[0]} of the model has another name in its files, or is "
-            "fused with others; such an architecture cannot be quantized or merged tensor by tensor"
+            "fused with others, so it cannot be quantized or merged tensor by tensor"
         )
     apart = language is not model or any(key != name for key, name in of.items())
     return Names(of, wanted, apart)
@@ -73,17 +73,17 @@ def tell_left_out(whole: PreTrainedModel, language: PreTrainedModel) -> None:
     rest = whole.num_parameters() - language.num_parameters()
     print(
         f"quantize: {type(language).__name__} is trained; {rest / 1e6:,.0f} million parameters of "
-        "other towers stay as they are, and are in the merged model again"
+        "other towers stay unchanged in the merged model"
     )
 
 
 def _missing(folder: Path, model: PreTrainedModel, missing: list[str], left: list[str]) -> str:
-    """What is said of the names `missing`, where the files hold `left` beside the model."""
+    """The message about the names `missing`, if the files contain `left` beside the model."""
     renamed = [(name, other) for name in missing for other in left if other.endswith(f".{name}")]
     head = model.get_output_embeddings().weight
     if len(missing) == 1 and model.get_parameter(missing[0]) is head:
         remedy = (
-            "if the model takes its embeddings for it, say tie_word_embeddings: true in the "
+            "if the model shares its embeddings, set tie_word_embeddings: true in the "
             "config.json of a copy, with model.source: local"
         )
     elif renamed:

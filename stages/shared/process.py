@@ -112,7 +112,9 @@ def lock(path: Path, name: str) -> IO[str]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            print(f"{name}: waits for process {file.read()}, which runs the same", flush=True)
+            print(
+                f"{name}: waiting for process {file.read()}, which runs the same stage", flush=True
+            )
             fcntl.flock(file, fcntl.LOCK_EX)
         # The other process may have removed the file, and a third one may hold the next.
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
@@ -229,7 +231,9 @@ def _check_dvc() -> None:
     if "DVC_STAGE" not in os.environ:
         return
     if interrupted_before():
-        raise StageError("interrupted while the stage before it ended; dvc repro goes on from here")
+        raise StageError(
+            "interrupted at the end of the previous stage; dvc repro continues from here"
+        )
     if set("{}") & set(os.getcwd()):
         raise StageError(
             f"{os.getcwd()}: DVC cannot keep files below a path with braces; move the project"

@@ -1,7 +1,7 @@
 """Trackers that show training while it runs: TensorBoard, Weights & Biases, MLflow.
 
-Each is a callback of transformers, set by its own environment variables. No result depends on
-one: a tracker that fails while training goes on ends alone.
+Each is a callback of transformers, configured by its own environment variables. No result depends
+on one: if a tracker fails, training continues without it.
 """
 
 import copy
@@ -19,15 +19,15 @@ from stages.shared.process import StageError
 from stages.shared.ranks import World
 from stages.shared.screen import tell
 
-# As tracking.report_to and as Python names them.
+# Name in tracking.report_to -> Python module.
 CALLBACKS = {
     "tensorboard": "TensorBoardCallback",
     "wandb": "WandbCallback",
     "mlflow": "MLflowCallback",
 }
-# What pip calls them. Of MLflow the part that logs: the whole replaces packages of the project.
+# Names for pip. Only the logging part of MLflow: the whole would replace packages of the project.
 PACKAGES = {"mlflow": "mlflow-skinny sqlalchemy alembic"}
-# A run that goes on is shown as the one that it was.
+# A resumed run is shown as the same run.
 RUN_NAME = "run"
 
 
@@ -35,7 +35,7 @@ def check_installed(name: str) -> None:
     """Raise StageError when the tracker `name` cannot be imported; `none` can."""
     if name in CALLBACKS:
         spec = importlib.util.find_spec(name)
-        # A folder of that name, where its runs lie, is no package.
+        # A folder of that name, with its runs, is not a package.
         if spec is None or spec.origin is None:
             raise StageError(
                 f"{name} (tracking.report_to) is not installed; pip install "
