@@ -148,7 +148,7 @@ def test_a_family_that_needs_more_is_named_and_streams_for_each_batch(
     assert found[0] == found[1]
     said = capsys.readouterr().out
     assert said.startswith("llama: its ")
-    assert f"streamed again for each of {len(length_batches(ROWS, TOKENS))} batches" in said
+    assert f"streaming all weights for each of {len(length_batches(ROWS, TOKENS))} batches" in said
     assert streamer.sent > LAYERS
     # Once is enough.
     score(model, ROWS, TOKENS, streamer=streamer)

@@ -343,7 +343,8 @@ def test_the_stage_downloads_from_the_hub_and_resumes(tiny, tmp_path):
         ]
         assert [run.returncode for run in runs] == [1, 0], runs
         assert runs[0].stderr == (
-            "fetch_model: owner/tiny: the Hub answered 503; what has arrived is kept, run again\n"
+            "fetch_model: owner/tiny: the Hub answered 503; the downloaded part is kept, run "
+            "again\n"
         )
         assert f"pin it in params.yaml as model.revision: {COMMIT}" in runs[1].stdout
         assert runs[1].stderr == ""

@@ -221,7 +221,7 @@ def test_many_columns_are_checked_once_each(tmp_path):
     assert list(row) == names
     path = tmp_path / "a.jsonl"
     path.write_text("{" + ",".join(f'"{name}": 1' for name in [*names, names[-1]]) + "}\n")
-    with pytest.raises(StageError, match=r"the key 'c99999' stands twice"):
+    with pytest.raises(StageError, match=r"the key 'c99999' appears twice"):
         list(read_file(path))
     path = tmp_path / "a.parquet"
     names = names[:4000]

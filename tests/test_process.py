@@ -153,7 +153,7 @@ def test_odd_names_are_listed_as_sha256sum_does(tmp_path):
 
 def test_name_that_is_no_text_is_refused_with_it(tmp_path):
     (tmp_path / os.fsdecode(b"a\xff.jsonl")).touch()
-    with pytest.raises(StageError, match=r"the name 'a\\udcff.jsonl' is no UTF-8 text; rename"):
+    with pytest.raises(StageError, match=r"the name 'a\\udcff.jsonl' is not UTF-8; rename"):
         write_sums(tmp_path)
 
 

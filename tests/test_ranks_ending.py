@@ -98,7 +98,7 @@ def test_a_rank_that_hangs_ends_all(folder):
     since = time.monotonic()
     os.kill(ranks[1], signal.SIGSTOP)
     assert assert_ended(stage, ranks, since, TIMEOUT + SECONDS) == (
-        "train: rank 1 has not answered the others for 4 s; look at that GPU and its process, "
+        "train: rank 1 has not answered the others for 4 s; check that GPU and its process, "
         "then run it again"
     )
 
