@@ -206,7 +206,7 @@ def test_a_model_that_does_not_fit_is_streamed(folders, monkeypatch, capsys, tmp
         _, streamer = load_to_score("evaluate", folder, sizes, CPU)
         said = capsys.readouterr().out
         assert (streamer is None) == whole
-        assert ("of the machine's memory are free: 4 of 4 layers are streamed" in said) != whole
+        assert ("of the machine's memory are free: streaming 4 of 4 layers" in said) != whole
     assert streamer.count == LAYERS
 
 

@@ -276,7 +276,7 @@ def test_outputs_of_before_come_back_with_the_commands_printed(fresh, log):
         (fresh / "params.yaml").write_text(text.replace("  alpha: 32", "  alpha: 64"))
     said = process.stdout.read()
     assert not (fresh / "models/adapter").exists()
-    commands = said.partition("have the earlier outputs back with: ")[2].splitlines()[0]
+    commands = said.partition("restore the earlier outputs with: ")[2].splitlines()[0]
     assert commands == "git checkout params.yaml dvc.lock metrics && dvc checkout"
     must(fresh, "bash", "-c", commands)
     assert (fresh / "models/adapter/data.bin").read_text() == before
@@ -295,7 +295,7 @@ def test_every_stage_fails_in_its_own_words(repository, log, tmp_path, monkeypat
         told = capfd.readouterr().err.splitlines()
         assert told == [
             f"{name}: told to fail",
-            f"{name}: have the earlier outputs back with: "
+            f"{name}: restore the earlier outputs with: "
             "git checkout params.yaml dvc.lock metrics && dvc checkout",
         ]
 

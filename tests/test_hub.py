@@ -371,7 +371,7 @@ def test_packages(tmp_path, monkeypatch):
     with pytest.raises(StageError) as error:
         package("a-package", "2.0")
     assert str(error.value) == (
-        "the package a-package is 1.0, and params.yaml says 2.0; run: "
+        "the package a-package is 1.0, but params.yaml says 2.0; run: "
         "pip install --no-deps --require-hashes -r requirements-default.lock"
     )
     with pytest.raises(StageError) as error:

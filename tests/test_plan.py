@@ -107,11 +107,14 @@ def test_the_largest_step(train, padding_free, expected):
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (["q_proj", "v_porj"], "v_porj is no linear layer of the base.*did you mean v_proj"),
-        (["lm_head"], "lm_head is no linear layer"),
-        (["embed_tokens"], "embed_tokens is no linear layer"),
-        (["self_attn"], "self_attn is no linear layer"),
-        (["proj"], "proj is no linear layer.*It has down_proj, gate_proj"),
+        (
+            ["q_proj", "v_porj"],
+            "the base has no adaptable linear layer v_porj; did you mean v_proj",
+        ),
+        (["lm_head"], "the base has no adaptable linear layer lm_head"),
+        (["embed_tokens"], "the base has no adaptable linear layer embed_tokens"),
+        (["self_attn"], "the base has no adaptable linear layer self_attn"),
+        (["proj"], "the base has no adaptable linear layer proj.*It has down_proj, gate_proj"),
     ],
 )
 def test_a_target_that_peft_would_skip_is_refused(tiny, targets, message):
@@ -123,11 +126,11 @@ def test_a_target_that_peft_would_skip_is_refused(tiny, targets, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "no-such-model"}, "not a decoder that plan knows"),
-        ({"model_type": "gpt2"}, "not a decoder that plan knows"),
+        ({"model_type": "no-such-model"}, "unsupported by plan"),
+        ({"model_type": "gpt2"}, "unsupported by plan"),
         (MISTRAL | {"model_type": "mixtral"}, "mixtures of experts cannot be merged"),
         (MISTRAL | {"model_type": "qwen3_moe"}, "mixtures of experts cannot be merged"),
-        ({}, "not a decoder that plan knows"),
+        ({}, "unsupported by plan"),
     ],
 )
 def test_a_model_that_it_does_not_know_is_refused_in_one_line(tmp_path, config, message):

@@ -358,10 +358,10 @@ def test_refusals_of_the_disk(number, said, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (MemoryError(), "out of memory (RAM); close other programs or take a smaller"),
+        (MemoryError(), "out of memory (RAM); close other programs or use a smaller"),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
-            "out of memory (RAM); close other programs or take a smaller",
+            "out of memory (RAM); close other programs or use a smaller",
         ),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), "out of GPU memory; see with"),
         (KeyboardInterrupt(), "interrupted"),
@@ -415,7 +415,7 @@ def test_outputs_of_before_can_be_had_back(tmp_path, monkeypatch, capsys):
     (tmp_path / ".dvc/cache/files/md5/00/11.dir").write_text("[]")
     assert told("merge") == ["merge: no"]
     assert told("train")[1] == (
-        "train: have the earlier outputs back with: "
+        "train: restore the earlier outputs with: "
         "git checkout params.yaml dvc.lock metrics && dvc checkout"
     )
 
@@ -597,7 +597,7 @@ def test_stage_whose_dvc_is_gone_does_not_begin(workspace):
         done.wait()
     while "\n" not in (said := (workspace / "orphan.log").read_text()):
         time.sleep(0.01)
-    assert said == "fetch_data: dvc ended before the stage began\n"
+    assert said == "fetch_data: dvc ended before the stage started\n"
 
 
 def test_a_name_is_on_the_disk_with_its_content(tmp_path, monkeypatch):

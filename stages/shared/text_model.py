@@ -1,9 +1,8 @@
-"""The language model of a checkpoint, which may hold towers for images and sound beside it.
+"""The language model of a checkpoint, which may also contain image and audio towers.
 
-This pipeline computes with the language model alone, as a causal language model of transformers'
-own. The rest is not loaded; merge carries it over, and names are those of the checkpoint again.
-`models/quantized/names.json` says which tensor of the checkpoint each of the language model is,
-where the two differ.
+The pipeline uses only the language model, as a causal language model of transformers. merge copies
+the other towers and restores the checkpoint's tensor names. `models/quantized/names.json` maps
+tensor names of the language model to those of the checkpoint, if they differ.
 """
 
 import re
@@ -27,10 +26,10 @@ from transformers.utils import logging
 
 from stages.shared.multimodal import MULTIMODAL
 
-# Language models without a causal class of their own, and the family that computes the same where
-# there are no images: what their positions have beyond it is of images.
+# Language models without a causal class of their own -> a family that is equivalent without images
+# (they differ only in the positions of image tokens).
 _SAME = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
-# Causal classes that take the configuration of the whole.
+# Causal classes that take the configuration of the whole model.
 _OF_WHOLE = {"mllama"}
 _OF_IMAGES = ("type", "mrope_section", "mrope_interleaved")
 
@@ -41,7 +40,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def language_config(config: PretrainedConfig) -> PretrainedConfig:
-    """`config`, or of one with further towers that of its language model."""
+    """`config`, or that of the language model if there are other towers."""
     if not is_multimodal(config) or config.model_type in _OF_WHOLE:
         return config
     text = config.get_text_config()
@@ -50,7 +49,7 @@ def language_config(config: PretrainedConfig) -> PretrainedConfig:
         rope = values["rope_parameters"]
         values["rope_parameters"] = {k: v for k, v in rope.items() if k not in _OF_IMAGES}
         text = AutoConfig.for_model(_SAME[values.pop("model_type")], **values)
-    # The whole says what it is stored in, and has the head.
+    # Only the whole config has the stored type and the settings of the head.
     text.tie_word_embeddings = config.tie_word_embeddings
     text.dtype = config.dtype or text.dtype
     return text
@@ -61,20 +60,20 @@ def is_multimodal(config: PretrainedConfig) -> bool:
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of `config`, whole, on the meta device."""
+    """The whole model of `config`, on the meta device."""
     auto: Any = AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
     with torch.device("meta"):
         return auto.from_config(config, dtype=torch.bfloat16)
 
 
 def language_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The language model of `config` alone, on the meta device."""
+    """Only the language model of `config`, on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(language_config(config), dtype=torch.bfloat16)
 
 
 def find_backbone(model: PreTrainedModel) -> None:
-    """Let `model.base_model` be what comes before the head: some name it as in a larger model."""
+    """Set `model.base_model` to the part before the head, which some families name differently."""
     if model.base_model is model:
         model.base_model_prefix = "model"
 

@@ -1,5 +1,4 @@
-"""What training is asked to do: the base model's shape, the rows and the settings, for what places
-them (stages/shared/placement.py)."""
+"""The inputs of stages/shared/placement.py: the base model's shape, the rows and the settings."""
 
 import difflib
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ class Lengths:
 
 
 def read_lengths(prepared: Path) -> Lengths:
-    """Lengths of every training row, and what packing fills rows up to."""
+    """Lengths of every training row, and the width of a pack."""
     with pa.memory_map(str(prepared / "train.arrow")) as source:
         tokens, learned = lengths(pyarrow.ipc.open_stream(source).read_all())
     return Lengths(tokens, learned, read_json(prepared / "prepared.json")["max_length"])
@@ -43,15 +42,15 @@ def read_model(folder: Path) -> tuple[PretrainedConfig, vram.Shape]:
         return config, shape_of(config)
     except (AttributeError, KeyError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise StageError(f"{folder}/config.json: not a decoder that plan knows: {reason}") from None
+        raise StageError(f"{folder}/config.json: unsupported by plan: {reason}") from None
 
 
 def shape_of(config: PretrainedConfig) -> vram.Shape:
-    """The shape of the model, read off its modules, which are built on the meta device."""
+    """The shape of the model, from its modules on the meta device."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if any(".experts." in name for name, _ in model.named_parameters()):
-        # peft would also adapt the fused experts, which merge refuses when all is trained.
+        # peft would also adapt the fused experts, which merge would refuse after training.
         raise ValueError("mixtures of experts cannot be merged; choose a dense base model")
     text, head = config.get_text_config(), model.get_output_embeddings()
     quantized, adaptable = quantized_linears(model), set(adaptable_linears(model))
@@ -68,13 +67,13 @@ def shape_of(config: PretrainedConfig) -> vram.Shape:
     head_dim = (
         number_of(text, "head_dim") or largest_of(model, "head_dim") or text.hidden_size // heads
     )
-    # Where layers differ, the widest keys.
+    # If layers differ, the widest keys.
     keys = max((x.outputs for x in linears if x.name.endswith(".k_proj")), default=0)
     return vram.Shape(
         layers=text.num_hidden_layers,
         vocabulary=text.vocab_size,
         hidden=text.hidden_size,
-        # Under whatever name: what a layer's last product reads.
+        # Independent of names: the input of a layer's last product.
         intermediate=number_of(text, "intermediate_size") or max(x.inputs for x in linears),
         heads=heads,
         kv_heads=number_of(text, "num_key_value_heads") or keys // head_dim or heads,
@@ -87,9 +86,9 @@ def shape_of(config: PretrainedConfig) -> vram.Shape:
 
 
 def match_targets(shape: vram.Shape, wanted: str | list[str]) -> frozenset[str]:
-    """Names of the Linears that get an adapter, matched as peft does (by the end of the name).
+    """Names of the Linears that get an adapter, matched as in peft (by the end of the name).
 
-    Raises StageError for a name that is no Linear of the base: peft would skip it in silence.
+    Raises StageError for a name that matches no Linear, which peft would silently skip.
     """
     names = [x.name for x in shape.linears if x.adaptable]
     if wanted == "all-linear":
@@ -102,15 +101,15 @@ def match_targets(shape: vram.Shape, wanted: str | list[str]) -> frozenset[str]:
             near = difflib.get_close_matches(target, short, 1, 0.4)
             hint = f"did you mean {near[0]}? " if near else ""
             raise StageError(
-                f"params.yaml: lora.target_modules: {target} is no linear layer of the base "
-                f"that can be adapted; {hint}It has {', '.join(short)}"
+                f"params.yaml: lora.target_modules: the base has no adaptable linear layer "
+                f"{target}; {hint}It has {', '.join(short)}"
             )
         found.update(matches)
     return frozenset(found)
 
 
 def largest_step(rows: Lengths, train: Train, padding_free: bool) -> tuple[int, int, int]:
-    """(rows, tokens, learned tokens) that the largest step holds on the device."""
+    """(rows, tokens, learned tokens) of the largest step on the device."""
     size = min(train.batch_size, len(rows.tokens))
     if train.batching == "packing":
         room = min(train.batch_size * rows.max_length, sum(rows.tokens))
@@ -129,8 +128,8 @@ def planned_training(
     nf4: bool,
     double_quant: bool,
 ) -> vram.Training:
-    """The settings as training uses them on an NVIDIA GPU, with a base in NF4 or in 16 bit. Raises
-    StageError as it would."""
+    """The settings of training on an NVIDIA GPU, with a base in NF4 or 16 bit. Raises StageError as
+    training would."""
     fast = choose_fast_path(params, config, gpu=True)
     count, tokens, learned = largest_step(rows, params.train, fast.padding_free)
     return vram.Training(
@@ -141,7 +140,7 @@ def planned_training(
         dropout=params.lora.dropout,
         optimizer=params.train.optimizer,
         rows=count,
-        # A pack may hold one row alone.
+        # A pack may contain a single row.
         sequences=min(params.train.batch_size, len(rows.tokens)),
         tokens=tokens,
         learned_tokens=learned,
@@ -154,5 +153,5 @@ def planned_training(
     )
 
 
-# What train.gradient_checkpointing lets layers keep, as placement.choose takes it.
+# train.gradient_checkpointing -> the argument `kept` of placement.choose.
 KEPT = {"auto": "auto", True: "none", False: "all"}
