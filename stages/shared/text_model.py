@@ -79,8 +79,8 @@ def find_backbone(model: PreTrainedModel) -> None:
 
 
 def loading_report(folder: Path) -> tuple[PreTrainedModel, dict[str, set]]:
-    """The whole model of `folder` without its values, and what transformers finds when it compares
-    it with the files. No tensor is read."""
+    """The whole model in `folder` on the meta device, and transformers' report of comparing it with
+    the files. No tensor is read."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     auto: Any = AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
     with without_tables():
@@ -95,7 +95,7 @@ def loading_report(folder: Path) -> tuple[PreTrainedModel, dict[str, set]]:
 
 @contextmanager
 def without_tables() -> Iterator[None]:
-    """transformers' own report of a load is a table of many lines."""
+    """Silence transformers' own report of a load, a long table."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
@@ -105,7 +105,7 @@ def without_tables() -> Iterator[None]:
 
 
 def language_names(whole: PreTrainedModel, keys: set[str]) -> dict[str, str]:
-    """What the language model calls each of `keys`, names of tensors in the checkpoint of `whole`.
+    """Names in the language model of `keys`, tensor names in the checkpoint of `whole`.
 
     Keys of other towers, and those that are fused with others when they are loaded, are left out.
     """
@@ -129,7 +129,7 @@ def language_names(whole: PreTrainedModel, keys: set[str]) -> dict[str, str]:
 
 
 def _backbone_name(model: PreTrainedModel) -> str:
-    """The module that holds the embeddings of the words, and the layers."""
+    """The module that contains the token embeddings and the layers."""
     return _name_of(model, model.get_input_embeddings()).rpartition(".")[0]
 
 
@@ -138,8 +138,8 @@ def _name_of(model: torch.nn.Module, wanted: torch.nn.Module | None) -> str:
 
 
 def key_mapping(renamed: dict[str, str]) -> dict[str, str]:
-    """For from_pretrained: patterns of the checkpoint's names and what the language model has in
-    their place. `renamed` are names in the language model by those in the checkpoint."""
+    """For from_pretrained: patterns of names in the checkpoint -> replacements in the language
+    model. `renamed`: name in the checkpoint -> name in the language model."""
     found = {}
     for key, name in renamed.items():
         inner, outer = name.split("."), key.split(".")
@@ -149,13 +149,13 @@ def key_mapping(renamed: dict[str, str]) -> dict[str, str]:
         if inner or outer:
             pattern = "".join(f"{re.escape(part)}\\." for part in outer)
             found[f"^{pattern}"] = "".join(f"{part}." for part in inner)
-    # The longest first: what it replaces is not to be found again.
+    # The longest first, so that a replacement is not matched again.
     return dict(sorted(found.items(), key=lambda item: -len(item[0])))
 
 
 def number_of(config: PretrainedConfig, key: str) -> int | None:
-    """A number of the configuration, the largest where layers differ; None where that is not told
-    or each layer has its own."""
+    """A number in the configuration, the largest if layers differ; None if it is missing or cannot
+    be reduced."""
     try:
         value = getattr(config, key, None)
     except AmbiguousGlobalPerLayerAttributeError:
@@ -164,6 +164,6 @@ def number_of(config: PretrainedConfig, key: str) -> int | None:
 
 
 def largest_of(model: torch.nn.Module, key: str) -> int | None:
-    """Of the modules of `model` that have such a number."""
+    """The largest value of this attribute over the modules of `model`."""
     found = (getattr(module, key, None) for module in model.modules())
     return max((value for value in found if isinstance(value, int)), default=None)
