@@ -89,7 +89,7 @@ gguf: .gguf/ready  ## Convert models/release to models/release.gguf, and compare
 chaos: $(READY)  ## Kill the pipeline 400 times and feed it hostile files (an hour); make chaos PART=writes runs a part
 	@python -m tests.chaos $(PART)
 
-families: $(READY)  ## Try tiny models of all families (an hour), or make families NAMES="gemma3 granite"; writes docs/models.md
+families: $(READY)  ## Try tiny models of all families, an hour, or make families NAMES="gemma3 granite"; writes docs/models.md
 	@PYTHONPATH=tests python -m tests.families $(NAMES)
 
 lint: $(READY)  ## Check style, format and types.

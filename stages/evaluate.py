@@ -57,7 +57,7 @@ def main() -> None:
     for folder, stage in INPUTS.items():
         check_sums(folder, stage)
     check_adapter_sums(ADAPTER)
-    # Checked here, since PEFT would load a faulty adapter partially or fail without a reason.
+    # Named here what PEFT would load in part or fail on.
     read_adapter(ADAPTER, Weights(QUANTIZED).shapes)
     check_named_base(ADAPTER, QUANTIZED)
     made = on_devices("evaluate", measure, max(map(batch_count, held_out().values())))

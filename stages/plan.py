@@ -167,7 +167,7 @@ def tell_left_out(shape: Shape, targets: str | list[str]) -> None:
     left = [linear.name for linear in shape.linears if not linear.adaptable]
     if left and targets == "all-linear":
         print(
-            f"plan: lora.target_modules: all-linear skips {len(left)} layers such as "
+            f"plan: lora.target_modules: all-linear leaves out {len(left)} layers such as "
             f"{left[0]}, where an adapter would have no effect"
         )
 

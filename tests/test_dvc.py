@@ -553,21 +553,19 @@ def test_list_of_busy_paths_of_a_living_dvc_stays(fresh, log):
 
 @pytest.mark.parametrize("committed", [True, False])
 def test_work_that_a_broken_lock_file_recorded_is_not_done_again(fresh, log, committed):
-    """DVC writes dvc.lock in place: killed meanwhile, it leaves it empty or truncated."""
+    """DVC writes dvc.lock in place: killed meanwhile, it leaves it empty or cut off."""
     if not committed:
         must(fresh, "git", "rm", "-q", "--cached", "dvc.lock")
     change(fresh, "lora", 5)
     assert reproduce(fresh, log) == STALE["lora"]
     made, lock = (fresh / "models/release/data.bin").read_text(), fresh / "dvc.lock"
     whole = lock.read_bytes()
-    # Empty, or truncated within a key.
+    # Empty, or cut off within a key.
     for size in (0, whole.index(b": ", 4096) - 1):
         lock.write_bytes(whole[:size])
         said = recover(fresh)
-        assert said.startswith(
-            f"recover: dvc.lock is {'truncated' if size else 'empty'}; moved to "
-        )
-        assert ("replaced by Git's" in said) == committed
+        assert said.startswith(f"recover: dvc.lock is {'cut off' if size else 'empty'}; moved to ")
+        assert ("Git's is in its place" in said) == committed
         assert recover(fresh) == ""
         assert reproduce(fresh, log) == []
         assert (fresh / "models/release/data.bin").read_text() == made

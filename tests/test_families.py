@@ -84,9 +84,9 @@ def test_plan_says_what_all_linear_leaves_out(capsys):
     """PEFT refuses it, in a traceback of train."""
     shape = shape_of(config_of(FAMILIES["falcon_h1"]))
     tell_left_out(shape, "all-linear")
-    said = "all-linear skips 2 layers such as model.layers.0.mamba.out_proj, where an adapter"
+    said = "all-linear leaves out 2 layers such as model.layers.0.mamba.out_proj, where an adapter"
     assert said in capsys.readouterr().out
-    with pytest.raises(StageError, match="the base has no adaptable linear layer out_proj"):
+    with pytest.raises(StageError, match="out_proj is no linear layer of the base that can be ad"):
         match_targets(shape, ["q_proj", "out_proj"])
 
 

@@ -201,11 +201,11 @@ REFUSED = {
     ),
     "quantized tower": (
         edit("config.json", text_config={"quantization_config": {"quant_method": "fp8"}}),
-        "tiny is already quantized (fp8); choose its 16-bit original",
+        "tiny is quantized already (fp8); choose its 16-bit original",
     ),
     "quantized": (
         edit("config.json", quantization_config={"quant_method": "gptq"}),
-        "tiny is already quantized (gptq); choose its 16-bit original",
+        "tiny is quantized already (gptq); choose its 16-bit original",
     ),
     "no tokenizer": (
         remove("tokenizer.json", "tokenizer_config.json"),

@@ -109,12 +109,12 @@ def test_the_largest_step(train, padding_free, expected):
     [
         (
             ["q_proj", "v_porj"],
-            "the base has no adaptable linear layer v_porj; did you mean v_proj",
+            "v_porj is no linear layer of the base.*did you mean v_proj",
         ),
-        (["lm_head"], "the base has no adaptable linear layer lm_head"),
-        (["embed_tokens"], "the base has no adaptable linear layer embed_tokens"),
-        (["self_attn"], "the base has no adaptable linear layer self_attn"),
-        (["proj"], "the base has no adaptable linear layer proj.*It has down_proj, gate_proj"),
+        (["lm_head"], "lm_head is no linear layer"),
+        (["embed_tokens"], "embed_tokens is no linear layer"),
+        (["self_attn"], "self_attn is no linear layer"),
+        (["proj"], "proj is no linear layer.*It has down_proj, gate_proj"),
     ],
 )
 def test_a_target_that_peft_would_skip_is_refused(tiny, targets, message):
@@ -343,20 +343,20 @@ def test_a_token_beyond_the_embeddings_is_refused_where_it_is_used(
     with pytest.raises(StageError) as error:
         check_token_ids(config, folder)
     assert str(error.value) == (
-        "rows.jsonl:4: the token '<new>' has id 260, but the embeddings have 260 rows "
-        "(vocab_size); remove it from the data or the template (prepare.template), or choose "
+        "rows.jsonl:4: has the token '<new>', which is 260, and the embeddings have 260 rows "
+        "(vocab_size); take it out of the data or the template (prepare.template), or choose "
         "another model"
     )
     write_rows(folder, rows[:4])
     check_token_ids(config, folder)
     assert capsys.readouterr().out == (
-        "plan: warning: 1 tokens of the tokenizer that the data does not use, such as '<new>', "
-        "have ids from 260, but the embeddings have 260 rows (vocab_size): a prompt with one of "
-        "them would crash the model\n"
+        "plan: warning: the tokenizer knows 1 tokens that no row of the data has, such as "
+        "'<new>', which is 260, and the embeddings have 260 rows (vocab_size): a prompt with one "
+        "of them would stop the model\n"
     )
     added.pad_token = "<new>"
     added.save_pretrained(folder / "tokenizer")
-    with pytest.raises(StageError, match="the pad token <new> has id 260, but the"):
+    with pytest.raises(StageError, match="rows are padded with <new>, which is 260, and the"):
         check_token_ids(config, folder)
 
 

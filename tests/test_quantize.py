@@ -169,7 +169,7 @@ def test_left_over_weights_are_named_where_transformers_would_warn(tmp_path, cap
     edit_tensors(tmp_path / "base", lambda tensors: tensors.update(EXTRA))
     (tmp_path / "out").mkdir()
     link(tmp_path / "base", tmp_path / "out")
-    said = "quantize: not part of the model, without effect: model.extra.weight\n"
+    said = "quantize: not part of the model, and without effect: model.extra.weight\n"
     assert capsys.readouterr().out == said
 
 

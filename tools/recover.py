@@ -85,7 +85,7 @@ def recover_dvc_lock() -> None:
     done = f"moved to {aside}"
     if kept is not None and not broken(kept, None):
         replace(DVC_LOCK, kept)
-        done += ", replaced by Git's"
+        done += ", Git's is in its place"
     print(f"recover: dvc.lock {why}; {done}; dvc repro restores later results from its cache")
 
 
@@ -97,7 +97,7 @@ def broken(content: bytes, kept: bytes | None) -> str | None:
     if not content.strip():
         return "is empty"
     if not content.endswith(b"\n"):
-        return "is truncated"
+        return "is cut off"
     try:
         recorded = outs_of(content)
         before = outs_of(kept) if kept else {}
@@ -111,7 +111,7 @@ def broken(content: bytes, kept: bytes | None) -> str | None:
             for out in stages[name].get(kind, [])
         }
         if name not in recorded or (before[name] & declared) - recorded[name]:
-            return f"is truncated before the end of {name}"
+            return f"is cut off before the end of {name}"
     return None
 
 

@@ -133,7 +133,7 @@ def check_config(folder: Path, id: str) -> None:
     towers = (config, config.text_config or config)
     methods = [(tower.quantization_config or {}).get("quant_method") for tower in towers]
     if method := next(filter(None, methods), None):
-        raise StageError(f"{id} is already quantized ({method}); choose its 16-bit original")
+        raise StageError(f"{id} is quantized already ({method}); choose its 16-bit original")
     if not any(any(folder.glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
         raise StageError(f"{id} has no tokenizer; copy its base model's tokenizer files into it")
     check_tokenizer(folder, id, f"{COPY}, or {ANOTHER}")

@@ -12,8 +12,8 @@ from stages.shared.vram import Shape, Training, adapter_parameters
 
 
 def scoring_stages(shape: Shape, run: Training, longest: int) -> dict[str, Scored]:
-    """Sizes for evaluate (base with adapter) and verify (merged model), with rows of at most
-    `longest` tokens."""
+    """What evaluate and verify have on the card, with rows of at most `longest` tokens: the base
+    with its adapter, and the merged model."""
     adapter = 4.0 * adapter_parameters(shape, run.rank, run.targets)
     decoder = decoder_of(shape)
     base = scored(decoder, run.method == "qlora", run.double_quant, longest, adapter)

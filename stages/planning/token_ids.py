@@ -11,14 +11,14 @@ from stages.shared.process import StageError
 
 
 def check_token_ids(config: PretrainedConfig, prepared: Path) -> None:
-    """Raise StageError naming the first row with a token id beyond the embeddings.
+    """Refuse rows with a token beyond the embeddings; say which tokens nobody may use.
 
-    Prints a warning about such tokens of the tokenizer that no row uses.
+    Raises StageError naming the first such row.
     """
     size = config.get_text_config().vocab_size
     tokenizer = AutoTokenizer.from_pretrained(prepared / "tokenizer")
     beyond = {id: token for token, id in tokenizer.get_vocab().items() if id >= size}
-    lacks = f"but the embeddings have {size} rows (vocab_size)"
+    lacks = f"and the embeddings have {size} rows (vocab_size)"
     for file in sorted(prepared.glob("*.arrow")):
         with pa.memory_map(str(file)) as source:
             table = pyarrow.ipc.open_stream(source).read_all()
@@ -28,19 +28,19 @@ def check_token_ids(config: PretrainedConfig, prepared: Path) -> None:
             at = pc.index(pc.greater_equal(pc.list_flatten(table["input_ids"]), size), True)
             row = table["row"][pc.list_parent_indices(table["input_ids"])[at.as_py()].as_py()]
         raise StageError(
-            f"{row}: the token {beyond.get(largest)!r} has id {largest}, {lacks}; remove it "
-            "from the data or the template (prepare.template), or choose another model"
+            f"{row}: has the token {beyond.get(largest)!r}, which is {largest}, {lacks}; take it "
+            "out of the data or the template (prepare.template), or choose another model"
         )
     if tokenizer.pad_token_id in beyond:
         raise StageError(
-            f"{prepared}/tokenizer: the pad token {tokenizer.pad_token} has id "
+            f"{prepared}/tokenizer: rows are padded with {tokenizer.pad_token}, which is "
             f"{tokenizer.pad_token_id}, {lacks}; set another pad_token in the model's "
             "tokenizer_config.json, in a copy with model.source: local"
         )
     if beyond:
         first = min(beyond)
         print(
-            f"plan: warning: {len(beyond)} tokens of the tokenizer that the data does not use, "
-            f"such as {beyond[first]!r}, have ids from {first}, {lacks}: a prompt with one of "
-            "them would crash the model"
+            f"plan: warning: the tokenizer knows {len(beyond)} tokens that no row of the data has, "
+            f"such as {beyond[first]!r}, which is {first}, {lacks}: a prompt with one of them "
+            "would stop the model"
         )

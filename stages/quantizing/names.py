@@ -20,9 +20,9 @@ from stages.shared.text_model import (
 class Names:
     """Tensors of a checkpoint, and their names in its language model.
 
-    of         name in the files -> name in the language model; without other towers
-    quantized  new names of the weights to quantize, the same ones as in transformers
-    apart      whether the language model differs from the checkpoint
+    of         by name in the files; what is of other towers is left out
+    quantized  those of the weights to quantize: what transformers would, by their new names
+    apart      whether a folder of the language model is another than the checkpoint
     """
 
     of: dict[str, str]
@@ -45,7 +45,7 @@ def check_names(folder: Path) -> Names:
     if missing := sorted(report["missing_keys"]):
         raise StageError(_missing(folder, model, missing, left))
     if left:
-        print(f"quantize: not part of the model, without effect: {_shown(left)}")
+        print(f"quantize: not part of the model, and without effect: {_shown(left)}")
     keys = set()
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
@@ -56,7 +56,7 @@ def check_names(folder: Path) -> Names:
         tell_left_out(model, language)
     else:
         language = model
-        # Of no module: copied.
+        # Of no module: carried along.
         of |= {key: key for key in keys - of.keys() if key not in of.values()}
     wanted = {f"{name}.weight" for name in quantized_linears(language)}
     if renamed := sorted(wanted - set(of.values())):

@@ -61,7 +61,7 @@ def load_streamed(
 
     kind  as in stream_layers; the ranks of a machine share a copy, which the first one makes
     """
-    # Memory-mapped: nothing is read before it is copied to its destination.
+    # Mapped from its files: nothing is read before it is copied to where it belongs.
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", device_map={"": "cpu"}, attn_implementation=attention
     )
@@ -89,7 +89,7 @@ def computed_in(device: torch.device) -> torch.dtype:
 
 
 def set_compute_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Cast unquantized weights to `dtype` and let 4-bit products compute in it."""
+    """Cast what is not quantized to `dtype` and let 4-bit products compute in it."""
     let_4_bit_compute_in(model, dtype)
     for parameter in model.parameters():
         if parameter.is_floating_point() and not isinstance(parameter, Params4bit):
@@ -112,7 +112,7 @@ def let_4_bit_compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Load the adapter in `folder` onto `model`, frozen and in float32.
 
-    Raises StageError if PEFT refuses its configuration.
+    Raises StageError where PEFT refuses its configuration.
     """
     try:
         return PeftModel.from_pretrained(model, folder, is_trainable=False).eval()

@@ -27,7 +27,7 @@ def short_rows(rows: list[list[int]]) -> list[list[int]]:
 
 @contextmanager
 def as_trained(model: torch.nn.Module) -> Iterator[torch.device]:
-    """No gradients, and products in the type of training; yields the device."""
+    """No gradients, and products in the type that training has them in; gives the device."""
     device = next(model.parameters()).device
     gpu = device.type == "cuda"
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=gpu):

@@ -300,7 +300,7 @@ def stream_layers(
     try:
         layers = list(decoder_layers(model))
     except ValueError:
-        # The whole model as a single streamed layer.
+        # One that takes its turn with nothing: all that it costs is the room.
         layers = [model.base_model]  # type: ignore[list-item]
     count = min(count, len(layers))
     chosen = [streamed_weights(layers[i]) for i in spread(count, len(layers))]

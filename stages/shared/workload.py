@@ -50,7 +50,7 @@ def shape_of(config: PretrainedConfig) -> vram.Shape:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if any(".experts." in name for name, _ in model.named_parameters()):
-        # peft would also adapt the fused experts, which merge would refuse after training.
+        # peft would also adapt the fused experts, which merge refuses when all is trained.
         raise ValueError("mixtures of experts cannot be merged; choose a dense base model")
     text, head = config.get_text_config(), model.get_output_embeddings()
     quantized, adaptable = quantized_linears(model), set(adaptable_linears(model))
@@ -86,9 +86,9 @@ def shape_of(config: PretrainedConfig) -> vram.Shape:
 
 
 def match_targets(shape: vram.Shape, wanted: str | list[str]) -> frozenset[str]:
-    """Names of the Linears that get an adapter, matched as in peft (by the end of the name).
+    """Names of the Linears that get an adapter, matched as peft does (by the end of the name).
 
-    Raises StageError for a name that matches no Linear, which peft would silently skip.
+    Raises StageError for a name that is no Linear of the base: peft would skip it in silence.
     """
     names = [x.name for x in shape.linears if x.adaptable]
     if wanted == "all-linear":
@@ -101,8 +101,8 @@ def match_targets(shape: vram.Shape, wanted: str | list[str]) -> frozenset[str]:
             near = difflib.get_close_matches(target, short, 1, 0.4)
             hint = f"did you mean {near[0]}? " if near else ""
             raise StageError(
-                f"params.yaml: lora.target_modules: the base has no adaptable linear layer "
-                f"{target}; {hint}It has {', '.join(short)}"
+                f"params.yaml: lora.target_modules: {target} is no linear layer of the base "
+                f"that can be adapted; {hint}It has {', '.join(short)}"
             )
         found.update(matches)
     return frozenset(found)

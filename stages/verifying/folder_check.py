@@ -30,7 +30,7 @@ def check_record(folder: Path, adapter: Path, kind: str, dtype: str) -> None:
 
 
 def check_companions(folder: Path, base: Path, dtype: str) -> None:
-    """The files for serving must exist and equal the base's, except for `dtype`.
+    """What serving reads beside the weights is there and says what the base's says, in `dtype`.
 
     Raises StageError.
     """

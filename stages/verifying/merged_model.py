@@ -75,7 +75,7 @@ def load_merged(folder: Path, device: torch.device, renamed: dict[str, str] | No
 
     Unexpected keys are in the base too, as folder_check.check_headers has checked.
     """
-    # The type stub ignores output_loading_info.
+    # Typed as the model alone, which it is without output_loading_info.
     with without_tables():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
