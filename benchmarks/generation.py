@@ -3,11 +3,11 @@
     python -m benchmarks.generation speed                   # one NVIDIA GPU, random weights
     python -m benchmarks.generation answers --default DIR   # the same or a CPU, real weights
 
-    speed      100 prompts of various lengths answered by an NF4 base of Mistral-7B's shape with an
+    speed      100 prompts of unlike length answered by an NF4 base of Mistral-7B's shape with its
                adapter: tokens a second and the allocator's peak of both ways, and how many answers
-               differ. With random weights nearly all token choices are close, so far more answers
-               differ than with a trained model.
-    answers    the default's held-out prompts, base and tuned: how many of 100 answers differ
+               differ. Random weights make nearly every choice of a token a close one, so far more
+               differ than of a model that was trained.
+    answers    the default's own held-out prompts, base and tuned: how many of 100 answers differ
                between the two ways. DIR is a project in which prepare, quantize and train have run.
 
 Writes benchmarks/results/generation.json.

@@ -6,9 +6,9 @@
 
     7b      Mistral-7B's shape, packed, r = 64, batch_size 8 x gradient_accumulation 2: an epoch of
             1,000 rows on one GPU, and two on all: rates, both loss curves, adapters' bytes
-    70b     Llama-2-70B's shape on all GPUs, each limited to --cap-gb, one row of 4,096 tokens a GPU
-    kill    7b's run, rank 1 killed in the middle: seconds until all ranks have ended, the message,
-            and the bytes after resuming
+    70b     Llama-2-70B's shape on all GPUs held to --cap-gb each, one row of 4,096 tokens a GPU
+    kill    7b's run, rank 1 killed in the middle: seconds until all has ended, the line, and the
+            bytes after it went on
     score   evaluate and verify on one GPU and on all: figures and rates
 
 Weights and rows are random. Each part runs on 1 GPU and on --gpus of them, by default all that are
