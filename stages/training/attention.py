@@ -46,7 +46,7 @@ def varlen_attention(
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     device = query.device.type
     if torch.is_autocast_enabled(device):
-        # For attentions that it knows PEFT casts LayerNorm's float32 outputs; not for this one.
+        # Autocast does not know this attention, whose inputs LayerNorm may leave in float32.
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     window = (sliding_window - 1 if sliding_window else -1, 0)
     options: dict[str, Any] = {"scale": scaling, "window_size": window}
