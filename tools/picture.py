@@ -4,11 +4,13 @@
     python -m tools.picture memory     docs/memory.svg: what plan prints for a 7B recipe
 
 `report` needs Chromium. `memory` needs no weights and no GPU: it takes the shape of Mistral-7B and
-rows of random lengths, distributed like those of the recipe's data set (benchmarks/speed.py).
+rows of random lengths, distributed like those of the recipe's data set.
 """
 
 import argparse
 import html
+import math
+import random
 import shutil
 import subprocess
 import tempfile
@@ -23,6 +25,8 @@ REPORT_PICTURE = Path("docs/report.png")
 MEMORY_PICTURE = Path("docs/memory.svg")
 RECIPE = Path("recipes/mistral-7b-fast.yaml")
 ROWS = 1000
+# Of the log-normal lengths of rows in tokens, as in benchmarks/speed.py.
+MEDIAN, SIGMA, SHORTEST = 380, 0.75, 16
 WIDTH, HEIGHT = 1280, 1610
 LIGHT = 1
 # Of the memory table, in pixels. Browsers scale a line of text to `textLength`.
@@ -59,8 +63,8 @@ def report() -> None:
 
 def memory_text() -> str:
     """The tables that plan prints for RECIPE, which are the same on every machine."""
-    from benchmarks.random_models import config_of
-    from benchmarks.speed import row_lengths
+    from transformers import MistralConfig
+
     from stages import plan
     from stages.planning.advice import planned
     from stages.planning.scoring import scoring_stages
@@ -70,10 +74,13 @@ def memory_text() -> str:
     from stages.shared.workload import KEPT, Lengths, shape_of
 
     params = Params.model_validate(yaml.safe_load(RECIPE.read_text(encoding="utf-8")))
-    tokens = row_lengths(ROWS)
-    config = config_of("mistral-7b")
+    most = params.prepare.max_length
+    draw = random.Random(0)
+    lengths = (draw.lognormvariate(math.log(MEDIAN), SIGMA) for _ in range(ROWS))
+    tokens = [min(most, max(SHORTEST, int(length))) for length in lengths]
+    config = MistralConfig()  # its defaults are those of Mistral-7B
     shape = shape_of(config)
-    run = planned(config, shape, params, Lengths(tokens, tokens, params.prepare.max_length))
+    run = planned(config, shape, params, Lengths(tokens, tokens, most))
     sizes = sizes_of(shape, run)
     placed = placement.resident(sizes, KEPT[params.train.gradient_checkpointing])
     others = scoring_stages(shape, run, max(tokens))
