@@ -158,7 +158,7 @@ BAD_INPUTS = [
         "carriage return inside",
         "a.csv",
         b"prompt,completion\na,b\rc\n",
-        "a.csv:2: a carriage return within the line; put quotes around the field that holds it",
+        "a.csv:2: a carriage return within the line; put quotes around the field that has it",
     ),
     Bad("quote inside", "a.csv", b'prompt,completion\na,"b"c"\n', "a.csv:2: broken quoting"),
     Bad(
@@ -522,7 +522,7 @@ BAD_INPUTS = [
         "prepare.template: no file templates/mine.jinja; put yours in templates/",
         {"template": "templates/mine.jinja"},
     ),
-    Bad("one row", "a.jsonl", rows(GOOD), "no row is left for the eval set; bring more rows"),
+    Bad("one row", "a.jsonl", rows(GOOD), "no row is left for the eval set; add rows"),
     Bad(
         "one group",
         "a.jsonl",
