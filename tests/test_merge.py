@@ -452,7 +452,7 @@ def test_refuses_a_full_disk(llama, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 10**5))
     with pytest.raises(
-        StageError, match=r"models: the merged model takes 0\.00 GB and 0\.00 GB are free"
+        StageError, match=r"models: the merged model takes 0\.00 GB, but 0\.00 GB are free"
     ):
         run(merge, llama, monkeypatch)
     assert not list((llama / "models").glob("*merged*"))

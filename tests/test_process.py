@@ -243,7 +243,9 @@ def test_metrics_are_json_that_any_tool_reads(tmp_path):
 
 def test_space_is_looked_at_before(tmp_path):
     check_space(tmp_path, 1, "nothing")
-    with pytest.raises(StageError, match=r"the adapter takes 1000000000\.00 GB and .* GB are free"):
+    with pytest.raises(
+        StageError, match=r"the adapter takes 1000000000\.00 GB, but .* GB are free"
+    ):
         check_space(tmp_path, 10**18, "the adapter")
 
 
