@@ -337,7 +337,7 @@ def test_interrupt_at_the_end_of_a_stage_is_heard(fresh, log, where):
     time.sleep(0.1)
     gate.unlink()
     said = process.communicate()[0]
-    assert "evaluate: interrupted while the stage before it ended; dvc repro goes on" in said
+    assert "evaluate: interrupted at the end of the previous stage; dvc repro" in said
     assert "Traceback" not in said
     assert process.returncode == 255
     assert log.read_text().split() == ["train"]

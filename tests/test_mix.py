@@ -214,7 +214,7 @@ REFUSED = [
     (
         jsonl(GENERAL),
         {"train_rows": 200, "shares": (0.9,)},
-        r"^dataset\.mix\.0 \(data/source/y\): a share of 0\.9 of 200 training rows is 180, and it "
+        r"^dataset\.mix\.0 \(data/source/y\): a share of 0\.9 of 200 training rows is 180, but it "
         r"has 37 to train on; lower the share, or prepare\.train_rows, or bring more rows$",
     ),
     (
