@@ -198,7 +198,7 @@ def test_a_second_machine_that_a_step_does_not_feed_is_sent_home(first, joiner):
     try:
         stage, other = start(first, joiner)
         assert stage.wait() == 0, stage.said
-        assert "train: 1 of 2 ranks work" in stage.said
+        assert "train: uses 1 of 2 ranks" in stage.said
         assert other.wait() == 0, other.said
         assert "this machine is not used" in other.said.splitlines()[-1]
     finally:

@@ -236,7 +236,7 @@ def test_metrics_are_json_that_any_tool_reads(tmp_path):
         '{\n  "loss": 0.333333,\n  "steps": 3,\n  "device": "CPU",\n  "small": 1.23457e-07\n}\n'
     )
     for wrong in ("nan", "inf", "-inf"):
-        with pytest.raises(StageError, match=rf"m\.json: loss is {wrong}: the model"):
+        with pytest.raises(StageError, match=rf"m\.json: loss is {wrong}, so the model"):
             write_metrics(path, {"steps": 4, "loss": float(wrong)})
     assert '"steps": 3' in path.read_text()
 
