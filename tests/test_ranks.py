@@ -299,7 +299,7 @@ def test_a_step_of_one_row_leaves_the_second_device_idle(quantized, tmp_path):
     shutil.copytree(quantized, folder)
     set_params(folder, train={"batch_size": 1, "epochs": 0.1})
     stage = quick.run("train", folder, CPU_RANKS="2")
-    assert "train: 1 of 2 ranks work" in stage.said
+    assert "train: uses 1 of 2 ranks" in stage.said
     assert json.loads((folder / "metrics/train_cost.json").read_text())["ranks"] == 1
 
 
