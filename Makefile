@@ -1,4 +1,4 @@
-# The project's verbs. Everything is installed into .venv, nothing outside this folder.
+# Everything is installed into .venv, nothing outside this folder.
 PYTHON ?= python3
 # The CPU build of torch: make repro TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
@@ -11,11 +11,11 @@ SIDE_BY_SIDE = pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 BIN := $(CURDIR)/.venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# What has no wheel is built with the lock's setuptools.
+# Packages without a wheel are built with the lock's setuptools.
 HASHED = $(PIP) --no-deps --require-hashes --no-build-isolation --use-pep517
 TORCH_FROM = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 READY := .venv/ready
-# dvc.yaml says `python`: it must be the environment's.
+# dvc.yaml calls `python`, which must be the environment's.
 export PATH := $(BIN):$(PATH)
 
 .PHONY: help env repro test quick test-browser test-serving test-trackers families lock gguf lint fix figures compare gate noise harness test-harness experiments chaos mutants
@@ -33,9 +33,9 @@ $(READY): requirements.lock requirements-torch.lock requirements-default.lock re
 	@$(PIP) $(TORCH_FROM) -r requirements-torch.lock
 	@$(BIN)/python -m tools.offline_plots
 	@touch $@
-	@find $^ -newer $@ -exec touch -r {} $@ \;  # written before somebody set the clock back
+	@find $^ -newer $@ -exec touch -r {} $@ \;  # if the clock was set back
 
-repro: $(READY)  ## Run whatever is stale of the pipeline.
+repro: $(READY)  ## Run the stale stages of the pipeline.
 	@python -m tools.recover && dvc repro
 
 test: $(READY)  ## Run the tests.
@@ -44,7 +44,7 @@ test: $(READY)  ## Run the tests.
 quick: $(READY)  ## Run the tests that start no stage, in a minute or two.
 	@$(SIDE_BY_SIDE) -m 'not slow and not gpu'
 
-test-browser: $(READY)  ## Open the report and the plots in Chromium with the network denied.
+test-browser: $(READY)  ## Open the report and the plots in Chromium without a network.
 	@pytest tests/browser/check_report.py
 
 .uv/bin/uv:
@@ -54,7 +54,7 @@ test-browser: $(READY)  ## Open the report and the plots in Chromium with the ne
 lock: .uv/bin/uv  ## Renew requirements*.lock: make lock UPGRADE="dvc datasets", or UPGRADE=all
 	@$(PYTHON) -m tools.lock --upgrade $(UPGRADE)
 
-# Two libraries of one name: each in an environment of its own.
+# Two versions of transformers, each in its own environment.
 .serving/%/ready: requirements-torch.lock
 	@$(PYTHON) -m venv --clear $(@D)
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_FROM) -r $< "transformers$(if $(filter 5,$*),[serving])==$*.*"
@@ -63,7 +63,7 @@ lock: .uv/bin/uv  ## Renew requirements*.lock: make lock UPGRADE="dvc datasets",
 test-serving: $(READY) .serving/4.57/ready .serving/5/ready .gguf/ready  ## Load releases in transformers 4.57 and 5, serve one, convert one to GGUF.
 	@pytest tests/serving/check_release.py
 
-# With the project's packages, and the trackers in front of them.
+# The project's packages, with the trackers on top.
 .trackers/ready: requirements.lock $(READY)
 	@$(BIN)/python -m venv --clear $(@D)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
@@ -71,7 +71,7 @@ test-serving: $(READY) .serving/4.57/ready .serving/5/ready .gguf/ready  ## Load
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "wandb>=0.31" "mlflow-skinny>=3.17" sqlalchemy alembic
 	@touch $@
 
-test-trackers: .trackers/ready  ## Train with Weights & Biases and MLflow, apart from the project.
+test-trackers: .trackers/ready  ## Train with Weights & Biases and MLflow, in an environment of their own.
 	@.trackers/bin/python -m pytest -W ignore::DeprecationWarning tests/test_trackers.py
 
 .gguf/ready: requirements-gguf.lock $(READY)
@@ -83,12 +83,12 @@ test-trackers: .trackers/ready  ## Train with Weights & Biases and MLflow, apart
 	@touch $@
 
 GGUF = models/release.gguf
-gguf: .gguf/ready  ## Convert models/release to models/release.gguf, and hold the file to it.
+gguf: .gguf/ready  ## Convert models/release to models/release.gguf, and compare the two.
 	@python .gguf/convert_hf_to_gguf.py models/release --outtype auto --outfile $(GGUF).partial
 	@python -m tools.check_gguf $(GGUF).partial
 	@mv $(GGUF).partial $(GGUF)
 
-chaos: $(READY)  ## Kill the pipeline 400 times and feed it hostile files, an hour; 3 to 20 minutes of it: make chaos PART=writes
+chaos: $(READY)  ## Kill the pipeline 400 times and feed it hostile files (an hour); make chaos PART=writes runs a part
 	@python -m tests.chaos $(PART)
 
 # With the project's packages, and mutmut in front of them.
@@ -110,20 +110,20 @@ lint: $(READY)  ## Check style, format and types.
 	@ruff format --check .
 	@mypy
 
-fix: $(READY)  ## Mend style and format.
+fix: $(READY)  ## Fix style and format.
 	@ruff check --fix .
 	@ruff format .
 
-figures: $(READY)  ## Put the figures of metrics/ and benchmarks/results/ into README and docs/.
+figures: $(READY)  ## Insert the figures of metrics/ and benchmarks/results/ into README and docs/.
 	@python -m benchmarks.figures
 
 compare: $(READY)  ## Compare metrics and parameters with another revision: make compare BASE=main
 	@python -m tools.compare --base $(BASE)
 
-gate: $(READY)  ## Fail when quality fell beyond gate.yaml: make gate BASE=origin/main
+gate: $(READY)  ## Fail if quality fell beyond the limits in gate.yaml: make gate BASE=origin/main
 	@python -m tools.gate --base $(BASE)
 
-noise: $(READY)  ## Repeat the default with three other seeds and store the spread.
+noise: $(READY)  ## Repeat the default with three other seeds and record the spread.
 	@python -m tools.noise --seeds 1 2 3
 
 .harness/ready: requirements-harness.lock $(READY)
@@ -136,5 +136,5 @@ harness: .harness/ready  ## Run tasks of lm-evaluation-harness: make harness TAS
 test-harness: .harness/ready  ## Run a task of lm-evaluation-harness on a tiny model, without a network.
 	@PYTHONPATH=$(CURDIR)/.harness pytest tests/harness/check_harness.py
 
-experiments: $(READY)  ## The experiments, with the columns that matter.
+experiments: $(READY)  ## Show the experiments with the important columns.
 	@dvc exp show --only-changed --drop '^(?!(Experiment|((group|source_[0-9]+)_)?(perplexity|exact_match|command_and_flags)_after|retention_change_percent|merge_change_percent|train_minutes|v?ram_gb|seed|(lora|train|quantize|merge|model|dataset|prepare)\..*)$$)'

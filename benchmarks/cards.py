@@ -1,28 +1,28 @@
-"""The recipes inside cards of 24, 16 and 12 GB, and a 70B shape inside 48 GB, on a larger GPU.
+"""The recipes limited to cards of 24, 16 and 12 GB, and a 70B shape to 48 GB, on a larger GPU.
 
     python -m benchmarks.cards --work DIR               # every part, on one NVIDIA GPU of 140 GB
     python -m benchmarks.cards --work DIR 70b oom       # some of them
 
-Each process is held to a card's size: torch.cuda.set_per_process_memory_fraction gives its
-allocator what the card has (24e9 bytes for 24 GB), less the CUDA context (as measured for vram.py,
-offloading among it) and less the managed memory of a paged optimizer, which the allocator does not
-count.
+Each process is limited to a card's size: torch.cuda.set_per_process_memory_fraction limits its
+allocator to the card's memory (24e9 bytes for 24 GB) minus the CUDA context (as measured for
+vram.py, with offloading) and minus a paged optimizer's managed memory, which the allocator does
+not count.
 
     mistral-7b-guanaco, mistral-7b-fast, llama-2-7b
             the recipe's own parameters and real stages at its 7B shape: random 16-bit weights and
-            rows, 20 steps, 16 held-out rows. The chains run side by side, so their seconds say
-            nothing. mistral-7b-guanaco also at 16 and 12 GB, where plan lets it start.
+            rows, 20 steps, 16 held-out rows. The chains run in parallel, so their times are not
+            meaningful. mistral-7b-guanaco also at 16 and 12 GB, if plan permits it.
     llama-3-70b-24gb
-            the same at 70B's width and 8 layers, held to 6 GB, where evaluate and verify stream
-            layers, then to 80, where nothing is: 100 held-out rows of 2,048 tokens. Named alone,
-            nothing runs beside it.
+            the same at 70B's width and 8 layers, limited to 6 GB, where evaluate and verify stream
+            layers, then to 80 GB, where they do not: 100 held-out rows of 2,048 tokens. If it is
+            the only part, nothing runs in parallel.
     70b     a Llama of 80 layers, built as NF4, 5 steps of 2,048 tokens at 48 GB
     load    seconds and host memory: from models/quantized, and quantizing while loading
-    oom     training with too little memory: what it says, its exit status, its outputs
+    oom     training with too little memory: its message, exit status and outputs
 
-`load` and `oom` use what the recipe parts left behind. --weights, by default DIR too, takes 28 GB
-in 16 bit and 8 GB in NF4, DIR 15 GB for each merge; at most as many merges are there at a time as
-it has room for. Writes benchmarks/results/cards.json after every stage.
+`load` and `oom` use what the recipe parts left behind. --weights, by default DIR too, needs 28 GB
+in 16 bit and 8 GB in NF4, DIR 15 GB for each merge; the number of concurrent merges is limited by
+the disk. Writes benchmarks/results/cards.json after every stage.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def random_rows(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """(training, held-out) rows of token ids, log-normal in length (benchmarks/speed.py).
 
-    wide  as for WIDE: all held-out rows are as long as they may be
+    wide  as for WIDE: all held-out rows have the maximum length
     """
     draw = random.Random(SEED)
 
@@ -90,7 +90,7 @@ def random_rows(
 
 
 def make_base(shape: str) -> None:
-    """Write the shape's 16-bit weights into models/base, as fetch_model leaves them."""
+    """Write the shape's 16-bit weights into models/base, as fetch_model does."""
     from benchmarks.random_models import SHAPES, write_base
     from benchmarks.speed import make_tokenizer
     from stages.shared.device import pick_device
@@ -112,7 +112,7 @@ def copy_project(folder: Path) -> None:
 def make_workspace(recipe: str, source: Path, folder: Path, card: float) -> None:
     """A workspace of `recipe` in which plan can start, on the base and NF4 of workspace `source`.
 
-    plan's limit is the card's size, so that it decides whether training starts at all.
+    plan's limit is the card's size, so plan decides whether training starts.
     """
     import pyarrow as pa
     import yaml
@@ -167,9 +167,9 @@ def make_workspace(recipe: str, source: Path, folder: Path, card: float) -> None
 
 
 class Watch:
-    """What this process takes until `report`: peaks of its GPU allocator and of its host memory.
+    """Peaks of this process's GPU allocator and host memory until `report`.
 
-    Host memory twice: all of it, mapped files included, and what no file stands behind.
+    Host memory twice: including and excluding mapped files.
     """
 
     def __init__(self):
@@ -195,7 +195,7 @@ def status(key: str) -> int:
 
 
 class Peaks:
-    """The GPU allocator's peaks over the whole process, though a stage resets them on its way."""
+    """The GPU allocator's peaks over the whole process, even if a stage resets them."""
 
     def __init__(self, limit: float | None):
         import torch
@@ -228,14 +228,14 @@ class Peaks:
         return {
             "allocated_gb": self.allocated / GB,
             "reserved_gb": self.reserved / GB,
-            # All that the device holds besides this allocator: the context of this process and,
-            # when others run beside it, all of theirs.
+            # Everything on the device beside this allocator: this process's context and, if
+            # others run in parallel, all of theirs.
             "besides_gb": (total - free - cuda.memory_reserved()) / GB,
         }
 
 
 def capped(stage: str, limit: float | None, report: str) -> None:
-    """Run a stage as `python -m` does, in the working directory, held to `limit` bytes."""
+    """Run a stage as `python -m` does, in the working directory, limited to `limit` bytes."""
     watch, peaks = Watch(), Peaks(limit)
     try:
         runpy.run_module(f"stages.{stage}", run_name="__main__", alter_sys=True)
@@ -244,7 +244,7 @@ def capped(stage: str, limit: float | None, report: str) -> None:
 
 
 def in_process(call: str, folder: Path, log: Path) -> int:
-    """Run a function of this file in a process of its own, in `folder`; its exit status."""
+    """Run a function of this file in its own process, in `folder`; returns the exit status."""
     known = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, known))}
     # train's second attempt would be a process without the limit.
@@ -257,7 +257,7 @@ def in_process(call: str, folder: Path, log: Path) -> int:
 
 
 def run_stage(folder: Path, stage: str, limit: float | None) -> dict:
-    """One stage, held to `limit` bytes: its exit status, its peaks and, failing, what it said."""
+    """One stage, limited to `limit` bytes: exit status, peaks and, if it failed, its message."""
     started = time.monotonic()
     report, log = folder / f"{stage}.json", folder / f"{stage}.log"
     report.unlink(missing_ok=True)
@@ -267,13 +267,13 @@ def run_stage(folder: Path, stage: str, limit: float | None) -> dict:
         found |= json.loads(report.read_text())
     if code:
         lines = log.read_text(encoding="utf-8").strip().splitlines()
-        # Libraries may grumble at the end of a process.
+        # Libraries may print warnings at the end of a process.
         found["said"] = [line for line in lines if line.startswith(f"{stage}:")] or lines[-3:]
     return found
 
 
 def allocator_bytes(card: float, managed: float = 0.0) -> float:
-    """What the allocator of a process may reserve on a card of `card` GB."""
+    """Bytes that a process's allocator may reserve on a card of `card` GB."""
     from stages.shared import placement
 
     return card * GB - placement.CONTEXT - placement.OFFLOADING_CONTEXT - managed
@@ -307,7 +307,7 @@ def chain(recipe: str, shape: str, source: Path, work: Path, card: int, merging)
         part |= placed(folder)
         part["tokens_per_step"] = part["tokens"] / part["steps"]
         if run("evaluate"):
-            # Without its answers; verify's own seconds are those of the stage.
+            # Without its answers; for verify the stage's time is enough.
             cost = json.loads((folder / "metrics/eval_cost.json").read_text())
             part["eval_seconds"] = cost["eval_seconds"]
             with merging:
@@ -316,7 +316,7 @@ def chain(recipe: str, shape: str, source: Path, work: Path, card: int, merging)
 
 
 def planned(folder: Path) -> dict:
-    """plan's figures, and the managed bytes of a paged optimizer among them."""
+    """plan's figures, with the managed bytes of a paged optimizer."""
     import yaml
 
     plan = json.loads((folder / "metrics/plan.json").read_text(encoding="utf-8"))
@@ -330,7 +330,7 @@ def planned(folder: Path) -> dict:
 
 
 def placed(folder: Path) -> dict:
-    """What train predicted of where it placed things, over plan's figures of the least."""
+    """train's prediction for its placement, in place of plan's figures."""
     cost = json.loads((folder / "metrics/train_cost.json").read_text(encoding="utf-8"))
     names = {
         "predicted_gb": "predicted_peak_vram_gb",
@@ -377,7 +377,7 @@ def recipes(work: Path, weights: Path, names: list[str]) -> None:
 
 
 def seventy() -> None:
-    """Train the 70B shape on what a card of 48 GB has, and print the part."""
+    """Train the 70B shape with the memory of a 48 GB card, and print the part."""
     import torch
     from datasets import disable_caching
 
@@ -402,7 +402,7 @@ def seventy() -> None:
 
 
 def facts_of(trainer) -> dict:
-    """That the model is as large as it says: parameters of the base, and that none are shared."""
+    """Evidence of the model's size: parameters of the base, none of them shared."""
     from bitsandbytes.nn import Params4bit
 
     count, places = 0, []
@@ -488,7 +488,7 @@ def out_of_memory(work: Path) -> None:
 
 
 def save(part: dict) -> None:
-    """Put `part` into RESULTS in the place of an earlier one of its kind."""
+    """Put `part` into RESULTS, replacing an earlier one of its kind."""
     from benchmarks.speed import versions
 
     def kind(entry: dict) -> tuple:
@@ -542,7 +542,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"no part is called {min(unknown)}; there are {', '.join(PARTS)}")
+        parser.error(f"unknown part {min(unknown)}; choose from {', '.join(PARTS)}")
     weights = options.weights or options.work
     run(options.work.resolve(), weights.resolve(), options.parts or PARTS)
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.default --work DIR
 
-Real weights and data. The stages that fetch and prepare run once in DIR, those from plan to verify
-in one copy for each run, side by side: their seconds say nothing. Writes
+Real weights and data. The stages up to prepare run once in DIR, those from plan to verify in one
+copy per run, in parallel, so their times are not meaningful. Writes
 benchmarks/results/default.json: perplexities and merge of every run, the spread, and answers.
 """
 
@@ -40,7 +40,7 @@ def run_stages(folder: Path, stages: tuple[str, ...]) -> None:
 
 
 def metrics(folder: Path) -> dict:
-    """The numbers that matter of a run's metrics/, or of the committed ones."""
+    """The key figures of a run's metrics/, or of the committed ones."""
     found = {}
     for name in METRICS:
         found |= json.loads((folder / f"metrics/{name}.json").read_text(encoding="utf-8"))

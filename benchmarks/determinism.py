@@ -8,7 +8,7 @@
                 the trial step, each trained twice and once more with kills and resumes
     pipeline    quantize to verify, twice on the GPU; quantize and merge once more on the CPU
     7b          Mistral-7B's shape, packed, in alternating pairs: with determinism (the default) and
-                without, which only this benchmark can do
+                without (only possible in this benchmark)
     perplexity  the same held-out rows in batches of several sizes
 
 Weights and rows are random. Writes benchmarks/results/determinism.json after every part: `pairs`
@@ -98,7 +98,7 @@ def write_params(work: Path, **sections: dict) -> None:
 
 
 def make(work: Path, shape: str, rows: int) -> None:
-    """Random 16-bit weights of `shape` of random_models.SHAPES and rows, before quantize."""
+    """Write random 16-bit weights of a shape of random_models.SHAPES, and rows."""
     from benchmarks.random_models import SHAPES, write_base
     from stages.shared.device import pick_device
 
@@ -119,7 +119,7 @@ def digest(path: Path) -> str:
 
 
 def short(digest: str) -> str:
-    """Of a file or a folder, to be compared with what another GPU of the same model gave."""
+    """A shortened digest, to compare with another GPU of the same model."""
     return hashlib.sha256(digest.encode()).hexdigest()[:16]
 
 
@@ -128,7 +128,7 @@ def outcome(work: Path, names: tuple[str, ...]) -> dict[str, str]:
 
 
 def killed(work: Path, kills: int, seed: int) -> int:
-    """Train in `work`, with SIGKILL at random moments after the first checkpoint; how many hit."""
+    """Train in `work` with SIGKILLs at random moments after the first checkpoint; their number."""
     draw, hit = random.Random(seed), 0
     while hit < kills:
         shutil.rmtree(work / "models/adapter", ignore_errors=True)
@@ -228,7 +228,7 @@ def pipeline(work: Path) -> dict:
 
 
 def seven_b(work: Path) -> dict:
-    """Alternating runs; the first one of each kind is left out of the rates, since it compiles."""
+    """Alternating runs; the first of each kind is excluded from the rates, since it compiles."""
     base = work / "7b"
     make(base, "mistral-7b", ROWS_7B)
     if not (base / "models/quantized").exists():
@@ -333,7 +333,7 @@ def two_gpus(result: dict, other: dict) -> dict:
 
 
 def totals(result: dict) -> dict:
-    """The keys that a reader wants, over all parts that have run, with versions and date."""
+    """The summary over all parts that have run, with versions and date."""
     import torch
 
     pairs = [pair for part in PARTS for pair in result.get(part, []) if isinstance(pair, dict)]

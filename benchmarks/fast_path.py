@@ -1,14 +1,14 @@
-"""The fast path beside the plain one: the loss of 50 steps, and scoring of held-out rows.
+"""The fast path against the plain one: the loss of 50 steps, and scoring of held-out rows.
 
     python -m benchmarks.fast_path curve --default DIR   # on one NVIDIA GPU, real weights and rows
     python -m benchmarks.fast_path evaluation            # the same GPU, 7B shape, random weights
 
-    curve        the default's rows in the same order through the trainer of the train stage, with
-                 its fast path and with none of it: PEFT's layers, padded rows, SDPA attention. The
-                 fast path twice: how far two runs differ that should not. DIR is a project in
-                 which fetch_model and prepare have run.
-    evaluation   what `evaluate` scores with beside the plain loop that people write: row by row,
-                 with all logits. Tokens a second and the allocator's peak, on the same 200 rows.
+    curve        the default's rows in the same order through the train stage's trainer, with the
+                 fast path and without: PEFT's layers, padded rows, SDPA attention. The fast path
+                 runs twice, to show the difference between equal runs. DIR is a project in which
+                 fetch_model and prepare have run.
+    evaluation   the scoring of `evaluate` against a plain loop, row by row with all logits. Tokens
+                 a second and the allocator's peak, on the same 200 rows.
 
 Writes benchmarks/results/fast_path.json.
 """
@@ -37,7 +37,7 @@ SIDES = {"plain": "sdpa", "fast": "auto", "fast again": "auto"}
 
 
 def losses(side: str, project: Path, device: torch.device) -> tuple[list[float], str]:
-    """The loss of every step, and the fast path that was taken."""
+    """The loss of every step, and the fast path that was used."""
     from datasets import Dataset, disable_caching
     from transformers import AutoConfig, AutoTokenizer
 
@@ -90,7 +90,7 @@ def curve(project: Path, device: torch.device) -> dict:
 
 
 def plain_loop(model, rows: list[dict]) -> float:
-    """Mean NLL of all tokens, as a notebook computes it."""
+    """Mean NLL of all tokens, as computed in a typical notebook."""
     total, count = 0.0, 0
     for row in rows:
         ids = torch.tensor([row["input_ids"]], device=model.device)

@@ -1,10 +1,10 @@
-"""Put the figures of metrics/ and benchmarks/results/ into README.md and docs/.
+"""Insert the figures of metrics/ and benchmarks/results/ into README.md and docs/.
 
     python -m benchmarks.figures            (make figures)
-    python -m benchmarks.figures --check    (tests/test_docs.py: fails where a page differs)
+    python -m benchmarks.figures --check    (tests/test_docs.py: fails if a page differs)
 
-A page names a function of this file in a comment, `<!--[[[cog default_result() ]]]-->`, and what
-the function prints stands below, up to `<!--[[[end]]]-->` (https://cog.readthedocs.io).
+A page calls a function of this file in a comment, `<!--[[[cog default_result() ]]]-->`; its output
+goes below, up to `<!--[[[end]]]-->` (https://cog.readthedocs.io).
 """
 
 import json
@@ -25,10 +25,10 @@ SIDES = {
 }
 DEFAULT = {
     "perplexity, {eval_examples} held-out rows": "{}_perplexity",
-    "perplexity, {group_examples} rows of services that training never saw": "group_{}_perplexity",
-    "perplexity, English prose (what was forgotten)": "retention_{}_perplexity",
+    "perplexity, {group_examples} rows of services not in training": "group_{}_perplexity",
+    "perplexity, English prose (forgetting)": "retention_{}_perplexity",
     "chrF of {answered_rows} answers, 0 to 100": "{}_chrf",
-    "command and flags of {answered_rows} answers right, 0 to 1": "{}_command_and_flags",
+    "command and flags of {answered_rows} answers, 0 to 1": "{}_command_and_flags",
 }
 KILLED = {
     "dvc writes": "`dvc repro` while DVC writes its own files",
@@ -46,14 +46,14 @@ def results(name: str):
 
 
 def table(head: list[str], rows: list[list[str]]) -> None:
-    """Print a Markdown table; columns whose head ends with ":" are aligned to the right."""
+    """Print a Markdown table; columns whose head ends with ":" are right-aligned."""
     aligned = ["--:" if cell.endswith(":") else "---" for cell in head]
     for row in ([cell.removesuffix(":") for cell in head], aligned, *rows):
         print(f"| {' | '.join(row)} |")
 
 
 def default_result() -> None:
-    """Perplexity, answers and forgetting of the default run, and what merging changed."""
+    """Perplexity, answers and forgetting of the default run, and the effect of merging."""
     scores = metrics("eval") | metrics("answers") | metrics("data")
     lines = [
         [
@@ -76,7 +76,7 @@ def _interval(scores: dict, key: str) -> str:
 
 
 def comparison() -> None:
-    """Speed and memory beside Unsloth and the usual script, on one line each."""
+    """Speed and memory against Unsloth and the usual script."""
     sides = results("speed")["sides"]
     shown = {
         "ours-packed": "this pipeline",
@@ -143,10 +143,10 @@ def vram_errors() -> None:
         [point[key] for point in held_out] for key in ("error_percent", "device_error_percent")
     )
     print(
-        f"Over {len(held_out)} measured runs that fitted no constant, from 1.5B to 70B with LoRA, "
-        f"QLoRA and full fine-tuning, the predicted peak is {min(peaks):+.1f} to "
-        f"{max(peaks):+.1f} % off, and the memory that the card needs {min(cards):+.1f} to "
-        f"{max(cards):+.1f} % ({found['device']}, {found['date']})."
+        f"In {len(held_out)} runs not used to fit the model, from 1.5B to 70B with LoRA, QLoRA and "
+        f"full fine-tuning, the predicted peak is {min(peaks):+.1f} to {max(peaks):+.1f} % off, "
+        f"and the predicted GPU memory needed {min(cards):+.1f} to {max(cards):+.1f} % "
+        f"({found['device']}, {found['date']})."
     )
 
 
@@ -170,7 +170,7 @@ def cards() -> None:
 
 
 def placements() -> None:
-    """Every point of benchmarks/placement.py with what was predicted of it."""
+    """Every point of benchmarks/placement.py with its prediction."""
     lines = []
     for point in results("placement")["points"]:
         placed = point["placement"]
@@ -192,15 +192,15 @@ def placements() -> None:
                 *gb,
             ]
         )
-    head = ["shape", "tokens a step:", "held to:", "streamed layers:", "kept MLP/attention:"]
+    head = ["shape", "tokens a step:", "limit:", "streamed layers:", "kept MLP/attention:"]
     table([*head, "tokens/s:", "peak GB (predicted):", "card GB:", "host GB:"], lines)
 
 
 def streaming() -> None:
     percent = 100 * results("placement")["ratios"]["7b_4096_6gb"]
     print(
-        f"Streaming a 7B of 4,096 tokens a step, held to 6 GB, kept {percent:.0f} % of the "
-        "resident rate."
+        f"Streaming a 7B model with 4,096 tokens a step, limited to 6 GB, reaches {percent:.0f} % "
+        "of the resident rate."
     )
 
 
@@ -208,10 +208,10 @@ def determinism() -> None:
     found = results("determinism")
     equal = sum(pair["equal"] for pair in found["pairs"])
     print(
-        f"{equal} of {len(found['pairs'])} pairs of runs are equal to the byte, and "
+        f"{equal} of {len(found['pairs'])} pairs of runs are byte-identical, and "
         f"{found['kills_equal']} of {found['kills']} runs that were killed and resumed equal an "
-        f"undisturbed one. It costs {found['cost_percent']:.1f} % of the speed. The perplexity of "
-        f"the same rows in batches of other sizes differs by at most "
+        f"undisturbed one. This costs {found['cost_percent']:.1f} % of the speed. The perplexity "
+        f"of the same rows with other batch sizes differs by at most "
         f"{found['perplexity_spread_percent']:.3f} % ({found['device']}, {found['date']})."
     )
 
@@ -262,8 +262,8 @@ def chaos() -> None:
         f"\n{found['identical']} of {found['kills']} ended with the bytes of an undisturbed run, "
         f"{found['lost']} were lost. Of {found['bad_params'] + found['bad_inputs']} malformed "
         f"parameter files and inputs {found['clear_errors']} got one clear line; of "
-        f"{found['hostile_inputs']:,} hostile ones {found['hangs']} hung and {found['escapes']} "
-        f"steered a terminal or a page ({found['date']})."
+        f"{found['hostile_inputs']:,} hostile ones {found['hangs']} caused a hang and "
+        f"{found['escapes']} an injection into a terminal or a page ({found['date']})."
     )
 
 
@@ -282,8 +282,8 @@ def mutants() -> None:
 def kills() -> None:
     found = results("chaos")
     print(
-        f"Of {found['kills']} kills at chosen and random instants, {found['identical']} ended with "
-        "the bytes of an undisturbed run after `dvc repro`."
+        f"After {found['kills']} kills at chosen and random moments, `dvc repro` ended with the "
+        f"bytes of an undisturbed run in {found['identical']} cases."
     )
 
 
@@ -292,18 +292,18 @@ def noise() -> None:
     eval_metrics = found["metrics"]["metrics/eval.json"]
     percent = eval_metrics["tuned_perplexity"]["noise_percent"]
     print(
-        f"Two runs of the default that differ by the seed alone lie up to {percent:.1f} % apart in "
-        f"perplexity, 95 times in 100 ({len(found['seeds'])} seeds)."
+        f"In 95 of 100 cases, two runs of the default that differ only by the seed differ by up to "
+        f"{percent:.1f} % in perplexity ({len(found['seeds'])} seeds)."
     )
 
 
 def preparing() -> None:
     found = results("prepare")
     print(
-        f"`prepare` takes {found['prepare_rows_per_second']:,.0f} rows a second on "
-        f"{found['cores']} cores, {found['prepare_to_map_percent']:.0f} % of what `datasets.map` "
-        f"reaches with the tokenizer alone, and {found['prepare_peak_ram_gb']:.2f} GB for "
-        f"{found['rows']:,} rows."
+        f"`prepare` processes {found['prepare_rows_per_second']:,.0f} rows a second on "
+        f"{found['cores']} cores, {found['prepare_to_map_percent']:.0f} % of the rate of "
+        f"`datasets.map` with only the tokenizer, and needs {found['prepare_peak_ram_gb']:.2f} GB "
+        f"for {found['rows']:,} rows."
     )
 
 
@@ -328,9 +328,9 @@ def scoring() -> None:
     found = results("fast_path")["evaluation"]
     ours, plain = found["stage"], found["plain loop"]
     print(
-        f"Scoring held-out rows takes {ours['tokens_per_second']:,.0f} tokens/s in "
-        f"{ours['peak_gb']:.2f} GB, a plain loop row by row {plain['tokens_per_second']:,.0f} in "
-        f"{plain['peak_gb']:.2f} GB."
+        f"Held-out rows are scored at {ours['tokens_per_second']:,.0f} tokens/s in "
+        f"{ours['peak_gb']:.2f} GB; a plain loop reaches {plain['tokens_per_second']:,.0f} "
+        f"tokens/s in {plain['peak_gb']:.2f} GB."
     )
 
 
@@ -355,9 +355,9 @@ def replay() -> None:
 def curve() -> None:
     found = results("fast_path")["curve"]
     print(
-        f"Over {found['steps']} steps of the default the fast path's loss is "
-        f"{found['from_plain']['mean_nats']:.3f} nats on average from that of PEFT's own layers on "
-        "padded rows with SDPA."
+        f"Over {found['steps']} steps of the default, the fast path's loss differs on average by "
+        f"{found['from_plain']['mean_nats']:.3f} nats from that of PEFT's own layers on padded "
+        "rows with SDPA."
     )
 
 
@@ -366,8 +366,8 @@ def default_on_gpu() -> None:
     before = found["runs"][0]["base_perplexity"]
     after = found["runs"][0]["tuned_perplexity"]
     print(
-        f"The default on an H200, {len(found['runs'])} times: perplexity {before:.1f} to "
-        f"{after:.2f}, {found['spread_percent']:g} % apart, and "
+        f"The default on an H200, {len(found['runs'])} runs: perplexity {before:.1f} before and "
+        f"{after:.2f} after training, with a spread of {found['spread_percent']:g} %, and "
         f"{found['from_committed_percent']:.1f} % from the CPU's."
     )
 

@@ -1,4 +1,4 @@
-"""Answers of the evaluate stage beside a loop of `generate`, row by row.
+"""Batched answers of the evaluate stage against a loop of `generate`, row by row.
 
     python -m benchmarks.generation speed                   # one NVIDIA GPU, random weights
     python -m benchmarks.generation answers --default DIR   # the same or a CPU, real weights
@@ -51,7 +51,7 @@ def batched(model, prompts: Answers, ends: list[int], limit: int) -> Answers:
 
 @torch.no_grad()
 def row_by_row(model, prompts: Answers, ends: list[int], limit: int) -> Answers:
-    """As a notebook does it."""
+    """As in a typical notebook."""
     found = []
     for prompt in prompts:
         ids = torch.tensor([prompt], device=model.device)
@@ -86,7 +86,7 @@ def differing(one: Answers, other: Answers) -> dict:
 
 
 def timed(run: Callable, model, prompts: Answers, ends: list[int], limit: int) -> tuple:
-    """What `run` answers, its tokens a second, and its peak memory on a GPU."""
+    """The answers of `run`, its tokens a second, and its peak memory on a GPU."""
     run(model, prompts[:4], ends, 8)
     cuda = model.device.type == "cuda"
     if cuda:

@@ -3,19 +3,18 @@
     python -m benchmarks.merge --work DIR llama-2-7b llama-3-70b-1 llama-3-70b-2
     python -m benchmarks.merge --work DIR --verify 100 --devices cuda cpu llama-2-7b
 
-For each shape: makes NF4 weights and an adapter (r = 16, all linear layers) of it in DIR, runs
-`python -m stages.merge` on them and reads the peak resident memory and the wall time of that
-process, sums, imports and syncs included. Beside it the time of a plain write of as many bytes
-with fsync to the same disk, the faster of one before and one after the merge. Then PEFT merges
-the same adapter in memory and every tensor is compared bit for bit, where that fits (`bit_equal`).
-With two devices the two results are compared, in units of the last place. With --verify, the
-checks of `stages.verify` run on the first device's result and ROWS rows of 512 random tokens; their
-wall time and peak memory stand beside the rest. On a GPU both stages may reserve VRAM_LIMIT_GB.
+For each shape: creates NF4 weights and an adapter (r = 16, all linear layers) in DIR, runs
+`python -m stages.merge` and measures the peak resident memory and wall time of that process,
+including hashing, imports and syncs. For comparison, the time to write as many bytes with fsync to
+the same disk, the faster of one write before and one after the merge. Then PEFT merges the same
+adapter in memory, if it fits, and every tensor is compared bit for bit (`bit_equal`). With two
+devices their results are compared in units in the last place. With --verify, the checks of
+`stages.verify` run on the first device's result and ROWS rows of 512 random tokens, with wall time
+and peak memory. On a GPU both stages may reserve VRAM_LIMIT_GB.
 
-Weights are random and every layer has the same ones; models/base is a sparse file, of which a
-merge on the dequantized base reads the header alone. The 70B shape has one layer and two: what it
-costs does not grow with their number, and layers beyond would only fill the disk.
-Adds its figures to benchmarks/results/merge.json.
+Weights are random and equal in all layers; models/base is a sparse file, of which a merge into the
+dequantized base reads only the header. The 70B shape has one or two layers, since memory does not
+grow with their number. Adds its figures to benchmarks/results/merge.json.
 """
 
 import argparse
@@ -87,7 +86,7 @@ def make(work: Path, shape: dict) -> int:
 
 
 def write_sparse(file: Path, shapes: dict) -> None:
-    """A safetensors file of zeros in bfloat16 that takes no room on the disk."""
+    """A sparse safetensors file of zeros in bfloat16."""
     header, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + torch.Size(shape).numel() * 2
@@ -167,7 +166,7 @@ def plain_write(file: Path, size: int) -> float:
     return seconds
 
 
-# Beyond it the stage ends with an error: what a card of 24 GB leaves beside the CUDA context.
+# Limit of the stage's memory: a card of 24 GB minus the CUDA context.
 VRAM_LIMIT_GB = 23
 CAP = f"""import json, random, runpy, sys
 import torch
@@ -186,8 +185,8 @@ found = verify.verify(verify.load_params(), rows, verify.pick_device())
 """
 PEAK = """vram = torch.cuda.max_memory_reserved() / 1e9 if torch.cuda.is_available() else None
 print(json.dumps([vram, found]))"""
-# The peak that a process inherits from the one that forked it counts as its own, so a small one
-# starts the stage and prints its peak in KiB.
+# A process inherits the peak of its parent, so a small one starts the stage and prints its peak in
+# KiB.
 STARTER = """import os, subprocess, sys
 process = subprocess.Popen([sys.executable, "-c", *sys.argv[1:]])
 _, status, usage = os.wait4(process.pid, 0)
@@ -269,7 +268,7 @@ def measure(work: Path, name: str, device: str) -> dict:
 
 
 def record(result: dict) -> None:
-    """Put a result in the place of an earlier one of the same shape and device."""
+    """Add a result, replacing an earlier one of the same shape and device."""
     key = ("shape", "device")
     old = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     kept = [r for r in old if any(r[k] != result[k] for k in key)]

@@ -1,20 +1,20 @@
-"""What each method and each strategy costs and saves, measured at 7B shape on the same rows.
+"""Memory and time of each method and strategy, measured at 7B shape on the same rows.
 
     python -m benchmarks.methods measure [PART ...]   # on one NVIDIA GPU of 140 GB
     python -m benchmarks.methods measure perplexity --default DIR
     python -m benchmarks.methods report               # anywhere: the tables and the picture
 
-    loading     what each form of the weights takes right after loading, in bits a parameter
-    methods     full fine-tuning, 16-bit LoRA and QLoRA: the table that circulates
-    strategies  recipes/mistral-7b-fast.yaml, and the same with one strategy switched off
+    loading     memory of each form of the weights right after loading, in bits a parameter
+    methods     full fine-tuning, 16-bit LoRA and QLoRA: the widely copied table
+    strategies  recipes/mistral-7b-fast.yaml, and the same with one strategy disabled
     perplexity  the same strategies on the default's real model and rows: DIR is a project in which
                 fetch_model and prepare have run
 
-Mistral-7B's shape with random weights: memory and time are real, perplexity would mean nothing
-there. 1,000 rows, log-normal in length like guanaco's (benchmarks/speed.py), four a step in
-`methods`, checkpointing on; the longest rows are the first step, so that the peak is that of
-the whole epoch; an epoch takes what its tokens take at the rate measured. The paged optimizer is
-never given more than the GPU has free: paging can hang a GPU, so it was not provoked.
+Mistral-7B's shape with random weights: memory and time are realistic, perplexity would not be.
+1,000 rows, log-normal in length like guanaco's (benchmarks/speed.py), four a step in `methods`,
+with checkpointing; the longest rows form the first step, so that its peak is that of the epoch. The
+time of an epoch is extrapolated from the measured rate. The paged optimizer always fits into free
+GPU memory, since paging can hang a GPU.
 Writes benchmarks/results/methods.json after every part, methods.md and methods.svg.
 """
 
@@ -56,20 +56,20 @@ RANK = 64
 ROWS = 1000
 STEPS, WARM_STEPS = 20, 5
 METHODS = {"full": "full fine-tuning, bf16", "lora": "LoRA, 16 bit", "qlora": "QLoRA, NF4"}
-# What is quoted from page to page, without a source: GB for 7B.
+# Widely quoted without a source: GB for 7B.
 QUOTED_GB = {"full": 56, "lora": 28, "qlora": 11}
 LOADED = {"bf16": (False, True), "nf4": (True, False), "nf4, double quantization": (True, True)}
 
 RECIPE = Path("recipes/mistral-7b-fast.yaml")
 EVERYTHING = "everything on"
-# Recomputing is one of the strategies, whatever the card that this is measured on could keep.
+# Recomputation is one of the strategies, even if this card could keep the activations.
 ALWAYS = {"train": {"gradient_checkpointing": True}, "tracking": {"report_to": "none"}}
-# Rows a step when they are not packed: as many tokens as the recipe's two packs have.
+# Rows a step when they are not packed: about as many tokens as in the recipe's two packs.
 UNPACKED = {"train": {"batching": "shuffle", "batch_size": 10}}
 PADDED = {"train": UNPACKED["train"] | {"attention": "sdpa"}}
 PEFT_ONLY = ("fused_lora", "liger", "offload")
-# Strategy: changed parameters, and parts of the fast path that are off, or `offload`: the inputs of
-# recomputed layers do not wait on the host.
+# Strategy: changed parameters, and disabled parts of the fast path; `offload` keeps the inputs of
+# recomputed layers on the GPU.
 STRATEGIES: dict[str, tuple[dict, tuple[str, ...]]] = {
     EVERYTHING: ({}, ()),
     "16-bit base": ({"quantize": {"type": "none"}}, ()),
@@ -86,12 +86,12 @@ STRATEGIES: dict[str, tuple[dict, tuple[str, ...]]] = {
 PARTS = {
     "loading": [*LOADED],
     "methods": ["qlora", "lora", "full"],
-    # Twice with everything on: how far two runs differ that should not.
+    # Twice with everything on, to show the difference between equal runs.
     "strategies": [*STRATEGIES, EVERYTHING],
     "perplexity": [EVERYTHING, *STRATEGIES],
 }
 STRATEGY_STEPS, STRATEGY_WARM, STRATEGY_ROWS = 16, 4, 240
-# Packs a step on the default's rows: as many tokens as 8 of its rows.
+# Packs a step on the default's rows: about as many tokens as in 8 rows.
 DEFAULT_PACKS, DEFAULT_ROWS = 3, 8
 
 
@@ -108,7 +108,7 @@ def timed_steps(trainer, steps: int, warm: int) -> dict[str, float]:
 
     marks, batches, collate = [], [], trainer.data_collator
 
-    # Batches are made ahead of the steps that take them, so each is counted on its own.
+    # Batches are prefetched, so the tokens of each step are counted separately.
     def noting(examples):
         batches.append(sum(len(example["input_ids"]) for example in examples))
         return collate(examples)
@@ -132,7 +132,7 @@ def timed_steps(trainer, steps: int, warm: int) -> dict[str, float]:
 
 
 def measure_method(method: str, device: torch.device) -> dict:
-    """Peak and time of one method on the same rows, the longest of all 1,000 among them."""
+    """Peak and time of one method on the same rows, including the longest."""
     chosen = longest_first(random_rows(ROWS), ROWS_A_STEP, (STEPS - 1) * ROWS_A_STEP)
     tokens = sum(map(len, chosen[:ROWS_A_STEP]))
     point = Point(SHAPE, method, RANK if method != "full" else 0, tokens)
@@ -157,7 +157,7 @@ def measure_method(method: str, device: torch.device) -> dict:
 
 
 def measure_loading(name: str, device: torch.device) -> dict:
-    """Bytes on the device right after a model is there, before anything is computed."""
+    """Bytes on the device right after loading a model."""
     quantized, double_quant = LOADED[name]
     before = torch.cuda.memory_allocated()
     model = build(SHAPE, quantized, device, double_quant=double_quant)
@@ -194,8 +194,8 @@ def with_changes(params: dict, changes: dict) -> Params:
 def strategy_path(
     params: Params, config, tokens: int, device, off: tuple[str, ...]
 ) -> tuple[FastPath, Placement]:
-    """What training takes with parts of it off, and where things lie for steps of `tokens`: all
-    weights on the GPU, and of the layers all or none recomputed."""
+    """The training path with parts disabled, and the placement for steps of `tokens`: all weights
+    on the GPU, and all layers recomputed or none."""
     from stages.training.trainer import as_installed
 
     gpu, layers = device.type == "cuda", config.num_hidden_layers
@@ -241,7 +241,7 @@ def measure_strategy(name: str, device: torch.device) -> dict:
 
 
 def measure_perplexity(name: str, project: Path, device: torch.device) -> dict:
-    """Held-out perplexity of the default, trained with one strategy switched off.
+    """Held-out perplexity of the default, trained with one strategy disabled.
 
     Scored as evaluate does: the saved adapter on its base, by plain PEFT layers.
     """
@@ -307,7 +307,7 @@ def measure_one(part: str, name: str, project: Path) -> tuple[dict, str]:
 
 
 def measure(parts: list[str], project: Path) -> None:
-    """Measure the parts and keep each result as soon as it is there."""
+    """Measure the parts and store each result immediately."""
     for part in parts:
         found = []
         for name in PARTS[part]:
@@ -339,7 +339,7 @@ def markdown(results: dict) -> str:
         f"7B shape, {results['rows']} rows of {results['tokens']} tokens, {ROWS_A_STEP} a step, "
         f"rank {results['rank']}, on {results['device']}, {max(results['dates'].values())}.",
         "",
-        "| method | quoted | allocated | the card must have | fits (GB) | 1,000 rows |",
+        "| method | quoted | allocated | GPU memory needed | fits (GB) | 1,000 rows |",
         "|---|--:|--:|--:|---|--:|",
     ]
     for found in results.get("methods", []):
@@ -370,7 +370,7 @@ def strategies_table(results: dict) -> list[str]:
     scored = results["dates"].get("perplexity", "not measured")
     lines = [
         "",
-        "| strategy | allocated | of it managed | the card must have | tokens/s | s a step "
+        "| strategy | allocated | of it managed | GPU memory needed | tokens/s | s a step "
         f"| perplexity of the default, {scored} |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
@@ -386,7 +386,7 @@ def strategies_table(results: dict) -> list[str]:
 
 
 def picture(results: dict) -> str:
-    """An SVG of bars: what is quoted beside what was measured."""
+    """An SVG of bars: quoted and measured."""
     import vl_convert
 
     values = [
@@ -403,7 +403,7 @@ def picture(results: dict) -> str:
         "encoding": {
             "y": {"field": "method", "title": None, "sort": list(METHODS.values())},
             "yOffset": {"field": "what", "sort": ["quoted", "measured"]},
-            "x": {"field": "gb", "type": "quantitative", "title": "GB that the card must have"},
+            "x": {"field": "gb", "type": "quantitative", "title": "GPU memory needed (GB)"},
             "color": {
                 "field": "what",
                 "title": None,

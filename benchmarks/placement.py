@@ -1,12 +1,11 @@
-"""What placement buys on one NVIDIA GPU: weights streamed, activations kept, and predictions.
+"""Placements on one NVIDIA GPU: streamed weights, kept activations, and predictions.
 
     python -m benchmarks.placement measure [NAME ...]   # points by name; all without one
     python -m benchmarks.placement report               # anywhere: predictions, errors, ratios
 
-Random weights in known shapes, trained for a few steps by the trainer of the train stage, each
-point in a process of its own. A point with `cap_gb` is held to so much of the card; its placement
-is what training would choose there, unless the point says what is kept. Writes
-benchmarks/results/placement.json after every point.
+Random weights in known shapes, trained for a few steps by the train stage's trainer, each point in
+its own process. `cap_gb` limits a point's memory; its placement is the one that training would
+choose there, unless the point sets it. Writes benchmarks/results/placement.json after every point.
 """
 
 import argparse
@@ -131,7 +130,7 @@ def placed_for(point: Point, sizes: Sizes, budget: float, rates: placement.Rates
 
 
 def measure_point(name: str) -> tuple[dict, dict]:
-    """Train a few steps. Returns the point with what was measured, and on what it was."""
+    """Train a few steps. Returns the point with its measurements, and the environment."""
     from datasets import Dataset, disable_caching
     from transformers import TrainerCallback
 
@@ -218,7 +217,7 @@ def measure_point(name: str) -> tuple[dict, dict]:
 
 
 def measure(names: list[str]) -> None:
-    """Measure the points and put them into RESULTS, in place of older ones."""
+    """Measure the points and put them into RESULTS, replacing older ones."""
     saved = load()
     for name in names or POINTS:
         try:
@@ -236,7 +235,7 @@ def load() -> dict:
 
 
 def with_predictions(results: dict) -> dict:
-    """The points with what stages/shared/placement.py says of them now, and the ratios."""
+    """The points with current predictions of stages/shared/placement.py, and the ratios."""
     for found in results["points"]:
         fields = {key: found[key] for key in Point.__dataclass_fields__ if key in found}
         sizes, placed = sizes_for(Point(**fields)), Placement(**found["placement"])
@@ -296,7 +295,7 @@ def main() -> None:
     parser.add_argument("action", choices=["measure", "report"])
     parser.add_argument("names", nargs="*", metavar="NAME")
     arguments = parser.parse_args()
-    # As every stage has it: what the allocator reserves stays near what is used.
+    # As in every stage: reserved memory stays close to allocated memory.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if arguments.action == "measure":
         measure(arguments.names)

@@ -1,19 +1,19 @@
-"""The rate and the memory of `prepare` on a million rows, beside datasets.map and the tokenizer.
+"""Rate and memory of `prepare` on a million rows, against datasets.map with the tokenizer.
 
     python -m benchmarks.prepare --work DIR               # all sides, a million rows
     python -m benchmarks.prepare --work DIR --rows 100000
 
-Needs data/raw and models/tokenizer of the default. The rows are its examples again and again,
-each time with another number in the prompt, so that none is a duplicate. Sides:
+Needs data/raw and models/tokenizer of the default. The rows repeat its examples with different
+numbers in the prompts, so that there are no duplicates. Sides:
 
-    map       datasets.map with the fast tokenizer on text that is rendered already, and nothing
-              else: with threads inside the tokenizer, and with a process for each core
-    prepare   `python -m stages.prepare` as a whole, from the start of the interpreter to the end:
-              reading, checking, hashing, splitting, rendering, tokenizing and writing every row
-    near      the search for near duplicates, by itself, on the first 20,000 rows
+    map       datasets.map with the fast tokenizer on already rendered text, and nothing else: with
+              threads inside the tokenizer, and with a process for each core
+    prepare   all of `python -m stages.prepare`, including the start of the interpreter: reading,
+              checking, hashing, splitting, rendering, tokenizing and writing every row
+    near      the search for near duplicates alone, on the first 20,000 rows
 
-Rates are rows over wall time, the best of the rounds in which the sides take turns; CPU seconds
-stand beside them, since the machine may be shared. The peak is that of the proportional set sizes
+Rates are rows over wall time, the best of several rounds in which the sides take turns; CPU seconds
+are reported too, since the machine may be shared. The peak is the sum of the proportional set sizes
 of all processes of a side, sampled five times a second.
 """
 
@@ -76,7 +76,7 @@ print(json.dumps({"seconds": time.perf_counter() - start}))
 
 
 def make(work: Path, rows: int) -> None:
-    """The workspace: rows as `prepare` takes them, and rendered for the other side."""
+    """The workspace: raw rows for `prepare`, and rendered ones for the other side."""
     from transformers import AutoTokenizer
 
     for name in ("stages", "templates"):
@@ -118,7 +118,7 @@ def make(work: Path, rows: int) -> None:
 
 
 def run(work: Path, *command: str) -> dict:
-    """Run Python with `command`: wall and CPU seconds, peak GB, what it printed last as JSON."""
+    """Run Python with `command`: wall and CPU seconds, peak GB, and its last line as JSON."""
     before, start, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0
     with tempfile.TemporaryFile("w+") as output:
         environment = os.environ | {"HF_HOME": str(work / "hf"), "PYTHONPATH": str(work)}
@@ -144,7 +144,7 @@ def run(work: Path, *command: str) -> dict:
 
 
 def memory(pid: int) -> int:
-    """Bytes of the proportional set sizes of a process and all below it; 0 for one that ended."""
+    """Proportional set size of a process and its descendants in bytes; 0 if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/smaps_rollup").read_text().split()
         tasks = Path(f"/proc/{pid}/task").iterdir()

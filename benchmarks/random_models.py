@@ -1,7 +1,7 @@
 """Models of well-known shapes with random weights, made on the device as 16 bit or as NF4.
 
-An NF4 model is built from random 4-bit codes, so that a 70B shape never exists in 16 bit. What
-training computes with it is as fast and as large as with the real one, and means nothing.
+An NF4 model is built from random 4-bit codes, so that a 70B shape never exists in 16 bit. Training
+it takes the time and memory of the real one, but the results are meaningless.
 """
 
 import functools
@@ -33,9 +33,9 @@ from stages.shared.packed import Nf4Experts, compute_packed, put_packed
 from stages.shared.process import sha256
 
 SPREAD = 0.02
-# The modelling modules of transformers as they were before Liger put its own classes into them.
+# The modelling modules of transformers before Liger replaced classes in them.
 _UNTOUCHED: dict[str, dict] = {}
-# Files of a 16-bit model are written and hashed side by side.
+# Files of a 16-bit model are written and hashed in parallel.
 SHARDS = 8
 
 
@@ -119,8 +119,8 @@ def _host_codes(count: int) -> torch.Tensor:
 def random_nf4(outputs: int, inputs: int, double_quant: bool, device: torch.device) -> Params4bit:
     """A weight [outputs, inputs] of random NF4 codes in [-SPREAD, SPREAD].
 
-    In host memory all weights of a size share their codes, as pages of a mapped file would wait to
-    be copied: a 70B shape is there at once.
+    In host memory all weights of the same size share their codes, so that a 70B shape is built at
+    once.
     """
     count = outputs * inputs
     if device.type == "cpu":
@@ -175,10 +175,10 @@ def build(
     attention: str | None = None,
     double_quant: bool = True,
 ) -> PreTrainedModel:
-    """A frozen base as `load_base` gives it: norms 1, the rest random, bf16 or NF4.
+    """A frozen base like that of `load_base`: norms 1, the rest random, bf16 or NF4.
 
-    Like the first model of a process: what Liger did to the modules of its family is undone, or a
-    second one would be built of Liger's MLPs, which the fused path does not know.
+    Undoes Liger's changes to the modules of its family first, since otherwise a second model of a
+    process would have Liger's MLPs, which the fused path does not support.
     """
     config = config_of(name)
     family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__
@@ -215,7 +215,7 @@ def build(
                 setattr(module, key, torch.nn.Parameter(value, requires_grad=False))
     if config.tie_word_embeddings:
         head.weight = model.get_input_embeddings().weight
-    # Its buffers hold frequencies, and Gemma's a scale, which the meta device does not.
+    # The buffers hold frequencies, and in Gemma a scale, which the meta device would lose.
     if scale := getattr(model.get_input_embeddings(), "scalar_embed_scale", None):
         model.get_input_embeddings().embed_scale = torch.tensor(scale, device=device)
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
@@ -249,7 +249,7 @@ def write_base(name: str, folder: Path, device: torch.device) -> int:
     def write(file: str, shard: list) -> tuple[str, str]:
         tensors = {}
         for key, dims in shard:
-            # Every model of GPU writes the same weights, whichever thread comes first.
+            # The weights depend neither on the GPU model nor on the order of threads.
             seeded = torch.Generator(device).manual_seed(zlib.crc32(key.encode()))
             value = torch.empty(dims, dtype=torch.bfloat16, device=device)
             value = value.fill_(1) if len(dims) == 1 else value.normal_(0, SPREAD, generator=seeded)
@@ -276,7 +276,7 @@ def _on_meta(config: PretrainedConfig, attention: str | None = None) -> PreTrain
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """The few tokens that a trainer asks a tokenizer for; rows are token ids already."""
+    """A minimal tokenizer for the trainer; rows are already token ids."""
     from tokenizers import Tokenizer, models
 
     words = {"<unk>": 0, "<s>": 1, "</s>": 2}
@@ -290,5 +290,5 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def scratch() -> Path:
-    """A folder for what a trainer insists on writing."""
+    """A folder for the trainer's output."""
     return Path(tempfile.mkdtemp(prefix="benchmark-"))

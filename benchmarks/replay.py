@@ -1,15 +1,14 @@
-"""What replay keeps: the default pipeline with 0, 1 and 5 % of general rows among its own.
+"""The effect of replay: the default pipeline with 0, 1 and 5 % of general rows mixed in.
 
     pip install --no-deps chatterbot-corpus==1.3.3
     python -m benchmarks.replay --work DIR
 
 Real weights and data. Each share is trained at the default's learning rate and, with two seeds, at
-a higher one, under which the default forgets, on the same number of rows: replayed rows take the
-place of the task's. Of each run the held-out rows of the task and the retention text are scored;
-the base scores them once. What DIR has already is not computed again. Writes
-benchmarks/results/replay.json after every run: perplexities, their change from the base in percent,
-and for both sets `…_p`, how easily the difference from the run without replay comes of the rows
-drawn.
+a higher one at which the default forgets. The number of rows is constant: replayed rows replace
+rows of the task. Each run is scored on the task's held-out rows and the retention text, and so is
+the base, once. Results in DIR are reused. Writes benchmarks/results/replay.json after every run:
+perplexities, their change from the base in percent, and for both sets `…_p` of a paired bootstrap
+against the run without replay.
 """
 
 import argparse
@@ -37,7 +36,7 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 
 
 def workspace(folder: Path, share: float, learning_rate: float, seed: int) -> None:
-    """The project's code in `folder`, and its params.yaml with what a run changes of it."""
+    """The project's code in `folder`, with the run's params.yaml."""
     for name in ("stages", "templates"):
         shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
     (folder / "data/source").mkdir(parents=True, exist_ok=True)
@@ -79,7 +78,7 @@ def score_sets(folder: Path, adapter: bool) -> dict:
 
 
 def kept_scores(folder: Path, adapter: bool) -> dict:
-    """What `score_sets` gives, computed once."""
+    """`score_sets`, computed once."""
     file = folder / "scores.json"
     if not file.exists():
         file.write_text(json.dumps(score_sets(folder, adapter)), encoding="utf-8")
@@ -87,7 +86,7 @@ def kept_scores(folder: Path, adapter: bool) -> dict:
 
 
 def figures(scores: dict, base: dict, without: dict) -> dict:
-    """Perplexities of a run's sets by what `kept_scores` gives of it, of the base and of the run
+    """Perplexities of a run's sets, from the `kept_scores` of the run, of the base and of the run
     without replay."""
     from stages.evaluating.bootstrap import p_value
     from stages.shared.scoring import Scores

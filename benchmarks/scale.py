@@ -1,4 +1,4 @@
-"""Several GPUs against one: the same params, the rate, the loss, the bytes, the memory, a kill.
+"""Several GPUs against one with the same params: rate, loss, bytes, memory, and a kill.
 
     python -m benchmarks.scale --work DIR                      # every part, on 2 or more GPUs
     python -m benchmarks.scale --work DIR 7b kill              # some of them
@@ -52,7 +52,7 @@ LONG_ROWS, LONG_TOKENS, SHARD_BYTES = 16, 4096, 4e9
 
 
 def gpus(count: int) -> dict[str, str]:
-    """The environment in which `count` devices are to be seen; on a CPU, as many ranks."""
+    """The environment in which `count` devices are visible; on a CPU, as many ranks."""
     import torch
 
     if not torch.cuda.device_count():
@@ -63,7 +63,7 @@ def gpus(count: int) -> dict[str, str]:
 
 
 def stage(work: Path, name: str, count: int, **env: str) -> tuple[str, float]:
-    """Run a stage of `work` on `count` devices; what it said, and its wall seconds."""
+    """Run a stage of `work` on `count` devices; returns its output and wall seconds."""
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", f"stages.{name}"],
@@ -151,7 +151,7 @@ def seven_b(work: Path, options) -> dict:
 
 
 def seventy_b(work: Path, options) -> dict:
-    """Every rank is held to the limit that plan would have left."""
+    """Every rank is limited as plan.vram_limit_gb would limit it."""
     base = work / "70b"
     shape = "llama-2-70b" if options.shape == "mistral-7b" else options.shape
     if not (base / "models/quantized").exists():
@@ -174,7 +174,7 @@ def seventy_b(work: Path, options) -> dict:
 
 
 def make_quantized(work: Path, shape: str) -> None:
-    """Random NF4 weights, layer by layer: a 70B in 16 bit fits neither memory nor many disks."""
+    """Random NF4 weights, layer by layer, since a 70B in 16 bit would not fit in memory."""
     import torch
     from safetensors.torch import save_file
 
@@ -226,7 +226,7 @@ def make_quantized(work: Path, shape: str) -> None:
 
 
 def long_rows(work: Path, vocabulary: int) -> None:
-    """Rows of LONG_TOKENS each, in the place of those of speed."""
+    """Replace the rows by ones of LONG_TOKENS each."""
     draw = random.Random(speed.SEED)
     rows = [draw.choices(range(3, vocabulary), k=LONG_TOKENS) for _ in range(LONG_ROWS)]
     (work / "data/prepared/prepared.json").write_text(json.dumps({"max_length": LONG_TOKENS}))
@@ -256,14 +256,14 @@ def write_rows(work: Path, name: str, rows: list[dict]) -> None:
 
 
 def shared_memory() -> float:
-    """GB of host memory in use: what /proc/meminfo has no more available."""
+    """GB of host memory in use, by /proc/meminfo."""
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     found = {line.split(":")[0]: int(line.split()[1]) for line in lines}
     return (found["MemTotal"] - found["MemAvailable"]) * 1024 / 1e9
 
 
 class Watched:
-    """The most of `shared_memory` from now on."""
+    """The maximum of `shared_memory` from now on."""
 
     def __init__(self, work: Path):
         code = (
@@ -333,7 +333,7 @@ def kill(work: Path, options) -> dict:
         "kill": killed,
         "hang": hung | {"timeout_seconds": HANG_SECONDS},
         "kill_shape": options.shape,
-        "kill_went_on": "goes on from" in said,
+        "kill_went_on": "resuming from" in said,
         "kill_same_bytes": digests(base) == expected,
     }
 
@@ -362,7 +362,7 @@ def score(work: Path, options) -> dict:
 
 
 def no_retention(work: Path) -> None:
-    """Write what fetch_retention does where there is none."""
+    """Write what fetch_retention does for `retention: null`."""
     from stages.shared.outputs import write_sums
 
     folder = work / "data/retention"

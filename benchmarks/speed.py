@@ -1,4 +1,4 @@
-"""Training speed and peak VRAM beside what people would use instead, on one GPU and the same rows.
+"""Training speed and peak VRAM against Unsloth and TRL + PEFT, on one GPU and the same rows.
 
     python -m benchmarks.speed make --work DIR               # 7B-shaped random weights, 1,000 rows
     python -m benchmarks.speed run  --work DIR ours-packed unsloth-packed ours-packed …
@@ -8,11 +8,11 @@
 
 The shape is Mistral-7B's (7.24e9 parameters), r = 64 on all seven projections; the lengths of the
 rows are log-normal (median 380, 16 to 2,048 tokens), like those of guanaco-llama2-1k. Weights are
-random: speed and memory are real, quality is not. Our figures are read from the
-metrics/train_cost.json that `python -m stages.train` writes; the other sides train through their
-own libraries. Alike on all sides: rows, rank, targets, optimizer (fused AdamW), float32
-adapters and moments. tokens/s is non-padding tokens over the wall time of the epoch, warm-up and
-compilation included; the peak is the allocator's plus the bytes of managed memory.
+random: speed and memory are realistic, quality is not. Our figures are from the
+metrics/train_cost.json of `python -m stages.train`; the other sides train with their own libraries.
+Equal on all sides: rows, rank, targets, optimizer (fused AdamW), float32 adapters and moments.
+tokens/s is non-padding tokens over the wall time of the epoch, including warm-up and compilation;
+the peak is the allocator's plus managed memory.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def make_tokenizer(folder: Path, vocabulary: int) -> None:
 
 
 def make_workspace(work: Path, rows: int) -> None:
-    """The project's stages beside rows in the form that `prepare` writes."""
+    """The project's stages, and rows as `prepare` writes them."""
     import pyarrow as pa
 
     from stages.shared.outputs import write_sums
@@ -166,7 +166,7 @@ def run_stage(work: Path, stage: str, changes: dict) -> None:
 
 
 def train_params(batch: int, packed: bool, dropout: float) -> dict:
-    """params.yaml sections of one side, the same numbers that the other sides are given."""
+    """params.yaml sections of one side, with the same numbers as the other sides."""
     return {
         "lora": {"r": RANK, "alpha": ALPHA, "dropout": dropout, "target_modules": TARGETS},
         "train": {
@@ -311,7 +311,7 @@ def one(work: Path, side: str) -> dict:
 
 
 def profile(work: Path, side: str, steps: int) -> None:
-    """Print the longest kernels of two steps, through the trainer that the stage builds."""
+    """Print the longest kernels of two steps of the stage's trainer."""
     import torch
     from datasets import Dataset, disable_caching
     from torch.profiler import ProfilerActivity
@@ -396,7 +396,7 @@ def versions() -> dict[str, str]:
 
 
 def run(work: Path, sides: list[str], out: Path) -> None:
-    """Each side in a process of its own, in the order given; append to `out` as they finish."""
+    """Run each side in its own process, in the given order; append to `out` as they finish."""
     for side in sides:
         environment = dict(os.environ)
         extra = environment.get("UNSLOTH_PATH")
@@ -420,7 +420,7 @@ def run(work: Path, sides: list[str], out: Path) -> None:
 
 
 def ratios(runs: list[dict]) -> list[dict]:
-    """How many times the others' rate ours is, by the medians of what ran on one machine."""
+    """Ratios of our rate to the others', by medians over the runs on one machine."""
     rates: dict[str, list[float]] = {}
     for found in runs:
         rates.setdefault(found["side"], []).append(found["tokens_per_second"])

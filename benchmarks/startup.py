@@ -1,10 +1,10 @@
-"""The seconds that each stage takes before its own work begins: Python, checks and imports.
+"""Startup time of each stage: Python, checks and imports.
 
     python -m benchmarks.startup
     python -m benchmarks.startup --rounds 9
 
-Runs each stage's script without its last lines, which call main(). The stages take turns; medians
-over the rounds. CPU seconds stand beside those of the clock, since the machine may be shared.
+Runs each stage's script without the call of main(). The stages take turns; medians over rounds.
+CPU seconds are reported beside wall time, since the machine may be shared.
 Writes benchmarks/results/startup.json.
 """
 
@@ -37,7 +37,7 @@ exec(compile(script, file, "exec"), {"__name__": "__main__"})
 
 
 def start(stage: str) -> tuple[float, float]:
-    """Seconds by the clock and of CPU time until `stage` would call main()."""
+    """Wall and CPU seconds until `stage` would call main()."""
     before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run([sys.executable, "-c", START, stage], cwd=ROOT, check=True)
     seconds, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,4 +1,4 @@
-"""What training needs on a GPU, measured, against what `plan` predicts.
+"""Measured GPU memory of training against the predictions of `plan`.
 
     python -m benchmarks.vram measure --only fit        # on one NVIDIA GPU of 140 GB
     python -m benchmarks.vram fit                       # anywhere: the constants of vram.py
@@ -6,9 +6,9 @@
     python -m benchmarks.vram report                    # anywhere: predictions, errors, a table
 
 Random weights in the shapes of known models (benchmarks/random_models.py), trained for a few steps
-by the trainer of the train stage. A point's `measured_gb` is the allocator's peak and the managed
-memory of a paged optimizer; `measured_device_gb` is what the card held: the allocator's
-reservation, managed memory, and everything that the driver counts besides (context, kernels).
+by the train stage's trainer. A point's `measured_gb` is the allocator's peak plus the managed
+memory of a paged optimizer; `measured_device_gb` is all memory used on the card: the allocator's
+reservation, managed memory, and the driver's (context, kernels).
 Writes benchmarks/results/plan.json.
 """
 
@@ -40,7 +40,7 @@ from stages.shared.workload import match_targets, shape_of
 RESULTS = Path("benchmarks/results/plan.json")
 STEPS = 3
 ROWS_A_STEP = 4
-# Kept inputs from which on they wait on the host where a point does not say.
+# Inputs of this size or more are offloaded, unless a point says otherwise.
 OFFLOADED_BYTES = 1e9
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel")
 
@@ -73,7 +73,7 @@ POINTS = [
     Point("mistral-7b", "lora", 64, 8 * K, dropout=0.1, held_out=False),
     Point("llama-2-13b", "qlora", 64, 8 * K, held_out=False),
     Point("mistral-7b", "full", 0, 2 * K, held_out=False),
-    # Never looked at while fitting.
+    # Never used for fitting.
     Point("qwen2-1.5b", "qlora", 8, 2 * K),
     Point("qwen2-1.5b", "qlora", 256, 16 * K),
     Point("qwen2-1.5b", "qlora", 64, 2 * K, checkpointing=False, dropout=0.1),
@@ -128,8 +128,8 @@ def params_of(point: Point) -> Params:
 
 
 def random_rows(point: Point, steps: int):
-    """`steps` steps of rows that together have the point's tokens, each a little shorter than the
-    one before, so that a padded batch has a mask."""
+    """`steps` steps of rows with the point's tokens in total, each slightly shorter than the one
+    before, so that a padded batch has a mask."""
     from datasets import Dataset
 
     draw, rows = random.Random(0), []
@@ -140,7 +140,7 @@ def random_rows(point: Point, steps: int):
 
 
 def full_trainer(model, rows, params: Params, folder: Path, fast, placed: Placement):
-    """Every weight trained in bf16, with bf16 moments: what the table calls full fine-tuning."""
+    """Full fine-tuning: all weights and moments in bf16."""
     from trl import SFTConfig
 
     from stages.training.trainer import Trainer, apply_liger
@@ -171,7 +171,7 @@ def full_trainer(model, rows, params: Params, folder: Path, fast, placed: Placem
 
 
 def prepare(point: Point, device: torch.device, rows):
-    """(trainer, fast path, placement) for `point`: the model, the adapter and what runs it."""
+    """(trainer, fast path, placement) for `point`."""
     from stages.training.trainer import TrainingSet, as_installed, build_trainer
 
     params, config = params_of(point), config_of(point.shape)
@@ -188,7 +188,7 @@ def prepare(point: Point, device: torch.device, rows):
 
 
 def offloads(point: Point, device: torch.device) -> bool:
-    """Whether layer inputs wait on the host: as the point says, or from a size on."""
+    """Whether layer inputs are offloaded: as the point says, or depending on their size."""
     shape = SHAPES[point.shape]
     kept = 2 * shape.hidden * shape.layers * point.tokens_per_step
     wanted = kept >= OFFLOADED_BYTES if point.offloading is None else point.offloading
@@ -196,7 +196,7 @@ def offloads(point: Point, device: torch.device) -> bool:
 
 
 def training_of(point: Point, fast: dict) -> tuple[vram.Shape, vram.Training]:
-    """The facts that `predict` is fed with for a measured point."""
+    """The inputs of `predict` for a measured point."""
     shape = shape_of(config_of(point.shape))
     padded = not fast["padding_free"]
     targets = point.targets if point.targets == "all-linear" else point.targets.split(",")
@@ -221,17 +221,17 @@ def training_of(point: Point, fast: dict) -> tuple[vram.Shape, vram.Training]:
 
 
 def alone(function, *args):
-    """What `function` returns in a process of its own.
+    """The result of `function` in its own process.
 
-    A process's context grows with every kernel that it has loaded, bitsandbytes gives managed
-    memory back at its end only, and what Liger replaces stays replaced.
+    A process's context grows with every loaded kernel, bitsandbytes frees managed memory only at
+    exit, and Liger's replacements are permanent.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
 def peaks(trainer) -> dict[str, float]:
-    """Peaks of this process in GB, when nothing else runs on its GPU."""
+    """Peaks of this process in GB; nothing else may run on its GPU."""
     from stages.training.paged import state_bytes
 
     torch.cuda.synchronize()
@@ -250,7 +250,7 @@ def peaks(trainer) -> dict[str, float]:
 
 
 def measure_point(point: Point) -> tuple[dict, dict]:
-    """Train a few steps. Returns the point with what was measured, and on what it was."""
+    """Train a few steps. Returns the point with its measurements, and the environment."""
     from datasets import disable_caching
 
     disable_caching()
@@ -277,7 +277,7 @@ def measure_point(point: Point) -> tuple[dict, dict]:
 
 
 def measure(only: str, shapes: list[str]) -> None:
-    """Measure the chosen points and put them into RESULTS, in place of older ones."""
+    """Measure the chosen points and put them into RESULTS, replacing older ones."""
     wanted = {"fit": (False,), "held-out": (True,), "all": (False, True)}[only]
     saved = load()
     for point in POINTS:
@@ -300,7 +300,7 @@ def version(name: str) -> str:
 
 
 def key(point: dict) -> dict:
-    """The fields that say which point it is."""
+    """The fields that identify a point."""
     return {name: point[name] for name in Point.__dataclass_fields__ if name != "held_out"}
 
 
@@ -314,22 +314,22 @@ def save(results: dict) -> None:
 
 
 def measured_training(point: dict) -> tuple[vram.Shape, vram.Training]:
-    """The facts of a point as RESULTS has it."""
+    """`training_of` for a point of RESULTS."""
     fields = {name: point[name] for name in Point.__dataclass_fields__}
     return training_of(Point(**fields), point["fast"])
 
 
 def predicted(point: dict) -> placement.Prediction:
-    """What `plan` says of a measured point."""
+    """`plan`'s prediction for a measured point."""
     return placement.predict_run(*measured_training(point))
 
 
 def fit() -> None:
-    """Print the constants that the fit points ask for; they are frozen by hand in vram.py."""
+    """Print the constants fitted to the fit points; copy them into vram.py by hand."""
     points = [p for p in load()["points"] if not p["held_out"]]
     if not points:
         raise SystemExit("vram: no fit points in benchmarks/results/plan.json; measure them first")
-    # How many layer inputs the GPU holds in the backward pass, by trl's offloading and by ours.
+    # Layer inputs on the GPU in the backward pass, with trl's offloading and with ours.
     for name, ours in (("OFFLOAD_RETURNED", False), ("PARTS_RETURNED", True)):
         offloaded = [
             p
@@ -337,7 +337,7 @@ def fit() -> None:
             if p["fast"]["offload"] and vram.in_halves(*measured_training(p)) == ours
         ]
         if not offloaded:
-            raise SystemExit(f"vram: no fit point tells {name}; measure all six first")
+            raise SystemExit(f"vram: no fit point determines {name}; measure all six first")
         gaps = {}
         for returned in (1, 2, 3, 4):
             setattr(placement, name, returned)
@@ -360,7 +360,7 @@ def fit() -> None:
         errors[placement.FRAGMENTATION] = [
             error(predicted(p).device, p["measured_device_gb"]) for p in points
         ]
-    # The share whose worst point is best, by what is wanted: 5 % above, 2 % below.
+    # The share with the best worst case; the goal is within 5 % above and 2 % below.
     share = min(errors, key=lambda x: max(max(e / 5, -e / 2) for e in errors[x]))
     print(f"WORKSPACES = {workspaces / GB:.3f}e9")
     print(f"FRAGMENTATION = {share:.2f}  (the card's errors in per cent: {errors[share]})")
@@ -402,7 +402,7 @@ def report() -> None:
 
 
 def error(found: float, measured_gb: float) -> float:
-    """Per cent by which a prediction in bytes lies above what was measured."""
+    """Error of a prediction in bytes, in percent of the measurement; positive if too high."""
     return round(100 * (found / GB / measured_gb - 1), 2)
 
 

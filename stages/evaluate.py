@@ -1,10 +1,10 @@
-"""Score the base and the tuned model on the same held-out tokens, and let both answer some.
+"""Score the base and the tuned model on the same held-out tokens, and sample answers of both.
 
     python -m stages.evaluate
 
 Reads data/prepared, data/retention, models/quantized and models/adapter, writes metrics/eval.json,
 metrics/answers.json, metrics/rows.csv, metrics/eval_cost.json and metrics/samples.jsonl. The base
-is loaded once: with the adapter switched off it is the untouched base.
+is loaded once and scored with the adapter disabled.
 """
 
 import json
@@ -50,7 +50,7 @@ from stages.shared.weights import Weights
 
 METRICS = Path("metrics")
 INPUTS = {PREPARED: "prepare", QUANTIZED: "quantize", RETENTION: "fetch_retention"}
-# What scores answers; other versions may score otherwise.
+# Libraries whose version may change the scores of answers.
 SCORERS = ("sacrebleu", "rapidfuzz")
 
 
@@ -75,17 +75,17 @@ def name_of(prefix: str) -> str:
 
 
 def held_out() -> dict[str, list[dict]]:
-    """The rows of each held-out set, by the prefix of its metrics."""
+    """Metric prefix -> rows of the held-out set."""
     return {prefix: read_rows(file) for prefix, file in held_out_sets().items()}
 
 
 def measure(world: World, task: dict) -> dict:
-    """Load the models, score the sets with the other ranks of `world`, and let rank 0 answer.
+    """Load the models, score the sets on all ranks of `world`, and sample answers on rank 0.
 
-    Returns what the files of the stage hold: metrics, answers, rows, samples and cost.
+    Returns the contents of the stage's files: metrics, answers, rows, samples and cost.
     """
     params = load_params()
-    # An adapter from elsewhere may bring no tokenizer; the rows were made with this one.
+    # The rows were made with this tokenizer; an adapter from elsewhere may have none.
     tokenizer = AutoTokenizer.from_pretrained(PREPARED / "tokenizer")
     tokens = params.retention.tokens if params.retention else 0
     texts = retention_rows(RETENTION, tokenizer, tokens)
@@ -99,7 +99,7 @@ def measure(world: World, task: dict) -> dict:
     base, streamer = load_to_score("evaluate", QUANTIZED, sizes, device, world, answers, passes)
     extend(base, rows_needed(ADAPTER))
     if not streamer:
-        # Of a streamed model each row would take a pass over its weights; train has tried it.
+        # With streamed weights each row would cost a pass over them, and train has tried it.
         check_head(base, [row["input_ids"] for row in sets[""]])
     weights = torch.cuda.memory_allocated() / GB if device.type == "cuda" else None
     model = load_adapter(base, ADAPTER)
@@ -132,11 +132,11 @@ def measure(world: World, task: dict) -> dict:
 
 
 def no_memory_to_score(weights: float) -> StageError:
-    """What was allocated when the GPU ran out, and what to change. `weights` in GB."""
+    """What was allocated when memory ran out, and what to change. `weights` in GB."""
     rest = torch.cuda.max_memory_allocated() / GB - weights
     return StageError(
         f"out of GPU memory with {weights + rest:.2f} GB allocated (base model {weights:.2f}, "
-        f"adapter and scoring {rest:.2f}); see with nvidia-smi who else uses the GPU, lower "
+        f"adapter and scoring {rest:.2f}); see with nvidia-smi what else uses the GPU, lower "
         "evaluate.samples, or use the CPU: CUDA_VISIBLE_DEVICES= dvc repro evaluate"
     )
 
@@ -147,7 +147,7 @@ def evaluate(
     world: World = ALONE,
     streamer: Streamer | None = None,
 ) -> tuple[dict, dict[str, dict[str, Scores]], dict]:
-    """Quality metrics of every set by its prefix, its rows' scores, and what scoring cost."""
+    """Quality metrics of all sets, scores of their rows, and the cost of scoring."""
     metrics: dict[str, float | str] = {}
     scores: dict[str, dict[str, Scores]] = {}
     tokens, started = 0, time.monotonic()
@@ -177,7 +177,7 @@ def answer(
     params: Evaluate,
     room: Room | None = None,
 ) -> tuple[list[Answered], dict]:
-    """Held-out prompts answered by both models, and what that cost."""
+    """Held-out prompts answered by both models, and the cost."""
     ends = end_tokens(PREPARED / "tokenizer")
     started = time.monotonic()
     found = answered(model, tokenizer, sets, params, ends, room)
@@ -190,7 +190,7 @@ def answer(
 
 
 def check_numbers(scores: Scores, rows: list[dict], whose: str, remedy: str) -> None:
-    """Raise StageError naming the first of `rows` whose NLL is no number."""
+    """Raise StageError naming the first of `rows` whose NLL is not finite."""
     for row, nll in zip(rows, scores.nll, strict=True):
         if not math.isfinite(nll):
             raise StageError(f"{whose} loss on {row['row']} is {nll}; {remedy}")

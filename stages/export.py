@@ -1,9 +1,9 @@
-"""Write the report, the model card and the folder to take away.
+"""Write the report, the model card and the release.
 
     python -m stages.export
 
-Reads   models/merged (which models/verify.ok vouches for), metrics/*, data/prepared,
-        data/retention and models/tokenizer (what was trained and measured on what)
+Reads   models/merged (approved by models/verify.ok), metrics/*, and for provenance
+        data/prepared, data/retention and models/tokenizer
 Writes  models/release: the merged files, linked, with a model card and fresh SHA256SUMS,
         metrics/report.html, metrics/report.md, metrics/summary.json, metrics/memory.csv
 """
@@ -42,12 +42,12 @@ INPUTS = {
     RETENTION: "fetch_retention",
     TOKENIZER: "fetch_model",
 }
-# Stage -> what it was computed with and what it cost.
+# Stage -> its file of costs and versions.
 COSTS = {"quantize": "quantize", "train": "train", "evaluate": "eval", "merge": "merge"}
 
 
 def read_results(params: dict, merged: Path) -> Results:
-    """Everything the report is made of; `params` as in params.yaml."""
+    """All inputs of the report; `params` as in params.yaml."""
     metrics = {
         name: read_json(METRICS / f"{name}.json")
         for name in (
@@ -84,7 +84,7 @@ def read_results(params: dict, merged: Path) -> Results:
 
 
 def link_files(source: Path, target: Path) -> int:
-    """Link every file of `source` but its checksums into `target`; how many there were."""
+    """Link every file of `source` but its checksums into `target`; returns their number."""
     files = sorted(f for f in source.rglob("*") if f.is_file() and f != source / SUMS)
     for file in files:
         link_or_copy(file, target / file.relative_to(source))
@@ -105,7 +105,7 @@ def _csv(path: Path) -> list[dict]:
 
 
 def write_release(results: Results) -> int:
-    """Write the folder to take away; how many files of the merged model are in it."""
+    """Write models/release; returns the number of linked files."""
     with whole_folder(RELEASE) as out:
         files = link_files(MERGED, out)
         (out / "README.md").write_text(model_card(results), encoding="utf-8")
@@ -118,7 +118,7 @@ def main() -> None:
     for folder, stage in INPUTS.items():
         check_sums(folder, stage)
     results = read_results(params, MERGED)
-    print(f"export: releasing {results.release_gb:.2f} GB from {MERGED}, linked, with its card")
+    print(f"export: linking {results.release_gb:.2f} GB from {MERGED} into {RELEASE}")
     files = write_release(results)
     parts = memory_parts(results.plan, results.train_cost)
     write_text(METRICS / "memory.csv", csv_text(parts))
@@ -126,7 +126,7 @@ def main() -> None:
     write_text(METRICS / "report.md", to_markdown(heading, content))
     write_text(METRICS / "report.html", to_html(heading, content))
     write_metrics(METRICS / "summary.json", summary(results))
-    print(f"export: {files} files and README.md in {RELEASE}; open {METRICS}/report.html")
+    print(f"export: {files} files and README.md in {RELEASE}; report: {METRICS}/report.html")
 
 
 if __name__ == "__main__":

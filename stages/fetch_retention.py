@@ -1,10 +1,10 @@
-"""Make the texts by which forgetting is measured: they have nothing to do with the task.
+"""Fetch texts unrelated to the task, by which forgetting is measured.
 
     python -m stages.fetch_retention
 
 Reads retention from params.yaml, and data/source, the Hub or an installed package. Writes
-data/retention: texts.jsonl (rows of {row, text}, as many as can be scored), the licence, and
-source.json. Where retention is null the rows are none and the bytes always the same.
+data/retention: texts.jsonl (rows of {row, text}, as many as are scored), the licence, and
+source.json. If retention is null there are no rows, and the bytes are constant.
 """
 
 import json
@@ -31,13 +31,13 @@ TEXTS = "texts.jsonl"
 WANTED = re.compile(
     r"\.(txt|(jsonl|ndjson|json|csv|tsv|parquet)(\.(gz|zst|bz2|xz))?)$", re.IGNORECASE
 )
-# More than any tokenizer takes, so that of a large source this much is enough.
+# More characters per token than any tokenizer has, to bound what is read of a large source.
 CHARACTERS_A_TOKEN = 16
 PASSAGE = 1000
 
 
 def texts_in(folder: Path, names: list[str], section: Retention) -> Iterator[dict]:
-    """Rows {row, text}: the paragraphs of text files, and the column `text` of the others."""
+    """Rows {row, text}: the paragraphs of text files, and the column `text` of data files."""
     plain = [name for name in names if kind_of(folder / name) is None]
     rows = [name for name in names if name not in plain]
     if section.source == "hub" and rows:
@@ -52,7 +52,7 @@ def texts_in(folder: Path, names: list[str], section: Retention) -> Iterator[dic
 
 
 def paragraphs(path: Path) -> Iterator[str]:
-    """What blank lines part in a text file. Raises StageError for what is no text."""
+    """The paragraphs of a text file. Raises StageError if it is not text."""
     check_data(path, is_text=True)
     lines: list[str] = []
     size = 0
@@ -71,11 +71,11 @@ def paragraphs(path: Path) -> Iterator[str]:
 
 
 def text_of(row: dict, where: str) -> str:
-    """The column `text` of a row. Raises StageError where it is none that can be scored."""
+    """The column `text` of a row. Raises StageError if it cannot be scored."""
     text = row.get("text")
     if not isinstance(text, str):
         raise StageError(
-            f"{where}: no text in a column `text`, which texts for retention have; the row has "
+            f"{where}: retention needs text in a column `text`; the row has "
             f"{', '.join(map(str, row))[:100] or 'no column'}"
         )
     if len(text) > MAX_ROW_BYTES:
@@ -84,15 +84,15 @@ def text_of(row: dict, where: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise StageError(
-            f"{where}: `text` holds half a surrogate pair; write the whole character"
+            f"{where}: `text` contains half a surrogate pair; write the whole character"
         ) from None
     return text
 
 
 def passages(texts: Iterable[dict], tokens: int) -> list[dict]:
-    """Rows of PASSAGE characters or more where a file has them, until `tokens` can be had.
+    """Rows of at least PASSAGE characters where a file has them, enough for `tokens` tokens.
 
-    Of a sentence by itself hardly anything can be foreseen, so short texts stand behind each other.
+    Short texts are joined, since little of an isolated sentence can be predicted.
     """
     found: list[dict] = []
     file, left = None, CHARACTERS_A_TOKEN * tokens
@@ -113,8 +113,8 @@ def passages(texts: Iterable[dict], tokens: int) -> list[dict]:
 def extract(section: Retention, out: Path) -> list[dict]:
     """The texts of the package adventure, with its licence."""
     if section.id != "adventure":
-        raise StageError(f"retention.id: only adventure is known as a package, not {section.id}")
-    assert section.revision is not None  # Null for a local folder alone.
+        raise StageError(f"retention.id: the supported package is adventure, not {section.id}")
+    assert section.revision is not None  # Null only for a local folder.
     found = package(section.id, section.revision)
     data = Path(str(found.locate_file("adventure/advent.dat")))
     write_source(out, section, None, copy_license(found, out), {})
@@ -122,7 +122,7 @@ def extract(section: Retention, out: Path) -> list[dict]:
 
 
 def take(source: Repository | Folder, section: Retention, out: Path) -> list[dict]:
-    """Copy or download the files, and leave of them what is said about them."""
+    """Copy or download the files into texts; only the licence and README remain in `out`."""
     names = fetch(source, section, out, WANTED)
     texts = passages(texts_in(out, names, section), section.tokens)
     for name in names:
@@ -131,10 +131,10 @@ def take(source: Repository | Folder, section: Retention, out: Path) -> list[dic
 
 
 def texts_of(section: Retention, source: Repository | Folder | None, out: Path) -> list[dict]:
-    """The texts of a source; the package where there is no other. Raises StageError for none."""
+    """The texts of `source`, or of the package if None. Raises StageError if there are none."""
     texts = take(source, section, out) if source else extract(section, out)
     if not texts:
-        raise StageError(f"retention.id: {section.id} has no text in it")
+        raise StageError(f"retention.id: {section.id} contains no text")
     return texts
 
 

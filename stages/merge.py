@@ -1,11 +1,11 @@
-"""Add the adapter to the base's weights, tensor by tensor, as a 16-bit model that serves alone.
+"""Merge the adapter into the base's weights, tensor by tensor, as a standalone 16-bit model.
 
     python -m stages.merge
 
 Reads models/quantized (`merge.base: dequantized`) or models/base (`original`) and models/adapter.
-Writes models/merged: safetensors files named as the base's, what serving reads beside them (config,
-generation config, tokenizer, chat template, licence), and merge.json, which says what was done. An
-adapter that brings no tokenizer gets that of data/prepared.
+Writes models/merged: safetensors files named as the base's, the files for serving (config,
+generation config, tokenizer, chat template, licence), and merge.json, a record of the merge. If the
+adapter has no tokenizer, that of data/prepared is used.
 """
 
 import time

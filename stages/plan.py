@@ -1,4 +1,4 @@
-"""Predict the VRAM that training needs, before a GPU is touched, and refuse what would not fit.
+"""Predict the GPU memory that training needs, and refuse what would not fit plan.vram_limit_gb.
 
     python -m stages.plan
 
@@ -44,7 +44,7 @@ VERDICT = Path("models/plan.ok")
 
 
 def table(prediction: Prediction, run: Training, shape: Shape, placed: Placement) -> str:
-    """Where each GB goes, at the moment of a step that needs most."""
+    """GPU memory by part, at the peak of a step."""
     size = f"{shape.parameters / 1e9:.3f}e9 parameters"
     kind = {"qlora": "NF4", "lora": "16 bit"}[run.method]
     saving = ", kept in host memory" * placed.offload
@@ -54,31 +54,30 @@ def table(prediction: Prediction, run: Training, shape: Shape, placed: Placement
         ("optimizer", prediction.optimizer, run.optimizer),
         ("activations", prediction.activations, f"{run.tokens} tokens a step{saving}"),
         ("output head", prediction.logits, f"{run.learned_tokens} learned tokens"),
-        ("workspaces", prediction.workspaces, "of the matrix products"),
-        ("training allocates", prediction.peak, f"most in {prediction.moment}"),
-        ("reserve", prediction.reserve, "CUDA itself, and gaps between allocations"),
+        ("workspaces", prediction.workspaces, "matrix products"),
+        ("peak allocated", prediction.peak, f"in {prediction.moment}"),
+        ("reserve", prediction.reserve, "CUDA context and fragmentation"),
         ("GPU memory needed", prediction.device, ""),
     ]
     return "\n".join(f"  {n:<20}{size / GB:>8.3f} GB  {why}".rstrip() for n, size, why in lines)
 
 
 def further_gpus(sizes: Sizes, placed: Placement) -> str:
-    """What several GPUs cost: each has a rank of its own, with a share of a step's rows."""
+    """Additional memory with several GPUs, each with a rank and a share of a step's rows."""
     lines = [
-        ("gradient buckets", sizes.gradients, "on each card, beside the table above"),
-        ("a rank itself", placement.PROCESS, "of host memory: Python, libraries, CUDA"),
-        ("its layer inputs", placement.waiting(sizes, placed), "of host memory for each rank"),
-        ("streamed weights", placement.copied(sizes, placed), "of host memory, once a machine"),
+        ("gradient buckets", sizes.gradients, "GPU memory, each card"),
+        ("process", placement.PROCESS, "host memory, each rank: Python, libraries, CUDA"),
+        ("layer inputs", placement.waiting(sizes, placed), "host memory, each rank"),
+        ("streamed weights", placement.copied(sizes, placed), "host memory, each machine"),
     ]
-    return "plan: with several GPUs, for each\n" + "\n".join(
+    return "plan: additional memory with several GPUs:\n" + "\n".join(
         f"  {name:<20}{size / GB:>8.3f} GB  {why}" for name, size, why in lines if size
     )
 
 
 def cards(sizes: Sizes, kept: str, others: dict[str, Scored]) -> list[dict]:
-    """For each usual size of card in GB, the placement that training would take and what that
-    needs, and the layers that `others`, stages that score a model, would stream; None where nothing
-    fits."""
+    """For each usual card size in GB: the placement that training would choose and its needs, and
+    how many layers the scoring stages `others` would stream. None if nothing fits."""
     found = []
     for size in CARDS_GB:
         placed = placement.choose(sizes, size * GB, kept=kept)
@@ -91,7 +90,7 @@ def cards(sizes: Sizes, kept: str, others: dict[str, Scored]) -> list[dict]:
 
 
 def card(sizes: Sizes, placed: Placement) -> dict:
-    """What `placed` asks of the card, the machine and the bus between them, to the MB."""
+    """What `placed` needs of the card, host memory and the bus, in GB to three decimals."""
     prediction = placement.predict(sizes, placed)
     sent, _ = placement.sent_bytes(sizes, placed)
     return {
@@ -104,23 +103,23 @@ def card(sizes: Sizes, placed: Placement) -> dict:
         "predicted_device_gb": round(prediction.device / GB, 3),
         "predicted_ram_gb": round(prediction.host / GB, 3),
         "sent_gb_per_step": round(sent / GB, 3),
-        # At PCIe 4 x16's rate, behind the operations of a fast consumer card.
+        # Assumes PCIe 4 x16 and a fast consumer card.
         "copies_hide": int(placement.copies_hide(sizes, placed)),
     }
 
 
 def cards_table(found: list[dict], layers: int) -> str:
-    """The same, to be read."""
+    """`cards` as a table for people."""
     lines = [
-        "  card GB  weights          kept (MLP, attention)  GPU GB  RAM GB  evaluate  verify    "
-        "sent GB a step",
+        "  card GB  weights            kept (MLP, attention)  GPU GB  RAM GB  evaluate  verify    "
+        "GB sent a step",
     ]
     for entry in found:
         size, placed = entry["card_gb"], entry["placed"]
         others = [entry[f"{name}_streamed_layers"] for name in ("evaluate", "verify")]
         words = ["no" if n is None else "streamed" if n else "resident" for n in others]
         if placed is None:
-            lines.append(f"  {size:>7}  {'does not fit':<56}{words[0]:<10}{words[1]}")
+            lines.append(f"  {size:>7}  {'does not fit':<58}{words[0]:<10}{words[1]}")
             continue
         streamed = placed["streamed_layers"]
         weights = f"{streamed} of {layers} streamed" if streamed else "resident"
@@ -128,7 +127,7 @@ def cards_table(found: list[dict], layers: int) -> str:
         remarks = ", MLPs in tiles" * bool(placed["mlp_tile_tokens"])
         remarks += "" if placed["copies_hide"] else ", slower"
         lines.append(
-            f"  {size:>7}  {weights:<16} {kept:<22} {placed['predicted_device_gb']:>6.1f}  "
+            f"  {size:>7}  {weights:<18} {kept:<22} {placed['predicted_device_gb']:>6.1f}  "
             f"{placed['predicted_ram_gb']:>6.1f}  {words[0]:<10}{words[1]:<10}"
             f"{placed['sent_gb_per_step']:.1f}{remarks}"
         )
@@ -140,8 +139,8 @@ def metrics(
 ) -> dict:
     """metrics/plan.json: the same on every machine.
 
-    `cards` is a list, which dvc's tables and tools/compare.py leave out: ninety numbers more in
-    every comparison would hide those that matter.
+    `cards` is a list, since DVC's tables and tools/compare.py skip lists: its ninety numbers would
+    hide the important ones.
     """
     kept = KEPT[params.train.gradient_checkpointing]
     prediction = placement.predict(sizes, placement.resident(sizes, kept))
@@ -162,13 +161,12 @@ def metrics(
 
 
 def check_positions(config: PretrainedConfig, rows: Lengths) -> None:
-    """Say where a row is longer than the model's positions: it would train without a complaint,
-    and badly."""
+    """Warn if a row is longer than the model's positions, which would silently train badly."""
     longest = max(rows.tokens)
     positions = getattr(config.get_text_config(), "max_position_embeddings", longest)
     if longest > positions:
         print(
-            f"plan: the longest row has {longest:,} tokens and the model was made for "
+            f"plan: warning: the longest row has {longest:,} tokens, but the model supports "
             f"{positions:,} (max_position_embeddings); lower prepare.max_length"
         )
 
@@ -188,7 +186,7 @@ def tell_experts(shape: Shape, run: Training) -> None:
 
 
 def tell_left_out(shape: Shape, targets: str | list[str]) -> None:
-    """Say which Linears all-linear leaves out."""
+    """Say which Linears all-linear skips."""
     left = [linear.name for linear in shape.linears if not linear.adaptable]
     if left and targets == "all-linear":
         print(
@@ -200,14 +198,14 @@ def tell_left_out(shape: Shape, targets: str | list[str]) -> None:
 def refuse_over_limit(
     config: PretrainedConfig, shape: Shape, params: Params, rows: Lengths, sizes: Sizes
 ) -> None:
-    """Raise StageError when no placement keeps to plan.vram_limit_gb."""
+    """Raise StageError if no placement stays below plan.vram_limit_gb."""
     limit, kept = params.plan.vram_limit_gb, KEPT[params.train.gradient_checkpointing]
     if limit is None or placement.choose(sizes, limit * GB, kept=kept):
         return
     needed = placement.predict(sizes, placement.tightest(sizes, kept)).device
     change = cheapest_change(config, shape, params, rows, limit * GB)
     raise StageError(
-        f"training would need {needed / GB:.2f} GB at the least and plan.vram_limit_gb is "
+        f"training needs at least {needed / GB:.2f} GB, but plan.vram_limit_gb is "
         f"{limit:g}; cheapest change that fits: {change}"
     )
 
@@ -225,10 +223,10 @@ def main() -> None:
     others = scoring_stages(shape, run, longest_held_out(PREPARED))
     found = metrics(shape, run, sizes, params, others)
     placed = placement.resident(sizes, KEPT[params.train.gradient_checkpointing])
-    where = "this GPU" if torch.cuda.is_available() else "an NVIDIA GPU; this machine has none"
-    print(f"plan: the VRAM that training needs on {where}, {len(rows.tokens)} rows,")
-    print("plan: at the least with all weights on the card, and what each card makes of it")
+    where = "this GPU" if torch.cuda.is_available() else "an NVIDIA GPU (none here)"
+    print(f"plan: memory to train {len(rows.tokens)} rows on {where}, all weights on the card:")
     print(table(placement.predict(sizes, placed), run, shape, placed))
+    print("plan: what fits on which card:")
     print(cards_table(found["cards"], shape.layers))
     print(further_gpus(sizes, placed))
     tell_experts(shape, run)

@@ -182,8 +182,8 @@ def remove_duplicates(
     rows, given = np.setdiff1d(rows, near), np.setdiff1d(given, near)
     if len(shared := asked_by(store, rows, given)) > MOST_LEAKED:
         raise StageError(
-            f"{RAW / store.where(shared[0])}: asks what a row of {params.eval_file} asks, as do "
-            f"{len(shared) - 1} others; delete them from one of the two"
+            f"{RAW / store.where(shared[0])}: has the same prompt as a row of {params.eval_file}, "
+            f"as do {len(shared) - 1} others; delete them from one of the two"
         )
     return rows, given, removed
 
@@ -221,8 +221,8 @@ def write_sets(
         if not len(written.rows):
             asked = len(np.unique(store.prompts))
             raise StageError(
-                f"no row is left for the {name} set; bring more rows: of {len(store)} the first "
-                f"questions are {asked} different ones, and rows that ask the same stay in one set"
+                f"no row is left for the {name} set; add rows: these {len(store)} have only "
+                f"{asked} different prompts, and rows with the same prompt stay in one set"
             )
         return written
 

@@ -1,10 +1,10 @@
-"""Fit a LoRA adapter on the frozen base (QLoRA, arXiv 2305.14314).
+"""Train a LoRA adapter on the frozen base (QLoRA, arXiv 2305.14314).
 
     python -m stages.train
 
 Reads data/prepared and models/quantized, writes models/adapter (a standard PEFT adapter with its
-tokenizer), metrics/train.json, metrics/train_cost.json and metrics/curve.csv. models/plan.ok is
-the permission to start. A killed run continues from its last checkpoint.
+tokenizer), metrics/train.json, metrics/train_cost.json and metrics/curve.csv. Requires
+models/plan.ok. A killed run resumes from its last checkpoint.
 """
 
 import gc
@@ -62,9 +62,9 @@ from stages.training.worker import work
 
 
 def train(whole: Params, device: torch.device, folder: Path, world: World = ALONE) -> dict:
-    """Train, from the newest checkpoint in `folder` if there is one; returns what comes of it.
+    """Train, resuming from the newest checkpoint in `folder` if there is one; returns `outcome`.
 
-    Each rank of `world` has a share of every step that the params, `whole`, say.
+    `whole` describes a whole step, of which each rank of `world` has a share.
     """
     disable_caching()
     params = whole.model_copy(update={"train": share(whole.train, world.size)})
@@ -91,10 +91,10 @@ def train(whole: Params, device: torch.device, folder: Path, world: World = ALON
     validation = Validation(trainer, validation_rows(), params.train, largest)
     progress = Progress(trainer, read_rows(PREPARED / "eval.arrow"), largest, validation)
     watchers = [progress, Faults(named, world)]
-    # DDP lays its buckets anew after a first backward pass, and with them the order of its sums:
-    # a run that goes on would differ from an undisturbed one.
+    # DDP rebuilds its buckets after the first backward pass, which changes the order of its sums:
+    # a resumed run would differ from an undisturbed one.
     if world.size > 1 or (device.type == "cuda" and needs_probe(trainer.train_dataset)):
-        # Within the time that progress counts, and before faults notes batches.
+        # Inside the time that progress measures, and before faults records batches.
         watchers.insert(1, Probe(trainer))
     announce(whole, len(named), sum(rows.tokens), trainer, f"{device_name(device)}; {fast}")
     shown = trackers(whole.tracking.report_to, folder, world)
@@ -113,7 +113,7 @@ def validation_rows() -> list[dict]:
 
 
 def announce(params: Params, rows: int, tokens: int, trainer: Trainer, where: str) -> None:
-    """Say in numbers what is about to happen."""
+    """Print the key numbers of the run."""
     trainable, total = parameters_of(trainer.model)
     batch = params.train.batch_size * params.train.gradient_accumulation
     steps = optimizer_steps(len(trainer.train_dataset), params.train)
@@ -121,7 +121,7 @@ def announce(params: Params, rows: int, tokens: int, trainer: Trainer, where: st
     scale = "alpha/sqrt(r)" if root else "alpha/r"
     print(
         f"train: {rows} rows, {tokens} tokens, {steps} steps of {batch}; {trainable} of {total} "
-        f"parameters train ({100 * trainable / total:.2f} %), "
+        f"parameters trained ({100 * trainable / total:.2f} %), "
         f"{scale} = {lora.alpha / lora.r ** (0.5 if root else 1):g}; {where}",
         flush=True,
     )
@@ -130,9 +130,9 @@ def announce(params: Params, rows: int, tokens: int, trainer: Trainer, where: st
 def fit(
     trainer: Trainer, shown: list, validation: Validation, watchers: list, folder: Path
 ) -> None:
-    """Train to the end under `watchers` (callbacks); a signal ends it with StageError.
+    """Train to the end with `watchers` (callbacks); a signal ends it with StageError.
 
-    shown  trackers, which come first: some take signals, as checkpoints do after them
+    shown  trackers, which come first: some install signal handlers, which checkpoints then wrap
     """
     world = trainer.world
     checkpoints = Checkpoints(folder, world)
@@ -141,7 +141,7 @@ def fit(
     trainable = trainer.model.get_nb_trainable_parameters()[0]
     checkpoints.check_space(trainable, best=validation.keep == "best")
     resumed = same_checkpoint(folder, world)
-    # Or every collection looks through all that the libraries and the rows hold.
+    # Keep the garbage collector from rescanning library and dataset objects.
     gc.freeze()
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     checkpoints.raise_if_stopped()
@@ -150,8 +150,7 @@ def fit(
 def outcome(
     trainer: Trainer, validation: Validation, progress: Progress, placement: dict, folder: Path
 ) -> dict[str, Any]:
-    """The metrics and the curve of a whole run, of which `placement` says what lay where; the
-    adapter is left in `folder`."""
+    """The metrics and the curve of a whole run with `placement`; saves the adapter in `folder`."""
     world = trainer.world
     adapter = folder / "adapter"
     check_alike(trainer)
@@ -180,18 +179,18 @@ def outcome(
 
 
 def check_alike(trainer: Trainer) -> None:
-    """Raise StageError when the ranks' adapters are not the same to the last bit."""
+    """Raise StageError unless the ranks' adapters are bit-identical."""
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     sums = trainer.world.gather([float(p.detach().double().sum()) for p in trained])
     if any(other != sums[0] for other in sums):
-        raise StageError("the ranks' adapters differ; look at the GPUs, then run it again")
+        raise StageError("the ranks' adapters differ; check the GPUs, then run it again")
 
 
 def write_outputs(made: dict[str, Any], folder: Path) -> None:
-    """What `outcome` gave, and left in `folder`."""
+    """Write the result of `outcome` and the adapter in `folder`."""
     with whole_folder(ADAPTER) as out:
         shutil.copytree(folder / "adapter", out, dirs_exist_ok=True)
-    # By it export knows whether these figures are those of the adapter that was merged.
+    # Tells export whether these figures belong to the merged adapter.
     adapter = {"adapter_sha256": sha256(ADAPTER / "adapter_model.safetensors")}
     write_metrics(Path("metrics/train.json"), made["metrics"])
     write_metrics(Path("metrics/train_cost.json"), adapter | made["cost"])
@@ -201,12 +200,12 @@ def write_outputs(made: dict[str, Any], folder: Path) -> None:
 
 
 def write_adapter(trainer: Trainer, out: Path) -> None:
-    """Save the adapter, float32, with bytes that depend on nothing but the run."""
+    """Save the adapter, float32, with reproducible bytes."""
     trainer.model.save_pretrained(str(out), save_embedding_layers=False)
     (out / "README.md").unlink(missing_ok=True)
     source = read_json(QUANTIZED / "source.json")
     config = read_json(out / "adapter_config.json")
-    # PEFT writes sets in hash order, and the path that the base was loaded from.
+    # PEFT writes sets in hash order, and the path of the base.
     for key in ("target_modules", "exclude_modules"):
         if config[key]:
             config[key] = sorted(config[key])
@@ -217,9 +216,10 @@ def write_adapter(trainer: Trainer, out: Path) -> None:
 
 
 def train_on(devices: list[str], params: Params, folder: Path) -> dict[str, Any]:
-    """Train in this process on one device, or in a rank on each of so many as a step feeds.
+    """Train in this process on one device, or in one rank on each of the devices that a step's
+    rows can be divided among.
 
-    The devices of other machines count, where MACHINES or a scheduler names some.
+    Includes devices of other machines, if MACHINES or a scheduler names some.
     """
     machines = how_many()
     store, joined = wait_for(machines, describe(params)) if machines > 1 else (None, {})

@@ -1,4 +1,4 @@
-"""Decide whether the merged model may be shipped: hold it against the base with the adapter.
+"""Decide whether the merged model may be shipped: compare it with the base plus adapter.
 
     python -m stages.verify
 

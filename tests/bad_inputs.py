@@ -67,8 +67,10 @@ BAD_INPUTS = [
     Bad("text in a line", "a.jsonl", b'"hello"\n', "a.jsonl:1: text where an object"),
     Bad("number in a line", "a.jsonl", b"17\n", "a.jsonl:1: a number where an object"),
     Bad("null in a line", "a.jsonl", b"null\n", "a.jsonl:1: null where an object"),
-    Bad("key twice", "a.jsonl", b'{"prompt": "x", "prompt": "y"}\n', "'prompt' stands twice; keep"),
-    Bad("NaN", "a.jsonl", b'{"prompt": NaN, "completion": "y"}\n', "a.jsonl:1: NaN is no JSON"),
+    Bad(
+        "key twice", "a.jsonl", b'{"prompt": "x", "prompt": "y"}\n', "'prompt' appears twice; keep"
+    ),
+    Bad("NaN", "a.jsonl", b'{"prompt": NaN, "completion": "y"}\n', "a.jsonl:1: NaN is not a JSON"),
     Bad("deep nesting", "a.jsonl", b"[" * 100_000, "a.jsonl:1: nested too deeply"),
     Bad("endless number", "a.jsonl", b'{"prompt": ' + b"1" * 9999 + b"}", "too many digits"),
     Bad("empty", "a.jsonl", b"", "a.jsonl: the file is empty; fetch it again"),
@@ -102,12 +104,14 @@ BAD_INPUTS = [
     # Other kinds of file under the name of text
     Bad("Parquet as JSONL", "a.jsonl", parquet(pa.table({"prompt": ["a"]})), "a Parquet file by i"),
     Bad("zip as CSV", "a.csv", b"PK\x03\x04" + b"\xff" * 9, "a.csv: a zip archive, as .xlsx is"),
-    Bad("picture as JSON", "a.json", b"\x89PNG\r\n\x1a\n\0", "a.json:1: binary data where text"),
+    Bad(
+        "picture as JSON", "a.json", b"\x89PNG\r\n\x1a\n\0", "a.json:1: binary data instead of text"
+    ),
     Bad(
         "compressed twice",
         "a.jsonl.gz",
         gzip.compress(gzip.compress(rows(GOOD))),
-        "a.jsonl.gz:1: binary data where text belongs; another kind of file, or compressed twice?",
+        "a.jsonl.gz:1: binary data instead of text; another kind of file, or compressed twice?",
     ),
     # JSON
     Bad(
@@ -124,7 +128,7 @@ BAD_INPUTS = [
         "text after array",
         "a.json",
         b"[" + rows(GOOD) + b"] x",
-        "a.json:2: broken JSON; something follows the clos",
+        "a.json:2: broken JSON; there is text after the clos",
     ),
     Bad("array of texts", "a.json", b'["a", "b"]', "a.json:1: text where an object"),
     Bad("array of arrays", "a.json", b"[[1], [2]]", "a.json:1: an array where an object"),
@@ -134,7 +138,7 @@ BAD_INPUTS = [
         "key twice in JSON",
         "a.json",
         b'[\n\n{"a": 1, "a": 2}]',
-        "a.json:3: the key 'a' stands twice",
+        "a.json:3: the key 'a' appears twice",
     ),
     Bad(
         "50 MB row in JSON",
@@ -154,7 +158,7 @@ BAD_INPUTS = [
         "carriage return inside",
         "a.csv",
         b"prompt,completion\na,b\rc\n",
-        "a.csv:2: a carriage return within the line; put quotes around the field that holds it",
+        "a.csv:2: a carriage return within the line; put quotes around the field that has it",
     ),
     Bad("quote inside", "a.csv", b'prompt,completion\na,"b"c"\n', "a.csv:2: broken quoting"),
     Bad(
@@ -165,7 +169,7 @@ BAD_INPUTS = [
         "column twice",
         "a.csv",
         b"prompt,prompt\na,b\n",
-        "a.csv:1: the column 'prompt' stands twice",
+        "a.csv:1: the column 'prompt' appears twice",
     ),
     Bad(
         "column unnamed",
@@ -206,7 +210,7 @@ BAD_INPUTS = [
         "Parquet column twice",
         "a.parquet",
         parquet(pa.table([["a"], ["b"]], names=["prompt", "prompt"])),
-        "a.parquet: the column 'prompt' stands twice; rename one",
+        "a.parquet: the column 'prompt' appears twice; rename one",
     ),
     Bad(
         "Parquet of numbers",
@@ -392,7 +396,7 @@ BAD_INPUTS = [
         "answer first",
         "a.jsonl",
         chat(("assistant", "a")),
-        "message 1: assistant comes first: mend",
+        "message 1: assistant comes first: fix",
     ),
     Bad(
         "question last",
@@ -410,7 +414,7 @@ BAD_INPUTS = [
         "two answers",
         "a.jsonl",
         chat(("user", "a"), ("assistant", "b"), ("assistant", "c")),
-        "message 3: assistant follows assistant: mend or delete the row",
+        "message 3: assistant follows assistant: fix or delete the row",
     ),
     Bad(
         "late system message",
@@ -440,7 +444,7 @@ BAD_INPUTS = [
         "half a surrogate in a tool call",
         "a.jsonl",
         rows({"messages": [{"role": "user", "content": "a", "tool_calls": [{"x": "\ud800"}]}]}),
-        "a.jsonl:1: message 1: a tool call that is no JSON",
+        "a.jsonl:1: message 1: a tool call that is not JSON",
     ),
     Bad(
         "ShareGPT no value",
@@ -488,7 +492,7 @@ BAD_INPUTS = [
         "a mark in somebody's words",
         "a.jsonl",
         rows(*({"prompt": f"a{i}", "completion": "b<|im_end|>"} for i in range(9))),
-        "holds '<|im_end|>', which the model reads as a mark of its own: remove it, or",
+        "contains '<|im_end|>', a special token of the model: remove it, or",
     ),
     Bad(
         "all too long",
@@ -518,12 +522,12 @@ BAD_INPUTS = [
         "prepare.template: no file templates/mine.jinja; put yours in templates/",
         {"template": "templates/mine.jinja"},
     ),
-    Bad("one row", "a.jsonl", rows(GOOD), "no row is left for the eval set; bring more rows"),
+    Bad("one row", "a.jsonl", rows(GOOD), "no row is left for the eval set; add rows"),
     Bad(
         "one group",
         "a.jsonl",
         rows(*({**GOOD, "prompt": f"a{i}", "group": "g"} for i in range(9))),
-        "prepare.group_by: 1 groups, and none is small enough to be held out",
+        "prepare.group_by: none of the 1 groups is small enough to hold out",
         {"group_by": "group"},
     ),
 ]

@@ -129,8 +129,11 @@ def test_a_family_that_mixes_rows_is_noticed_and_not_flattened(family):
     config = AutoConfig.for_model(family)
     assert choose_attention(Train(**TRAIN), config, gpu=True) != VARLEN
     for changed, said in (
-        ({"attention": "varlen"}, f"train.attention: varlen does not do what {family} needs"),
-        ({"batching": "packing"}, f"train.batching: {family} is not known to keep rows apart"),
+        ({"attention": "varlen"}, f"train.attention: varlen does not support {family}"),
+        (
+            {"batching": "packing"},
+            f"train.batching: {family} is not known to keep packed rows apart",
+        ),
     ):
         with pytest.raises(StageError, match=said):
             choose_attention(Train(**TRAIN | changed), config, gpu=True)
@@ -146,7 +149,7 @@ def test_without_varlen_auto_is_what_transformers_takes(family):
     if kind == "sdpa":
         assert choose_attention(asked, model.config, gpu=False) == "sdpa"
     else:
-        with pytest.raises(StageError, match=f"train.attention: sdpa does not do what {family}"):
+        with pytest.raises(StageError, match=f"train.attention: sdpa does not support {family}"):
             choose_attention(asked, model.config, gpu=False)
 
 

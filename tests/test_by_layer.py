@@ -161,7 +161,7 @@ def test_a_family_that_needs_more_is_named_and_streams_for_each_batch(
     assert found[0] == found[1]
     said = capsys.readouterr().out
     assert said.startswith("llama: its ")
-    assert f"streamed again for each of {len(length_batches(ROWS, TOKENS))} batches" in said
+    assert f"streaming all weights for each of {len(length_batches(ROWS, TOKENS))} batches" in said
     assert streamer.sent > LAYERS
     # Once is enough.
     score(model, ROWS, TOKENS, streamer=streamer)
@@ -219,7 +219,7 @@ def test_a_model_that_does_not_fit_is_streamed(folders, monkeypatch, capsys, tmp
         _, streamer = load_to_score("evaluate", folder, sizes, CPU)
         said = capsys.readouterr().out
         assert (streamer is None) == whole
-        assert ("of the machine's memory are free: 4 of 4 layers are streamed" in said) != whole
+        assert ("of the machine's memory are free: streaming 4 of 4 layers" in said) != whole
     assert streamer.count == LAYERS
 
 

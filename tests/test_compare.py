@@ -115,10 +115,10 @@ ALL, NONE = 3, 0
         ),
         # What is under test.
         ({}, {"lora": {"r": 64}}, ALL, "with the parameters of main"),
-        ({"lora": {"r": 64}}, {}, NONE, "and main has other values of lora.r. Measure yours"),
-        ({"lora": {"new": 2}}, {}, NONE, "and main has other values of lora.new."),
+        ({"lora": {"r": 64}}, {}, NONE, "but main has other values of lora.r. Measure yours"),
+        ({"lora": {"new": 2}}, {}, NONE, "but main has other values of lora.new."),
         ({"model": {"id": "mine"}}, {}, NONE, "tiny 1 and rows with the parameters of 0123456789,"),
-        ({}, {"model": {"id": "mine"}}, NONE, "and the workspace has other values of model.id."),
+        ({}, {"model": {"id": "mine"}}, NONE, "but the workspace has other values of model.id."),
         (
             {"data": {"train_tokens": 9}},
             {"data": {"train_tokens": 9}},
@@ -133,7 +133,7 @@ ALL, NONE = 3, 0
             {"train_cost": {"device": "H200"}},
             {},
             2,
-            "Nothing is said of costs: they are another device",
+            "Costs are not judged, since that was another device",
         ),
     ],
 )
@@ -214,7 +214,7 @@ def test_no_name_and_no_value_can_make_a_heading_or_a_link():
     pieces = [child for token in tokens for child in token.children or []]
     assert {child.type for child in pieces} == {"text", "code_inline"}
     # GitHub makes links of bare addresses where they are no code.
-    [said] = [line for line in text.splitlines() if line.startswith("Nothing is said of noise")]
+    [said] = [line for line in text.splitlines() if line.startswith("The noise is unknown")]
     assert "evil" in said
     assert not re.search(r"(?<!\\)://|www\.|@\w", said)
     cells = [child.content for child in pieces if child.type == "text"]
@@ -258,7 +258,7 @@ def test_nothing_changed(repository):
 def test_unknown_base_fails_in_one_line(repository):
     done = tool(repository, "compare", "--base", "nowhere")
     assert done.returncode == 2
-    assert done.stderr.startswith("compare: nowhere is no revision of this clone")
+    assert done.stderr.startswith("compare: nowhere is not a revision here")
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -1,12 +1,22 @@
 """What the pages for people name is there: files, commands, and constants in the files named."""
 
+import csv
+import io
+import json
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
+import quick
 import yaml
+from dvc.cli.parser import get_main_parser
+from dvc.utils.hydra import apply_overrides
+from page_commands import blocks, fault, simple
 from tiny import ROOT
+
+from tools.picture import drawn, memory_text
 
 PAGES = (
     "README.md",
@@ -36,6 +46,36 @@ def test_commands_are_there(page):
     makefile = (ROOT / "Makefile").read_text()
     verbs = set(re.findall(r"(?:\$ |`)make ([a-z-]+)", text(page)))
     assert [verb for verb in verbs if f"\n{verb}:" not in makefile] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_right_or_marked(page, tmp_path):
+    for block in blocks(page):
+        if block.mark == "run":
+            assert (ROOT / block.why).exists(), block
+        for line in block.commands:
+            for words in simple(line):
+                found = fault(words, tmp_path)
+                if found != "unknown" or block.mark != "not run":
+                    assert found is None, f"{page}: {line}"
+
+
+WRONG = {
+    "dvc exp run -S lora.rank=64": "Could not override 'lora.rank'",
+    "dvc exp run --queue -S 'lora.r=8,none'": "lora.r: ",
+    "dvc exp run --quene": "parser error",
+    "dvc repro quantise": "no stage quantise",
+    "make reprot": "No rule to make target 'reprot'",
+    "python -m tools.nothing": "no module tools.nothing",
+    "python -m tools.compare --bass main": "tools.compare has no --bass",
+    "pytest tests/test_nothing.py": "no tests/test_nothing.py",
+    "A=1 nvidia-smi": "unknown",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_command_is_found(line, tmp_path):
+    assert WRONG[line] in fault(*simple(line), tmp_path)
 
 
 def test_constants_are_where_contributing_says():
@@ -68,3 +108,32 @@ def test_links_between_pages_lead_somewhere():
 
 def test_the_readme_stays_short():
     assert len(text("README.md").splitlines()) <= 150
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/data.md"])
+def test_own_rows_are_prepared_as_the_pages_say(page, finished, tmp_path):
+    [(copy, command)] = [
+        block.commands for block in blocks(page) if block.why == "tests/test_docs.py"
+    ]
+    folder = shutil.copytree(finished, tmp_path / "project", symlinks=True)
+    [[_, file, target]], [words] = simple(copy), simple(command)
+    names = ("question", "answer") if file.endswith(".csv") else ("prompt", "completion")
+    rows = [(f"Show item {i} of box {i % 7}", f"get --item {i}") for i in range(60)]
+    made = io.StringIO()
+    if file.endswith(".csv"):
+        csv.writer(made).writerows([names, *rows])
+    else:
+        made.writelines(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows)
+    (folder / target / file).write_text(made.getvalue())
+    given = get_main_parser().parse_args(words[1:])
+    apply_overrides(folder / "params.yaml", given.set_param)
+    for stage in ("fetch_data", "prepare"):
+        said = quick.run(stage, folder).said
+    assert "training 24" in said
+
+
+def test_the_picture_of_the_memory_table_is_what_plan_prints():
+    made = drawn(memory_text())
+    assert "GPU memory needed" in made
+    assert text("docs/memory.svg") == made, "run: python -m tools.picture memory"

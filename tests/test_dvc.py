@@ -274,7 +274,7 @@ def test_outputs_of_before_come_back_with_the_commands_printed(fresh, log):
         (fresh / "params.yaml").write_text(text.replace("  alpha: 32", "  alpha: 64"))
     said = process.stdout.read()
     assert not (fresh / "models/adapter").exists()
-    commands = said.partition("have the earlier outputs back with: ")[2].splitlines()[0]
+    commands = said.partition("restore the earlier outputs with: ")[2].splitlines()[0]
     assert commands == "git checkout params.yaml dvc.lock metrics && dvc checkout"
     must(fresh, "bash", "-c", commands)
     assert (fresh / "models/adapter/data.bin").read_text() == before
@@ -293,7 +293,7 @@ def test_every_stage_fails_in_its_own_words(repository, log, tmp_path, monkeypat
         told = capfd.readouterr().err.splitlines()
         assert told == [
             f"{name}: told to fail",
-            f"{name}: have the earlier outputs back with: "
+            f"{name}: restore the earlier outputs with: "
             "git checkout params.yaml dvc.lock metrics && dvc checkout",
         ]
 
@@ -335,7 +335,7 @@ def test_interrupt_at_the_end_of_a_stage_is_heard(fresh, log, where):
     time.sleep(0.1)
     gate.unlink()
     said = process.communicate()[0]
-    assert "evaluate: interrupted while the stage before it ended; dvc repro goes on" in said
+    assert "evaluate: interrupted at the end of the previous stage; dvc repro" in said
     assert "Traceback" not in said
     assert process.returncode == 255
     assert log.read_text().split() == ["train"]
@@ -473,7 +473,7 @@ def test_repair_takes_from_the_cache_what_is_whole_there(fresh, log):
     file.unlink()
     file.write_text("damaged")
     said = must(fresh, "python", "-m", "tools.repair", "fetch_model", STUB_GUARDED="1")
-    assert "repair: models/base is made anew" in said
+    assert "repair: recreating models/base" in said
     assert file.read_text() == whole
     assert log.read_text() == ""
 
@@ -521,8 +521,11 @@ RWLOCKS = {
     "empty": ("", "was broken, removed"),
     "cut": (json.dumps({"write": {"models/adapter": DEAD}})[:-9], "was broken, removed"),
     "odd": ('{"write": {"models/adapter": 3}}', "was broken, removed"),
-    "dead": (json.dumps({"read": {"stages/train.py": [DEAD]}}), "processes that are gone, mended"),
-    "taken": (json.dumps({"write": {"data/raw": TAKEN}}), "processes that are gone, mended"),
+    "dead": (
+        json.dumps({"read": {"stages/train.py": [DEAD]}}),
+        "processes that are gone; removed those",
+    ),
+    "taken": (json.dumps({"write": {"data/raw": TAKEN}}), "processes that are gone; removed those"),
 }
 
 
@@ -619,8 +622,8 @@ def test_repair_of_what_was_never_made(fresh):
     done = run(fresh, "python", "-m", "tools.repair", "quantize")
     assert done.returncode == 1
     assert done.stderr == (
-        "repair: models/base, which quantize reads, is missing too; make all of it with: dvc repro "
-        "quantize\n"
+        "repair: models/base, which quantize reads, is missing too; recreate all of it with: "
+        "dvc repro quantize\n"
     )
 
 

@@ -266,7 +266,7 @@ def test_the_default_measure_looks_at_command_and_flags(answer, score):
     [
         ("    return answer.index('x')\n", 2, "ValueError: substring not found"),
         ("    return None\n", 1, "TypeError: float() argument must be a string or a real num"),
-        ("    x = 0\n    return float('nan')\n", 1, "gave nan, and must give a finite number"),
+        ("    x = 0\n    return float('nan')\n", 1, "returned nan, not a finite number"),
     ],
 )
 def test_a_fault_in_a_measure_names_row_and_line(body, line, reason, monkeypatch):

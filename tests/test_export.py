@@ -364,7 +364,7 @@ def test_the_state_that_was_kept_is_shown(exported, monkeypatch):
     assert lines[1] == pytest.approx([2.5, 2.25, 2.75], abs=0.01)
     assert rows[14] == ["15", "2.97000", "", "2.25", "2.25"]
     assert "; on validation rows from 2.5 to 2.75, and the state of 2.25 was kept" in html
-    assert re.search(r"Why that one</th>\s*<td[^>]*>lowest of 3 validation losses</td>", html)
+    assert re.search(r"Reason</th>\s*<td[^>]*>lowest of 3 validation losses</td>", html)
 
 
 def test_the_scale_of_the_update_is_that_of_its_kind(exported, monkeypatch):
@@ -428,9 +428,7 @@ def test_the_task_and_what_was_forgotten_come_before_perplexity(exported, monkey
         "p = 0.02",
         "12",
     ]
-    assert "adventure, text that the task has nothing to do with, changed by +14.4 %" in (
-        forgotten.blocks[0].text
-    )
+    assert "adventure, text unrelated to the task, changed by +14.4 %" in (forgotten.blocks[0].text)
 
 
 def test_without_answers_and_texts_nothing_is_said_of_them(exported, monkeypatch):
@@ -529,8 +527,8 @@ def test_card_shows_no_rows_and_no_places_of_a_local_data_set(exported, monkeypa
     whole = page.to_markdown("t", report(found))
     assert whole.count(ROW) == 6
     assert all(f"`{place}`" in whole for place in PLACES.values())
-    assert whole.split("\n\n")[2].startswith("This page holds rows of the data")
-    assert "This page holds" not in card
+    assert whole.split("\n\n")[2].startswith("This page contains rows of the data")
+    assert "This page contains" not in card
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ REFUSED = [
     (["a.pkl"], "data/source has no data files (jsonl, ndjson, json, csv, tsv or parquet"),
     ([".hidden.jsonl"], "data/source has no data files"),
     (["dataset_infos.json", "b/source.json"], "data/source has no data files"),
-    (["rows.py"], "data/source is made by a script, and no code of a data set is run"),
+    (["rows.py"], "data/source is built by a script, and no code from a data set is run"),
 ]
 
 
@@ -152,7 +152,7 @@ CONFIGURATIONS = [
     (
         [{"config_name": "x", "data_files": "nothing/*"}],
         "x",
-        "data: no file matches nothing/*, which its README.md lists; name another configuration",
+        "data: no file matches nothing/*, as its README.md lists; name another configuration",
     ),
 ]
 
@@ -399,5 +399,7 @@ def test_the_default_is_stable_and_opens_no_socket(tmp_path):
 
 
 def test_another_package_is_refused(section_of, tmp_path):
-    with pytest.raises(StageError, match="only azure-cli and chatterbot-corpus are known as"):
+    with pytest.raises(
+        StageError, match="the supported packages are azure-cli and chatterbot-corpus, not"
+    ):
         fetch_data.extract(section_of("pypi", "pip", revision="1"), tmp_path)

@@ -149,7 +149,7 @@ REFUSED = {
         lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"),
         "tiny is an adapter, not a model; name its base model",
     ),
-    "pickle": (remove(INDEX), "tiny has pickled weights only (pytorch_model.bin), which can run"),
+    "pickle": (remove(INDEX), "tiny has only pickled weights (pytorch_model.bin), which can run"),
     "no weights": (
         remove(INDEX, "pytorch_model.bin"),
         "tiny has neither model.safetensors nor model.safetensors.index.json",
@@ -159,29 +159,28 @@ REFUSED = {
     "config a list": (write("config.json", b"[]"), "tiny: config.json: must be a mapping (got [])"),
     "own code": (
         edit("config.json", auto_map={"AutoModelForCausalLM": "modeling.Other"}),
-        "tiny needs code of its own (auto_map in config.json), which is never run; choose a",
+        "tiny needs its own code (auto_map in config.json), which is never run; choose a",
     ),
     "own config": (
         edit("config.json", auto_map={"AutoConfig": "configuration.Other"}, model_type="other"),
-        "tiny needs code of its own (auto_map in config.json), which is never run",
+        "tiny needs its own code (auto_map in config.json), which is never run",
     ),
     "unknown type": (
         edit("config.json", model_type="other"),
-        "tiny is no causal language model that Transformers knows (model_type other, arch",
+        "tiny is not a causal language model that Transformers knows (model_type other, arch",
     ),
     "encoder": (
         edit("config.json", model_type="bert", architectures=["BertForMaskedLM"]),
-        "tiny is no causal language model that Transformers knows (model_type bert, "
+        "tiny is not a causal language model that Transformers knows (model_type bert, "
         "architecture BertForMaskedLM)",
     ),
     "unknown towers": (
         edit("config.json", model_type="paligemma", architectures=["PaliGemmaForConditional"]),
-        "tiny is a model for images and text of a kind (paligemma) whose language model is not "
-        "known to work by itself; of those, gemma3, gemma4, ",
+        "tiny is a multimodal model of an unsupported kind (paligemma); supported are gemma3, ",
     ),
     "towers with a causal class": (
         edit("config.json", model_type="gemma3n", architectures=["Gemma3nForOther"]),
-        "tiny is a model for images and text of a kind (gemma3n) whose language model is not known",
+        "tiny is a multimodal model of an unsupported kind (gemma3n); supported are",
     ),
     "transposed": (
         edit("config.json", model_type="gpt2", architectures=["GPT2LMHeadModel"]),
@@ -199,7 +198,7 @@ REFUSED = {
             architectures=["MambaForCausalLM"],
             num_attention_heads=None,
         ),
-        "tiny: mamba has no attention, and plan cannot tell what its layers need; choose another",
+        "tiny: mamba has no attention, so plan cannot predict the memory of its layers; choose",
     ),
     "quantized tower": (
         edit("config.json", text_config={"quantization_config": {"quant_method": "fp8"}}),
@@ -211,7 +210,7 @@ REFUSED = {
     ),
     "no tokenizer": (
         remove("tokenizer.json", "tokenizer_config.json"),
-        "tiny has no tokenizer; copy the files of its base model's beside it",
+        "tiny has no tokenizer; copy its base model's tokenizer files into it",
     ),
     "tokenizer code": (
         edit("tokenizer_config.json", auto_map={"AutoTokenizer": ["a.B", None]}),
@@ -238,7 +237,7 @@ REFUSED = {
     "index without weights": (edit(INDEX, weight_map={}), f"tiny: {INDEX} names no weights"),
     "shard missing": (
         remove(SHARDS[1]),
-        f"tiny: {INDEX} names {SHARDS[1]}, which is not there as safetensors",
+        f"tiny: {INDEX} names {SHARDS[1]}, which is missing or not safetensors",
     ),
     "shard outside": (
         edit(INDEX, weight_map={"a": "../x.safetensors"}),
@@ -246,20 +245,20 @@ REFUSED = {
     ),
     "shard pickled": (
         edit(INDEX, weight_map={"a": "pytorch_model.bin"}),
-        f"tiny: {INDEX} names pytorch_model.bin, which is not there as safetensors",
+        f"tiny: {INDEX} names pytorch_model.bin, which is missing or not safetensors",
     ),
-    "shard cut short": (cut, f"tiny: {SHARDS[1]} is damaged or cut short ("),
+    "shard truncated": (cut, f"tiny: {SHARDS[1]} is damaged or truncated ("),
     "attention": (
         edit("config.json", attn_implementation="kernels-community/flash-attn2"),
-        "tiny: config.json: attn_implementation is 'kernels-community/flash-attn2', which train.at",
+        "tiny: config.json: attn_implementation is 'kernels-community/flash-attn2', but train.at",
     ),
     "attention of a part": (
         edit("config.json", text_config={"_attn_implementation": "eager"}),
-        "tiny: config.json: _attn_implementation is 'eager', which train.attention decides here; m",
+        "tiny: config.json: _attn_implementation is 'eager', but train.attention decides that here",
     ),
     "padding": (
         edit("config.json", pad_token_id=260),
-        "tiny: config.json: pad_token_id 260 has no row in the embeddings, which have 260 (vocab",
+        "tiny: config.json: pad_token_id 260 is outside the embeddings, which have 260 rows",
     ),
     "generation impossible": (
         edit("generation_config.json", num_return_sequences=3),
@@ -271,23 +270,23 @@ REFUSED = {
     ),
     "no such model": (
         edit("config.json", hidden_act="nothing"),
-        "tiny: no model can be made of config.json: ",
+        "tiny: no model can be built from config.json: ",
     ),
     "other width": (
         edit("config.json", intermediate_size=160),
-        "tiny: model.layers.0.mlp.down_proj.weight is 64 x 128 in the weights and 64 x 160 by con",
+        "tiny: model.layers.0.mlp.down_proj.weight is 64 x 128 in the weights and 64 x 160 in con",
     ),
     "other vocabulary": (
         edit("config.json", vocab_size=300),
-        "tiny: model.embed_tokens.weight is 260 x 64 in the weights and 300 x 64 by config.json; ",
+        "tiny: model.embed_tokens.weight is 260 x 64 in the weights and 300 x 64 in config.json; ",
     ),
     "more layers": (
         edit("config.json", num_hidden_layers=3),
-        "tiny: the weights have 2 layers (model.layers.…) and config.json says 3; one of the two",
+        "tiny: the weights have 2 layers (model.layers.…) and config.json says 3; one of them",
     ),
     "fewer layers": (
         edit("config.json", num_hidden_layers=1),
-        "tiny: the weights have 2 layers (model.layers.…) and config.json says 1; one of the two",
+        "tiny: the weights have 2 layers (model.layers.…) and config.json says 1; one of them",
     ),
     "shards swapped": (swap_shards, f"tiny: {INDEX} says "),
 }
@@ -345,7 +344,8 @@ def test_the_stage_downloads_from_the_hub_and_resumes(tiny, tmp_path):
         ]
         assert [run.returncode for run in runs] == [1, 0], runs
         assert runs[0].stderr == (
-            "fetch_model: owner/tiny: the Hub answered 503; what has arrived is kept, run again\n"
+            "fetch_model: owner/tiny: the Hub answered 503; the downloaded part is kept, run "
+            "again\n"
         )
         assert f"pin it in params.yaml as model.revision: {COMMIT}" in runs[1].stdout
         assert runs[1].stderr == ""
@@ -471,7 +471,7 @@ def test_a_package_is_converted_to_stable_bytes(tmp_path, package):
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_package_must_have_one_gguf_file(tmp_path, package, count):
     package({f"tiny_gguf/{i}.gguf": b"" for i in range(count)})
-    with pytest.raises(StageError, match=f"tiny-gguf has {count} GGUF files, and must have one"):
+    with pytest.raises(StageError, match=f"tiny-gguf must have one GGUF file, not {count}"):
         fetch_model.convert(section("pypi", "tiny-gguf", "1.0"), tmp_path)
 
 

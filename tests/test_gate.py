@@ -179,7 +179,7 @@ def test_no_limits_at_all_judges_nothing(repository):
 def test_unknown_base_fails_in_one_line(repository, base):
     done = tool(repository, "gate", f"--base={base}")
     assert done.returncode == 2
-    assert f"gate: FAILED: {base or repr(base)} is no revision of this clone; " in done.stderr
+    assert f"gate: FAILED: {base or repr(base)} is not a revision here; " in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -275,7 +275,7 @@ PAIR = Paired(0.5, 0.001, 60)
 FELL = Paired(-0.5, 0.001, 60)
 RULES = [
     ("at_most", 1, None, 2.5, None, "is 2.5; at most 1 is allowed"),
-    ("at_least", 1, None, 0.5, None, "is 0.5; at least 1 is demanded"),
+    ("at_least", 1, None, 0.5, None, "is 0.5; at least 1 is required"),
     ("at_most", 1, None, 0.5, None, None),
     ("at_least", 1, None, 2.5, None, None),
     ("may_rise_percent", 10, 2, 3, None, "rose by 50.00 %, from 2 to 3; 10 % is allowed"),
@@ -350,7 +350,7 @@ def test_every_broken_limit_is_said_and_what_is_no_number():
     assert broken_limits(limits, {"a": {"lost": 4}}, now) == [
         "a: gone is missing",
         "a: text is not a number ('x')",
-        "a: lost is 2; at least 3 is demanded",
+        "a: lost is 2; at least 3 is required",
         "a: lost fell by 50.00 %, from 4 to 2; 10 % is allowed",
         "b: none is missing",
         "c: more is 2; at most 1 is allowed",

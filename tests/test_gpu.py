@@ -301,7 +301,7 @@ def test_runs_give_the_same_bytes_undisturbed_and_resumed(name, trained, tmp_pat
     ).stdout
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    assert f"train: goes on from checkpoint-{STOPPED}\n" in said, said
+    assert f"train: resuming from checkpoint-{STOPPED}\n" in said, said
     found.append(outcome(tmp_path / "ws"))
     assert found[0] == found[1] == found[2], (found, said)
 

@@ -52,5 +52,5 @@ def test_without_the_library_it_names_the_command(tmp_path, monkeypatch):
     done = tool(tmp_path, "harness", "--tasks", "arc_easy")
     assert done.returncode == 2
     assert done.stderr == (
-        'harness: lm-evaluation-harness is not there; run it as: make harness TASKS="…"\n'
+        'harness: lm-evaluation-harness is not installed; run it as: make harness TASKS="…"\n'
     )

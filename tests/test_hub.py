@@ -104,23 +104,23 @@ ANSWERS = [
     (
         f"model owner/gated {A}",
         "owner/gated is gated: accept its licence at https://huggingface.co/owner/gated and set "
-        "HF_TOKEN to a token of yours",
+        "HF_TOKEN to your token",
     ),
     (
         f"model owner/missing {A}",
-        "owner/missing is no model on the Hub, or a private one; correct model.id, or set HF_TOKEN "
+        "owner/missing is not a model on the Hub, or is private; correct model.id, or set HF_TOKEN "
         "to a token that may read https://huggingface.co/owner/missing",
     ),
     (
         f"dataset owner/missing {A}",
-        "owner/missing is no dataset on the Hub, or a private one; correct dataset.id, or set "
+        "owner/missing is not a dataset on the Hub, or is private; correct dataset.id, or set "
         "HF_TOKEN to a token that may read https://huggingface.co/datasets/owner/missing",
     ),
     (
         f"model owner/open {B}",
         f"owner/open has no revision {B}; see https://huggingface.co/owner/open/commits/main",
     ),
-    ("model a/b/c main", "model.id: 'a/b/c' is no Hugging Face id such as owner/name"),
+    ("model a/b/c main", "model.id: 'a/b/c' is not a Hugging Face id like owner/name"),
     (
         f"model owner/escape {A}",
         "owner/escape: the file name '../../evil.json' leads out of its folder",
@@ -164,7 +164,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(tmp_path):
         hub.faults = ["12000000", "503"]
         text, _ = start(hub.url, tmp_path, f"model owner/big {A}").communicate(timeout=60)
         line = text.splitlines()[-1]
-        assert line == "owner/big: the Hub answered 503; what has arrived is kept, run again"
+        assert line == "owner/big: the Hub answered 503; the downloaded part is kept, run again"
         first = part.stat().st_size
         assert first >= 10_000_000
         # Taken up, and killed while the connection hangs.
@@ -214,14 +214,16 @@ def test_a_damaged_file_is_not_kept(tmp_path):
         hub.models["owner/x"] = Repo({"a.json": b"[1, 2]", "x.safetensors": b"\1\2"}, A)
         hub.faults = ["flip"]
         text, _ = start(hub.url, tmp_path, f"model owner/x {A}").communicate(timeout=60)
-        assert text.strip() == "owner/x: x.safetensors came damaged (its hash differs); run again"
+        assert (
+            text.strip() == "owner/x: x.safetensors arrived damaged (its hash differs); run again"
+        )
         hub.faulty, hub.faults = ".json", ["flip"]
         (tmp_path / f".0.partial-{A}/a.json").unlink(missing_ok=True)
         text, _ = start(hub.url, tmp_path, f"model owner/x {A}").communicate(timeout=60)
-        assert text.strip() == "owner/x: a.json came damaged (its hash differs); run again"
+        assert text.strip() == "owner/x: a.json arrived damaged (its hash differs); run again"
         hub.faults = ["long"]
         text, _ = start(hub.url, tmp_path, f"model owner/x {A}").communicate(timeout=60)
-        assert text.strip() == "owner/x: an answer of the wrong length came; run again"
+        assert text.strip() == "owner/x: the Hub's answer has the wrong length; run again"
         text, _ = start(hub.url, tmp_path, f"model owner/x {A}").communicate(timeout=60)
         assert text.strip() == f"ok {A} apache-2.0"
         assert (tmp_path / "0/a.json").read_bytes() == b"[1, 2]"
@@ -247,7 +249,7 @@ def test_no_connection_is_one_line(tmp_path):
         closed = hub.url
     text, _ = start(closed, tmp_path, f"model owner/x {A}").communicate(timeout=60)
     assert text.strip() == (
-        "owner/x: the connection to the Hub failed; what has arrived is kept, run again"
+        "owner/x: the connection to the Hub failed; the downloaded part is kept, run again"
     )
 
 
@@ -269,8 +271,8 @@ def test_offline_takes_the_cache_and_opens_no_socket(tmp_path):
     text, _ = process.communicate(timeout=60)
     assert text.splitlines() == [
         f"ok {A} None",
-        f"owner/cached: HF_HUB_OFFLINE is set and {B} is not in the Hugging Face cache; where "
-        f"there is a network: hf download owner/cached --repo-type model --revision {B}",
+        f"owner/cached: HF_HUB_OFFLINE is set and {B} is not in the Hugging Face cache; with "
+        f"a network, run: hf download owner/cached --repo-type model --revision {B}",
     ]
     copied = tmp_path / "out/0/config.json"
     assert not copied.is_symlink()
@@ -344,7 +346,7 @@ def test_names_that_lead_out_are_refused(name):
 
 @pytest.mark.parametrize("name", ["a\0b", "a\nb", "a\u2028b", "a\x1b[2Jb", "a\udcffb"])
 def test_names_that_a_list_of_checksums_cannot_hold_are_refused(name):
-    with pytest.raises(StageError, match="holds a line end, a control character or bytes that"):
+    with pytest.raises(StageError, match="contains a line end, a control character or bytes"):
         check_name(name, "x")
 
 
@@ -369,7 +371,7 @@ def test_packages(tmp_path, monkeypatch):
     with pytest.raises(StageError) as error:
         package("a-package", "2.0")
     assert str(error.value) == (
-        "the package a-package is 1.0, and params.yaml says 2.0; run: "
+        "the package a-package is 1.0, but params.yaml says 2.0; run: "
         "pip install --no-deps --require-hashes -r requirements-default.lock"
     )
     with pytest.raises(StageError) as error:

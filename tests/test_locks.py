@@ -133,7 +133,7 @@ def test_what_cannot_be_resolved_changes_nothing(project):
     done = refresh(project, "bad")
     assert done.returncode == 2
     assert done.stderr == (
-        "lock: nothing was written; mend pyproject.toml or the pin it names: "
+        "lock: nothing was written; fix pyproject.toml or the pin it names: "
         "error: no such version\n"
     )
     assert {file.name: file.read_bytes() for file in project.glob("*.lock")} == before

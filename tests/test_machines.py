@@ -98,10 +98,10 @@ def test_two_machines_give_the_bytes_of_one_with_two_devices(first, joiner, undi
     stage, other = start(first, joiner)
     assert stage.wait() == 0, stage.said + other.said
     assert other.wait() == 0, other.said
-    waits = "train: waits for 1 more of 2 machines: python -m tools.join 127.0.0.1:"
+    waits = "train: waiting for 1 more of 2 machines: python -m tools.join 127.0.0.1:"
     assert stage.said.startswith(waits)
     assert [line for line in other.said.splitlines() if line.startswith("join: ")][1:] == [
-        "join: pulls data/prepared and models/quantized",
+        "join: pulling data/prepared and models/quantized",
         "join: ranks 1 to 1 of 2 run here",
         "join: the training has ended",
     ]
@@ -121,8 +121,8 @@ def test_a_run_goes_on_on_two_machines_by_a_schedulers_names(first, joiner, undi
     other = quick.Stage("tools.join", joiner, RANK="1", **named)
     assert stage.wait() == 0, stage.said + other.said
     assert other.wait() == 0, other.said
-    assert "train: goes on from checkpoint-" in stage.said
-    assert "roundings" not in stage.said
+    assert "train: resuming from checkpoint-" in stage.said
+    assert "rounding" not in stage.said
     assert results(first) == results(undisturbed)
 
 
@@ -133,14 +133,14 @@ def commit_more(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (commit_more, "the first machine has other commit (here "),
+        (commit_more, "the first machine differs in commit (here "),
         (
             lambda folder: set_params(folder, lora={"r": 4}),
-            "the first machine has other params.yaml (seed, lora, train) (here ",
+            "the first machine differs in params.yaml (seed, lora, train) (here ",
         ),
         (
             lambda folder: append(folder / "stages/train.py", "# another\n"),
-            "the first machine has other the code of train (here ",
+            "the first machine differs in the code of train (here ",
         ),
     ],
     ids=["commit", "params", "code"],
@@ -198,9 +198,9 @@ def test_a_second_machine_that_a_step_does_not_feed_is_sent_home(first, joiner):
     try:
         stage, other = start(first, joiner)
         assert stage.wait() == 0, stage.said
-        assert "train: 1 of 2 ranks work" in stage.said
+        assert "train: uses 1 of 2 ranks" in stage.said
         assert other.wait() == 0, other.said
-        assert "these are not needed" in other.said.splitlines()[-1]
+        assert "this machine is not used" in other.said.splitlines()[-1]
     finally:
         for folder in (first, joiner):
             set_params(folder, train={"batch_size": 4, "epochs": 1.0})
@@ -209,8 +209,8 @@ def test_a_second_machine_that_a_step_does_not_feed_is_sent_home(first, joiner):
 @pytest.mark.parametrize(
     ("env", "line"),
     [
-        ({"MACHINES": "two"}, "MACHINES is 'two' and must be a number of machines"),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK is 1: one process of a run, that of RANK 0"),
+        ({"MACHINES": "two"}, "MACHINES is 'two' but must be a number of machines"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK is 1: only the process with RANK 0 runs"),
     ],
 )
 def test_what_names_no_run_is_refused(monkeypatch, env, line):

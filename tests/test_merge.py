@@ -211,7 +211,7 @@ def test_adapter_from_elsewhere(llama, monkeypatch, capsys):
     assert not (llama / "models/merged/training_args.bin").exists()
     said = capsys.readouterr().out
     assert "models/adapter has no SHA256SUMS: an adapter from elsewhere" in said
-    assert "models/adapter brings no tokenizer, so that of the rows is used" in said
+    assert "models/adapter has no tokenizer; using that of the rows" in said
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
@@ -474,7 +474,7 @@ def test_refuses_a_full_disk(llama, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 10**5))
     with pytest.raises(
-        StageError, match=r"models: the merged model takes 0\.00 GB and 0\.00 GB are free"
+        StageError, match=r"models: the merged model takes 0\.00 GB, but 0\.00 GB are free"
     ):
         run(merge, llama, monkeypatch)
     assert not list((llama / "models").glob("*merged*"))

@@ -214,14 +214,14 @@ REFUSED = [
     (
         jsonl(GENERAL),
         {"train_rows": 200, "shares": (0.9,)},
-        r"^dataset\.mix\.0 \(data/source/y\): a share of 0\.9 of 200 training rows is 180, and it "
+        r"^dataset\.mix\.0 \(data/source/y\): a share of 0\.9 of 200 training rows is 180, but it "
         r"has 37 to train on; lower the share, or prepare\.train_rows, or bring more rows$",
     ),
     (
         jsonl(GENERAL),
         {"train_rows": 20, "shares": (0.02,)},
-        r"^dataset\.mix\.0 \(data/source/y\): a share of 0\.02 of 20 training rows is not one row; "
-        r"raise it, or prepare\.train_rows$",
+        r"^dataset\.mix\.0 \(data/source/y\): a share of 0\.02 of 20 training rows is less than "
+        r"one row; raise it, or prepare\.train_rows$",
     ),
     (
         jsonl(GENERAL),
@@ -237,8 +237,8 @@ REFUSED = [
     (
         jsonl(RENDERED),
         {},
-        r"^dataset\.mix\.0 \(data/source/y\): its rows are rendered already, in the .* "
-        r"shape, those of dataset \(data/source/x\) are not rendered yet, and "
+        r"^dataset\.mix\.0 \(data/source/y\): its rows are already rendered, in the .* "
+        r"shape, those of dataset \(data/source/x\) are not rendered yet, but "
         r"prompts at inference have one template; bring both as messages$",
     ),
     (

@@ -44,11 +44,16 @@ def test_its_own_base_is_taken(source, named, revision, tmp_path):
 @pytest.mark.parametrize(
     ("source", "named", "revision", "said"),
     [
-        (HUB, "org/other", None, "trained on org/other, and the base is org/model; take that as"),
-        (HUB, "org/model", OTHER, f"trained on org/model at {OTHER}, and the base is org/model"),
+        (
+            HUB,
+            "org/other",
+            None,
+            "trained on org/other, but the base is org/model; use the former as",
+        ),
+        (HUB, "org/model", OTHER, f"trained on org/model at {OTHER}, but the base is org/model"),
         (HUB, "models/base", None, '"base_model_name_or_path": "org/model", "revision": null'),
         (LOCAL, "org/model", None, '"base_model_name_or_path": "models/base", "revision": null'),
-        (LOCAL, "/no/such folder", None, "trained on /no/such folder, and"),
+        (LOCAL, "/no/such folder", None, "trained on /no/such folder, but"),
     ],
 )
 def test_another_is_refused_in_one_line(source, named, revision, said, tmp_path):

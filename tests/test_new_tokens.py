@@ -139,7 +139,7 @@ def test_a_killed_run_ends_with_the_same_bytes(folder, tmp_path):
     [saved, *_] = project.glob("checkpoints/*/checkpoint-5/adapter_model.safetensors")
     assert load_file(saved).keys() == load_file(folder / WEIGHTS).keys()
     again = run("train", project)
-    assert "train: goes on from checkpoint-" in again.said
+    assert "train: resuming from checkpoint-" in again.said
     assert (project / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
 
 

@@ -69,8 +69,8 @@ def test_one_row_of_sixty_is_noise():
     before, now = revision("main"), revision("now", right=lambda i: float(i == 3))
     assert marks(before, now) == {"answers: tuned_mine": "within noise, p = 1, 30 rows"}
     said = comparison(before, now)
-    assert "which rows were drawn: a paired bootstrap" in said
-    assert said.index("answers: tuned_mine") < said.index("p: how easily")
+    assert "by the choice of rows alone" in said
+    assert said.index("answers: tuned_mine") < said.index("p is from a paired bootstrap")
 
 
 def test_of_a_users_own_measure_more_is_better():
@@ -138,11 +138,11 @@ def test_a_broken_limit_says_how_sure_it_is():
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("set,row,tokens\neval,0,ten\n", ":2: not a row of scores (could not convert string"),
-        ("set,row,tokens\neval,0,nan\n", ":2: not a row of scores (nan is not finite)"),
-        ("set,row,tokens\neval,0,1\neval,1,2,3\n", ":3: not a row of scores"),
-        ("eval,0,1\neval,1,2\n", ":2: not a row of scores ('set')"),
-        ('set,row,tokens\neval,"0,1\n', ":1: not a row of scores (unexpected end of data)"),
+        ("set,row,tokens\neval,0,ten\n", ":2: malformed row (could not convert string"),
+        ("set,row,tokens\neval,0,nan\n", ":2: malformed row (nan is not finite)"),
+        ("set,row,tokens\neval,0,1\neval,1,2,3\n", ":3: malformed row"),
+        ("eval,0,1\neval,1,2\n", ":2: malformed row ('set')"),
+        ('set,row,tokens\neval,"0,1\n', ":1: malformed row (unexpected end of data)"),
     ],
 )
 def test_what_are_no_scores_is_one_line(content, said):

@@ -118,7 +118,7 @@ def test_too_little_host_memory_is_refused_in_a_line(card):
     with pytest.raises(StageError) as refused:
         place(*mistral(batch_size=2), ROWS, GPU)
     line = str(refused.value)
-    assert "GB of host memory and the machine has 0.5 GB free" in line
+    assert "GB of host memory, but only 0.5 GB are free" in line
     assert f"needs {needed / GB:.1f} GB" in line
     assert "\n" not in line
 
@@ -180,7 +180,7 @@ def test_a_lack_of_memory_is_answered_once(card, monkeypatch, capsys):
     first = place(*mistral(batch_size=2), ROWS, GPU, leave=placing.tighter())
     try_tighter(first)
     assert started == [(sys.executable, [sys.executable, "-m", "stages.train"])]
-    assert "once more" in capsys.readouterr().out
+    assert "retrying" in capsys.readouterr().out
     # As the new process begins.
     second = place(*mistral(batch_size=2), ROWS, GPU, leave=placing.tighter())
     assert second.prediction.device < first.prediction.device

@@ -206,7 +206,7 @@ def test_worker_that_dies_ends_the_stage_in_a_line(tmp_path, monkeypatch, death)
     monkeypatch.setattr(writing, "_work", work)
     monkeypatch.setattr(writing, "_encode", dying)
     started = time.monotonic()
-    with pytest.raises(StageError, match="a worker process ended before its work") as refused:
+    with pytest.raises(StageError, match="a worker process died") as refused:
         run(tmp_path, monkeypatch, {"a.jsonl": jsonl(pairs(200))}, eval_rows=8)
     assert f"({death.split()[0] if 'result' in death else death})" in str(refused.value)
     assert time.monotonic() - started < 20
@@ -454,7 +454,7 @@ def test_rows_that_differ_in_tools_alone_are_no_duplicates(tmp_path):
 
 def test_rows_that_all_ask_the_same_are_said_to(tmp_path, monkeypatch):
     rows = [{"prompt": "Sum it up", "completion": f"c{i}", "system": f"s{i}"} for i in range(20)]
-    message = "of 20 the first questions are 1 different ones, and rows that ask the same stay in"
+    message = "these 20 have only 1 different prompts, and rows with the same prompt stay in one"
     with pytest.raises(StageError, match=message):
         run(tmp_path, monkeypatch, {"a.jsonl": jsonl(rows)})
 
@@ -508,8 +508,8 @@ def test_row_that_leaks_into_the_evaluation_file_is_refused(tmp_path, monkeypatc
     with pytest.raises(StageError) as caught:
         run(tmp_path, monkeypatch, files, eval_file="b.jsonl")
     assert str(caught.value) == (
-        "data/raw/a.jsonl:5: asks what a row of b.jsonl asks, as do 2 others; delete them from one "
-        "of the two"
+        "data/raw/a.jsonl:5: has the same prompt as a row of b.jsonl, as do 2 others; delete them "
+        "from one of the two"
     )
     assert not (tmp_path / "data/prepared").exists()
 

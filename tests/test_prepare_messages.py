@@ -103,7 +103,7 @@ def test_documents_and_variables_reach_the_template():
     tokenizer, made = made_of(text, row)
     assert tokenizer.decode(made.ids).startswith("The lake is deep.calm<|im_start|>")
     _, refused = made_of(template("qwen2_5"), row)
-    assert "leaves out the documents" in refused.message
+    assert "omits the documents" in refused.message
     _, rest = text_of("qwen3", chat | {"chat_template_kwargs": {"enable_thinking": False}})
     assert rest == "[[a<|im_end|>]]"
 
@@ -111,11 +111,23 @@ def test_documents_and_variables_reach_the_template():
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("tools", "a hammer", "'tools' holds text where a list of objects belongs"),
-        ("tools", {"name": "f"}, "'tools' holds an object where a list of objects"),
-        ("documents", ["a"], "'documents' holds a list where a list of objects"),
-        ("chat_template_kwargs", [1], "holds a list where an object belongs"),
-        ("chat_template_kwargs", {"tokenize": 1}, "'tokenize', no variable of a template"),
+        (
+            "tools",
+            "a hammer",
+            "'tools' is passed to the template and must be a list of objects, not text",
+        ),
+        (
+            "tools",
+            {"name": "f"},
+            "'tools' is passed to the template and must be a list of objects, not an object",
+        ),
+        (
+            "documents",
+            ["a"],
+            "'documents' is passed to the template and must be a list of objects, not a list",
+        ),
+        ("chat_template_kwargs", [1], "must be an object, not a list"),
+        ("chat_template_kwargs", {"tokenize": 1}, "must not set 'tokenize'"),
     ],
 )
 def test_what_a_template_cannot_be_given_is_refused(column, value, message):
@@ -130,7 +142,7 @@ def test_mark_in_a_tool_is_refused():
 
 def test_template_without_tools_is_named():
     row = {"messages": [QUESTION, ANSWER], "tools": TOOLS}
-    assert "leaves out the tools: set" in made_of(template("llama3"), row)[1].message
+    assert "omits the tools: set" in made_of(template("llama3"), row)[1].message
 
 
 @pytest.mark.parametrize("chat", [CALL, TEXT_CALL], ids=["object", "text"])
@@ -262,7 +274,7 @@ def test_broken_arguments_are_refused(arguments):
 
 @pytest.mark.parametrize("call_", ["no JSON", '{"a": ', [1]])
 def test_call_that_is_none_is_refused(call_):
-    with pytest.raises(Unusable, match="message 2: a tool call that is no JSON object"):
+    with pytest.raises(Unusable, match="message 2: a tool call that is not a JSON object"):
         example_of(
             {
                 "conversations": [

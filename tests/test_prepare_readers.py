@@ -221,7 +221,7 @@ def test_many_columns_are_checked_once_each(tmp_path):
     assert list(row) == names
     path = tmp_path / "a.jsonl"
     path.write_text("{" + ",".join(f'"{name}": 1' for name in [*names, names[-1]]) + "}\n")
-    with pytest.raises(StageError, match=r"the key 'c99999' stands twice"):
+    with pytest.raises(StageError, match=r"the key 'c99999' appears twice"):
         list(read_file(path))
     path = tmp_path / "a.parquet"
     names = names[:4000]
@@ -354,7 +354,7 @@ def test_files_of_a_split(files, card, dataset, eval_file, expected, tmp_path):
             ["train.csv", "test.csv"],
             "",
             {"source": "local"},
-            "test.csv stands beside train.csv; name it in prepare.eval_file, or take it out of the",
+            "test.csv is beside train.csv; name it in prepare.eval_file, or remove it from the",
         ),
         (
             [*SHARDS[:2], *TESTS],
@@ -367,9 +367,9 @@ def test_files_of_a_split(files, card, dataset, eval_file, expected, tmp_path):
             CHAT[1:],
             "",
             {"source": "local"},
-            "data/train_gen-00000-of-00001.parquet stands beside data/train_sft-00001-of-00002.p",
+            "data/train_gen-00000-of-00001.parquet and data/train_sft-00001-of-00002.p",
         ),
-        (CHAT[::3], "", {"source": "local"}, "data/test_sft-00000-of-00001.parquet stands beside"),
+        (CHAT[::3], "", {"source": "local"}, "data/test_sft-00000-of-00001.parquet is beside"),
     ],
 )
 def test_no_file_of_a_split(files, card, dataset, message, tmp_path):

@@ -153,7 +153,7 @@ def test_odd_names_are_listed_as_sha256sum_does(tmp_path):
 
 def test_name_that_is_no_text_is_refused_with_it(tmp_path):
     (tmp_path / os.fsdecode(b"a\xff.jsonl")).touch()
-    with pytest.raises(StageError, match=r"the name 'a\\udcff.jsonl' is no UTF-8 text; rename"):
+    with pytest.raises(StageError, match=r"the name 'a\\udcff.jsonl' is not UTF-8; rename"):
         write_sums(tmp_path)
 
 
@@ -236,14 +236,16 @@ def test_metrics_are_json_that_any_tool_reads(tmp_path):
         '{\n  "loss": 0.333333,\n  "steps": 3,\n  "device": "CPU",\n  "small": 1.23457e-07\n}\n'
     )
     for wrong in ("nan", "inf", "-inf"):
-        with pytest.raises(StageError, match=rf"m\.json: loss is {wrong}: the model"):
+        with pytest.raises(StageError, match=rf"m\.json: loss is {wrong}, so the model"):
             write_metrics(path, {"steps": 4, "loss": float(wrong)})
     assert '"steps": 3' in path.read_text()
 
 
 def test_space_is_looked_at_before(tmp_path):
     check_space(tmp_path, 1, "nothing")
-    with pytest.raises(StageError, match=r"the adapter takes 1000000000\.00 GB and .* GB are free"):
+    with pytest.raises(
+        StageError, match=r"the adapter takes 1000000000\.00 GB, but .* GB are free"
+    ):
         check_space(tmp_path, 10**18, "the adapter")
 
 
@@ -255,7 +257,7 @@ def test_lock_is_taken_over_from_a_run_that_removed_it(tmp_path, monkeypatch):
     with ThreadPoolExecutor() as other:
         second = other.submit(lock, path, "train")
         line = said.get(timeout=60)
-        assert line == f"train: waits for process {os.getpid()}, which runs the same"
+        assert line == f"train: waiting for process {os.getpid()}, which runs the same stage"
         shutil.rmtree(path.parent)
         first.close()
         assert os.path.samestat(os.fstat(second.result().fileno()), path.stat())
@@ -335,7 +337,7 @@ def test_folder_that_may_not_be_written_is_refused_before_the_work(workspace, na
         parent.chmod(0o755)
     assert stage.said == (
         f"{name}: {parent.relative_to(workspace)}: Permission denied; "
-        "mend its permissions (chown, chmod) and run it again\n"
+        "fix its permissions (chown, chmod) and run it again\n"
     )
 
 
@@ -358,10 +360,10 @@ def test_refusals_of_the_disk(number, said, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (MemoryError(), "out of memory (RAM); close other programs or take a smaller"),
+        (MemoryError(), "out of memory (RAM); close other programs or use a smaller"),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"),
-            "out of memory (RAM); close other programs or take a smaller",
+            "out of memory (RAM); close other programs or use a smaller",
         ),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), "out of GPU memory; see with"),
         (KeyboardInterrupt(), "interrupted"),
@@ -415,7 +417,7 @@ def test_outputs_of_before_can_be_had_back(tmp_path, monkeypatch, capsys):
     (tmp_path / ".dvc/cache/files/md5/00/11.dir").write_text("[]")
     assert told("merge") == ["merge: no"]
     assert told("train")[1] == (
-        "train: have the earlier outputs back with: "
+        "train: restore the earlier outputs with: "
         "git checkout params.yaml dvc.lock metrics && dvc checkout"
     )
 
@@ -516,10 +518,10 @@ def test_code_from_before_the_clock_was_set_back_is_no_edit(workspace):
     [
         (
             lambda: Path("dvc.lock").write_text("schema: '2.0'\nstages:\n  a:\n    md5: 01"),
-            "dvc.lock is cut off; mend it with: python -m tools.recover",
+            "dvc.lock is truncated; fix it with: python -m tools.recover",
         ),
-        (lambda: Path("dvc.lock").touch(), "dvc.lock is cut off; mend it"),
-        (note_interrupt, "interrupted while the stage before it ended; dvc repro goes on from"),
+        (lambda: Path("dvc.lock").touch(), "dvc.lock is truncated; fix it"),
+        (note_interrupt, "interrupted at the end of the previous stage; dvc repro continues"),
         (lambda: Path("{a}").mkdir() or os.chdir("{a}"), "DVC cannot keep files below a path"),
     ],
     ids=["cut", "empty", "interrupted", "braces"],
@@ -597,7 +599,7 @@ def test_stage_whose_dvc_is_gone_does_not_begin(workspace):
         done.wait()
     while "\n" not in (said := (workspace / "orphan.log").read_text()):
         time.sleep(0.01)
-    assert said == "fetch_data: dvc ended before the stage began\n"
+    assert said == "fetch_data: dvc ended before the stage started\n"
 
 
 def test_a_name_is_on_the_disk_with_its_content(tmp_path, monkeypatch):

@@ -105,7 +105,7 @@ REFUSED = {
     "head": (
         without("lm_head.weight"),
         {"tie_word_embeddings": False},
-        "the files lack lm_head.weight of the model; if the model takes its embeddings for it, say "
+        "the files lack lm_head.weight of the model; if the model shares its embeddings, set "
         "tie_word_embeddings: true in the config.json of a copy, with model.source: local",
     ),
     "linear": (
@@ -120,7 +120,7 @@ REFUSED = {
         "weight and 18 more of the model; they call model.embed_tokens.weight "
         "language_model.model.embed_tokens.weight: rename the tensors in a copy",
     ),
-    "shape": (cut, {}, "model.norm.weight is (8,) in the files and (64,) by config.json; one of"),
+    "shape": (cut, {}, "model.norm.weight is (8,) in the files and (64,) in config.json; one of"),
 }
 
 

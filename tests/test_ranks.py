@@ -63,11 +63,11 @@ def test_a_step_is_dealt_evenly(batch, accumulation, available, count, at_once, 
 
 def test_what_keeps_a_gpu_idle_is_said():
     train = train_of(batch_size=8, gradient_accumulation=2)
-    assert who_works(train, 2) == "2 GPUs work, 8 rows of each step on each"
+    assert who_works(train, 2) == "uses 2 GPUs, 8 rows of each step on each"
     assert who_works(train, 3) == (
-        "2 of 3 GPUs work, 8 rows of each step on each: train.batch_size x "
-        "train.gradient_accumulation does not divide by 3; with train.gradient_accumulation: 3 "
-        "all do"
+        "uses 2 of 3 GPUs, 8 rows of each step on each: train.batch_size x "
+        "train.gradient_accumulation is not divisible by 3; set train.gradient_accumulation: 3 "
+        "to use all"
     )
 
 
@@ -272,7 +272,7 @@ def test_the_stage_on_two_ranks_trains_the_adapter_of_one(alone, together):
 
 def test_rank_0_speaks_for_all(together):
     said = (together / "train.log").read_text().splitlines()
-    assert said[0] == "train: 2 ranks work, 4 rows of each step on each"
+    assert said[0] == "train: uses 2 ranks, 4 rows of each step on each"
     assert [line.split(":")[1].split(",")[0] for line in said[1:]] == [" 48 rows", " loss 5.3190"]
 
 
@@ -299,7 +299,7 @@ def test_a_step_of_one_row_leaves_the_second_device_idle(quantized, tmp_path):
     shutil.copytree(quantized, folder)
     set_params(folder, train={"batch_size": 1, "epochs": 0.1})
     stage = quick.run("train", folder, CPU_RANKS="2")
-    assert "train: 1 of 2 ranks work" in stage.said
+    assert "train: uses 1 of 2 ranks" in stage.said
     assert json.loads((folder / "metrics/train_cost.json").read_text())["ranks"] == 1
 
 

@@ -98,7 +98,7 @@ def test_a_rank_that_hangs_ends_all(folder):
     since = time.monotonic()
     os.kill(ranks[1], signal.SIGSTOP)
     assert assert_ended(stage, ranks, since, TIMEOUT + SECONDS) == (
-        "train: rank 1 has not answered the others for 4 s; look at that GPU and its process, "
+        "train: rank 1 has not answered the others for 4 s; check that GPU and its process, "
         "then run it again"
     )
 
@@ -167,11 +167,11 @@ def test_a_signal_is_one_agreed_checkpoint_and_the_run_goes_on(folder, undisturb
     stage.kill(signal.SIGTERM)
     stage.kill(signal.SIGTERM)
     last = assert_ended(stage, ranks, time.monotonic(), SECONDS)
-    assert last == "train: stopped by SIGTERM; dvc repro goes on from the saved checkpoint"
+    assert last == "train: stopped by SIGTERM; dvc repro resumes from the saved checkpoint"
     made = checkpoints(folder)[-1]
     assert {path.name for path in made.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
     again = quick.run("train", folder, CPU_RANKS="2")
-    assert f"train: goes on from {made.name}\n" in again.said
+    assert f"train: resuming from {made.name}\n" in again.said
     assert results(folder) == results(undisturbed)
 
 
@@ -195,8 +195,8 @@ def test_killed_again_and_again_ends_like_an_undisturbed_one(folder, undisturbed
     stage.kill(signal.SIGKILL)
     stage.wait()
     again = quick.run("train", folder, CPU_RANKS="2")
-    assert "train: goes on from checkpoint-" in again.said
-    assert "roundings" not in again.said
+    assert "train: resuming from checkpoint-" in again.said
+    assert "rounding" not in again.said
     assert results(folder) == results(undisturbed)
 
 
@@ -206,7 +206,7 @@ def test_another_number_of_ranks_goes_on_and_says_so(folder, undisturbed):
     assert stage.wait() == 1
     name = checkpoints(folder)[-1].name
     again = quick.run("train", folder)
-    other = "made by 2 and not 1 ranks: roundings may differ"
-    assert f"train: goes on from {name}, {other}\n" in again.said
+    other = "written by 2 ranks, not 1: rounding may differ"
+    assert f"train: resuming from {name}, {other}\n" in again.said
     one, two = (json.loads((f / "metrics/train.json").read_text()) for f in (folder, undisturbed))
     assert one == pytest.approx(two, rel=1e-5)

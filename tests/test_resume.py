@@ -149,7 +149,7 @@ def test_killed_again_and_again_ends_like_an_undisturbed_one(fresh, undisturbed)
         assert kill_after(fresh, step).wait() == -signal.SIGKILL
         assert not (fresh / "models/adapter").exists()
     resumed = assert_finishes_alike(fresh, undisturbed)
-    assert "train: goes on from checkpoint-" in resumed.said
+    assert "train: resuming from checkpoint-" in resumed.said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -165,13 +165,13 @@ def test_signal_saves_and_stops(quantized, tmp_path, number):
     stage.kill(number)
     assert stage.wait() == 1
     assert stage.said.splitlines()[-1] == (
-        f"train: stopped by {number.name}; dvc repro goes on from the saved checkpoint"
+        f"train: stopped by {number.name}; dvc repro resumes from the saved checkpoint"
     )
     assert not (folder / "models/adapter").exists()
     assert len(checkpoints(folder)) == 1
     name = checkpoints(folder)[0].name
     again = quick.Stage("train", folder)
-    assert again.until(lambda: f"train: goes on from {name}\n" in again.said), again.said
+    assert again.until(lambda: f"train: resuming from {name}\n" in again.said), again.said
     again.kill(signal.SIGKILL)
     again.wait()
 
@@ -264,7 +264,7 @@ def test_damaged_checkpoint_is_skipped_with_a_word(killed, tmp_path, capsys, dam
     damage(newest)
     assert newest_complete(tmp_path / "key") == older
     skipped = f"train: {newest.name} is incomplete or damaged, skipped\n"
-    assert capsys.readouterr().out == f"{skipped}train: goes on from {older.name}\n"
+    assert capsys.readouterr().out == f"{skipped}train: resuming from {older.name}\n"
 
 
 def both(folder: Path) -> list[Path]:
@@ -278,26 +278,26 @@ def test_training_goes_on_before_a_damaged_checkpoint(killed, undamaged, tmp_pat
     flip(newest / "optimizer.pt")
     resumed = assert_finishes_alike(folder, undamaged)
     assert f"train: {newest.name} is incomplete or damaged, skipped" in resumed.said
-    assert f"train: goes on from {older.name}" in resumed.said
+    assert f"train: resuming from {older.name}" in resumed.said
 
 
 def test_training_begins_anew_when_all_are_damaged(simple, undamaged):
     assert kill_after(simple, 3).wait() == -signal.SIGKILL
     for folder in checkpoints(simple):
         flip(folder / "scheduler.pt")
-    assert "goes on from" not in assert_finishes_alike(simple, undamaged).said
+    assert "resuming from" not in assert_finishes_alike(simple, undamaged).said
 
 
 def test_checkpoint_of_other_parameters_is_never_used(simple, undamaged):
     assert kill_after(simple, 4).wait() == -signal.SIGKILL
     set_params(simple, lora={"r": 4})
     other = quick.run("train", simple)
-    assert "goes on from" not in other.said
-    assert "train: 1 unfinished runs of other parameters hold 0.00 GB in checkpoints" in other.said
+    assert "resuming from" not in other.said
+    assert "train: 1 unfinished runs with other parameters take 0.00 GB in " in other.said
     config = json.loads((simple / "models/adapter/adapter_config.json").read_text())
     assert config["r"] == 4
     set_params(simple, lora={"r": 16})
-    assert "goes on from" in assert_finishes_alike(simple, undamaged).said
+    assert "resuming from" in assert_finishes_alike(simple, undamaged).said
 
 
 def test_checkpoint_of_other_code_or_data_is_never_used(simple):
@@ -307,11 +307,11 @@ def test_checkpoint_of_other_code_or_data_is_never_used(simple):
     assert stage.until(lambda: len(list((simple / "checkpoints").iterdir())) == 2)
     stage.kill(signal.SIGKILL)
     stage.wait()
-    assert "goes on from" not in stage.said
+    assert "resuming from" not in stage.said
     prepared = simple / "data/prepared"
     append(prepared / "prepared.json", "\n")
     write_sums(prepared)
-    assert "goes on from" not in quick.run("train", simple).said
+    assert "resuming from" not in quick.run("train", simple).said
 
 
 def test_kill_between_the_adapter_and_its_metrics(simple, undamaged, changed):
@@ -332,7 +332,7 @@ def stopped_with_the_lock(folder: Path, changed: list[str]) -> quick.Stage:
 
 
 def waits_for(first: quick.Stage, second: quick.Stage) -> bool:
-    line = f"train: waits for process {first.process.pid}, which runs the same"
+    line = f"train: waiting for process {first.process.pid}, which runs the same stage"
     return second.log.exists() and line in second.said
 
 
@@ -363,7 +363,7 @@ def test_copy_goes_on_from_the_checkpoints_of_the_project(simple, undamaged, tmp
     copy = untrained(simple, tmp_path / "copy")
     assert kill_after(simple, 4).wait() == -signal.SIGKILL
     again = quick.run("train", copy, DVC_ROOT=str(simple))
-    assert "goes on from" in again.said
+    assert "resuming from" in again.said
     assert results(copy) == results(undamaged)
 
 
@@ -386,12 +386,12 @@ def break_base(folder: Path, value: float) -> None:
 @pytest.mark.parametrize(
     ("train", "base", "reason", "remedy"),
     [
-        ({}, float("nan"), "the loss is nan at step 1 (rows rows.jsonl:", "look at these rows"),
+        ({}, float("nan"), "the loss is nan at step 1 (rows rows.jsonl:", "check these rows"),
         ({}, 1e30, "the gradient's norm is ", "lower train.learning_rate"),
         (
             {"learning_rate": 1e-300},
             None,
-            "the adapter does not move at step 5 (rows rows.jsonl:",
+            "the adapter does not change at step 5 (rows rows.jsonl:",
             "raise train.learning_rate or change lora.target_modules",
         ),
     ],

@@ -74,12 +74,12 @@ def test_a_text_has_a_largest_size(fetched, monkeypatch, files):
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"a.csv": "body\nx\n"}, "a.csv:2: no text in a column `text`, which texts for retention"),
-        ({"a.txt": " \n\n "}, "retention.id: data/source has no text in it"),
+        ({"a.csv": "body\nx\n"}, "a.csv:2: retention needs text in a column `text`"),
+        ({"a.txt": " \n\n "}, "retention.id: data/source contains no text"),
         ({"a.zip": ""}, "a.zip is an archive; unpack it into data/source and set retention.source"),
         ({"a.txt": "a\0b"}, "a.txt:1: a NUL byte; remove it"),
         ({"a.txt": "<!doctype html>"}, "a.txt: a web page, not data; download the file itself"),
-        ({"a.jsonl": '{"text": "\\ud800"}'}, "a.jsonl:1: `text` holds half a surrogate pair"),
+        ({"a.jsonl": '{"text": "\\ud800"}'}, "a.jsonl:1: `text` contains half a surrogate pair"),
         ({}, "data/source has no data files"),
     ],
 )

@@ -115,7 +115,7 @@ def test_a_repository_of_somebody_else_is_named_with_the_command_that_helps(
         assert done.returncode == 2
         assert f"dubious ownership in repository at '{repository}'; if you trust" in done.stderr
         assert len(done.stderr.splitlines()) == 1
-    must(repository, *shlex.split(done.stderr.partition("who owns it: ")[2]))
+    must(repository, *shlex.split(done.stderr.partition("trust the owner: ")[2]))
     with chdir(repository / folder):
         assert Revision("main").params
 

@@ -83,7 +83,7 @@ def checked(file, release, capsys, monkeypatch):
 def test_a_file_that_holds_the_release_passes(release, tmp_path, capsys, monkeypatch):
     write_gguf(tmp_path / "it.gguf", release, extra="rope_freqs.weight")
     status, said = checked(tmp_path / "it.gguf", release, capsys, monkeypatch)
-    assert (status, "260 tokens are the release's" in said) == (0, True), said
+    assert (status, "260 tokens equal the release's" in said) == (0, True), said
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -103,22 +103,31 @@ def test_experts_lie_behind_each_other(broken, release, tmp_path, capsys, monkey
         save_file(weights, mixture / "model.safetensors")
     status, said = checked(tmp_path / "it.gguf", mixture, capsys, monkeypatch)
     assert status == int(broken), said
-    assert ("blk.1.ffn_down_exps.weight (BF16) is not model" in said) is broken
+    assert ("blk.1.ffn_down_exps.weight (BF16) differs from model" in said) is broken
 
 
 FAULTS = {
-    "one value": ({"blk.0.ffn_up.weight": lambda v: v * (v != v.max())}, "(BF16) is not model.lay"),
-    "one norm": ({"output_norm.weight": lambda v: v * 1.01}, "(F32) is not model.norm.weight"),
-    "rows in Transformers' order": ({"blk.1.attn_q.weight": lambda v: v[::-1]}, f"is not {Q}"),
-    "a tensor is missing": ({"blk.1.attn_q.weight": lambda v: None}, f"{Q} is not in it"),
+    "one value": (
+        {"blk.0.ffn_up.weight": lambda v: v * (v != v.max())},
+        "(BF16) differs from model.lay",
+    ),
+    "one norm": (
+        {"output_norm.weight": lambda v: v * 1.01},
+        "(F32) differs from model.norm.weight",
+    ),
+    "rows in Transformers' order": (
+        {"blk.1.attn_q.weight": lambda v: v[::-1]},
+        f"differs from {Q}",
+    ),
+    "a tensor is missing": ({"blk.1.attn_q.weight": lambda v: None}, f"{Q} is missing"),
     "a tensor too many": ({"extra": "output.weight"}, "output.weight is not in the release"),
     "tokens in another order": (
         {"tokens": [f"t{number}" for number in range(260)]},
-        "is 't0' and not '<unk>'",
+        "is 't0', not '<unk>'",
     ),
-    "tokens missing": ({"tokens": ["<unk>"]}, "is None and not "),
-    "another end": ({"end": 3}, "the end token is 3, and 2 in the release"),
-    "another template": ({"template": " "}, "the chat template is another one"),
+    "tokens missing": ({"tokens": ["<unk>"]}, "is None, not "),
+    "another end": ({"end": 3}, "the end token is 3, but 2 in the release"),
+    "another template": ({"template": " "}, "the chat template differs"),
 }
 
 
@@ -140,7 +149,7 @@ def test_no_whole_file_is_one_line(part, release, tmp_path, monkeypatch, capsys)
         check_gguf.main()
     assert ended.value.code == 2
     said = capsys.readouterr().err
-    assert re.fullmatch(r"check_gguf: .+ cannot be held to .+; make gguf writes it anew\n", said)
+    assert re.fullmatch(r"check_gguf: .+ cannot be compared with .+; make gguf rewrites it\n", said)
 
 
 def go(text: str, messages: list[dict], system: str | None) -> str:
@@ -204,5 +213,5 @@ def test_a_template_that_go_cannot_say_is_refused(name, tmp_path, monkeypatch, c
     told = capsys.readouterr()
     assert (ended.value.code, told.out) == (1, "")
     assert re.fullmatch(
-        "modelfile: the chat template cannot be said in Go: .+; write .+\n", told.err
+        "modelfile: the chat template cannot be converted: .+; write .+\n", told.err
     )

@@ -61,7 +61,7 @@ def test_one_run_a_gpu_side_by_side(first, log):
     seen = "\nPath(os.environ['STUB_LOG'] + '.gpus').open('a').write(os.environ['{}'] + ' ')\n"
     train.write_text(train.read_text() + seen.format("CUDA_VISIBLE_DEVICES"))
     stubs.commit(first, "a stub that says its GPU")
-    (command,) = commands("### One a GPU")
+    (command,) = commands("### One per GPU")
     done = run(first, "bash", "-ec", command, STUB_LOG=str(log))
     assert done.returncode == 0, done.stdout + done.stderr
     assert sorted((log.parent / "log.gpus").read_text().split()) == ["0", "1"]

@@ -63,7 +63,7 @@ def test_tensorboard_switched_on_in_between_trains_nothing_again(plain, tmp_path
     set_params(folder, tracking={"report_to": "tensorboard"})
     assert kill_after(folder, 6).wait() == -signal.SIGKILL
     stage = quick.run("train", folder)
-    assert "goes on from checkpoint-" in stage.said
+    assert "resuming from checkpoint-" in stage.said
     assert results(folder) == results(plain)
     assert not list((folder / "checkpoints").iterdir())
     found = scalars(folder)
@@ -168,7 +168,7 @@ def test_a_tracker_that_fails_ends_alone(monkeypatch, capsys):
         tracker.on_log(None, state, TrainerControl(), logs={"loss": 1.0})
     tracker.on_train_end(None, state, TrainerControl())
     assert capsys.readouterr().out == (
-        "train: goes on without tensorboard: OSError: no route to host\n"
+        "train: continuing without tensorboard: OSError: no route to host\n"
     )
 
 
@@ -179,7 +179,7 @@ def test_a_tracker_that_cannot_begin_is_one_line(monkeypatch):
     with pytest.raises(StageError) as refused:
         begun(monkeypatch, none)
     assert str(refused.value) == (
-        "tensorboard (tracking.report_to) cannot begin: RuntimeError: no key; mend its settings in "
+        "tensorboard (tracking.report_to) cannot start: RuntimeError: no key; fix its settings in "
         "the environment, or set it to none"
     )
 

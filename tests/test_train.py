@@ -243,7 +243,7 @@ def _run_out(*args, **kwargs):
     [
         ("training/trainer", "Trainer.training_step", 4, "lower train.batch_size (now 4)"),
         ("training/trainer", "Trainer.training_step", 1, "set train.gradient_checkpointing: auto"),
-        ("shared/model", "load_base", 1, "take a smaller base"),
+        ("shared/model", "load_base", 1, "use a smaller base"),
     ],
 )
 def test_running_out_of_memory_is_one_line(project, module, fault, batch_size, remedy):
@@ -261,7 +261,7 @@ def test_running_out_of_memory_is_one_line(project, module, fault, batch_size, r
     at_loading = " while the base model was loaded"
     begins = at_loading if fault == "load_base" else at_step
     assert lines[0].startswith(f"train: out of GPU memory{begins}")
-    assert "plan had predicted 7.25 GB, and 8.50 GB for the card" in lines[0]
+    assert "plan predicted 7.25 GB, and 8.50 GB with CUDA's own" in lines[0]
     assert remedy in lines[0]
     assert outputs(project) == before
 

@@ -186,5 +186,5 @@ def test_scoring_that_has_other_logits_than_the_model_is_refused(tmp_path, monke
     base = load_base(tmp_path / "base", CPU)
     own_logits.check_head(base, IDS[:1])
     monkeypatch.setattr(own_logits, "head", lambda model, hidden: model.lm_head(hidden * 1.01))
-    with pytest.raises(StageError, match=r"^gemma2: scoring does not have the model's own logits"):
+    with pytest.raises(StageError, match=r"^gemma2: scoring does not reproduce the model's logits"):
         own_logits.check_head(base, IDS)

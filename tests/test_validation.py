@@ -96,7 +96,7 @@ def test_killed_and_resumed_the_same_state_is_kept(chosen, tmp_path, steps):
     newest = checkpoints(folder)[-1]
     assert (newest / BEST).exists()
     resumed = assert_finishes_alike(folder, chosen)
-    assert f"goes on from {newest.name}" in resumed.said
+    assert f"resuming from {newest.name}" in resumed.said
 
 
 def test_patience_stops_with_the_same_state(chosen, tmp_path):

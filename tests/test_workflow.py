@@ -171,7 +171,7 @@ def test_run_uses_a_remote_where_one_is_set(tmp_path, remotes, called, kept):
         (programs / name).chmod(0o755)
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics/eval.json").write_text("{}")
-    done = run_step("Run the pipeline and hold it to what is committed", tmp_path)
+    done = run_step("Run the pipeline and compare it with what is committed", tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "calls").read_text().splitlines() == called
     assert (tmp_path / "metrics/eval.json").exists() == kept

@@ -1,12 +1,12 @@
-"""Hold a fresh run of the pipeline against what is committed. For CI, after `make repro`.
+"""Compare a fresh run of the pipeline with what is committed. For CI, after `make repro`.
 
     python -m tools.check_repro
 
-Equal: commands, parameters, code, fetched and prepared data, the plan. Quality metrics and weights
-are equal too where the run and what is committed record the same machine and versions
-(metrics/*_cost.json), those of verify aside. Elsewhere metrics are close, by TOLERANCE and POINTS,
-and weights are not compared: another machine rounds otherwise. Timings are never compared.
-Exit status: 0 they agree, 1 they differ, 2 nothing could be judged.
+Must be equal: commands, parameters, code, fetched and prepared data, the plan. Quality metrics and
+weights must be equal too if both record the same machine and versions (metrics/*_cost.json), except
+those of verify. Otherwise metrics must be close, by TOLERANCE and POINTS, and weights are not
+compared, since another machine rounds differently. Timings are never compared.
+Exit status: 0 they agree, 1 they differ, 2 they could not be compared.
 """
 
 import math
@@ -23,8 +23,8 @@ from tools.screen import fail
 from tools.versions import RECORDS
 
 TOLERANCE = 0.05
-# Near zero a share says nothing: how far they may lie apart. A GPU's run of the default lay 0.06
-# points, 0.0014 and 0.033 nats from a CPU's; a merge on the other base 1.7 points and 0.19 nats.
+# Absolute tolerances for metrics near zero. A GPU's run of the default differed from a CPU's by
+# 0.06 points, 0.0014 and 0.033 nats; a merge on the other base by 1.7 points and 0.19 nats.
 POINTS = {
     "perplexity_change_percent": 0.5,
     "retention_perplexity_change_percent": 2.0,
@@ -53,16 +53,16 @@ EXACT_OUTS = (
     "metrics/lengths.csv",
 )
 EXACT_METRICS = ("metrics/data.json", "metrics/plan.json")
-# verify's products of mapped 16-bit weights rounded otherwise in one run of many on one machine:
-# its figures, and what export takes from them, are close everywhere.
+# On one machine, verify's products of memory-mapped 16-bit weights rounded differently in one run
+# of many, so its figures and export's copies of them are only compared for closeness.
 ROUNDED_METRICS = ("metrics/verify.json", "metrics/summary.json")
 CLOSE_METRICS = ("metrics/train.json", EVAL, *ROUNDED_METRICS)
 
 
 def lock_differences(old: Lock, new: Lock, computed: bool) -> list[str]:
-    """Stages whose command, parameters, code or exact outputs are not those of dvc.lock.
+    """Stages whose command, parameters, code or exact outputs differ between two dvc.lock files.
 
-    computed  whether what the machine computes must be equal as well
+    computed  whether computed outputs must be equal as well
     """
     exact_paths = EXACT_OUTS + EXACT_METRICS + (COMPUTED_OUTS if computed else ())
     found = []
@@ -85,7 +85,7 @@ def lock_differences(old: Lock, new: Lock, computed: bool) -> list[str]:
 
 
 def metric_differences(old: dict, new: dict, tolerance: float) -> list[str]:
-    """Keys that are missing, or whose values lie too far apart; `tolerance` is relative."""
+    """Keys that are missing or whose values differ too much; `tolerance` is relative."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
@@ -106,7 +106,7 @@ def is_close(before: Any, after: Any, tolerance: float, points: float) -> bool:
 
 
 def same_environment(head: Revision, workspace: Revision) -> bool:
-    """Whether both record what they were computed with, and record the same."""
+    """Whether both record their machine and versions, and these are equal."""
     both = [
         [made_with(side.metrics.get(path) or {}) for path in RECORDS.values()]
         for side in (head, workspace)
@@ -115,7 +115,7 @@ def same_environment(head: Revision, workspace: Revision) -> bool:
 
 
 def differences(head: Revision, workspace: Revision) -> list[str]:
-    """What a run that stands in the workspace made otherwise than what is committed."""
+    """Differences between the run in the workspace and what is committed."""
     same = same_environment(head, workspace)
     found = lock_differences(head.lock, workspace.lock, computed=same)
     for path in EXACT_METRICS + CLOSE_METRICS:
@@ -140,7 +140,9 @@ def main() -> None:
         fail("check_repro", error)
     if found:
         lines = "\n".join(map(on_screen, found))
-        sys.exit(f"Not what is committed; run make repro and commit dvc.lock and metrics:\n{lines}")
+        sys.exit(
+            f"Unlike what is committed; run make repro and commit dvc.lock and metrics:\n{lines}"
+        )
     print(f"The run agrees with what is committed ({how}).")
 
 

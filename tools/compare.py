@@ -2,10 +2,10 @@
 
     python -m tools.compare --base main
 
-Compares the workspace with the base. Each change is marked better, worse or within noise. Where
-both scored the same rows, that is decided row by row, with a p. Else the noise is what
-`python -m tools.noise` measured, and is spoken of only where it was measured: with the base's
-model, data and parameters. Exit status 2 when the base is not known.
+Compares the workspace with the base. Each change is marked better, worse or within noise: by a
+paired test over rows if both scored the same ones, else by the noise that `python -m tools.noise`
+measured, provided that it was measured with the base's model, data and parameters.
+Exit status 2 if the base is not known.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from tools.paired import ANSWERS, ROWS, Paired, Pairs
 from tools.revision import HARNESS, Revision
 from tools.screen import fail
 
-# Quality first; what a run cost and was made with last.
+# Quality first, costs and versions last.
 VERIFY, TRAIN = "metrics/verify.json", "metrics/train.json"
 FIRST = (ANSWERS, EVAL, HARNESS, VERIFY, TRAIN)
 LAST = "_cost.json"
@@ -36,28 +36,28 @@ LOWER_IS_BETTER = (
     "leaked_examples",
     "retention_perplexity_change_percent",
 )
-# What metrics/data.json says of the rows that were trained on.
+# Keys of metrics/data.json about the training rows.
 TRAIN_KEYS = ("train_", "length_")
 HIGHER_IS_BETTER = ("tokens_per_second", "token_agreement")
-# A parameter that train reads from plan's metrics: it stands among the parameters.
+# A parameter that train reads from plan's metrics; it is listed with the parameters.
 REPEATED = "vram_limit_gb"
-# Of metrics/answers.json and metrics/harness.json every measure but these.
+# Not measures, in metrics/answers.json and metrics/harness.json.
 NO_MEASURE = ("_answer_tokens", "_rows", "limit")
-# Beside a value, and said with it.
+# Shown together with a value.
 OF_A_VALUE = ("_low", "_high", "_p_value", "_stderr")
-# From this p on, a difference may well be one of the rows that were drawn.
+# A difference with at least this p counts as noise.
 BY_CHANCE = 0.05
 ROW_BY_ROW = Paragraph(
-    f"p: how easily a difference like this one comes of which rows were drawn: a paired bootstrap "
-    f"over the rows that both scored ({ROWS}); from {BY_CHANCE} on it is within noise. It says "
-    "nothing of what another seed would have made of the same settings."
+    f"p is from a paired bootstrap over the rows that both scored ({ROWS}): how likely such a "
+    f"difference is by the choice of rows alone. From {BY_CHANCE} on it counts as within noise. It "
+    "says nothing about the effect of another seed."
 )
 
 
 def verdict(
     key: str, before: Any, now: Any, noise: float | None, pair: Paired | None = None
 ) -> str:
-    """better, worse, within noise, or changed. `noise`: percent, between two runs by luck."""
+    """better, worse, within noise, or changed. `noise`: between two runs by chance, in percent."""
     if not is_number(before) or not is_number(now) or math.isnan(before):
         return "changed"
     if noise is not None and abs(now - before) <= noise / 100 * abs(before):
@@ -79,7 +79,7 @@ def direction(key: str, before: float, now: float) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value of a table: a number, or text as such."""
+    """A value for a table: a number, or text unchanged."""
     if value is None:
         return "missing"
     if isinstance(value, float):
@@ -103,13 +103,13 @@ def change(key: str, before: Any, now: Any) -> str:
 
 
 def incomparable(before: dict[str, dict], now: dict[str, dict]) -> set[str]:
-    """Metrics files whose numbers come of other data, which nothing makes better or worse."""
+    """Metrics files whose data differ, so that better and worse have no meaning."""
     old, new = before.get(DATA, {}), now.get(DATA, {})
     other_rows = [
         key for key in old if key.startswith(TRAIN_KEYS) and key in new and new[key] != old[key]
     ]
     if unequal_sets(before.get(EVAL, {}), now.get(EVAL, {})):
-        # verify scores the merged model on the evaluation set too.
+        # verify also scores on the evaluation set.
         return {ANSWERS, EVAL, VERIFY, TRAIN}
     asked = [side.get(HARNESS, {}).get("limit") for side in (before, now)]
     found = {HARNESS} if asked[0] != asked[1] else set()
@@ -119,7 +119,7 @@ def incomparable(before: dict[str, dict], now: dict[str, dict]) -> set[str]:
 def metric_rows(
     before: dict, now: dict, noise: dict[str, dict[str, float]], pairs: Pairs | None = None
 ) -> list[list[str]]:
-    """One row for each changed metric. `before` and `now` map a metrics file to its values."""
+    """One row per changed metric. `before` and `now`: metrics file -> its values."""
     other_data = incomparable(before, now)
     paths = dict.fromkeys([*FIRST, *before, *now])
     rows = []
@@ -143,7 +143,7 @@ def metric_rows(
 
 
 def of_answers(key: str, mark: str, old: dict, new: dict, pair: Paired | None) -> str:
-    """`mark` of a measure of answers, of which more is better; the names of some are a user's."""
+    """The verdict on a measure of answers, where higher is better; else `mark`."""
     counts = {name for name in [*old, *new] if name.endswith("answered_rows")}
     if pair is None and any(old.get(name) != new.get(name) for name in counts):
         return "changed" if key in counts else "not comparable"
@@ -154,7 +154,7 @@ def of_answers(key: str, mark: str, old: dict, new: dict, pair: Paired | None) -
 
 
 def param_rows(before: dict, now: dict) -> list[list[str]]:
-    """One row for each changed parameter, by its dotted name."""
+    """One row per changed parameter, by dotted name."""
     return [
         [Mono(key), *(_param(side, key) for side in (before, now))]
         for key in dict.fromkeys([*before, *now])
@@ -170,9 +170,9 @@ def _param(values: dict, key: str) -> str:
 
 
 def unlike(measured: Conditions, here: Conditions, kept: tuple[str, ...] = ()) -> list[str]:
-    """Names of what is not as it was `measured`; of the parameters all, or those of `kept` alone.
+    """Names of conditions that differ from the `measured` ones; of parameters all, or only `kept`.
 
-    What metrics say of the data may have grown since.
+    Keys that metrics have gained since are ignored.
     """
     old, new = measured.params, here.params
     keys = [key for key in dict.fromkeys([*old, *new]) if key.startswith(kept or "")]
@@ -181,14 +181,14 @@ def unlike(measured: Conditions, here: Conditions, kept: tuple[str, ...] = ()) -
 
 
 def known_noise(base: Revision, now: Revision) -> tuple[dict[str, dict[str, float]], str]:
-    """Metrics file -> key -> noise in percent, as far as it holds here; what it was measured on.
+    """Metrics file -> key -> noise in percent, where applicable; and what it was measured on.
 
-    It says how far two runs with the base's parameters lie apart. What was changed since is under
-    test, unless it is the model or the data.
+    Applies to runs with the base's parameters. Later changes of parameters are under test, but
+    model and data must be the same.
     """
     noise = now.json(str(RESULT), NOISE)
     if noise is None:
-        return {}, "The noise is not measured yet: python -m tools.noise"
+        return {}, "The noise has not been measured yet: python -m tools.noise"
     if noise.measured_on is None:
         return {}, f"{RESULT} does not say what it was measured on: python -m tools.noise"
     params, commit = noise.measured_on.params, noise.commit[:10]
@@ -204,8 +204,8 @@ def known_noise(base: Revision, now: Revision) -> tuple[dict[str, dict[str, floa
     if other:
         more = f" and {len(other) - 4} more" if len(other) > 4 else ""
         return {}, (
-            f"Nothing is said of noise: it was measured on {model} and {data} with the parameters "
-            f"of {commit}, and {whose} has other values of {', '.join(map(cut, other[:4]))}{more}. "
+            f"The noise is unknown: it was measured on {model} and {data} with the parameters "
+            f"of {commit}, but {whose} has other values of {', '.join(map(cut, other[:4]))}{more}. "
             "Measure yours: python -m tools.noise"
         )
     spreads = {
@@ -213,13 +213,13 @@ def known_noise(base: Revision, now: Revision) -> tuple[dict[str, dict[str, floa
         for path, keys in noise.metrics.items()
     }
     said = (
-        "Within noise: no further apart than 95 of 100 pairs of runs that differ by the seed "
-        f"alone, measured on {model} and {data} with the parameters of {base.name}: "
+        "Within noise: the difference is no larger than in 95 of 100 pairs of runs that differ "
+        f"only by the seed, measured on {model} and {data} with the parameters of {base.name}: "
         f"{len(noise.seeds)} seeds at {commit} on {noise.device}."
     )
     if {side.metrics.get(COST, {}).get("device") for side in (base, now)} != {noise.device}:
         spreads = {path: keys for path, keys in spreads.items() if not path.endswith(LAST)}
-        said += " Nothing is said of costs: they are another device's."
+        said += " Costs are not judged, since that was another device."
     return spreads, said
 
 

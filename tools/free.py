@@ -1,13 +1,13 @@
 """Free the disk of merged models that the workspace does not use.
 
-    python -m tools.free          say what would be freed
+    python -m tools.free          list what would be freed
     python -m tools.free --yes    free it
 
-Every run leaves a merged model in DVC's cache, 16 bits a parameter. It is made again from the base
-and the adapter by `dvc repro` (merge and what follows, no training), so only the workspace's is
-worth its disk. Data, bases, adapters and metrics of every branch, tag and experiment stay, and so
-does what any other pipeline or `dvc add` of the repository names. To free those of experiments too:
-dvc exp remove NAME, then dvc gc --workspace --all-branches --all-tags --all-experiments
+Every run leaves a merged model in DVC's cache, 2 bytes a parameter. `dvc repro` can recreate it
+from base and adapter without training, so only the workspace's is kept. Data, bases, adapters and
+metrics of every branch, tag and experiment stay, and so does everything that another pipeline or
+`dvc add` in the repository uses. To drop experiments altogether: dvc exp remove NAME, then
+dvc gc --workspace --all-branches --all-tags --all-experiments
 """
 
 import argparse
@@ -25,10 +25,10 @@ from tools.screen import fail
 
 
 def outputs(revision: Revision) -> tuple[set[str], set[str]]:
-    """Hashes of all that DVC stores for a revision: what is soon made again, and the rest.
+    """Hashes of a revision's outputs: those that are quickly recreated, and the rest.
 
-    dvc.yaml marks the former `push: false`: it is not worth storing elsewhere either. The rest is
-    also what other pipelines and `dvc add` of the repository name, since they share the cache.
+    dvc.yaml marks the former `push: false`. The rest includes the outputs of other pipelines and of
+    `dvc add` in the repository, which share the cache.
     """
     paths = {
         entry.path
@@ -51,7 +51,7 @@ def outputs(revision: Revision) -> tuple[set[str], set[str]]:
 
 
 def objects(cache: Path, md5: str) -> set[Path]:
-    """Files of DVC's cache that hold an output: one, or a listing and the files it lists."""
+    """Cache files of an output: one file, or a listing and the files it lists."""
     path = cache / md5[:2] / md5[2:]
     if not md5.endswith(".dir") or not path.exists():
         return {path}
@@ -60,7 +60,7 @@ def objects(cache: Path, md5: str) -> set[Path]:
 
 
 def unused(cache: Path, workspace: Revision, others: list[Revision]) -> set[Path]:
-    """Objects of `others` that only outputs made again quickly need, and the workspace does not."""
+    """Cache files that only quickly recreated outputs of `others` use, not the workspace's."""
     quick, rest = outputs(workspace)
     keep, drop = quick | rest, set[str]()
     for revision in others:
@@ -73,14 +73,14 @@ def unused(cache: Path, workspace: Revision, others: list[Revision]) -> set[Path
 
 
 def commits() -> list[Revision]:
-    """HEAD, and what every branch, tag and experiment points at, where that is a commit."""
+    """HEAD and the commits that branches, tags and experiments point to."""
     command = ("-c", "log.showSignature=false", "log", "--no-walk", "--all", "HEAD", "--format=%S")
     return [Revision(name) for name in git(*command).decode().split()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--yes", action="store_true", help="delete, and do not only say so")
+    parser.add_argument("--yes", action="store_true", help="delete instead of listing")
     arguments = parser.parse_args()
     try:
         revisions = commits()
@@ -94,7 +94,7 @@ def main() -> None:
     except (StageError, DvcException) as error:
         fail("free", error)
     except OSError as error:
-        fail("free", f"{error.filename}: {error.strerror}; mend its permissions and run it again")
+        fail("free", f"{error.filename}: {error.strerror}; fix its permissions and run it again")
     verb = "freed" if arguments.yes else "would free (with --yes)"
     print(f"free: {verb} {size:.2f} GB: {len(found)} files of merged models in {cache}")
 

@@ -1,12 +1,11 @@
-"""Fail when a commit loses quality against another one. For CI and for reviewers.
+"""Fail if a commit loses quality compared with another one. For CI and for reviewers.
 
     python -m tools.gate --base origin/main
 
-Judges what is committed at HEAD; limits are those of gate.yaml at the base, so that the change
-under review cannot move them. Needs neither a GPU, nor a DVC remote, nor a run, and so cannot tell
-whether there was one: metrics and dvc.lock that agree may both be typed. `tools/check_repro.py`
-holds them to a run.
-Exit status: 0 passed, 1 a limit broke, 2 nothing could be judged.
+Judges what is committed at HEAD. Limits come from gate.yaml at the base, so that the change under
+review cannot move them. Needs no GPU, no DVC remote and no run; hence it cannot tell whether
+consistent metrics and dvc.lock come from a run at all, which `tools/check_repro.py` checks.
+Exit status: 0 passed, 1 a limit was broken, 2 could not be judged.
 """
 
 import argparse
@@ -34,10 +33,10 @@ Rule = Literal[
     "at_most",
     "at_least",
 ]
-# A limit that is no number would hold nothing, and so would an empty one.
+# A limit that is not a number would never break, and neither would an empty one.
 Rules = Annotated[dict[Rule, Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1)]
 LIMITS = TypeAdapter(dict[str, Annotated[dict[str, Rules], Field(min_length=1)]])
-# 14 to 15.4 is 10 %, and in binary a little more.
+# 14 to 15.4 is 10 %, but slightly more in binary.
 ROUNDING = 1e-9
 
 
@@ -48,10 +47,10 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 def broken_limits(
     limits: dict, base: dict[str, dict], head: dict[str, dict], pairs: Pairs | None = None
 ) -> list[str]:
-    """One line for each limit that the metrics of `head` break, with by how much.
+    """One line for each limit that the metrics of `head` break, and by how much.
 
-    `base` and `head` map a metrics file to its values. A limit on a change needs the base's value
-    and holds nothing where the base has none; one by p needs rows that both scored.
+    `base` and `head`: metrics file -> its values. A limit on a change applies only if the base has
+    the metric, a limit by p only if both scored the same rows.
     """
     found = []
     for path, keys in limits.items():
@@ -74,11 +73,11 @@ def broken_limits(
 def broken(
     rule: str, limit: float, before: Any, now: float, pair: Paired | None = None
 ) -> str | None:
-    """What is wrong with `now` under one rule, or None. A limit exactly reached is kept."""
+    """What is wrong with `now` under one rule, or None. A value at the limit passes."""
     if rule == "at_most" and now > limit:
         return f"is {now:g}; at most {limit:g} is allowed"
     if rule == "at_least" and now < limit:
-        return f"is {now:g}; at least {limit:g} is demanded"
+        return f"is {now:g}; at least {limit:g} is required"
     if not is_number(before) or not math.isfinite(before):
         return None
     row_by_row = f" ({pair}, paired)" if pair else ""
@@ -108,12 +107,12 @@ def not_finite(head: dict[str, dict]) -> list[str]:
 
 
 def unequal_sets(base: dict, head: dict) -> list[str]:
-    """Keys of two eval.json whose evaluation sets differ, which forbids a comparison."""
+    """Keys of evaluation sets that differ between two eval.json, which prevents a comparison."""
     return [key for key in base if key.endswith(SET_KEYS) and head.get(key) != base[key]]
 
 
 def redefined(stage: Stage, run: Run) -> list[str]:
-    """Parts of a stage in dvc.yaml that differ from its last run, its entry in dvc.lock."""
+    """Parts of a stage in dvc.yaml that differ from its last run as recorded in dvc.lock."""
     parts = {
         "command": (stage.cmd, run.cmd),
         "deps": (set(stage.paths("deps")), {dep.path for dep in run.deps}),
@@ -131,10 +130,9 @@ def edited(path: str, base: Revision, head: Revision) -> bool:
 
 
 def inconsistent(head: Revision, base: Revision) -> list[str]:
-    """What is committed but not what dvc.lock recorded: metrics, code, parameters, or the chain.
+    """What is committed but differs from dvc.lock: metrics, code, parameters, or the chain.
 
-    DVC wrote each file's MD5 after running a stage, so a number that was typed into a metrics file
-    alone is found.
+    DVC records each file's MD5 after running a stage, so a hand-edited metrics file is found.
     """
     made = {out.path: out.md5 for run in head.lock.stages.values() for out in run.outs}
     found = []
@@ -155,11 +153,11 @@ def inconsistent(head: Revision, base: Revision) -> list[str]:
 
 
 def outdated(run: Run, made: dict[str, str], head: Revision, base: Revision) -> list[str]:
-    """Dependencies and parameters of `head` that are not those of a stage's last run.
+    """Dependencies and parameters of `head` that differ from a stage's last run.
 
-    `made` maps the outputs of all stages to their MD5. A folder may hold files that Git ignores,
-    so that its hash cannot be had from a commit: one whose committed files changed since `base`
-    must have another hash than at `base`.
+    `made`: output of any stage -> its MD5. A folder may contain files that Git ignores, so its
+    hash cannot be computed from a commit; instead, if its committed files changed since `base`,
+    its hash must have changed too.
     """
     before = {dep.path: dep.md5 for run in base.lock.stages.values() for dep in run.deps}
     found = []
@@ -187,7 +185,7 @@ def judge(base: Revision, head: Revision) -> tuple[int, list[str]]:
         notices.append(f"notice: no {GATE} at {base.name}; the limits are HEAD's own")
         limits = head.yaml(GATE, LIMITS)
     if not limits:
-        raise StageError(f"{GATE}: no limits, neither at {base.name} nor at HEAD; write some")
+        raise StageError(f"{GATE}: no limits, neither at {base.name} nor at HEAD; add some")
     before, now = base.metrics, head.metrics
     if EVAL not in before:
         notices.append(f"notice: {base.name} has no {EVAL} yet; there is nothing to compare with")
@@ -195,7 +193,7 @@ def judge(base: Revision, head: Revision) -> tuple[int, list[str]]:
             return 0, [*notices, "gate: passed: neither revision has metrics"]
     if found := inconsistent(head, base):
         lines = [f"not consistent: {line}; run dvc repro and commit" for line in found]
-        return 2, [*notices, *lines, f"gate: FAILED: {DVC_LOCK} recorded other results than these"]
+        return 2, [*notices, *lines, f"gate: FAILED: {DVC_LOCK} records different results"]
     old, new = before.get(EVAL, {}), now.get(EVAL, {})
     if unequal := unequal_sets(old, new):
         lines = [f"{EVAL}: {key} is {new.get(key)}, but {old[key]} at the base" for key in unequal]
@@ -211,7 +209,7 @@ def judge(base: Revision, head: Revision) -> tuple[int, list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", required=True, help="revision to hold HEAD against")
+    parser.add_argument("--base", required=True, help="revision to compare HEAD with")
     arguments = parser.parse_args()
     try:
         base, head = Revision(arguments.base), Revision("HEAD")

@@ -3,10 +3,10 @@
     make harness TASKS="hellaswag arc_easy"
     make harness TASKS="my_task --include my_tasks"    # your own, as YAML files in a folder
 
-Writes metrics/harness.json, which `compare` and the gate read as any other metrics file: a key
-such as tuned_arc_easy_acc for every figure that a task gives. The library is no part of the
-project's environment; `make harness` puts it into .harness (requirements-harness.lock).
-Exit status 2 when nothing could be measured.
+Writes metrics/harness.json, which `compare` and the gate read like any other metrics file, with a
+key such as tuned_arc_easy_acc for every metric of a task. `make harness` installs the library into
+.harness (requirements-harness.lock), apart from the project's environment.
+Exit status 2 if nothing could be measured.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SUMS = "SHA256SUMS"
 
 
 def flat(side: str, results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Task -> "acc,none" -> number, as the harness has it, by keys such as tuned_arc_easy_acc."""
+    """The harness's results (task -> "acc,none" -> number) by keys such as tuned_arc_easy_acc."""
     found = {}
     for task, values in results.items():
         for name, value in values.items():
@@ -39,7 +39,7 @@ def flat(side: str, results: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 def measure(options: argparse.Namespace) -> dict:
-    """What all tasks give for the base and the release, and what was asked."""
+    """The results of all tasks for the base and the release, and the settings."""
     import torch
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -57,7 +57,7 @@ def measure(options: argparse.Namespace) -> dict:
         print(f"harness: {', '.join(options.tasks)} on {folder}", flush=True)
         done = simple_evaluate(
             model="hf",
-            # float16 on a CPU is slow, and some of its products are missing.
+            # On a CPU float16 is slow and partly unsupported.
             model_args={"pretrained": str(folder), "dtype": "auto" if cuda else "float32"},
             tasks=options.tasks,
             task_manager=tasks,
@@ -84,17 +84,17 @@ def main() -> None:
     try:
         if importlib.util.find_spec("lm_eval") is None:
             raise StageError(
-                'lm-evaluation-harness is not there; run it as: make harness TASKS="…"'
+                'lm-evaluation-harness is not installed; run it as: make harness TASKS="…"'
             )
         for folder in SIDES.values():
             if not (folder / SUMS).exists():
-                raise StageError(f"{folder} is not there; run: dvc repro")
+                raise StageError(f"{folder} does not exist; run: dvc repro")
         found = measure(options)
     except StageError as error:
         fail("harness", error)
     path = Path(HARNESS)
     path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print(f"harness: written to {path}; commit it, and python -m tools.compare shows what changed")
+    print(f"harness: wrote {path}; commit it, and python -m tools.compare shows what changed")
 
 
 if __name__ == "__main__":

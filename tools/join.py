@@ -1,11 +1,11 @@
-"""Lend this machine's GPUs to a training that another machine runs.
+"""Join a training run of another machine with this machine's GPUs.
 
     python -m tools.join HOST:PORT      as `MACHINES=2 dvc repro` says on the first machine
     python -m tools.join                under a scheduler: MASTER_ADDR, MASTER_PORT and RANK
 
-Waits until the first machine trains, pulls what it lacks from the DVC remote, holds commit, params,
-code, libraries, rows and weights to those of the first machine, and ends with the training. What it
-computed is the first machine's: nothing is left here.
+Waits for the first machine to train, pulls missing data from the DVC remote, checks that commit,
+params, code, libraries, rows and weights equal the first machine's, and ends with the training.
+The first machine has the results; nothing is kept here.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def take_part(address: str | None) -> None:
-    """All of it. Raises StageError, and ConnectionError when the first machine goes away."""
+    """Take part to the end. Raises StageError, and ConnectionError if the first machine is lost."""
     load_params()
     quiet_libraries()
     store = find(*parse(address))
@@ -58,12 +58,14 @@ def take_part(address: str | None) -> None:
     found = devices()
     part = join(store, len(found))
     if not part["count"]:
-        print("join: the rows of a step do not divide by so many GPUs; these are not needed")
+        print(
+            "join: the rows of a step cannot be divided among more GPUs; this machine is not used"
+        )
         return
     last = part["first"] + part["count"] - 1
     print(f"join: ranks {part['first']} to {last} of {part['size']} run here", flush=True)
     folder = folder_of(part["key"])
-    # It may be the first machine's own, on a disk that both see.
+    # The folder may be the first machine's own, on a shared disk.
     shared = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     ranks = Ranks("train", work, found[: part["count"]], store, part["first"], part["size"])
@@ -79,13 +81,13 @@ def parse(address: str | None) -> tuple[str, int]:
         return where()
     name, _, port = address.rpartition(":")
     if not name or not port.isdecimal():
-        raise StageError(f"{address!r} is not HOST:PORT, as the first machine says it")
+        raise StageError(f"{address!r} is not HOST:PORT, as the first machine prints it")
     return name, int(port)
 
 
 def find(name: str, port: int):
-    """The first machine's store, waited for as long as it takes."""
-    print(f"join: looks for a training at {name}:{port}", flush=True)
+    """The first machine's store; waits without limit."""
+    print(f"join: waiting for a training run at {name}:{port}", flush=True)
     while True:
         try:
             return connect(name, port, seconds=5)
@@ -94,16 +96,16 @@ def find(name: str, port: int):
 
 
 def pull(store) -> None:
-    """Bring rows and weights that are missing or others from the DVC remote."""
+    """Pull rows and weights that are missing or different from the DVC remote."""
     names = [str(folder) for folder in WEIGHTS_AND_ROWS]
     here, first = describe(load_params()), look(store, "facts")
     same = {name: first[name] for name in first if name not in names}
     if differences(here, same) or not any(here[name] != first[name] for name in names):
         return
     if lock := look(store, "lock"):
-        # It names what the first machine has made.
+        # The first machine's dvc.lock names its results.
         Path("dvc.lock").write_text(lock, encoding="utf-8")
-    print(f"join: pulls {' and '.join(names)}", flush=True)
+    print(f"join: pulling {' and '.join(names)}", flush=True)
     done = subprocess.run(
         [sys.executable, "-m", "dvc", "pull", "--quiet", *names],
         stderr=subprocess.PIPE,

@@ -1,13 +1,13 @@
-"""Refresh the lock files: exact versions, with the hash of every file that PyPI has of each.
+"""Refresh the lock files: exact versions, with the hashes of all their files on PyPI.
 
-    make lock                           pins stay; what pyproject.toml newly asks for is added
-    make lock UPGRADE="dvc datasets"    the newest of these, and what they need
-    make lock UPGRADE=all               the newest of everything
+    make lock                           keeps pins and adds what is new in pyproject.toml
+    make lock UPGRADE="dvc datasets"    upgrades these and their dependencies as needed
+    make lock UPGRADE=all               upgrades everything
 
-requirements.lock holds the whole environment but torch, triton and the CUDA packages: those are
-torch's own to name, and which build of it is right depends on the machine, so only its version
-stands in requirements-torch.lock. Packages of other locks are named in them by hand, since they
-are installed without their dependencies; their hashes are renewed.
+requirements.lock has the whole environment but torch, triton and the CUDA packages. Those follow
+from the build of torch, which depends on the machine, so requirements-torch.lock has only torch's
+version. The other locks are maintained by hand, since their packages are installed without
+dependencies; only their hashes are renewed.
 """
 
 import argparse
@@ -31,13 +31,13 @@ TORCH_HEAD = (
 
 
 def pins(lock: str) -> dict[str, str]:
-    """The lines of each package of a lock file, hashes and all, by the package's name."""
+    """Package name -> its lines in a lock file, with hashes."""
     blocks = re.findall(r"^[A-Za-z0-9](?:.*\\\n)*.*", lock, re.MULTILINE)
     return {block.partition("==")[0]: block for block in blocks}
 
 
 def divided(resolved: str) -> tuple[str, str]:
-    """requirements.lock and requirements-torch.lock, of all that uv resolved."""
+    """requirements.lock and requirements-torch.lock from uv's resolution."""
     blocks = pins(resolved)
     rest = [block for block in blocks.values() if not OF_TORCH.match(block)]
     [version] = re.findall(r"^torch==\S+", blocks["torch"])
@@ -45,7 +45,7 @@ def divided(resolved: str) -> tuple[str, str]:
 
 
 def compiled(before: str, *arguments: str, stdin: str = "") -> str:
-    """What `uv pip compile` writes over a file with the pins `before`, which it prefers."""
+    """The output of `uv pip compile`, which keeps the pins in `before` where possible."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "lock")
         out.write_text(before)
@@ -56,12 +56,12 @@ def compiled(before: str, *arguments: str, stdin: str = "") -> str:
         done = subprocess.run(command, input=stdin, text=True, capture_output=True, check=False)
         if done.returncode:
             reason = " ".join(done.stderr.split())
-            fail("lock", f"nothing was written; mend pyproject.toml or the pin it names: {reason}")
+            fail("lock", f"nothing was written; fix pyproject.toml or the pin it names: {reason}")
         return out.read_text()
 
 
 def by_hand(text: str) -> str:
-    """A lock of packages that are installed without their dependencies, with hashes of today."""
+    """A hand-maintained lock, with renewed hashes."""
     head = "".join(line for line in text.splitlines(True) if line.startswith("#"))
     named = "\n".join(block.partition(" \\")[0] for block in pins(text).values())
     return head + compiled("", "--no-deps", "-", stdin=named)

@@ -1,10 +1,10 @@
-"""Write a Modelfile for Ollama: the chat template of a release in Go, and where answers end.
+"""Write a Modelfile for Ollama: the chat template of a release in Go, and the stop tokens.
 
     python -m tools.modelfile > models/Modelfile && ollama create NAME -f models/Modelfile
 
-A template that puts a fixed text before and behind each message can be said in Go; what this
-writes is compared with the tokenizer's own rendering of several conversations. Of any other
-template it says so and writes nothing. Exit status: 0 written, 1 it cannot be said, 2 no release.
+Converts templates that put fixed texts around each message, and compares the result with the
+tokenizer's rendering of several conversations. Writes nothing for any other template.
+Exit status: 0 written, 1 the template cannot be converted, 2 no release.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from tools.screen import fail
 
 RELEASE = Path("models/release")
 ROLES = ("system", "user", "assistant")
-# Texts that no template holds, one a message.
+# Messages with texts that no template contains.
 TEXTS = ("Alpha one", "Beta two", "Gamma three", "Delta four", "Epsilon five")
 CONVERSATIONS = (
     ("user",),
@@ -31,7 +31,7 @@ CONVERSATIONS = (
 
 
 class Parts(NamedTuple):
-    """What stands around the messages; `default` is the system message where none is given."""
+    """The texts around messages; `default` is the system message if none is given."""
 
     start: str
     before: dict[str, str]
@@ -60,7 +60,7 @@ def conversation(roles: tuple[str, ...]) -> list[dict[str, str]]:
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...], answer: bool) -> str:
-    """By the tokenizer; a begin token that llama.cpp puts there by itself is left out."""
+    """The tokenizer's rendering, without the BOS, which llama.cpp adds itself."""
     text = str(
         tokenizer.apply_chat_template(
             conversation(roles), tokenize=False, add_generation_prompt=answer
@@ -72,9 +72,9 @@ def rendered(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...], answer:
 
 
 def parts(tokenizer: PreTrainedTokenizerBase, system: bool, start: str) -> Parts:
-    """What stands around messages behind `start`, if it is the same everywhere.
+    """The texts around messages after `start`, if they are the same everywhere.
 
-    Raises ValueError where the texts of the messages are not there as they are.
+    Raises ValueError if the template changes or omits the text of a message.
     """
     first = ("system",) if system else ()
 
@@ -97,7 +97,7 @@ def parts(tokenizer: PreTrainedTokenizerBase, system: bool, start: str) -> Parts
     if system and alone != made.render(conversation(("user",))):
         rest = behind["system"] + made._replace(start="").render(conversation(("user",)))
         default = alone.removeprefix(start).removeprefix(before["system"]).removesuffix(rest)
-        # An empty one is no system message in Ollama.
+        # In Ollama an empty system message is none.
         made = made._replace(default=default or None)
     return made
 
@@ -113,10 +113,10 @@ def _around(text: str, messages: int) -> list[str]:
 
 
 def turned(tokenizer: PreTrainedTokenizerBase) -> Parts:
-    """The template's parts; raises ValueError, with why, where they do not say all of it."""
+    """The template's parts. Raises ValueError, with the reason, if they are not enough."""
     why = ValueError("it refuses a conversation")
     for system in (True, False):
-        # A begin token stands before the first message, or begins each.
+        # The BOS comes before the first message only, or before each.
         for start in ("", tokenizer.bos_token or ""):
             try:
                 made = parts(tokenizer, system, start)
@@ -124,7 +124,7 @@ def turned(tokenizer: PreTrainedTokenizerBase) -> Parts:
             except ValueError as error:
                 why = error
             except TemplateError:
-                # It knows no system message.
+                # The template has no system message.
                 break
             else:
                 return made
@@ -137,17 +137,17 @@ def check(tokenizer: PreTrainedTokenizerBase, made: Parts) -> None:
         for roles in CONVERSATIONS:
             said = (*first, *roles)
             if rendered(tokenizer, said, True) != made.render(conversation(said)):
-                raise ValueError(f"what it puts around {', '.join(said)} is not fixed")
+                raise ValueError(f"its text around {', '.join(said)} is not fixed")
     texts = [*made.before.values(), *made.behind.values(), made.answer, made.default or ""]
     if any(mark in text for text in texts for mark in ("{{", '"""')):
-        raise ValueError('it holds {{ or """')
+        raise ValueError('it contains {{ or """')
 
 
 def modelfile(release: Path) -> str:
-    """Raises StageError without a release, ValueError for a template that cannot be said in Go."""
+    """Raises StageError without a release, ValueError if the template cannot be converted."""
     settings = release / "generation_config.json"
     if not settings.exists():
-        raise StageError(f"{release} is not there; run dvc repro")
+        raise StageError(f"{release} does not exist; run dvc repro")
     tokenizer = AutoTokenizer.from_pretrained(release, local_files_only=True)
     if not tokenizer.chat_template:
         raise ValueError("there is none")
@@ -156,7 +156,7 @@ def modelfile(release: Path) -> str:
     stops = tokenizer.convert_ids_to_tokens(ends if isinstance(ends, list) else [ends])
     lines = ["FROM ./release.gguf", f'TEMPLATE """{made.go()}"""']
     if "system" not in made.before:
-        lines.insert(0, "# The template knows no system message: Ollama leaves out what is given.")
+        lines.insert(0, "# The template has no system message: Ollama ignores one that is given.")
     lines += [f'SYSTEM """{made.default}"""'] if made.default else []
     return "\n".join([*lines, *(f"PARAMETER stop {json.dumps(stop)}" for stop in stops), ""])
 
@@ -170,8 +170,8 @@ def main() -> None:
         fail("modelfile", error)
     except (ValueError, TemplateError) as error:
         print(
-            f"modelfile: the chat template cannot be said in Go: {' '.join(str(error).split())}; "
-            "write TEMPLATE by hand, or serve with what reads it (docs/serving.md)",
+            f"modelfile: the chat template cannot be converted: {' '.join(str(error).split())}; "
+            "write TEMPLATE by hand, or use another server (docs/serving.md)",
             file=sys.stderr,
         )
         sys.exit(1)

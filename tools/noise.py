@@ -1,10 +1,10 @@
-"""Measure how far the metrics of the same settings lie apart by luck, for tools/compare.py.
+"""Measure how much metrics vary with the seed, for tools/compare.py.
 
     python -m tools.noise --seeds 1 2 3
 
-Repeats the committed pipeline with other seeds, each in a copy of its own (`dvc exp run --temp`,
-so the workspace is untouched), and writes benchmarks/results/noise.json. Only what depends on the
-seed runs: about ten minutes a seed for the default on two CPU cores. The committed run counts too.
+Repeats the committed pipeline with other seeds, each in a copy (`dvc exp run --temp`), and writes
+benchmarks/results/noise.json. Only what depends on the seed runs: about ten minutes a seed for the
+default on two CPU cores. The committed run counts as one more.
 """
 
 import argparse
@@ -27,10 +27,10 @@ from tools.schemas import Part
 from tools.screen import fail
 
 RESULT = Path("benchmarks/results/noise.json")
-# Repeats the others.
+# A summary of the others.
 SUMMARY = "metrics/summary.json"
 DATA, COST = "metrics/data.json", "metrics/train_cost.json"
-# Luck itself, and what stops a run but changes none.
+# The seed itself, and limits that do not change a result.
 NO_SETTINGS = ("seed", "plan")
 DVC = (sys.executable, "-m", "dvc")
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "dvc")
@@ -39,7 +39,7 @@ STUDENT_T = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.30
 
 
 class Conditions(Part):
-    """What noise depends on: parameters by dotted names, and what metrics say of the data."""
+    """What noise depends on: parameters by dotted names, and metrics of the data."""
 
     params: dict[str, Any]
     data: dict[str, Any]
@@ -50,7 +50,7 @@ class Spread(Part):
 
 
 class Noise(Part):
-    """What other tools read of RESULT."""
+    """The part of RESULT that other tools read."""
 
     commit: str
     device: str
@@ -77,18 +77,18 @@ def run_seed(seed: int, name: str) -> None:
         f"seed={seed}",
     ]
     if subprocess.run(command, check=False).returncode:
-        raise StageError(f"the run with seed {seed} failed; its message stands above")
+        raise StageError(f"the run with seed {seed} failed; see its message above")
 
 
 def experiment(head: Revision, name: str) -> Revision:
-    """DVC keeps an experiment under the commit that it began at; others may have the same name."""
+    """The experiment `name` that started at `head`; other commits may have one of that name."""
     return Revision(f"refs/exps/{head.commit[:2]}/{head.commit[2:]}/{name}")
 
 
 def spread(values: list[float]) -> dict:
-    """Mean of 3 to 10 runs and the noise: how far two single runs lie apart by luck, at 95 %.
+    """Mean of n = 3 to 10 runs, and the noise: the 95 % bound on the difference of two runs.
 
-    That is t(n - 1) * sqrt(2) * s, with the standard deviation s of the n runs.
+    That is t(n - 1) * sqrt(2) * s, with the standard deviation s of the runs.
     """
     mean = statistics.fmean(values)
     noise = STUDENT_T[len(values) - 1] * math.sqrt(2) * statistics.stdev(values)
@@ -112,7 +112,7 @@ def is_finite(value: Any) -> TypeGuard[int | float]:
 
 
 def conditions(revision: Revision) -> Conditions:
-    """What a run's noise depends on, in the words of JSON, so that a stored one compares equal."""
+    """The conditions of a run, passed through JSON so that they compare equal to stored ones."""
     params = {
         key: value
         for key, value in revision.settings.items()
@@ -127,7 +127,7 @@ def conditions(revision: Revision) -> Conditions:
 
 
 def measure(head: Revision, names: dict[int, str]) -> dict:
-    """Run every seed as the experiment of its name, and say what came of all of them."""
+    """Run each seed as the experiment of that name; the content of RESULT."""
     for seed, name in names.items():
         run_seed(seed, name)
     runs = [head.metrics, *(experiment(head, name).metrics for name in names.values())]
@@ -151,7 +151,7 @@ def main() -> None:
     try:
         head = Revision("HEAD")
         if git("status", "--porcelain", "--untracked-files=no"):
-            raise StageError("commit your changes first: the noise is that of a commit")
+            raise StageError("commit your changes first: noise is measured for a commit")
         committed = head.params.get("seed")
         if committed in seeds or len(names) != len(seeds) or not 2 <= len(seeds) <= 9:
             raise StageError(
@@ -163,7 +163,7 @@ def main() -> None:
         fail("noise", error)
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"noise: written to {RESULT}; commit it", flush=True)
+    print(f"noise: wrote {RESULT}; commit it", flush=True)
     sys.exit(subprocess.call([*DVC, "exp", "remove", "--quiet", *names.values()]))
 
 

@@ -1,9 +1,9 @@
-"""Let `dvc plots show` and `dvc plots diff` write pages that open without a network.
+"""Make the pages of `dvc plots show` and `dvc plots diff` work offline.
 
     python -m tools.offline_plots
 
-DVC's own page loads Vega from a CDN. This writes .dvc/offline_plots.html with Vega inside, out of
-the package vl-convert-python, and names it in .dvc/config.local. `make env` runs it once.
+DVC's own page loads Vega from a CDN. This writes the template .dvc/offline_plots.html with Vega
+from the package vl-convert-python, and sets it in .dvc/config.local. `make env` runs it once.
 """
 
 import subprocess
@@ -40,7 +40,7 @@ def main() -> None:
     TEMPLATE.write_text(PAGE % bundle, encoding="utf-8")
     command = ["dvc", "config", "--local", "plots.html_template", TEMPLATE.name]
     subprocess.run(command, check=True)
-    print(f"dvc plots writes pages that open offline ({TEMPLATE}, named in .dvc/config.local)")
+    print(f"dvc plots writes pages that open offline ({TEMPLATE}, set in .dvc/config.local)")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""Two runs that scored the same rows, compared row by row.
+"""Row-by-row comparison of two runs that scored the same rows.
 
-Each run keeps what its rows scored in metrics/rows.csv (stages/evaluating/row_scores.py). Rows
-differ far more from each other than two models on one row, so differences of pairs say more than
-two intervals.
+Each run keeps its scores in metrics/rows.csv (stages/evaluating/row_scores.py). Rows vary much more
+than two models on one row, so paired differences are more sensitive than two intervals.
 """
 
 import csv
@@ -20,14 +19,14 @@ from tools.revision import Revision
 
 ROWS = "metrics/rows.csv"
 EVAL, ANSWERS = "metrics/eval.json", "metrics/answers.json"
-# What the metrics of a set may begin with.
+# Prefixes of the metrics of a set.
 PREFIX = re.compile(r"((retention|group|source_\d+)_)?")
 BY_NLL = ("perplexity", "bits_per_byte")
 Scores = dict[tuple[str, str], dict[str, float]]
 
 
 class Paired(NamedTuple):
-    """The mean of now - before over `rows` rows that both scored, and how likely by chance."""
+    """The mean of now - before over `rows` common rows, and its p-value."""
 
     change: float
     p: float
@@ -39,9 +38,9 @@ class Paired(NamedTuple):
 
 
 def read_rows(revision: Revision) -> Scores:
-    """(set, row) -> column -> number; empty where there is no such file.
+    """(set, row) -> column -> number; empty if there is no such file.
 
-    Raises StageError with the line that is no such row.
+    Raises StageError naming the first malformed line.
     """
     where = revision.where(ROWS)
     try:
@@ -56,7 +55,7 @@ def read_rows(revision: Revision) -> Scores:
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         reason = on_screen(error, 60)
         raise StageError(
-            f"{where}:{lines.line_num}: not a row of scores ({reason}); run evaluate again"
+            f"{where}:{lines.line_num}: malformed row ({reason}); run evaluate again"
         ) from None
     return found
 
@@ -68,14 +67,14 @@ def _number(value: str) -> float:
 
 
 class Pairs:
-    """What `before` and `now` say of the same rows."""
+    """The common rows of `before` and `now`."""
 
     def __init__(self, before: Revision, now: Revision):
         self.before, self.now = read_rows(before), read_rows(now)
 
     @functools.cache  # noqa: B019 (two of them in a process, which then ends)
     def of(self, path: str, key: str) -> Paired | None:
-        """The comparison of a metric; None for one that is no mean over rows that both scored."""
+        """The comparison of a metric; None unless it is a mean over common rows."""
         prefix = PREFIX.match(key)[0]  # type: ignore[index]  # It matches nothing too.
         who, _, name = key.removeprefix(prefix).partition("_")
         if path == EVAL and who in ("base", "tuned") and name in BY_NLL:
@@ -100,7 +99,7 @@ class Pairs:
 
 
 def _value(scores: dict[str, float], plus: str, minus: str | None) -> float | None:
-    """One column, or one less another; None where a row has no such score."""
+    """One column, or the difference of two; None if the row has no such score."""
     if plus not in scores or (minus and minus not in scores):
         return None
     return scores[plus] - (scores[minus] if minus else 0.0)

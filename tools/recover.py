@@ -1,12 +1,11 @@
-"""Mend what DVC leaves behind when it is killed while it writes a file of its own.
+"""Repair files of DVC that a kill left empty or truncated.
 
     python -m tools.recover
 
-DVC writes .dvc/tmp/rwlock and dvc.lock in place: killed in between, it leaves them empty or cut
-off. A broken rwlock goes, and so do its entries of processes that are gone. A broken dvc.lock is
-replaced by the one that Git has; what was computed since then `dvc repro` takes from its run
-cache. Nothing is done where nothing is broken, or while another `dvc` writes. `make repro` begins
-with it.
+DVC writes .dvc/tmp/rwlock and dvc.lock in place. A broken rwlock is removed, and so are its
+entries for processes that are gone. A broken dvc.lock is replaced by Git's; `dvc repro` takes later
+results from its run cache. Does nothing if nothing is broken or while another `dvc` is writing.
+`make repro` starts with it.
 """
 
 import fcntl
@@ -27,7 +26,7 @@ HASH = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 @contextmanager
 def held(path: Path):
-    """Yield whether the lock `path` is ours: DVC takes the same one before it writes."""
+    """Yield whether we hold the lock `path`, which DVC takes before it writes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
@@ -38,7 +37,7 @@ def held(path: Path):
 
 
 def recover_rwlock() -> None:
-    """Leave in DVC's list of busy paths those alone that a living `dvc` holds."""
+    """Remove all entries from DVC's list of busy paths but those of a running `dvc`."""
     if not RWLOCK.exists():
         return
     try:
@@ -52,14 +51,14 @@ def recover_rwlock() -> None:
         RWLOCK.unlink()
         return
     if alive != {"write": writers, "read": readers}:
-        print(f"recover: {RWLOCK} named processes that are gone, mended", flush=True)
+        print(f"recover: {RWLOCK} named processes that are gone; removed those entries", flush=True)
         replace(RWLOCK, json.dumps(alive).encode())
 
 
 def lives(holder: dict) -> bool:
-    """Whether the process `pid` that DVC noted still runs the command `cmd`, its sys.argv.
+    """Whether process `pid` still runs the command `cmd` (its sys.argv) that DVC recorded.
 
-    By itself the number says little: it is used again, in containers soon.
+    The PID alone is not enough, since PIDs are reused, in containers soon.
     """
     try:
         words = Path(f"/proc/{int(holder['pid'])}/cmdline").read_bytes().split(b"\0")[:-1]
@@ -70,7 +69,7 @@ def lives(holder: dict) -> bool:
 
 
 def recover_dvc_lock() -> None:
-    """Put Git's dvc.lock in the place of one that is broken; without one, DVC makes it anew."""
+    """Replace a broken dvc.lock by Git's, or remove it if Git has none."""
     if not DVC_LOCK.exists():
         return
     content, kept = DVC_LOCK.read_bytes(), in_git()
@@ -87,13 +86,13 @@ def recover_dvc_lock() -> None:
     if kept is not None and not broken(kept, None):
         replace(DVC_LOCK, kept)
         done += ", Git's is in its place"
-    print(f"recover: dvc.lock {why}; {done}; dvc repro takes what is computed from its cache")
+    print(f"recover: dvc.lock {why}; {done}; dvc repro restores later results from its cache")
 
 
 def broken(content: bytes, kept: bytes | None) -> str | None:
-    """What is wrong with a dvc.lock, cut off at any byte; None where nothing is.
+    """What is wrong with a dvc.lock that may be truncated anywhere; None if nothing is.
 
-    kept  the one in Git, whose stages and outputs must be there as far as dvc.yaml has them
+    kept  Git's version, whose stages and outputs must be present as far as dvc.yaml has them
     """
     if not content.strip():
         return "is empty"
@@ -117,7 +116,7 @@ def broken(content: bytes, kept: bytes | None) -> str | None:
 
 
 def outs_of(content: bytes) -> dict[str, set[str]]:
-    """The outputs that a dvc.lock records for each stage; ValueError where a hash is not whole."""
+    """Stage -> outputs that a dvc.lock records. Raises ValueError for an incomplete hash."""
     stages = YAML(typ="safe").load(content.decode())["stages"]
     for stage in stages.values():
         for entry in stage.get("deps", []) + stage.get("outs", []):

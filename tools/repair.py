@@ -1,10 +1,10 @@
-"""Make a stage's outputs anew when a file of theirs is damaged.
+"""Recreate a stage's outputs if one of their files is damaged.
 
     python -m tools.repair quantize
 
-DVC never looks again at what its cache holds, and would put a damaged file back over the new
-one. So what dvc.lock records for the stage is hashed first, and damaged objects are thrown away.
-What the cache or a remote still has is taken from there; otherwise the stage runs.
+DVC never verifies its cache and would restore a damaged file from it. So the cached outputs of the
+stage are hashed first, and damaged files are deleted. Outputs are then restored from the cache or a
+remote if possible; otherwise the stage runs.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tools.revision import DVC_LOCK, Revision
 
 
 def is_damaged(file: Path) -> bool:
-    """Whether an object (00/1122…, named by its MD5) holds something else than its name says."""
+    """Whether a cache file (00/1122…, named by its MD5) does not match its name."""
     if not file.exists():
         return False
     with file.open("rb") as content:
@@ -32,19 +32,19 @@ def is_damaged(file: Path) -> bool:
 
 
 def damaged(cache: Path, md5: str) -> list[Path]:
-    """The damaged files of DVC's cache that hold an output."""
+    """The damaged cache files of an output."""
     listing = cache / md5[:2] / md5[2:]
-    # A damaged list says nothing of a folder's files.
+    # A damaged listing cannot tell the folder's files.
     return [listing] if is_damaged(listing) else list(filter(is_damaged, objects(cache, md5)))
 
 
 def repair(name: str) -> int:
-    """Throw away what is damaged of the stage `name`, and make it anew; DVC's exit status."""
+    """Delete damaged files of the stage `name` and recreate them. Returns DVC's exit status."""
     here = Revision(None)
     recorded, declared = here.lock.stages, here.pipeline.stages
     if name not in recorded or name not in declared:
         raise StageError(f"{DVC_LOCK} has no stage {name}; it has {', '.join(recorded)}")
-    # Metrics and plots are in git and have no object.
+    # Metrics and plots are in git and not cached.
     cached = declared[name].paths("outs")
     outs = [out for out in recorded[name].outs if out.path in cached]
     with Repo() as repo:
@@ -53,16 +53,16 @@ def repair(name: str) -> int:
     # With a remote, DVC pulls what is missing.
     if missing and not remote:
         raise StageError(
-            f"{', '.join(missing)}, which {name} reads, is missing too; make all of it with: "
+            f"{', '.join(missing)}, which {name} reads, is missing too; recreate all of it with: "
             f"dvc repro {name}"
         )
     for out in outs:
         for file in damaged(cache, out.md5):
-            tell(f"repair: {file} is damaged, thrown away")
+            tell(f"repair: {file} was damaged, deleted")
             file.unlink()
     for out in outs:
         path = Path(out.path)
-        tell(f"repair: {path} is made anew")
+        tell(f"repair: recreating {path}")
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", name]
     return subprocess.call(command + (["--pull"] if remote else []))

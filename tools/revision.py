@@ -1,4 +1,4 @@
-"""What a Git revision, or the workspace, says about the pipeline: read without checking it out."""
+"""Reads the pipeline's files from a Git revision, without checking it out, or the workspace."""
 
 import hashlib
 import os
@@ -17,14 +17,14 @@ from stages.shared.process import StageError
 from tools import schemas
 
 PARAMS, DVC_YAML, DVC_LOCK = "params.yaml", "dvc.yaml", "dvc.lock"
-# What tools/harness.py writes, and no stage.
+# Written by tools/harness.py, not by a stage.
 HARNESS = "metrics/harness.json"
 T = TypeVar("T")
 _ABBREVIATED = r"[0-9a-f]{4,63}"
 
 
 def git(*arguments: str) -> bytes:
-    """What Git prints. Raises StageError with Git's own line, and what helps, when it fails."""
+    """Git's output. Raises StageError with Git's message and a remedy if it fails."""
     done = _run_git(*arguments)
     if done.returncode:
         raise StageError(_failure(done))
@@ -37,14 +37,14 @@ def _run_git(*arguments: str) -> subprocess.CompletedProcess:
     except FileNotFoundError:
         raise StageError("git is not installed; install it, as with: apt install git") from None
     except OSError as error:
-        raise StageError(f"git does not start: {error.strerror}; install it anew") from None
+        raise StageError(f"git does not start: {error.strerror}; reinstall it") from None
 
 
 def _failure(done: subprocess.CompletedProcess) -> str:
     said = os.fsdecode(done.stderr).strip()
     line = said.partition("\n")[0] or f"git {done.args[1]} ended with status {done.returncode}"
     if trust := re.search(r"git config --global --add safe\.directory .+", said):
-        return f"{line}; if you trust who owns it: {trust[0]}"
+        return f"{line}; if you trust the owner: {trust[0]}"
     if "not a git repository" in said:
         return f"{line}; run it in the project's folder, in a clone of its repository"
     return line
@@ -53,8 +53,8 @@ def _failure(done: subprocess.CompletedProcess) -> str:
 class Revision:
     """The project's files at one commit; those of the workspace when `name` is None.
 
-    The project is the current folder, which may lie below the top of its repository. The
-    workspace has an empty `commit`. Raises StageError if `name` is no commit that this clone has.
+    The project is the current folder, which may be a subfolder of its repository. The workspace
+    has an empty `commit`. Raises StageError if this clone has no commit `name`.
     """
 
     def __init__(self, name: str | None):
@@ -63,14 +63,14 @@ class Revision:
 
     @cached_property
     def prefix(self) -> str:
-        """Where the project lies in its repository: empty at the top, else such as `below/`."""
+        """The project's folder in its repository: empty at the top, else such as `below/`."""
         return os.fsdecode(git("rev-parse", "--show-prefix")).removesuffix("\n")
 
     @cached_property
     def files(self) -> dict[str, str]:
-        """Every file of the repository, named from its top -> Git's hash of its content.
+        """Every file of the repository (path from its top) -> Git's hash of its content.
 
-        Of the workspace all but ignored ones, without a hash.
+        For the workspace, all files that are not ignored, without hashes.
         """
         if self.commit:
             listed = git("ls-tree", "-r", "-z", "--full-tree", self.commit)
@@ -81,21 +81,21 @@ class Revision:
         return dict.fromkeys(os.fsdecode(listed).split("\0")[:-1], "")
 
     def at(self, path: str) -> str:
-        """A path of the project as the repository names it."""
+        """A path of the project, from the top of the repository."""
         return posixpath.normpath(posixpath.join(self.prefix, path))
 
     def bytes(self, path: str) -> bytes | None:
-        """The content of `path`, or None where there is no such file."""
+        """The content of `path`, or None if there is no such file."""
         if self.commit:
             file = self.at(path)
             return git("show", f"{self.commit}:{file}") if file in self.files else None
         try:
             return Path(path).read_bytes() if Path(path).is_file() else None
         except OSError as error:
-            raise StageError(f"{path}: {error.strerror}; mend its permissions") from None
+            raise StageError(f"{path}: {error.strerror}; fix its permissions") from None
 
     def md5(self, path: str) -> str | None:
-        """The hash by which DVC knows a file."""
+        """The MD5 by which DVC identifies a file."""
         content = self.bytes(path)
         return None if content is None else hashlib.md5(content).hexdigest()
 
@@ -104,7 +104,7 @@ class Revision:
         return f"{self.name}:{path}" if self.commit else path
 
     def yaml(self, path: str, schema: TypeAdapter[T]) -> T:
-        """A YAML file held to `schema`; where there is no such file, as if it were empty.
+        """A YAML file validated against `schema`; a missing file counts as empty.
 
         Raises StageError naming the file and what is wrong with it.
         """
@@ -112,7 +112,7 @@ class Revision:
         return schemas.read_yaml(b"{}" if content is None else content, schema, self.where(path))
 
     def json(self, path: str, schema: TypeAdapter[T]) -> T | None:
-        """A JSON file held to `schema`; None where there is no such file.
+        """A JSON file validated against `schema`; None if there is no such file.
 
         Raises StageError naming the file and what is wrong with it.
         """
@@ -138,7 +138,7 @@ class Revision:
 
     @cached_property
     def metrics(self) -> dict[str, dict[str, Any]]:
-        """Metrics file -> its values, for all that dvc.yaml declares, and HARNESS, if there."""
+        """Metrics file -> its values, for the files that exist of dvc.yaml's and HARNESS."""
         paths = [*self.pipeline.declared("metrics"), HARNESS]
         values = {path: self.json(path, schemas.METRICS) for path in paths}
         return {path: value for path, value in values.items() if value is not None}
@@ -158,21 +158,21 @@ def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
 def _commit(name: str) -> str:
     found = _run_git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
     if found.returncode == 1:
-        raise StageError(f"{name or repr(name)} is no revision of this clone; {_how_to_get(name)}")
+        raise StageError(f"{name or repr(name)} is not a revision here; {_how_to_get(name)}")
     if found.returncode:
         raise StageError(_failure(found))
     return found.stdout.decode().strip()
 
 
 def _how_to_get(name: str) -> str:
-    """The command that gets what this clone lacks, since it has one branch, or little history."""
+    """The command that fetches `name` into a single-branch or shallow clone."""
     remotes = git("remote").decode().split()
     if not remotes:
-        return "it has no remote to get it from: git branch --all and git tag list what it has"
+        return "there is no remote to fetch it from: git branch --all and git tag list what exists"
     remote = "origin" if "origin" in remotes else remotes[0]
     tracked = next((other for other in remotes if name.startswith(f"{other}/")), None)
     if tracked:
-        # With both sides of the colon, since a clone of one branch would else keep no name.
+        # Both sides of the colon, since a single-branch clone would otherwise not keep the name.
         branch = name.removeprefix(f"{tracked}/")
         return _fetch(tracked, f"{branch}:refs/remotes/{name}")
     if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name):

@@ -1,7 +1,7 @@
-"""What the tools read that DVC, a stage or a person wrote, held to a schema where it is read.
+"""Schemas of the files that the tools read, written by DVC, stages or people.
 
-A wrong type is one line that names the place. What the tools do not use is not looked at: DVC's
-files may hold more.
+A wrong type is reported in one line that names the place. Keys that the tools do not use are
+ignored.
 """
 
 import functools
@@ -22,7 +22,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from stages.shared.foreign import held_to
 from stages.shared.process import StageError
 
-# ruamel.yaml needs half a minute for more, and aliases make a small file endless.
+# ruamel.yaml needs half a minute for more, and aliases can expand a small file endlessly.
 MOST_BYTES, MOST_VALUES = 1_000_000, 100_000
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ def _entry(value: Any) -> Entry:
 def _scalar(value: Any) -> Any:
     if value is not None and not isinstance(value, int | float | str):
         raise ValueError("must be a number or text")
-    # What Python adds and divides without end, a float does not hold.
+    # Python's integers are unbounded; floats are not.
     if isinstance(value, int) and abs(value) >= 2**63:
         raise ValueError("must be a number of 64 bits")
     return value
@@ -58,13 +58,13 @@ def _is_table(value: Any) -> bool:
 
 
 def _without_tables(values: Any) -> Any:
-    """As DVC does, which shows and compares none of what a list holds."""
+    """Without lists, which DVC neither shows nor compares."""
     if not isinstance(values, dict):
         return values
     return {key: value for key, value in values.items() if not _is_table(value)}
 
 
-# Files of DVC's cache are found by it, and deleted: it must be no path.
+# Used to find, and delete, cache files: it must not be a path.
 Md5 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}(\.dir)?$")]
 Entries = list[Annotated[Entry, PlainValidator(_entry)]]
 
@@ -74,7 +74,7 @@ class Part(BaseModel):
 
 
 class Stage(Part):
-    """One of dvc.yaml; a template (foreach, matrix) has nothing of its own."""
+    """A stage of dvc.yaml; a template (foreach, matrix) has none of these keys."""
 
     cmd: Any = None
     deps: Entries = []
@@ -103,7 +103,7 @@ class Stored(Part):
 
 
 class Run(Part):
-    """What dvc.lock records of a stage's last run."""
+    """A stage's last run as recorded in dvc.lock."""
 
     cmd: Any = None
     deps: list[Stored] = []
@@ -122,13 +122,13 @@ class Added(Part):
 
 
 class Tracked(Part):
-    """What `dvc add` writes, NAME.dvc."""
+    """NAME.dvc, written by `dvc add`."""
 
     outs: list[Added] = []
 
 
 class Listed(Part):
-    """One file of a folder, as DVC's cache lists it."""
+    """One file of a folder in a listing of DVC's cache."""
 
     md5: Md5
 
@@ -142,27 +142,27 @@ METRICS = TypeAdapter(
 
 
 def read_yaml(content: bytes, schema: TypeAdapter[T], where: str) -> T:
-    """YAML 1.2, read as DVC reads it. Raises StageError with the line; `where` names the file."""
+    """Parse YAML 1.2 as DVC does. Raises StageError with the line; `where` names the file."""
     if len(content) > MOST_BYTES:
-        raise StageError(f"{where}: more than {MOST_BYTES // 10**6} MB, too large for what it is")
+        raise StageError(f"{where}: more than {MOST_BYTES // 10**6} MB, which is too large")
     try:
         value = _load(content)
     except MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise StageError(f"{where}{line}: not YAML: {error.problem}") from None
-    # Constructors of its types let through what Python says of a value.
+    # Constructors of its types raise Python's own errors.
     except (YAMLError, ValueError, LookupError, TypeError, ArithmeticError) as error:
         raise StageError(f"{where}: not YAML: {_first_line(error)}") from None
     except RecursionError:
         raise StageError(f"{where}: not YAML: nested too deeply") from None
     if _is_endless(value):
-        raise StageError(f"{where}: its aliases stand for more than {MOST_VALUES:,} values")
+        raise StageError(f"{where}: its aliases expand to more than {MOST_VALUES:,} values")
     return held_to(schema, value, where)
 
 
 @functools.cache
 def _load(content: bytes) -> Any:
-    """The same content is read once: revisions share most files. Leave what it gives as it is."""
+    """Cached, since revisions share most files; the result must not be changed."""
     return YAML(typ="safe", pure=True).load(content)
 
 

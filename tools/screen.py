@@ -1,4 +1,4 @@
-"""How the tools speak: text from files stays on its line, and a fault is one line."""
+"""Output of the tools: escaped text, and errors in one line."""
 
 import sys
 from typing import NoReturn
@@ -7,6 +7,6 @@ from stages.shared.screen import on_screen
 
 
 def fail(tool: str, fault: object) -> NoReturn:
-    """End with status 2, which says that nothing could be judged, and one line."""
+    """Exit with status 2 and one line."""
     print(on_screen(f"{tool}: {fault}"), file=sys.stderr)
     sys.exit(2)

@@ -1,10 +1,10 @@
-"""Say which recorded results were made with other versions than are installed.
+"""List results that were made with versions other than the installed ones.
 
     python -m tools.versions
 
-Compares what each stage recorded in metrics/*_cost.json with this environment. DVC does not run a
-stage again for a new version of a library, so that an update costs no training: renew what you
-want renewed. Exit status: 0 all alike, 1 some differ, 2 nothing is recorded.
+Compares metrics/*_cost.json of each stage with this environment. A new library version does not
+make a stage stale, so that an update does not force a training run; rerun what you want renewed.
+Exit status: 0 all equal, 1 some differ, 2 nothing is recorded.
 """
 
 import sys
@@ -16,7 +16,7 @@ from tools.revision import Revision
 from tools.schemas import METRICS
 from tools.screen import fail
 
-# Stage -> the file of metrics/ that says what it was made with, in the order that they run.
+# Stage -> the file of metrics/ that records its versions, in the order in which they run.
 RECORDS = {
     "quantize": "metrics/quantize_cost.json",
     "train": "metrics/train_cost.json",
@@ -26,7 +26,7 @@ RECORDS = {
 
 
 def differences(recorded: dict, installed: dict[str, str]) -> list[str]:
-    """What differs, as `torch 2.11.0, installed 2.13.0`."""
+    """Differences, such as `torch 2.11.0, installed 2.13.0`."""
     return [
         f"{key.removesuffix('_version')} {recorded[key]}, installed {version}"
         for key, version in installed.items()
@@ -50,7 +50,7 @@ def main() -> None:
         print("versions: every recorded result was made with the installed versions")
         return
     first = next(iter(found))
-    print(f"versions: make it anew with: dvc repro --force --single-item {first} && dvc repro")
+    print(f"versions: renew them with: dvc repro --force --single-item {first} && dvc repro")
     sys.exit(1)
 
 

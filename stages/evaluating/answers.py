@@ -1,13 +1,13 @@
-"""Held-out prompts answered by the base and the tuned model, and how good the answers are.
+"""Answers of the base and the tuned model to held-out prompts, and their scores.
 
-    exact_match    1 where the texts are equal but for blanks around them, else 0
+    exact_match    1 if the texts are equal after stripping white space, else 0
     rouge_l        ROUGE-L: F1 of the longest common subsequence of words (0 to 1)
-    chrf           chrF2 of sacrebleu: F of character n-grams up to 6, recall twice (0 to 100)
-    json_valid     1 where the answer is JSON, for rows whose reference is an object or a list
+    chrf           chrF2 of sacrebleu: F2 over character n-grams up to 6 (0 to 100)
+    json_valid     1 if the answer is JSON, for rows whose reference is a JSON object or list
     answer_tokens  tokens before the end token
-    ended          1 where the model ended its answer by itself
+    ended          1 if the model emitted an end token
 
-Each is a mean over rows. Measures of your own, from measures.py, stand before them.
+Each is a mean over rows. Your own measures, from measures.py, come first.
 """
 
 import inspect
@@ -35,9 +35,9 @@ Scores = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Answered:
-    """A row of a held-out set, as text, with the answers of both models and their scores.
+    """A held-out row as text, with the answers of both models and their scores.
 
-    `place` is the row's number in its set. A score is None where a measure does not apply.
+    `place` is the row's index in its set. A score is None if the measure does not apply.
     """
 
     prefix: str
@@ -54,7 +54,7 @@ def exact_match(reference: str, answer: str) -> float:
 
 
 def rouge_l(reference: str, answer: str) -> float:
-    """ROUGE-L F1 over words in lower case: 2 LCS / (m + n), which is 1 - normalized Indel."""
+    """ROUGE-L F1 over lower-cased words: 2 LCS / (m + n), which is 1 - normalized Indel."""
     words = [re.findall(r"[^\W_]+", text.lower()) for text in (reference, answer)]
     return Indel.normalized_similarity(*words) if all(words) else 0.0
 
@@ -64,7 +64,7 @@ def chrf(reference: str, answer: str) -> float:
 
 
 def json_valid(reference: str, answer: str) -> float | None:
-    """None where the reference is no JSON object or list, for then nobody asked for JSON."""
+    """None if the reference is not a JSON object or list, so that JSON was not asked for."""
     if not isinstance(_json(reference), dict | list):
         return None
     return float(_json(answer) is not _INVALID)
@@ -75,7 +75,7 @@ _INVALID = object()
 
 def _json(text: str):
     def refuse(constant: str):
-        raise ValueError(f"{constant} is no JSON")
+        raise ValueError(f"{constant} is not JSON")
 
     try:
         return json.loads(text, parse_constant=refuse)
@@ -84,7 +84,7 @@ def _json(text: str):
 
 
 def scores_of(row: str, prompt: str, reference: str, answer: Answer, own: list[str]) -> Scores:
-    """Every measure of one answer by name, those named in `own` first."""
+    """Measure name -> score of one answer; those named in `own` come first."""
     scores: Scores = {
         name: _own_score(getattr(measures, name), row, (prompt, reference, answer.text))
         for name in own
@@ -100,12 +100,12 @@ def scores_of(row: str, prompt: str, reference: str, answer: Answer, own: list[s
 
 
 def _own_score(measure: Callable, row: str, texts: tuple[str, str, str]) -> float:
-    """What a measure of measures.py gives. Raises StageError naming its line and the row."""
+    """The value of a measure in measures.py. Raises StageError naming its line and the row."""
     line = inspect.unwrap(measure).__code__.co_firstlineno
     try:
         value = float(measure(*texts))
-        reason = "" if math.isfinite(value) else f"gave {value}, and must give a finite number"
-    except Exception as error:  # whatever a user's code meets in a text
+        reason = "" if math.isfinite(value) else f"returned {value}, not a finite number"
+    except Exception as error:  # a user's code may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         inside = [frame.lineno for frame in frames if frame.filename == measures.__file__]
         line = next((number for number in reversed(inside) if number), line)
@@ -126,8 +126,8 @@ def answered(
 ) -> list[Answered]:
     """The first held-out prompts of each set, `params.samples` in all, answered and scored.
 
-    Rows without a prompt (plain text, later parts of a split row) cannot be answered. `room` is
-    that of a model whose weights are streamed; how long it takes is said before.
+    Rows without a prompt (plain text, later parts of a split row) are skipped. `room` is given
+    for a model with streamed weights; then a time estimate is printed first.
     """
     asked = {prefix: some for prefix, rows in sets.items() if (some := _with_prompt(rows))}
     chosen = [
@@ -142,8 +142,8 @@ def answered(
     cut = sum(len(row["input_ids"]) - row["prompt_tokens"] > limit for _, _, row in chosen)
     if cut:
         print(
-            f"warning: {cut} of {len(chosen)} references have more than {limit} tokens, where "
-            "answers end: raise evaluate.max_answer_tokens"
+            f"warning: {cut} of {len(chosen)} references have more than {limit} tokens, the limit "
+            "for answers; raise evaluate.max_answer_tokens"
         )
     if room:
         print(f"evaluate: {forecast(prompts, limit, room)}", flush=True)
@@ -166,7 +166,7 @@ def _with_prompt(rows: list[dict]) -> list[tuple[int, dict]]:
 
 
 def answer_metrics(found: Sequence[Answered]) -> dict[str, float | int]:
-    """metrics/answers.json: every measure of each set with its interval, and p of base to tuned."""
+    """metrics/answers.json: each measure of each set with its interval, and p of base vs. tuned."""
     metrics: dict[str, float | int] = {}
     for prefix in dict.fromkeys(one.prefix for one in found):
         rows = [one for one in found if one.prefix == prefix]

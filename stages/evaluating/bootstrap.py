@@ -1,6 +1,6 @@
-"""Bootstrap over rows (Efron 1979): how far a figure would move had other rows been drawn.
+"""Bootstrap over rows (Efron 1979): how much a figure depends on which rows were sampled.
 
-The same input gives the same result. Standard library alone: the gate runs where no more is.
+Deterministic. Uses only the standard library, since the gate runs without other packages.
 """
 
 import math
@@ -22,10 +22,10 @@ def interval(rows: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def p_value(differences: Sequence[float]) -> float:
-    """Two-sided p of a paired bootstrap: how easily rows like these would sum to the other sign.
+    """Two-sided p of a paired bootstrap: how often a resample's sum has the opposite sign.
 
-    `differences` holds one number a row. Of few rows a bootstrap is too sure, so p is never below
-    that of a sign test in which every row that differs agrees.
+    `differences` has one number per row. With few rows a bootstrap is overconfident, so p is never
+    below that of a sign test in which all differing rows agree.
     """
     unequal = sum(map(bool, differences))
     if not unequal:

@@ -1,7 +1,7 @@
-"""Greedy answers to prompts of like length, many at once, with a KV cache of bounded size.
+"""Greedy answers to prompts in batches of similar length, with a KV cache of bounded size.
 
-Where weights are streamed, each token of a batch streams all of them once: as many answers are
-written at once as there is room for.
+With streamed weights, each new token of a batch streams all of them once, so batches are as large
+as memory allows.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from stages.shared.params import Evaluate
 from stages.shared.streaming import Streamer
 from stages.shared.text_model import largest_of, number_of
 
-# Of the KV cache of one batch. The longest prompts come first, so that memory runs out at once.
+# KV cache of one batch. The longest prompts come first, so that running out of memory shows early.
 CACHE_BYTES = {"cuda": 2**31, "cpu": 2**29}
-# Padded tokens of the prompts of one batch, which pass through the model together.
+# Padded prompt tokens of one batch (prefill).
 PROMPT_TOKENS = 16384
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote: its text, its tokens before the end token, and whether it ended."""
+    """An answer: its text, its tokens before the end token, and whether there was an end token."""
 
     text: str
     tokens: int
@@ -33,8 +33,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Room:
-    """What streams the weights of a model of `sizes`, and so many tokens as may be there at once:
-    where rows were scored, and beside them."""
+    """The streamer of a model with `sizes`, and how many tokens fit at once in the memory that
+    scoring used and in what is left beside it."""
 
     streamer: Streamer
     sizes: Scored
@@ -46,7 +46,7 @@ class Room:
 
 
 def answering_bytes(sizes: Scored, sets: dict[str, list[dict]], params: Evaluate) -> float:
-    """What the largest batch of answers may take, with resident weights."""
+    """Bytes of the largest batch of answers, with resident weights."""
     longest = max(row["prompt_tokens"] for rows in sets.values() for row in rows)
     prompts = params.samples * longest
     cached = (prompts + params.samples * params.max_answer_tokens) * sizes.cached
@@ -55,7 +55,7 @@ def answering_bytes(sizes: Scored, sets: dict[str, list[dict]], params: Evaluate
 
 
 def forecast(prompts: list[list[int]], limit: int, room: Room) -> str:
-    """What answering will take where weights are streamed, and what would shorten it."""
+    """How long answering takes at most with streamed weights, and what would shorten it."""
     batches = _batches(prompts, limit, room.tokens, room.tokens)
     seconds = room.streamer.pass_seconds()
     each = 2 * limit * seconds / 60
@@ -80,10 +80,10 @@ def answers(
 ) -> list[Answer]:
     """Greedy answers to `prompts` (token ids), in their order.
 
-    An answer ends with one of `ends` or after `limit` tokens. `room` is that of a model whose
-    weights are streamed.
+    An answer ends with one of `ends` or after `limit` tokens. `room` is given for a model with
+    streamed weights.
     """
-    # The adapter's layers are inside; PEFT's wrapper adds nothing but its own defaults.
+    # The adapter's layers are inside the base model; PEFT's wrapper adds only its own defaults.
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     found: dict[int, Answer] = {}
     cached, most = _cached_tokens(causal), PROMPT_TOKENS
@@ -101,8 +101,8 @@ def answers(
 def _batches(
     prompts: list[list[int]], limit: int, cached: int, most: int = PROMPT_TOKENS
 ) -> list[list[int]]:
-    """Numbers of `prompts`, longest first, in batches of at most `most` tokens, and at most
-    `cached` tokens with their answers; or of one prompt."""
+    """Indices of `prompts`, longest first, in batches of at most `most` prompt tokens and at most
+    `cached` tokens including answers. A batch has at least one prompt."""
     batches: list[list[int]] = []
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
         width = len(prompts[batches[-1][0]]) if batches else 0
@@ -114,7 +114,7 @@ def _batches(
 
 
 def _cached_tokens(model) -> int:
-    """How many tokens the cache may hold, by the heads of the attention that most models have."""
+    """Tokens that fit the KV cache, assuming standard attention heads."""
     config = model.config.get_text_config()
     heads = number_of(config, "num_key_value_heads") or config.num_attention_heads
     width = number_of(config, "head_dim") or largest_of(model, "head_dim")
@@ -125,14 +125,14 @@ def _cached_tokens(model) -> int:
 
 @torch.no_grad()
 def _generate(model, prompts: list[list[int]], ends: list[int], limit: int) -> list[list[int]]:
-    """What `model` writes after each prompt, padded behind its end."""
+    """New token ids for each prompt, padded after the end token."""
     width = max(map(len, prompts))
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions:
         limit = max(1, min(limit, positions - width))
-    # Any token: the mask hides it, and what comes behind an end is cut off.
+    # Any token will do: the mask hides it, and everything after an end token is cut off.
     pad = ends[0] if ends else 0
-    # Generation continues at the right end, so prompts are padded on the left.
+    # Generation continues on the right, so prompts are padded on the left.
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     greedy = GenerationConfig(
@@ -142,7 +142,7 @@ def _generate(model, prompts: list[list[int]], ends: list[int], limit: int) -> l
         eos_token_id=ends or None,
         pad_token_id=pad,
     )
-    # What a model brings along, such as a penalty on repetition, would fill in what is not set.
+    # The model's own config would fill in unset options, such as a repetition penalty.
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         output = model.generate(

@@ -1,7 +1,7 @@
-"""Your own measures of an answer: those named in `evaluate.measures` of params.yaml are taken.
+"""Your own measures of an answer; `evaluate.measures` in params.yaml names those to use.
 
-A measure is a function of three texts that gives a number. More is better. The report counts as
-right what the first one gives more than 0.5.
+A measure is a function of three texts that returns a number; higher is better. The report counts
+an answer as right if the first measure exceeds 0.5.
 
     prompt     what the model was asked, template included
     reference  the held-out row's own answer
@@ -14,7 +14,7 @@ from itertools import takewhile
 
 
 def command_and_flags(prompt: str, reference: str, answer: str) -> float:
-    """Half for the words of the command before its first flag, half for the F1 of its flags."""
+    """Half for the words before the first flag being equal, half for the F1 of the flags."""
     (command, flags), (wanted, wanted_flags) = _command(answer), _command(reference)
     count = len(flags) + len(wanted_flags)
     f1 = 2 * len(flags & wanted_flags) / count if count else 1.0

@@ -1,4 +1,4 @@
-"""Flat metrics of a scored set: perplexity with its interval, bits per byte, what was scored."""
+"""Flat metrics of a scored set: perplexity with its interval, bits per byte, tokens and hash."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Texts that the task has nothing to do with, as rows that can be scored before and after."""
+"""Texts unrelated to the task, as rows that are scored with the base and the tuned model."""
 
 import json
 from functools import partial
@@ -7,19 +7,19 @@ from pathlib import Path
 from stages.shared.bounded import SECONDS, bounded
 from stages.shared.rows import IGNORED
 
-# What the metrics of these texts begin with.
+# Prefix of the metrics of these texts.
 PREFIX = "retention_"
-# Longer texts are cut: memory and time of a row grow with it.
+# Longer texts are split, which bounds memory.
 MOST_TOKENS_A_ROW = 512
-# Far fewer than any tokenizer makes.
+# Far slower than any usable tokenizer.
 TOKENS_A_SECOND = 10_000
 
 
 def retention_rows(folder: Path, tokenizer, most: int) -> list[dict]:
-    """Rows as in rows.py of the texts in `folder`, until `most` tokens are scored.
+    """Rows (as in rows.py) of the texts in `folder`, until `most` tokens are scored.
 
-    Everything is scored but the first token of a row and what a tokenizer adds of its own. Raises
-    StageError for a tokenizer that takes too much: some loop on some texts.
+    All tokens are scored but the first of a row and those that the tokenizer adds. Raises
+    StageError if the tokenizer exceeds its time or memory: some never end on some texts.
     """
     where = f"{folder}: tokenizing its texts"
     remedy = "name others in retention.id, or set retention: null"
@@ -42,8 +42,8 @@ def _rows(folder: Path, tokenizer, most: int) -> list[dict]:
 
 
 def _row(text: dict, ids: list[int], places: list[tuple[int, int]]) -> dict | None:
-    """One row, or None where nothing of it can be scored."""
-    # A token that stands for no characters is not of the text.
+    """One row, or None if no token of it can be scored."""
+    # A token without characters is not part of the text.
     scored = [i > 0 and begin < end for i, (begin, end) in enumerate(places)]
     learned = [place for place, is_scored in zip(places, scored, strict=True) if is_scored]
     if not learned:
@@ -58,7 +58,7 @@ def _row(text: dict, ids: list[int], places: list[tuple[int, int]]) -> dict | No
 
 
 def forgetting(metrics: dict) -> dict[str, float]:
-    """How much more the tuned model is surprised by these texts than the base, in percent."""
+    """Change of the perplexity of these texts from base to tuned model, in percent."""
     if f"{PREFIX}tuned_perplexity" not in metrics:
         return {}
     before, after = (metrics[f"{PREFIX}{who}_perplexity"] for who in ("base", "tuned"))

@@ -1,9 +1,8 @@
-"""metrics/rows.csv: what each row scored, so that two runs can be compared row by row.
+"""metrics/rows.csv: the scores of each row, so that two runs can be compared row by row.
 
-A line a row: its set and its number there, the tokens scored, the summed NLL in nats of the base
-and of the tuned model, and for rows that were answered each measure of both answers. Nothing of
-the data itself: two runs that scored the same set (metrics/eval.json has its hash) mean the same
-row by the same number.
+One line per row: its set and index, the number of scored tokens, the summed NLL in nats of base
+and tuned model, and for answered rows each measure of both answers. It contains no data: in two
+runs that scored the same set (metrics/eval.json has its hash), an index is the same row.
 """
 
 import csv

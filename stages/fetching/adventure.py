@@ -1,7 +1,7 @@
-"""The texts of the package adventure: a game of 1977 that describes a cave in English sentences.
+"""English prose from the package adventure, a text game of 1977.
 
-Its data file is read as text; no module of the package is imported. Sections of numbered lines
-end with a line -1; the first describes places at length, the sixth is what the game says.
+Its data file is read as text; no module of the package is imported. The file has sections of
+numbered lines, each closed by a line -1: section 1 describes places, section 6 has messages.
 """
 
 import re
@@ -11,7 +11,7 @@ PLACES, MESSAGES = 1, 6
 
 
 def adventure_texts(data: Path) -> list[dict]:
-    """Rows {row, text} of the two sections in their order, in upper and lower case."""
+    """Rows {row, text} of both sections in file order, in sentence case."""
     rows: dict[tuple[int, str], list[str]] = {}
     section, begins = 0, True
     for line in data.read_text(encoding="ascii").splitlines():
@@ -29,7 +29,7 @@ def adventure_texts(data: Path) -> list[dict]:
 
 
 def _sentences(text: str) -> str:
-    """Capitals only where a sentence begins, and for I: the game was written in capitals."""
+    """Sentence case for text that the game has in capitals."""
     text = " ".join(text.split()).lower()
     text = re.sub(r"(^|[.!?]\"? +\"?|^\")([a-z])", lambda m: m[1] + m[2].upper(), text)
     return re.sub(r"\bi\b", "I", text)

@@ -1,7 +1,7 @@
-"""The English dialogs of the package chatterbot-corpus: general questions and small talk.
+"""English dialogs from the package chatterbot-corpus: general questions and small talk.
 
-Its YAML files are read as text; no module of the package is imported. Each lists its categories
-and conversations, lists of what two people say in turn.
+Its YAML files are read as text; no module of the package is imported. Each has categories and
+conversations, which are lists of alternating turns.
 """
 
 from pathlib import Path
@@ -10,9 +10,9 @@ import yaml
 
 
 def dialogs(folder: Path) -> list[dict]:
-    """Rows {prompt, completion, group}: how each conversation begins, each prompt once.
+    """Rows {prompt, completion, group}: the first two turns of each conversation.
 
-    `group` is the file's first category. Of answers to one prompt the first is kept.
+    `group` is the file's first category. Of several answers to a prompt, the first is kept.
     """
     rows: dict[str, dict] = {}
     for file in sorted(folder.glob("*.yml")):

@@ -1,4 +1,4 @@
-"""Which files of a data set are fetched: those that hold rows, and what is said about them."""
+"""Which files of a data set are fetched: data files, README and licence."""
 
 import re
 from pathlib import Path
@@ -12,16 +12,16 @@ from stages.shared.sources import Folder, keep_only, write_source
 
 DATA = re.compile(r"\.(jsonl|ndjson|json|csv|tsv|parquet)(\.(gz|zst|bz2|xz))?$", re.IGNORECASE)
 ARCHIVE = re.compile(r"\.(zip|7z|rar|tar|tgz|tbz2|txz|tar\.\w+)$", re.IGNORECASE)
-# Records of the datasets library and of this stage, and hidden files.
+# Metadata of the datasets library and of this stage, and hidden files.
 METADATA = re.compile(r"(^|/)(dataset_infos?|dataset_dict|state|source)\.json$|(^|/)\.")
 ABOUT = re.compile(r"(^README\.md|(^|/)(licen[cs]e|notice)[^/]*)$", re.IGNORECASE)
 
 
 def data_files(files: dict[str, int], section: Source, wanted: re.Pattern = DATA) -> list[str]:
-    """The names of `files` that hold data: those that `wanted` matches.
+    """The names of `files` that match `wanted`, without metadata.
 
-    Raises StageError when there are none, or at an archive in a local data set; an archive on the
-    Hub is left there.
+    Raises StageError if there are none, or if a local data set contains an archive; archives on
+    the Hub are skipped.
     """
     names = [name for name in files if wanted.search(name) and not METADATA.search(name)]
     archives = [name for name in files if ARCHIVE.search(name)]
@@ -32,37 +32,37 @@ def data_files(files: dict[str, int], section: Source, wanted: re.Pattern = DATA
         )
     if not names and any(name.endswith(".py") for name in files):
         raise StageError(
-            f"{section.id} is made by a script, and no code of a data set is run; on the Hub its "
-            f"rows may be under {section.section}.revision: refs/convert/parquet"
+            f"{section.id} is built by a script, and no code from a data set is run; the Hub may "
+            f"have its rows under {section.section}.revision: refs/convert/parquet"
         )
     if not names:
         raise StageError(
-            f"{section.id} has no data files (jsonl, ndjson, json, csv, tsv or parquet, which "
-            "gz, zst, bz2 or xz may compress)"
+            f"{section.id} has no data files (jsonl, ndjson, json, csv, tsv or parquet, optionally "
+            "compressed with gz, zst, bz2 or xz)"
         )
     return names
 
 
 def of_configuration(names: list[str], card: dict, section: Source) -> list[str]:
-    """The files of one configuration as README.md lists them; all where it lists none.
+    """The files of one configuration as README.md lists them; all files if it lists none.
 
-    Every split of it is kept: prepare.eval_file may name another than dataset.split.
+    All splits are kept, since prepare.eval_file may name a split other than dataset.split.
     """
     listed = listed_files(card, section)
     patterns = [pattern for each in listed.values() for pattern in each]
     chosen = matching(names, patterns) if listed else names
     if not chosen:
         raise StageError(
-            f"{section.id}: no file matches {', '.join(patterns)}, which its README.md lists; name "
+            f"{section.id}: no file matches {', '.join(patterns)}, as its README.md lists; name "
             f"another configuration in {section.section}.config"
         )
     return chosen
 
 
 def fetch(source: Repository | Folder, section: Source, out: Path, wanted: re.Pattern) -> list[str]:
-    """Copy or download the data files that `wanted` matches, with README.md and licence.
+    """Copy or download the data files that match `wanted`, README.md and the licence into `out`.
 
-    Gives the names of the data files.
+    Returns the names of the data files.
     """
     stage = "fetch_retention" if section.section == "retention" else "fetch_data"
     about = [name for name in source.files if ABOUT.search(name)]

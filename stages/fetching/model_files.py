@@ -1,4 +1,4 @@
-"""Which files of a model are fetched, and what a model must be for this pipeline."""
+"""Which files of a model are fetched, and what the pipeline requires of a model."""
 
 import fnmatch
 import re
@@ -19,14 +19,14 @@ from stages.shared.loading import TokenIds, check_tokenizer
 from stages.shared.multimodal import MULTIMODAL
 from stages.shared.process import StageError
 
-# Beside the weights: config, tokenizer, templates, processors, licence. No README, and nothing that
-# could run.
+# Fetched beside the weights: config, tokenizer, templates, processors, licence. No README and no
+# code.
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "licen[cs]e*", "notice*", "use_policy*")
-# Of all folders but the top one.
+# The only files taken from subfolders.
 _TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 ANOTHER = "choose another model"
 AGAIN = "download the whole model again"
-COPY = "mend it in a copy of the model, with model.source: local"
+COPY = "fix it in a copy of the model, with model.source: local"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
@@ -42,9 +42,9 @@ def small_files(files: dict[str, int], id: str) -> list[str]:
         pickled = [name for name in files if PurePosixPath(name).suffix in _PICKLED]
         if pickled:
             raise StageError(
-                f"{id} has pickled weights only ({pickled[0]}), which can run code when loaded; "
+                f"{id} has only pickled weights ({pickled[0]}), which can run code when loaded; "
                 "name a revision with model.safetensors (on the Hub often refs/pr/1), or convert "
-                "it on a machine you can spare with save_pretrained of Transformers"
+                "it in a sandbox with save_pretrained of Transformers"
             )
         raise StageError(f"{id} has neither {SINGLE} nor {INDEX}; {AGAIN}")
     return [
@@ -58,9 +58,9 @@ def small_files(files: dict[str, int], id: str) -> list[str]:
 
 
 def weight_files(folder: Path, files: dict[str, int], id: str) -> list[str]:
-    """The safetensors files, as Transformers chooses them: one, or what the index names.
+    """The safetensors files that Transformers would load: the single file, or those in the index.
 
-    Other copies that a repository may hold (consolidated.safetensors, original/) are left alone.
+    Other copies in the repository (consolidated.safetensors, original/) are ignored.
     """
     if SINGLE in files:
         return [SINGLE]
@@ -68,7 +68,7 @@ def weight_files(folder: Path, files: dict[str, int], id: str) -> list[str]:
     for shard in sorted(shards):
         check_name(shard, f"{id}: {INDEX}")
         if shard not in files or not shard.endswith(".safetensors"):
-            what = f"{id}: {INDEX} names {shard}, which is not there as safetensors"
+            what = f"{id}: {INDEX} names {shard}, which is missing or not safetensors"
             raise StageError(f"{what}; {AGAIN}, or {ANOTHER}")
     if not shards:
         raise StageError(f"{id}: {INDEX} names no weights; {AGAIN}")
@@ -80,14 +80,14 @@ MXFP4 = ("gpt_oss", "mxfp4")
 
 
 class Tower(Foreign):
-    # Of each layer a module is made before anything can be measured.
+    # Bounds the modules that are created before anything can be measured.
     num_hidden_layers: Annotated[int, Field(ge=1, le=2000)] | None = None
     vocab_size: Annotated[int, Field(ge=1, lt=2**24)] | None = None
     quantization_config: dict | None = None
 
 
 class Config(TokenIds, Tower):
-    """What this pipeline itself reads of config.json; Transformers checks the rest."""
+    """The keys of config.json that this pipeline reads; Transformers checks the rest."""
 
     model_type: str
     architectures: list[str] | None = None
@@ -102,13 +102,13 @@ class Index(Foreign):
 
 
 def _weight_map(folder: Path, id: str) -> dict[str, str]:
-    """File of each tensor, as the index has it."""
+    """Tensor name -> file name, from the index."""
     return held_to(Index, _read_json(folder / INDEX, id), f"{id}: {INDEX}").weight_map
 
 
 def check_config(folder: Path, id: str) -> None:
-    """Raise StageError unless config.json names a causal language model of Transformers' own and
-    the files beside it make a fast tokenizer."""
+    """Raise StageError unless config.json names a causal language model built into Transformers
+    and the files beside it give a fast tokenizer."""
     config = held_to(Config, _read_json(folder / "config.json", id), f"{id}: config.json")
     kind = config.model_type
     classes = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -117,21 +117,21 @@ def check_config(folder: Path, id: str) -> None:
     known = classes.get(kind)
     code = (config.auto_map or {}).get("AutoModelForCausalLM")
     remote = str(code).rpartition(".")[2]
-    # Some repositories still name the code that Transformers has since taken in: same class.
+    # Some repositories still name code of their own that Transformers has since adopted.
     if config.auto_map and (known is None or remote != known):
         raise StageError(
-            f"{id} needs code of its own (auto_map in config.json), which is never run; choose a "
-            "model that Transformers supports itself"
+            f"{id} needs its own code (auto_map in config.json), which is never run; choose a "
+            "model that is built into Transformers"
         )
     architecture = config.architectures[0] if config.architectures else known
     if known is None or architecture != known:
         if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - MULTIMODAL:
             raise StageError(
-                f"{id} is a model for images and text of a kind ({kind}) whose language model is "
-                f"not known to work by itself; of those, {', '.join(sorted(MULTIMODAL))} do"
+                f"{id} is a multimodal model of an unsupported kind ({kind}); supported are "
+                f"{', '.join(sorted(MULTIMODAL))}"
             )
         raise StageError(
-            f"{id} is no causal language model that Transformers knows "
+            f"{id} is not a causal language model that Transformers knows "
             f"(model_type {kind}, architecture {architecture}); {ANOTHER}"
         )
     towers = (config, config.text_config or config)
@@ -140,23 +140,23 @@ def check_config(folder: Path, id: str) -> None:
     if method and (kind, method) != MXFP4:
         raise StageError(f"{id} is quantized already ({method}); choose its 16-bit original")
     if not any(any(folder.glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
-        raise StageError(f"{id} has no tokenizer; copy the files of its base model's beside it")
+        raise StageError(f"{id} has no tokenizer; copy its base model's tokenizer files into it")
     check_tokenizer(folder, id, f"{COPY}, or {ANOTHER}")
 
 
 def check_weights(folder: Path, names: list[str], id: str) -> None:
-    """Raise StageError when a file of weights is cut short or the index and the files differ."""
+    """Raise StageError if a weight file is truncated or the index and the files differ."""
     tensors: dict[str, str] = {}
     for name in names:
         try:
             with safe_open(folder / name, "np") as file:
                 tensors |= dict.fromkeys(file.keys(), name)
         except SafetensorError as error:
-            raise StageError(f"{id}: {name} is damaged or cut short ({error}); {AGAIN}") from None
+            raise StageError(f"{id}: {name} is damaged or truncated ({error}); {AGAIN}") from None
     if names != [SINGLE]:
         for tensor, shard in _weight_map(folder, id).items():
             if tensors.get(tensor) != shard:
-                what = f"{id}: {INDEX} says {tensor} is in {shard}, and it is not"
+                what = f"{id}: {INDEX} says that {tensor} is in {shard}, but it is not"
                 raise StageError(f"{what}; {AGAIN}")
 
 

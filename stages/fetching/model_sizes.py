@@ -1,4 +1,4 @@
-"""Is config.json that of the weights? Where not, loading fails hours later, or makes some up."""
+"""Does config.json match the weights? If not, loading fails later or initializes some anew."""
 
 import re
 from functools import partial
@@ -17,30 +17,31 @@ from stages.shared.process import StageError
 from stages.shared.screen import brief
 from stages.shared.text_model import check_experts, empty_model, is_multimodal, language_model
 
-# In safetensors' letters.
+# As safetensors names them.
 FLOATS = ("F64", "F32", "F16", "BF16")
 _LAYER = re.compile(r"(.+\.)(\d+)\..+")
 
 
 class Declared(NamedTuple):
-    """Shapes of a model's parameters, and patterns of names in its files that are of no module:
-    layers for predicting further tokens, which Transformers leaves out."""
+    """Shapes of a model's parameters, and patterns of tensor names in its files that belong to no
+    module: layers that predict further tokens, which Transformers leaves out."""
 
     shapes: dict[str, tuple[int, ...]]
     left_out: tuple[str, ...]
 
 
 def declared_shapes(folder: Path, id: str) -> Declared:
-    """What Transformers makes by `folder`/config.json.
+    """What Transformers creates from `folder`/config.json.
 
-    Raises StageError for what no model can be made of, and for settings that are not the model's.
+    Raises StageError if no model can be created from it, or if it has settings that belong to
+    params.yaml.
     """
     _check_settings(read_json(folder / "config.json"), id)
-    return bounded(partial(_make, folder, id), f"{id}: making a model of config.json", ANOTHER)
+    return bounded(partial(_make, folder, id), f"{id}: building a model from config.json", ANOTHER)
 
 
 def _make(folder: Path, id: str) -> Declared:
-    with one_line(f"{id}: no model can be made of config.json", f"{COPY}, or {ANOTHER}"):
+    with one_line(f"{id}: no model can be built from config.json", f"{COPY}, or {ANOTHER}"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         model = empty_model(config)
         language = language_model(config) if is_multimodal(config) else model
@@ -50,7 +51,7 @@ def _make(folder: Path, id: str) -> Declared:
 
 
 def _check_layers(model: PreTrainedModel, id: str) -> None:
-    """Refuse layers that later stages can do nothing with."""
+    """Refuse layers that later stages cannot handle."""
     for name, module in model.named_modules():
         if isinstance(module, Conv1D):
             raise StageError(
@@ -68,8 +69,8 @@ def _check_layers(model: PreTrainedModel, id: str) -> None:
         raise StageError(f"{id}: {error}") from None
     if not getattr(model.config, "num_attention_heads", None):
         raise StageError(
-            f"{id}: {model.config.model_type} has no attention, and plan cannot tell what its "
-            f"layers need; {ANOTHER}"
+            f"{id}: {model.config.model_type} has no attention, so plan cannot predict the memory "
+            f"of its layers; {ANOTHER}"
         )
 
 
@@ -79,22 +80,22 @@ def _check_settings(config: dict, id: str) -> None:
         for key in ("_attn_implementation", "attn_implementation"):
             if part.get(key) is not None:
                 raise StageError(
-                    f"{id}: config.json: {key} is {brief(part[key])}, which train.attention "
-                    f"decides here; {COPY}"
+                    f"{id}: config.json: {key} is {brief(part[key])}, but train.attention decides "
+                    f"that here; {COPY}"
                 )
         pad, rows = part.get("pad_token_id"), part.get("vocab_size")
         if isinstance(pad, int) and isinstance(rows, int) and not -rows <= pad < rows:
             raise StageError(
-                f"{id}: config.json: pad_token_id {pad} has no row in the embeddings, which have "
-                f"{rows} (vocab_size); {COPY}"
+                f"{id}: config.json: pad_token_id {pad} is outside the embeddings, which have "
+                f"{rows} rows (vocab_size); {COPY}"
             )
 
 
 def check_sizes(folder: Path, files: list[str], model: Declared, id: str) -> None:
-    """Raise StageError when the weights in `files` have other shapes or layers than `model`.
+    """Raise StageError if shapes or layers of the weights in `files` differ from those of `model`.
 
-    Tensors that Transformers renames or joins when it loads them are passed over. Raises
-    StageError for weights that are quantized, of which config.json says nothing, too.
+    Tensors that Transformers renames or joins on loading are skipped. Also raises StageError for
+    quantized weights that config.json does not mention.
     """
     from safetensors import safe_open
 
@@ -108,13 +109,13 @@ def check_sizes(folder: Path, files: list[str], model: Declared, id: str) -> Non
                 if name in declared and part.get_dtype() not in FLOATS:
                     raise StageError(
                         f"{id}: {name} is {part.get_dtype()}, not a float type: the weights are "
-                        "quantized, and config.json does not say so; choose their 16-bit original"
+                        "quantized but config.json does not say so; choose their 16-bit original"
                     )
     for name in sorted(found.keys() & declared.keys()):
         if found[name] != declared[name]:
             raise StageError(
-                f"{id}: {name} is {_by(found[name])} in the weights and {_by(declared[name])} by "
-                "config.json; one of the two is of another model"
+                f"{id}: {name} is {_by(found[name])} in the weights and {_by(declared[name])} in "
+                "config.json; one of them belongs to another model"
             )
     own = [n for n in found if not any(re.search(pattern, n) for pattern in model.left_out)]
     has, says = _layers(own), _layers(declared)
@@ -122,12 +123,12 @@ def check_sizes(folder: Path, files: list[str], model: Declared, id: str) -> Non
         if has[prefix] != says[prefix]:
             raise StageError(
                 f"{id}: the weights have {has[prefix]} layers ({prefix}…) and config.json says "
-                f"{says[prefix]}; one of the two is of another model"
+                f"{says[prefix]}; one of them belongs to another model"
             )
 
 
 def _layers(names) -> dict[str, int]:
-    """How many layers each list of modules has, by what its names begin with."""
+    """Name prefix of each list of layers -> number of layers."""
     counts: dict[str, int] = {}
     for prefix, number in (match.groups() for match in map(_LAYER.fullmatch, names) if match):
         counts[prefix] = max(counts.get(prefix, 0), int(number) + 1)

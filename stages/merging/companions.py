@@ -1,7 +1,7 @@
-"""What serving reads beside the weights: the base's own files, with what was settled since.
+"""Files for serving beside the weights: the base's own, with the final tokenizer settings.
 
-They are written for transformers 4 too, which serves in many places: it has other names for what
-transformers 5 stores, and takes the defaults of a class for what it does not find.
+They also work with transformers 4, which is still common: it has other names for some keys of
+transformers 5, and silently uses defaults for keys that it does not find.
 """
 
 import shutil
@@ -28,13 +28,13 @@ TOKENIZER_FILES = (
     "chat_template*",
     f"{CHAT_TEMPLATE_DIR}/*.jinja",
 )
-# A tokenizer without them needs slower code than this pipeline's.
+# A tokenizer without them is not a fast one.
 NEEDED = ("tokenizer.json", "tokenizer_config.json")
 PROCESSORS = ("*processor_config.json",)
 LICENCES = ("licen[cs]e*", "notice*", "copying*", "use_policy*")
-# Rotary embeddings that transformers 4 knows by `rope_scaling`; 5 takes no others from there.
+# Rotary embeddings that transformers 4 reads from `rope_scaling`; 5 reads no others from there.
 ROPES_OF_4 = ("linear", "dynamic", "yarn", "longrope", "llama3")
-# What prepare may have changed of a tokenizer, beside its template.
+# Keys of a tokenizer that prepare may change, beside its template.
 SETTLED = ("eos_token", "pad_token")
 
 
@@ -62,19 +62,20 @@ def write_companions(
 
 
 def tokenizer_folder(adapter: Path, prepared: Path) -> Path:
-    """Where the tokenizer is that goes into the merge: an adapter from elsewhere may bring none."""
+    """The folder of the tokenizer for the merged model; a foreign adapter may have none."""
     if all((adapter / name).exists() for name in NEEDED):
         check_tokenizer(adapter, str(adapter), f"delete the tokenizer's files from {adapter}")
         return adapter
-    print(f"merge: {adapter} brings no tokenizer, so that of the rows is used")
+    print(f"merge: {adapter} has no tokenizer; using that of the rows")
     check_sums(prepared, "prepare")
     return prepared / "tokenizer"
 
 
 def served_config(config: dict) -> dict:
-    """config.json without what described the base's storage, with rotary embeddings as in 4 too.
+    """config.json without the base's storage settings, with rotary embeddings also in version 4's
+    keys.
 
-    transformers 4 does not know `rope_parameters` and would compute with 10,000 for rope_theta.
+    transformers 4 ignores `rope_parameters` and would use 10,000 for rope_theta.
     """
     made = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype")}
     if "text_config" in made:
@@ -93,10 +94,9 @@ def served_config(config: dict) -> dict:
 
 
 def write_tokenizer(out: Path, base: Path, settled: Path) -> None:
-    """Write the tokenizer of `settled` into `out`, as far as can be in the base's own files.
+    """Write the tokenizer of `settled` into `out`, using the base's own files if possible.
 
-    Those may say more than transformers 5 reads and saves: tokenizer.model is what other
-    programs convert from.
+    Those may contain more than transformers 5 saves: other programs convert tokenizer.model.
     """
     chosen = AutoTokenizer.from_pretrained(settled)
     for sources in ((base,), (base, settled), (settled,)):
@@ -110,9 +110,9 @@ def write_tokenizer(out: Path, base: Path, settled: Path) -> None:
 
 
 def behaviour(folder: Path) -> tuple:
-    """All that decides which ids the tokenizer of `folder` gives and which it shows."""
+    """Everything that decides how the tokenizer in `folder` encodes and decodes."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    # Left over from the last call of whoever saved it.
+    # Left over from its author's last call.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     named = {key: str(token) for key, token in tokenizer.special_tokens_map.items()}
@@ -135,8 +135,8 @@ def settle(folder: Path, chosen: PreTrainedTokenizerBase) -> None:
 
 
 def old_form(config: dict) -> dict:
-    """tokenizer_config.json as transformers 4 reads it, and 5 still does."""
-    # How it was loaded is no part of it.
+    """tokenizer_config.json in the form of transformers 4, which 5 still reads."""
+    # How it was loaded does not belong there.
     made = {k: v for k, v in config.items() if k not in ("is_local", "local_files_only")}
     if made.get("tokenizer_class") == "TokenizersBackend":
         made["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -147,7 +147,7 @@ def old_form(config: dict) -> dict:
 
 
 def put_template(folder: Path, template: str | None) -> None:
-    """Put the default template where the base has it; templates under other names stay."""
+    """Write the default template where the base has it; named templates stay."""
     if template is None:
         return
     config = read_json(folder / "tokenizer_config.json")
@@ -161,24 +161,24 @@ def put_template(folder: Path, template: str | None) -> None:
         write_json(folder / "tokenizer_config.json", config, ensure_ascii=False)
     if inline is None or (folder / CHAT_TEMPLATE_FILE).exists():
         (folder / CHAT_TEMPLATE_FILE).write_text(template, encoding="utf-8", newline="")
-    # Where processors had theirs.
+    # Where processors keep theirs.
     if (folder / PROCESSOR_TEMPLATE).exists():
         write_json(folder / PROCESSOR_TEMPLATE, {"chat_template": template}, ensure_ascii=False)
 
 
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The template that a conversation is rendered with when none is named."""
+    """The default chat template."""
     template = tokenizer.chat_template
     return template.get("default") if isinstance(template, dict) else template
 
 
 def token_text(token: dict | str | None) -> str | None:
-    """A special token as files have it: its text, or that with how to match it."""
+    """A special token as in files: its text, optionally with matching options."""
     return token["content"] if isinstance(token, dict) else token
 
 
 def copy(source: Path, out: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """Copy the files of `source` whose names match, in any case; where they are in `out` now."""
+    """Copy the files of `source` whose names match, ignoring case; returns their new paths."""
     made = []
     for file in sorted(source.rglob("*")):
         name = file.relative_to(source).as_posix()

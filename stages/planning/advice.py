@@ -1,4 +1,4 @@
-"""Settings that ask for less memory."""
+"""Settings that need less memory."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from stages.shared.workload import KEPT, Lengths, planned_training
 
 
 def planned(config: PretrainedConfig, shape: Shape, params: Params, rows: Lengths) -> Training:
-    """What `params` ask of training, with a base of their own kind."""
+    """The training run that `params` describe."""
     quantize = params.quantize
     return planned_training(
         config, shape, params, rows, quantize.type == "nf4", quantize.double_quant
@@ -20,7 +20,7 @@ def planned(config: PretrainedConfig, shape: Shape, params: Params, rows: Length
 
 
 def changes(params: Params) -> Iterator[tuple[str, Params]]:
-    """Settings that need less, from the cheapest for time and quality to the dearest."""
+    """Settings that need less memory, those that cost least time and quality first."""
 
     def change(section: str, **values) -> tuple[str, Params]:
         new = getattr(params, section).model_copy(update=values)
@@ -51,10 +51,10 @@ def changes(params: Params) -> Iterator[tuple[str, Params]]:
 def cheapest_change(
     config: PretrainedConfig, shape: Shape, params: Params, rows: Lengths, limit: float
 ) -> str:
-    """The first of `changes` after which `limit` bytes are enough, as -S takes it."""
+    """The first of `changes` that fits into `limit` bytes, as an argument of -S."""
     for text, changed in changes(params):
         sizes = sizes_of(shape, planned(config, shape, changed, rows))
         kept = KEPT[changed.train.gradient_checkpointing]
         if placed := placement.choose(sizes, limit, kept=kept):
             return f"{text} ({placement.predict(sizes, placed).device / GB:.2f} GB)"
-    return "none of the settings alone; take a smaller base or a shorter prepare.max_length"
+    return "no single setting is enough; use a smaller base or a shorter prepare.max_length"

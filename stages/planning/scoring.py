@@ -1,4 +1,4 @@
-"""What the stages that score a model will have on the card."""
+"""GPU memory of the stages that score a model."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def widest(shape: Shape) -> int:
 
 
 def longest_held_out(prepared: Path) -> int:
-    """Tokens of the longest row that is scored."""
+    """Tokens of the longest scored row."""
     longest = 0
     for file in held_out_sets(prepared).values():
         with pa.memory_map(str(file)) as source:

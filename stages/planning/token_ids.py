@@ -1,4 +1,4 @@
-"""Has every token a row in the embeddings? One without would stop training in its first step."""
+"""Does every token id have a row in the embeddings? If not, training would crash at once."""
 
 from pathlib import Path
 

@@ -1,17 +1,17 @@
-"""Answers within rendered conversations: what a template made of them, and where they stand."""
+"""Answers within rendered conversations: how the template wrote them, and their position."""
 
 import json
 import re
 
 from stages.preparing.formats import Chat
 
-# What a prompt ends with that opens the model's thought, or says that there is none.
+# The end of a prompt that opens the model's thought, or says that there is none.
 OPENED = re.compile(r"<think>\s*(</think>\s*)?\Z")
 EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
 
 
 def with_text_arguments(chat: Chat) -> Chat:
-    """The conversation for templates that take the arguments of a call as JSON text."""
+    """The conversation for templates that expect the arguments of a call as JSON text."""
     messages = json.loads(json.dumps(chat.messages))
     for message in messages:
         for call in message.get("tool_calls", ()):
@@ -22,15 +22,15 @@ def with_text_arguments(chat: Chat) -> Chat:
 
 
 def longest_end(text: str, prompt: str, place: int) -> str:
-    """The longest end of `text` that stands at `place` in `prompt`; empty for none."""
-    # A few characters are compared before all, as the text may be long.
+    """The longest suffix of `text` found at `place` in `prompt`; empty for none."""
+    # A few characters are compared first, since the text may be long.
     begins = (k for k in range(len(text)) if prompt.startswith(text[k : k + 16], place))
     return next((text[k:] for k in begins if prompt.startswith(text[k:], place)), "")
 
 
 def after_header(before: str, history: str, prompt: str) -> int | None:
-    """Where in `prompt`, whose earlier thoughts may be left out, the answer begins that `before`
-    asks for: after as many headers of an answer."""
+    """Where the answer to `before` begins in `prompt`, which may lack earlier thoughts: after the
+    same number of answer headers."""
     bare = OPENED.sub("", before)
     header = bare[len(history) :] if bare.startswith(history) else ""
     if not header or prompt.count(header) < bare.count(header):
@@ -39,8 +39,8 @@ def after_header(before: str, history: str, prompt: str) -> int | None:
 
 
 def thought_and_answer(message: dict, whole: str, prompt: str) -> str:
-    """What follows a prompt that opens a thought, where the template leaves out the answer's
-    (DeepSeek); empty if that is not why `whole` goes on otherwise."""
+    """The thought and answer that follow a prompt that opens a thought, for templates that omit
+    the thought in `whole` (DeepSeek); empty if `whole` differs for another reason."""
     thought, _, words = message["content"].rpartition("</think>")
     _, opened, thought = thought.partition("<think>")
     if "reasoning_content" in message:
@@ -59,7 +59,7 @@ def thought_and_answer(message: dict, whole: str, prompt: str) -> str:
 
 
 def printed(chat: Chat, whole: str) -> bool:
-    """Whether the template wrote arguments as Python prints them, since it takes text."""
+    """Whether the template wrote arguments as Python prints dicts, since it expects text."""
     calls = [call for message in chat.messages for call in message.get("tool_calls", ())]
     every = [call["function"].get("arguments") for call in calls]
     texts = [str(each) for each in every if each and isinstance(each, dict)]
@@ -68,7 +68,7 @@ def printed(chat: Chat, whole: str) -> bool:
 
 
 def holds(text: str, part: str) -> bool:
-    """Whether `part` is in `text`, white space aside, or in quotes as Llama 3 has tool output."""
+    """Whether `part` is in `text`, ignoring white space, or quoted as Llama 3 has tool output."""
     if part.strip() in text:
         return True
     text, quoted = "".join(text.split()), json.dumps(part, ensure_ascii=False)[1:-1]

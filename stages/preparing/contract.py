@@ -1,4 +1,4 @@
-"""The data contract: what became of every row, counted, and refused when too much is lost."""
+"""The data contract: the fate of every row is counted, and too many dropped rows are an error."""
 
 import math
 import os
@@ -21,18 +21,18 @@ from stages.shared.rows import IGNORED
 from stages.shared.screen import on_screen, tell
 from stages.shared.sets import SET_NAMES
 
-# More dropped rows than this and the data, or the parameters, are not what they seem.
+# More dropped rows than this suggest wrong data or parameters.
 MOST_DROPPED = 0.5
-# Training rows that ask what a held-out or validation row asks, and validation rows that ask what
-# a held-out row does.
+# Training rows with the prompt of a held-out or validation row, and validation rows with the
+# prompt of a held-out row.
 MOST_LEAKED = 0
-# Rows of one reason that are shown in full.
+# Rows shown in full for each reason.
 _SHOWN = 3
 _SHOWN_PLACES = 5
 
 
 class Drops:
-    """Rows that are left out of `seen` ones: the first of each reason is printed, all counted."""
+    """Dropped rows: the first of each reason are printed, all are counted."""
 
     def __init__(self):
         self.seen = 0
@@ -47,11 +47,11 @@ class Drops:
         if self.counts[why.reason] <= _SHOWN_PLACES:
             self._places[why.reason].append(where.rpartition("/")[2])
         if self.counts[why.reason] <= _SHOWN:
-            # Beside a progress bar, not through it.
+            # print() would break the progress bar.
             tqdm.write(on_screen(f"prepare: dropped {line}"))
 
     def check(self) -> None:
-        """Raise StageError if too many were dropped."""
+        """Raise StageError if too many rows were dropped."""
         dropped = self.counts.total()
         if dropped > MOST_DROPPED * self.seen:
             (reason, count), *_ = self.counts.most_common(1)
@@ -63,12 +63,12 @@ class Drops:
 
 
 def packed_bins(lengths: np.ndarray, size: int) -> int:
-    """Sequences of `size` tokens that hold rows of these lengths, best fit decreasing.
+    """How many sequences of `size` tokens hold rows of these lengths, best fit decreasing.
 
-    The algorithm that trl packs with, by counts of equal lengths and so in O(size^2) at most.
+    trl's algorithm on counts of equal lengths, hence at most O(size^2).
     """
     rows = np.bincount(lengths, minlength=size + 1)
-    # room[n]: sequences with n tokens left.
+    # room[n]: number of sequences with n tokens left.
     room, bins = np.zeros(size + 1, int), 0
     for length in range(size, 0, -1):
         left = int(rows[length])
@@ -86,12 +86,12 @@ def packed_bins(lengths: np.ndarray, size: int) -> int:
 
 
 def unused_of(sets: dict[str, Written], unused: int, given: bool) -> dict[str, int]:
-    """The `unused` rows by their reason: beyond train_rows, beyond eval_rows, and the split's
-    margin, which stands between what is held out and what is trained on.
+    """The `unused` rows by reason: beyond train_rows, beyond eval_rows, or in the margin between
+    held-out and training rows.
 
     given: whether the held-out rows came in a file of their own.
     """
-    # Without such a file, those that the held-out set had no need of are trained on.
+    # Without such a file, spare held-out candidates are trained on.
     held_out = sum(
         w.left for name, w in sets.items() if name == "group" or (given and name == "eval")
     )
@@ -113,8 +113,8 @@ def metrics_of(
 ) -> dict:
     """metrics/data.json. Rows of the store that are in no set and not dropped are unused.
 
-    removed: rows that others make needless, by what they are counted as; drops: of each source,
-    while reading and while writing; of: int [N], the source of each row of the store.
+    removed: metric name -> duplicate rows; drops: of each source, while reading and while
+    writing; of: int [N], the source of each row of the store.
     """
     counts = {name: len(rows) for name, rows in removed.items()}
     dropped = sum((each.counts for both in drops for each in both), Counter())
@@ -164,7 +164,7 @@ def source_metrics(
     drops: list[Drops],
     of: np.ndarray,
 ) -> dict[str, float]:
-    """What came of the rows of one of several sources; the arguments as of `metrics_of`."""
+    """Metrics of one of several sources; arguments as of `metrics_of`."""
     train = sets["train"].rows
     own = train[of[train[:, 0]] == number]
     held_out = sets[f"source_{number}" if number else "eval"]
@@ -184,7 +184,7 @@ def source_metrics(
 
 
 def lengths_table(lengths: np.ndarray, size: int) -> str:
-    """CSV of how many rows have how many tokens, in at most 20 steps up to `size`."""
+    """CSV histogram of rows by length in tokens, in at most 20 bins up to `size`."""
     step = math.ceil(size / 20)
     counts = np.bincount((lengths - 1) // step, minlength=math.ceil(size / step))
     width = len(str(size))
@@ -196,7 +196,7 @@ def lengths_table(lengths: np.ndarray, size: int) -> str:
 
 
 def sample_of(path: Path, tokenizer) -> dict:
-    """The first row of a set: `row`, and `pieces` as [text, whether it is learned]."""
+    """The first row of a set: `row`, and `pieces` as [text, learned]."""
     with pa.OSFile(str(path)) as source, pa.ipc.open_stream(source) as stream:
         row = stream.read_next_batch().slice(0, 1).to_pylist()[0]
     pairs = zip(row["input_ids"], row["labels"], strict=True)
@@ -206,7 +206,7 @@ def sample_of(path: Path, tokenizer) -> dict:
 
 
 def show(sample: dict) -> None:
-    """Print the sample with what is learned in green, or in [[ ]] where no colour is wanted."""
+    """Print the sample with learned text in green, or in [[ ]] without colours."""
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     before, after = ("\033[32m", "\033[0m") if coloured else ("[[", "]]")
     shown = [
@@ -214,6 +214,6 @@ def show(sample: dict) -> None:
         for text, learned in sample["pieces"]
     ]
     text = "".join(f"{before}{t}{after}" if learned else t for t, learned in shown)
-    tell(f"prepare: the row {sample['row']}, with what is learned marked:")
-    # Indented, no line of the row looks like one of ours.
+    tell(f"prepare: example row {sample['row']}, learned text marked:")
+    # Indented, so that no line of the row looks like one of ours.
     print("  " + text.replace("\n", "\n  "))

@@ -1,10 +1,10 @@
-"""Rows as token ids that inference sees too, with the learned part marked.
+"""Rows as token ids, the same as at inference, with a mask of the learned tokens.
 
-A row is tokenized as a person will feed it: the prompt by itself, then the answer. So the ids of
-a prompt rendered at inference are the first ids of the row, whatever the tokenizer would merge
-across the boundary. Rendered text is encoded without special tokens, since the template writes
-them itself; only raw text gets its BOS from the tokenizer. Labels come from character spans and
-never from token ids, so a pad token equal to the end token does no harm.
+Prompt and answer are tokenized separately, so that the ids of a prompt at inference are a prefix
+of the row, whatever the tokenizer would merge across the boundary. Rendered text is encoded
+without special tokens, since the template writes them; only raw text gets its BOS from the
+tokenizer. Labels come from character spans, not from token ids, so the pad token may equal the end
+token.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from stages.shared.params import Prepare
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row: `ids` int32 [T], `learned` bool [T] (False at 0, which nothing predicts)."""
+    """One row: `ids` int32 [T], `learned` bool [T] (False at 0, which is not predicted)."""
 
     ids: np.ndarray
     learned: np.ndarray
@@ -31,12 +31,12 @@ class Encoded:
 
 
 def _of_bearable_size(row: Rendered | Unusable) -> Rendered | Unusable:
-    """`row`, unless a template made a library of it."""
+    """`row`, or Unusable if the template made it absurdly large."""
     if isinstance(row, Unusable) or len(row.prompt) + len(row.answer) <= 2 * MAX_ROW_BYTES:
         return row
     return Unusable(
         "template",
-        f"the template makes {(len(row.prompt) + len(row.answer)) / 1e6:.0f} MB of text of it: set "
+        f"the template expands it to {(len(row.prompt) + len(row.answer)) / 1e6:.0f} MB: set "
         "another prepare.template",
     )
 
@@ -45,18 +45,18 @@ class Encoder:
     """Examples to rows of token ids."""
 
     def __init__(self, tokenizer, params: Prepare):
-        """A tokenizer that `settle` has seen; loss_on, max_length and too_long of `params`."""
+        """`tokenizer` has passed through `settle`; reads loss_on, max_length, too_long."""
         self.tokenizer, self.loss_on = tokenizer, params.loss_on
         self.max_length, self.too_long = params.max_length, params.too_long
         self.renderer = Renderer(tokenizer, params.loss_on)
         self.backend = tokenizer.backend_tokenizer
         self.end_ids = {tokenizer.convert_tokens_to_ids(t) for t in self.renderer.template.special}
-        # Sentencepiece models put a space before any text, so before an answer by itself too.
+        # Sentencepiece models put a space before any text, hence also before a separate answer.
         self.anchor, joined, alone = self._ids(["\n", "\nx", "x"])
         self.dummy_space = joined != self.anchor + alone
 
     def encode(self, examples: list[Example]) -> list[list[Encoded] | Unusable]:
-        """The rows of each example (several with too_long: split), or why it is dropped."""
+        """The rows of each example (several with too_long: split), or the reason to drop it."""
         rendered = [_of_bearable_size(row) for row in self.renderer.render(examples)]
         whole = [r for r in rendered if isinstance(r, Rendered)]
         prompts = self._ids([r.prompt for r in whole])
@@ -67,7 +67,7 @@ class Encoder:
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _answer_ids(self, rows: list[Rendered], prompts: list[list[int]]) -> list[list[int]]:
-        """Ids of the answers as the prompts' continuation."""
+        """Ids of the answers as continuations of the prompts."""
         if not self.dummy_space:
             return self._ids([row.answer for row in rows])
         made = []
@@ -79,7 +79,7 @@ class Encoder:
                 made.append(both[len(prompt) :])
             else:
                 after = self._ids(["\n" + row.answer])[0]
-                # Empty, and so refused, where the tokenizer merges even the anchor.
+                # Empty, and so refused, if the tokenizer merges even the anchor.
                 made.append(
                     after[len(self.anchor) :] if after[: len(self.anchor)] == self.anchor else []
                 )
@@ -106,8 +106,8 @@ class Encoder:
         return self._fit(row, ids, learned, len(prompt))
 
     def _bounds(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Where each token of `text` begins and ends, int [T]: a mark without the white space
-        around it, which a token with lstrip or rstrip swallows (Phi 3 has such)."""
+        """Start and end of each token of `text`, int [T]; special tokens without the white space
+        that lstrip or rstrip adds to them (Phi 3)."""
         encoding = self.backend.encode(text, add_special_tokens=False)
         begins, ends = np.array(encoding.offsets).T
         for i in np.flatnonzero(np.isin(encoding.ids, list(self.end_ids))):
@@ -117,7 +117,7 @@ class Encoder:
         return begins, ends
 
     def _fit(self, row: Rendered, ids, learned, prompt_tokens: int) -> list | Unusable:
-        """The row cut to max_length as too_long says. Only the last part holds the end token."""
+        """The row cut to max_length by too_long. Only the last part has the end token."""
         length, most = len(ids), self.max_length
         if length <= most:
             starts: Sequence[int] = [0]
@@ -145,7 +145,7 @@ class Encoder:
         )
 
     def _scored_bytes(self, row: Rendered, ids, part, mask) -> int:
-        """UTF-8 bytes of the learned text, end tokens and other marks left out."""
+        """UTF-8 bytes of the learned text without special tokens."""
         if len(part) == len(ids) and self.loss_on == "completion" and not row.raw:
             return len(row.answer.removesuffix(row.end).encode())
         text = self.backend.decode(part[mask].tolist(), skip_special_tokens=True)

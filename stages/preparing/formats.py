@@ -1,9 +1,11 @@
 """Recognized formats: one raw row becomes one example.
 
-An example is JSON: a list of messages ({"role", "content", …}, the assistant's last), or
-{"messages", "given", "silent"} where a template is given more than messages (tools, documents,
-its own variables) or places of messages are not to be learned; a text that is learned whole; or
-{"text", "answers"}, a conversation rendered already and the character spans of its answers.
+An example is JSON, one of:
+- a list of messages ({"role", "content", …}, the assistant's last);
+- {"messages", "given", "silent"}, with further template arguments (tools, documents, variables)
+  and the indices of messages that are not learned;
+- a text, all of which is learned;
+- {"text", "answers"}, an already rendered conversation and the character spans of its answers.
 """
 
 import inspect
@@ -25,9 +27,9 @@ from stages.preparing.messages import (
 from stages.preparing.shapes import Shape, read_rendered
 from stages.shared.process import StageError
 
-# Columns that reach the template beside the messages, by the names that transformers has.
+# Columns that are passed to the template beside the messages, by transformers' argument names.
 _GIVEN = ("tools", "documents", "chat_template_kwargs")
-# format -> (columns it needs, columns it may have)
+# format -> (required columns, optional columns)
 COLUMNS = {
     "messages": (("messages",), ("system", *_GIVEN)),
     "sharegpt": (("conversations",), ("system", *_GIVEN)),
@@ -36,13 +38,13 @@ COLUMNS = {
     "text": (("text",), ()),
     "rendered": (("text",), ()),
 }
-# What a row may not give a template: transformers' own arguments, which are no variables of it.
+# Arguments of transformers' own, which a row must not set.
 _RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
 Example = list | str | dict
 
 
 class Chat(NamedTuple):
-    """A conversation: what the template is given, and places of messages not to be learned."""
+    """A conversation: messages, template arguments, and indices of messages not to be learned."""
 
     messages: list[dict]
     given: dict
@@ -53,14 +55,14 @@ class Chat(NamedTuple):
 
 
 def chat_of(example: Example) -> Chat | None:
-    """The conversation that the example is; None for text."""
+    """The example as a conversation; None for text."""
     if isinstance(example, list):
         return Chat(example, {}, [])
     return Chat(**example) if isinstance(example, dict) and "messages" in example else None
 
 
 def text_and_answers(example: Example) -> tuple[str, list[list[int]]]:
-    """The text of an example that is no conversation, and the spans of its answers."""
+    """The text of an example that is not a conversation, and the spans of its answers."""
     if isinstance(example, dict):
         return example["text"], example["answers"]
     assert isinstance(example, str)  # A list is a conversation.
@@ -69,20 +71,20 @@ def text_and_answers(example: Example) -> tuple[str, list[list[int]]]:
 
 @dataclass(frozen=True)
 class Format:
-    """A recognized format. `columns` maps each standard column, the optional ones too, to the
-    data's own name."""
+    """A recognized format. `columns` maps standard column names, optional ones included, to the
+    names in the data."""
 
     name: str
     columns: dict[str, str]
     shape: Shape | None = None
-    # Keys of messages that are not used, counted while rows are read.
+    # Unused keys of messages, counted while rows are read.
     unused: Counter[str] = field(default_factory=Counter)
 
     def example(self, row: dict, where: str) -> Example:
         """The example of one row.
 
-        Raises Unusable for a row that is dropped (nothing in it, roles out of order), StageError
-        for one that is not of this format at all.
+        Raises Unusable for a row to drop (empty, roles out of order), StageError for a row that
+        does not have this format.
         """
         if self.name == "text":
             return _text(row, self.columns["text"], where)
@@ -95,12 +97,12 @@ class Format:
         return messages
 
     def _messages(self, row: dict, where: str) -> tuple[list[dict], list[int]]:
-        """The row's conversation, and the places of messages that are not to be learned."""
+        """The row's conversation, and the indices of messages that are not to be learned."""
         turns = self._system(row, where)
         if self.name in ("messages", "sharegpt"):
             given = _list(row, self.columns[COLUMNS[self.name][0][0]], where)
             text = given[0].get("content", given[0].get("value"))
-            # A column may repeat the system message of the conversation.
+            # A column may repeat the conversation's system message.
             turns = given if turns and text == turns[0]["content"] else turns + given
             return conversation(turns, where, self.unused)
         if self.name == "prompt_completion":
@@ -129,13 +131,13 @@ class Format:
         return [{"role": "system", "content": _text(row, name, where)}]
 
     def _history(self, row: dict, where: str) -> list[dict]:
-        """Earlier questions and answers, in pairs."""
+        """Earlier turns, as pairs of question and answer."""
         name = self.columns["history"]
         pairs = decoded(row.get(name)) or []
         if not isinstance(pairs, list) or not all(
             isinstance(pair, list) and len(pair) == 2 for pair in pairs
         ):
-            raise StageError(f"{where}: {name!r} holds no list of [question, answer]; mend it")
+            raise StageError(f"{where}: {name!r} is not a list of [question, answer]; fix it")
         roles = ("user", "assistant")
         return [
             {"role": role, "content": checked_text(text, name, where)}
@@ -144,7 +146,7 @@ class Format:
         ]
 
     def _given(self, row: dict, where: str) -> dict:
-        """What the template is given beside the messages, as arguments of apply_chat_template."""
+        """Further arguments of apply_chat_template beside the messages."""
         given: dict = {}
         for standard in _GIVEN:
             name = self.columns[standard]
@@ -157,15 +159,15 @@ class Format:
             if not all(isinstance(one, dict) for one in each):
                 belongs = "an object" if variables else "a list of objects"
                 raise StageError(
-                    f"{where}: {name!r} holds {kind(value)} where {belongs} belongs, which the "
-                    "template is given; mend or rename it"
+                    f"{where}: {name!r} is passed to the template and must be {belongs}, not "
+                    f"{kind(value)}; fix or rename it"
                 )
             check_json(each, f"{where}: {name!r}")
             if name == "functions":
                 each = [{"type": "function", "function": one} for one in each]
             given |= each[0] if variables else {standard: each}
             if variables and (taken := sorted(_RESERVED & value.keys())):
-                raise StageError(f"{where}: {name!r} holds {taken[0]!r}, no variable of a template")
+                raise StageError(f"{where}: {name!r} must not set {taken[0]!r}; remove it")
         return given
 
     def _rendered(self, text: str) -> Example:
@@ -202,7 +204,7 @@ def _list(row: dict, column: str, where: str) -> list[dict]:
 
 
 def turns_of(value):
-    """`value` with the turns as objects where they came as JSON text or as one list for each key,
+    """`value` as a list of turns, if it is JSON text or has one list per key:
     {"role": ["user", …], "content": ["Hi", …]}."""
     value = decoded(value)
     lists = list(value.values()) if isinstance(value, dict) else []

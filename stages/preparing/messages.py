@@ -1,7 +1,7 @@
-"""The turns of a conversation as messages that chat templates read, checked.
+"""The turns of a conversation, checked and converted to messages for chat templates.
 
-Every data set names roles and keys in its own way. What stands here maps them; a key that is
-left over is counted, so that nothing is lost without a word.
+Data sets name roles and keys differently; this module maps the names. Unknown keys are counted,
+so that nothing is lost silently.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from stages.shared.opening import MAX_ROW_BYTES, too_big
 from stages.shared.process import StageError
 
-# Why rows are dropped; each is a key of metrics/data.json, dropped_<reason>_examples.
+# Reasons to drop rows; each is a key of metrics/data.json, dropped_<reason>_examples.
 REASONS = ("empty", "roles", "special_token", "template", "too_long", "unlearnable")
 _NAMES = {
     "system": ("system", "developer"),
@@ -20,15 +20,15 @@ _NAMES = {
     "tool": ("tool", "observation", "function_response", "function", "ipython"),
 }
 _ROLES = {name: role for role, names in _NAMES.items() for name in names}
-# What may come before each role.
+# Roles that may precede each role.
 _FOLLOWS: dict[str, set[str | None]] = {
     "system": {None},
     "user": {None, "system", "assistant"},
     "assistant": {"user", "tool"},
     "tool": {"assistant", "tool"},
 }
-# Keys that chat templates read, by the names that data sets have for them. The first three are
-# one thing to transformers, which gives a template each of them.
+# Name in data sets -> key that chat templates read. The first three mean the same; templates
+# differ in which one they read.
 _KEYS = {
     "reasoning_content": "reasoning_content",
     "reasoning": "reasoning_content",
@@ -39,7 +39,7 @@ _KEYS = {
     "name": "name",
 }
 _CONTENT = {"content", "value"}
-# Keys that say whether a message is learned.
+# Keys that switch learning of a message on or off.
 _SWITCHES = ("weight", "train", "training", "trainable", "loss")
 
 
@@ -54,10 +54,10 @@ class Unusable(Exception):
 def conversation(
     turns: list[dict], where: str, unused: Counter[str]
 ) -> tuple[list[dict], list[int]]:
-    """(messages, places of those that are not to be learned) of turns with role and content, or
-    with from and value. Keys that no template reads are counted in `unused`.
+    """(messages, indices of those not to be learned) from turns with role and content, or with
+    from and value. Keys that no template reads are counted in `unused`.
 
-    Raises Unusable for turns out of order or without text, StageError for what is no turn.
+    Raises Unusable for turns out of order or without text, StageError for anything but a turn.
     """
     messages: list[dict] = []
     silent: list[int] = []
@@ -72,7 +72,7 @@ def conversation(
             continue
         if before not in _FOLLOWS[role]:
             after = f"follows {before}" if before else "comes first"
-            raise Unusable("roles", f"{at}: {role} {after}: mend or delete the row")
+            raise Unusable("roles", f"{at}: {role} {after}: fix or delete the row")
         before = role
         message = {"role": role}
         if name in ("function_call", "tool_call"):
@@ -99,12 +99,12 @@ def conversation(
 
 
 def _blank(value) -> bool:
-    """Whether it is as if the key were not there: Parquet gives every message every key."""
+    """Whether the value means an absent key: in Parquet every message has every key."""
     return value in (None, "", [], {}) or (isinstance(value, str) and value.isspace())
 
 
 def _role(left: dict, turn: dict, at: str, where: str) -> tuple[str, str]:
-    """The role and its name in the data, taken out of `left`."""
+    """The role and its name in the data, removed from `left`."""
     if "from" in turn and "role" not in turn:
         if "value" not in turn and "content" not in turn and "tool_calls" not in turn:
             raise StageError(f"{where}: {at}: a turn without 'value'; it has {names_of(turn)}")
@@ -117,7 +117,7 @@ def _role(left: dict, turn: dict, at: str, where: str) -> tuple[str, str]:
 
 
 def _switched(left: dict, role: str, where: str, unused: Counter[str]) -> bool:
-    """Whether the message is to be learned, as the switches in `left` have it."""
+    """Whether the message is to be learned, by the switches in `left`."""
     learned = True
     for key in _SWITCHES:
         value = left.pop(key, None)
@@ -130,7 +130,7 @@ def _switched(left: dict, role: str, where: str, unused: Counter[str]) -> bool:
 
 
 def _check_extras(message: dict, at: str, where: str) -> None:
-    """Check what stands beside the content, with the arguments of calls decoded in place."""
+    """Check the keys beside the content, and decode arguments of calls in place."""
     thought = "reasoning_content"
     if thought in message:
         message[thought] = checked_text(message[thought], f"{thought} of {at}", where)
@@ -138,13 +138,13 @@ def _check_extras(message: dict, at: str, where: str) -> None:
         calls = decoded(message["tool_calls"])
         calls = calls if isinstance(calls, list) else [calls]
         if not all(isinstance(call, dict) for call in calls):
-            raise Unusable("roles", f"{at}: a tool call that is no JSON object: mend the row")
+            raise Unusable("roles", f"{at}: a tool call that is not a JSON object: fix the row")
         message["tool_calls"] = [_call(call, at) for call in calls]
     check_json(message, f"{where}: {at}: a tool call")
 
 
 def _call(call: dict, at: str) -> dict:
-    """The call as transformers writes it, with arguments as an object also if they are text."""
+    """The call in transformers' form, with arguments decoded to an object."""
     function = call.get("function")
     if not isinstance(function, dict):
         function = {key: call[key] for key in ("name", "arguments") if key in call}
@@ -152,13 +152,13 @@ def _call(call: dict, at: str) -> dict:
     if "arguments" in function:
         arguments = decoded(function["arguments"] or {})
         if isinstance(arguments, str) and arguments.lstrip().startswith("{"):
-            raise Unusable("roles", f"{at}: arguments that are broken JSON: mend or delete the row")
+            raise Unusable("roles", f"{at}: arguments that are broken JSON: fix or delete the row")
         function = function | {"arguments": arguments}
     return call | {"function": function}
 
 
 def decoded(value):
-    """What JSON text of an object or array stands for; anything else as it is."""
+    """The value of JSON text of an object or array; anything else unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
         try:
             return json.loads(value)
@@ -168,21 +168,21 @@ def decoded(value):
 
 
 def check_json(value, what: str) -> None:
-    """Hold `value` to be JSON with whole characters; a Parquet file can hold more."""
+    """Raise StageError unless `value` is valid JSON in valid Unicode; Parquet allows more."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except (TypeError, UnicodeEncodeError) as error:
-        raise StageError(f"{what} that is no JSON ({error}); mend it") from None
+        raise StageError(f"{what} that is not JSON ({error}); fix it") from None
 
 
 def names_of(row: Iterable) -> str:
-    """Column names in one short line, whatever is in them."""
+    """Column names as one short line, cut and escaped."""
     names = ", ".join(" ".join(str(name).split()) for name in row) or "none"
     return names if len(names) <= 200 else names[:200] + "…"
 
 
 def checked_text(value, name: str, where: str) -> str:
-    """`value` if it is text that can be learned; `name` is what to call it in the message."""
+    """`value` if it is text that can be learned; `name` is for the error message."""
     if value is None:
         raise Unusable("empty", f"{name!r} is null: fill it in or delete the row")
     if not isinstance(value, str):
@@ -204,7 +204,7 @@ def checked_text(value, name: str, where: str) -> str:
 
 
 def kind(value) -> str:
-    """What a value is, in words, where it cannot be taken."""
+    """The kind of a value, in words for an error message."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):

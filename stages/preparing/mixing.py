@@ -1,7 +1,7 @@
-"""Several sources in one training set: what came of each, how many rows it gives, in which order.
+"""Several sources in one training set: the number of rows from each, and their order.
 
-A share is of the rows of the training set, as prepare.train_rows counts them. The first source has
-what the shares of the others leave.
+A share is a fraction of the training rows, as prepare.train_rows counts them. The first source
+gets what the other shares leave.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from stages.shared.rows import SCHEMA
 
 @dataclass(frozen=True)
 class Scanned:
-    """One source as it was read: what messages call it, its share (None of the first), the files
-    to split or train on, those to evaluate on, its format, and what was dropped while reading."""
+    """One source as read: its label for messages, its share (None for the first), its files to
+    split or train on, its files to evaluate on, its format, and rows dropped while reading."""
 
     label: str
     share: float | None
@@ -37,7 +37,7 @@ class Scanned:
 
 
 def owners(store: Store, parts: list[Scanned]) -> np.ndarray:
-    """int [N]: the number of the source that each row is from."""
+    """int [N]: the source index of each row."""
     of = np.zeros(len(store), int)
     for number, part in enumerate(parts):
         of[store.in_files(part.names + part.given)] = number
@@ -45,9 +45,9 @@ def owners(store: Store, parts: list[Scanned]) -> np.ndarray:
 
 
 def check_together(parts: list[Scanned]) -> list[int]:
-    """The numbers of the sources whose rows a template is settled by: none of plain text alone.
+    """Indices of the sources that determine the template: all but plain text.
 
-    Raises StageError for sources that one template cannot serve.
+    Raises StageError if no single template serves all sources.
     """
     first, *others = [n for n, part in enumerate(parts) if part.form.name != "text"] or [0]
     for number in others:
@@ -55,7 +55,7 @@ def check_together(parts: list[Scanned]) -> list[int]:
         if here != there:
             raise StageError(
                 f"{parts[number].label}: its rows are {here}, those of {parts[first].label} are "
-                f"{there}, and prompts at inference have one template; bring both as messages"
+                f"{there}, but prompts at inference have one template; bring both as messages"
             )
     return [first, *others]
 
@@ -63,12 +63,12 @@ def check_together(parts: list[Scanned]) -> list[int]:
 def _rendered(form: Format) -> str:
     if form.name != "rendered":
         return "not rendered yet"
-    return f"rendered already, in the {form.shape.name} shape" if form.shape else "rendered already"
+    return f"already rendered, in the {form.shape.name} shape" if form.shape else "already rendered"
 
 
 def rows_of_each(total: int, shares: Sequence[float]) -> list[int]:
-    """How many of `total` rows each share is, halves rounded up."""
-    # 0.05 is meant as written: in binary it is a little more.
+    """The number of rows of each share of `total`, halves rounded up."""
+    # Decimal, since 0.05 is slightly more in binary.
     return [math.floor(Fraction(str(share)) * total + Fraction(1, 2)) for share in shares]
 
 
@@ -79,12 +79,12 @@ def write_mixed(
     limit: int | None,
     write: Callable[[str, np.ndarray, int | None], Written],
 ) -> Written:
-    """Write train.arrow into `out`: rows of each of the `pools` (numbers in the store, one pool a
-    source) by its share, `limit` in all.
+    """Write train.arrow into `out`: rows of each of the `pools` (row numbers in the store, one
+    pool per source) by its share, `limit` in all.
 
-    Where the first source has fewer rows than the limit leaves it, or with no limit, all of them
-    are taken and of the others as many as their shares are then. Raises StageError where one has
-    fewer. write(name, pool, limit) writes a set into `out`.
+    Without a limit, or if the first source has fewer rows than its part, all its rows are taken
+    and the others scaled to match. Raises StageError if another source has too few. write(name,
+    pool, limit) writes a set into `out`.
     """
     shares = [part.share for part in parts if part.share is not None]
     wanted = None if limit is None else limit - sum(rows_of_each(limit, shares))
@@ -104,11 +104,11 @@ def write_mixed(
     for number, count in enumerate(rows_of_each(total, shares), 1):
         asked = f"{parts[number].label}: a share of {shares[number - 1]:g} of {total:,} training "
         if not count:
-            raise StageError(f"{asked}rows is not one row; raise it, or prepare.train_rows")
+            raise StageError(f"{asked}rows is less than one row; raise it, or prepare.train_rows")
         written.append(write(names[number], pools[number], count))
         if (there := len(written[-1].rows)) < count:
             raise StageError(
-                f"{asked}rows is {count:,}, and it has {there:,} to train on; lower the share, or "
+                f"{asked}rows is {count:,}, but it has {there:,} to train on; lower the share, or "
                 "prepare.train_rows, or bring more rows"
             )
     files = [out / f"{name}.arrow" for name in names]
@@ -119,8 +119,8 @@ def write_mixed(
 
 
 def interleave(files: list[Path], written: list[Written], out: Path) -> Written:
-    """Write the rows of all `files` to `out`, those of each spread evenly over the whole and in
-    their order: row i of n stands at (i + 0.5) / n."""
+    """Write the rows of all `files` to `out`, each file's spread evenly and in order: row i of n
+    is placed at (i + 0.5) / n."""
     sizes = [len(each.rows) for each in written]
     places = np.concatenate([(np.arange(size) + 0.5) / size for size in sizes])
     order = np.argsort(places, kind="stable")
@@ -141,7 +141,7 @@ def interleave(files: list[Path], written: list[Written], out: Path) -> Written:
                 for table, begin, count in zip(tables, done, counts, strict=True)
             ]
             done += counts
-            # The pieces stand one behind the other: where each row of the chunk stands in them.
+            # Index of each row of the chunk in the concatenated pieces.
             at = np.argsort(np.argsort(of, kind="stable"))
             chunk = pa.concat_tables(pieces).combine_chunks().take(pa.array(at)).combine_chunks()
             for batch in chunk.to_batches():

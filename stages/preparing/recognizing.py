@@ -1,4 +1,4 @@
-"""Which format a data set has, by the columns of its first row."""
+"""Recognizes the format of a data set by the columns of its first row."""
 
 import difflib
 
@@ -7,14 +7,14 @@ from stages.preparing.messages import names_of
 from stages.preparing.shapes import shape_of
 from stages.shared.process import StageError
 
-# Names that mean the same in any data set: taken where the standard column is not there.
+# Unambiguous synonyms, used if the standard column is missing.
 _SAME = {
     "system": ("system_prompt", "system_message"),
     "input": ("context",),
     "output": ("response",),
     "tools": ("functions",),
 }
-# Names in well-known sets, offered in the message when no standard column is there.
+# Names in well-known sets, suggested in the error message.
 _OTHER_NAMES = {
     "prompt": ("question", "query", "problem", "instruction", "input", "request"),
     "completion": ("answer", "response", "output", "solution", "target", "reply"),
@@ -23,17 +23,17 @@ _OTHER_NAMES = {
     "messages": ("conversations", "conversation", "dialog", "dialogue", "chat"),
     "text": ("content", "document", "body"),
 }
-# Columns without which an answer would mean something else.
+# Columns that change the meaning of an answer, so they must not be ignored.
 _MEANING = ("input", "history")
 
 
 def recognize(
     name: str, columns: dict[str, str] | None, first: dict, where: str, section: str = "prepare"
 ) -> Format:
-    """The format of a data set by its first row, or the format called `name`, held to that row.
+    """The format of a data set by its first row, or the format `name`, checked against that row.
 
-    `columns` maps standard names to the data's own; `section` of params.yaml has both. Raises
-    StageError when nothing fits.
+    `columns` maps standard names to the data's own; both come from `section` of params.yaml.
+    Raises StageError if no format fits.
     """
     own = columns or {}
     known = sorted({c for needed, more in COLUMNS.values() for c in (*needed, *more)})
@@ -47,7 +47,7 @@ def recognize(
                 f"{where}: no column {column!r} ({section}.columns.{standard}); "
                 f"the columns are {names_of(first)}"
             )
-    # Who names columns gets those alone.
+    # Named columns are used exclusively.
     called = {c: own.get(c, c) if own else _name_in(first, c) for c in known}
     present = {c: column for c, column in called.items() if column in first}
     if name == "auto":
@@ -65,7 +65,7 @@ def recognize(
                 f"{where}: no column {own.get(column, column)!r}, which format {name} needs; the "
                 f"columns are {names_of(first)}: name yours in {section}.columns: {{{column}: …}}"
             )
-    # An optional column may come in a later row alone.
+    # An optional column may first appear in a later row.
     used = {column: called[column] for column in (*needed, *optional)}
     shape = shape_of(first[used["text"]]) if name == "rendered" else None
     return Format(name, used, shape)
@@ -96,7 +96,7 @@ def _recognized(
 
 
 def _remedy(present: dict[str, str], first: dict, section: str) -> str:
-    """The setting of `section`.columns that keeps most columns."""
+    """The setting of `section`.columns that uses most columns."""
     guess = {
         standard: other
         for standard, others in _OTHER_NAMES.items()
@@ -110,12 +110,12 @@ def _remedy(present: dict[str, str], first: dict, section: str) -> str:
     ]
     if not fits:
         return f"name yours in {section}.columns, such as {{prompt: question, completion: answer}}"
-    # The first of those that keep as many.
+    # Of equally good ones, the first.
     pairs = max(fits, key=lambda pairs: len(set(pairs.values())))
     return f"set {section}.columns: {{" + ", ".join(f"{k}: {v}" for k, v in pairs.items()) + "}"
 
 
 def _name_in(first: dict, standard: str) -> str:
-    """What the standard column is called in this data."""
+    """The name of the standard column in this data."""
     names = (standard, *_SAME.get(standard, ()))
     return next((name for name in names if name in first), standard)

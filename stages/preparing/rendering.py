@@ -1,4 +1,4 @@
-"""Examples as text: the template, rendered once, and where its answers begin and end."""
+"""Examples as text: rendered once with the template, and the spans of their answers."""
 
 import json
 from dataclasses import dataclass, replace
@@ -14,10 +14,10 @@ from stages.preparing.spans import learned_spans
 
 @dataclass(frozen=True)
 class Rendered:
-    """A row as text: `answer` ends with `end`. `spans` of `prompt` are learned too, or with
-    loss_on: all are what is not; `learned` says whether the answer is.
+    """A row as text; `answer` ends with `end`, and `learned` says whether it is learned.
 
-    With `raw` nothing is rendered: the prompt is the BOS at most, and the answer is the text.
+    `spans` of `prompt` are learned too; with loss_on: all they are the parts that are not. With
+    `raw` nothing is rendered: the prompt is at most the BOS, and the answer is the text.
     """
 
     prompt: str
@@ -29,19 +29,19 @@ class Rendered:
 
 
 def _words(message: dict) -> str:
-    """All that a template may write of a message."""
+    """Everything that a template may write of a message."""
     return message["content"] if len(message) == 2 else json.dumps(message, ensure_ascii=False)
 
 
 class Renderer:
-    """Examples to text that is rendered once."""
+    """Renders examples to text."""
 
     def __init__(self, tokenizer, loss_on: str):
-        """A tokenizer with its template; loss_on of the params section prepare."""
+        """`tokenizer` has its final template; loss_on as in params.yaml."""
         self.template, self.loss_on = ChatTemplate(tokenizer), loss_on
 
     def render(self, examples: list[Example]) -> list[Rendered | Unusable]:
-        """The text of each example, or why it is dropped."""
+        """The text of each example, or the reason to drop it."""
         chats = [chat_of(example) for example in examples]
         refused = [self._special_in(*each) for each in zip(examples, chats, strict=True)]
         pairs = zip(chats, refused, strict=True)
@@ -64,20 +64,20 @@ class Renderer:
         return self._finish(text[:start], text[start:end], spans)
 
     def _special_in(self, example: Example, chat: Chat | None) -> Unusable | None:
-        """A mark such as <|im_end|> in somebody's words would end a turn that they did not end."""
+        """A special token such as <|im_end|> within a text would end the turn early."""
         texts = [example] if isinstance(example, str) else []
         if chat:
             texts = [*map(_words, chat.messages), json.dumps(chat.given, ensure_ascii=False)]
         for found in filter(None, map(self.template.any_special.search, texts)):
             return Unusable(
                 "special_token",
-                f"holds {found[0]!r}, which the model reads as a mark of its own: remove it, or "
-                "set prepare.format: rendered if a template is applied already",
+                f"contains {found[0]!r}, a special token of the model: remove it, or set "
+                "prepare.format: rendered if a template is already applied",
             )
         return None
 
     def _render_chats(self, chats: list[Chat]) -> list[Rendered | Unusable]:
-        """Conversations as text, in one call; one by one those that the template cannot take so."""
+        """Conversations as text, in one call if possible, else one by one."""
         try:
             texts = self._texts(chats)
         except TEMPLATE_FAULTS:
@@ -88,7 +88,7 @@ class Renderer:
         ]
 
     def _render_chat(self, chat: Chat) -> Rendered | Unusable:
-        """One conversation, with the arguments of calls as objects or else as text."""
+        """One conversation, with the arguments of calls as objects or, failing that, as text."""
         faults = []
         for form in (chat, with_text_arguments(chat)):
             try:
@@ -101,10 +101,10 @@ class Renderer:
         # raise_exception() in a template raises the base class.
         reason = "roles" if type(faults[0]) is jinja2.TemplateError else "template"
         said = " ".join(str(faults[0]).split())
-        return Unusable(reason, f"the template refuses it ({said}): mend the row")
+        return Unusable(reason, f"the template refuses it ({said}): fix the row")
 
     def _texts(self, chats: list[Chat]) -> tuple[list[str], list[str]]:
-        """Whole conversations, and the prompts for their last answers."""
+        """Texts of the whole conversations, and of the prompts for their last answers."""
         prompts = [chat.first(-1) for chat in chats]
         return self.template.apply(chats), self.template.apply(prompts, prompt=True)
 
@@ -115,15 +115,15 @@ class Renderer:
         if not answer.strip():
             return Unusable(
                 "template",
-                "the template writes the prompt differently once an answer follows, so no prompt "
-                'would be a row\'s beginning: give the row {"enable_thinking": true} or false in '
-                "chat_template_kwargs if that decides it, or set another prepare.template",
+                "the template writes the prompt differently once an answer follows, so the row "
+                "would not start with its prompt: set enable_thinking to true or false in the "
+                "row's chat_template_kwargs if that decides it, or set another prepare.template",
             )
         if lost := self._lost(chat, whole, whole[len(OPENED.sub("", prompt)) :]):
             return Unusable(
                 "template",
-                f"the template leaves out the {lost}: set prepare.template to a .jinja file that "
-                "writes it, or take it out of the row",
+                f"the template omits the {lost}: set prepare.template to a .jinja file that "
+                "writes it, or remove it from the row",
             )
         try:
             spans = learned_spans(self.template, chat, prompt, self.loss_on)
@@ -139,9 +139,9 @@ class Renderer:
         return replace(self._finish(prompt, answer, spans), learned=learned)
 
     def _lost(self, chat: Chat, whole: str, answer: str) -> str | None:
-        """What the row would lack without a word, as many templates know no system and no tools.
+        """What the template silently omits: many know no system message and no tools.
 
-        Not looked for are the earlier answers, of which templates drop the reasoning on purpose.
+        Earlier answers are not checked, since templates drop their reasoning on purpose.
         """
         for number, message in enumerate(chat.messages, 1):
             last = number == len(chat.messages)
@@ -161,7 +161,7 @@ class Renderer:
         return None
 
     def _finish(self, prompt: str, answer: str, spans: list, raw: bool = False) -> Rendered:
-        """The answer cut after its end token, or given one."""
+        """The row with its answer cut after the end token, or given one."""
         bare = answer.rstrip()
         end = next((t for t in self.template.special if bare.endswith(t)), None)
         if end is None:

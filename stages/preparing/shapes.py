@@ -1,4 +1,4 @@
-"""Conversations that a template has been put around already: whose turns are where in the text."""
+"""Already rendered conversations: finds the turns in the text."""
 
 import re
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from stages.preparing.messages import Unusable
 
 @dataclass(frozen=True)
 class Shape:
-    """How a family of models writes a conversation as text: to read rows rendered already."""
+    """How a family of models renders a conversation, to parse already rendered rows."""
 
     name: str
     marker: str
-    # What begins a turn and so is in none, and the token that ends one.
+    # What begins a turn, hence never occurs within one, and the token that ends one.
     start: str
     end: str
-    # Groups role, content and end (or system, user and assistant, of which the last holds its end).
+    # Groups role, content and end (or system, user and assistant, the last including its end).
     turn: re.Pattern
     template: str
 
 
-# What ends a turn in another way than its shape does, and what may stand between two turns.
+# Other ends of a turn, and what may be between two turns.
 _OTHER_END = r"(?:<\|\w+\|>|</s>|<eos>)"
 _BETWEEN = re.compile(rf"(?:\s|{_OTHER_END}|<s>|<bos>)*")
 
@@ -29,7 +29,7 @@ _BETWEEN = re.compile(rf"(?:\s|{_OTHER_END}|<s>|<bos>)*")
 def _tagged(name: str, before: str, after: str, end: str, newline: str, assistant: str) -> Shape:
     """A shape whose turns are `before` role `after` content `end` newline."""
     start = re.escape(before)
-    # Of the other marks that a turn may end with, such as <|eom_id|>, text may be about some.
+    # Other end marks, such as <|eom_id|>, may legitimately occur in text.
     ends = rf"{re.escape(end)}|{_OTHER_END}(?=\s*(?:{start}|\Z))|(?={start})|\Z"
     turn = rf"{start}(?P<role>\w+){re.escape(after)}(?P<content>.*?)(?P<end>{ends})"
     renamed = f"('{assistant}' if m['role'] == 'assistant' else m['role'])"
@@ -77,7 +77,7 @@ def shape_of(text) -> Shape | None:
 
 
 class Turn(NamedTuple):
-    """A turn of a rendered text; `start` and `stop` span the content and `end`, its end mark."""
+    """A turn of a rendered text; `start` to `stop` covers the content and `end`, the end mark."""
 
     role: str
     content: str
@@ -87,7 +87,7 @@ class Turn(NamedTuple):
 
 
 def read_rendered(shape: Shape, text: str) -> list[Turn]:
-    """The turns of `text`. Raises Unusable where one does not end, or its bounds are in doubt."""
+    """The turns of `text`. Raises Unusable if one does not end or its bounds are ambiguous."""
     turns: list[Turn] = []
     after = None
     for match in shape.turn.finditer(text):
@@ -110,7 +110,7 @@ def _of_match(match: re.Match) -> list[Turn]:
     if "role" in groups:
         role = "assistant" if groups["role"] == "model" else groups["role"]
         return [Turn(role, groups["content"], match.start("content"), match.end(), groups["end"])]
-    # The shape puts a space before an answer; it belongs to what is learned.
+    # The space that the shape puts before an answer is learned.
     return [
         Turn(
             role,
@@ -125,7 +125,7 @@ def _of_match(match: re.Match) -> list[Turn]:
 
 
 def _check_gap(shape: Shape, gap: str, opening: bool) -> None:
-    """What stands before, between and after turns must be no part of one."""
+    """Raise Unusable if text before, between or after turns might be part of one."""
     if shape.start in gap or not (opening or _BETWEEN.fullmatch(gap)):
         raise _unclear(shape)
 
@@ -133,6 +133,6 @@ def _check_gap(shape: Shape, gap: str, opening: bool) -> None:
 def _unclear(shape: Shape) -> Unusable:
     return Unusable(
         "special_token",
-        f"text outside of turns, or {shape.start!r} or {shape.end!r} within one: where a turn "
-        "begins and ends is in doubt; mend or delete the row",
+        f"text outside of turns, or {shape.start!r} or {shape.end!r} within one: the bounds of a "
+        "turn are ambiguous; fix or delete the row",
     )

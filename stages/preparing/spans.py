@@ -1,4 +1,4 @@
-"""Where in a rendered prompt the messages before the last answer stand, to be learned or not."""
+"""Spans of earlier messages in a rendered prompt, to be learned or not."""
 
 from stages.preparing.answers import EMPTY_THOUGHT, OPENED, after_header, longest_end
 from stages.preparing.chat_template import TEMPLATE_FAULTS, ChatTemplate
@@ -9,7 +9,7 @@ from stages.preparing.messages import Unusable
 def learned_spans(
     template: ChatTemplate, chat: Chat, prompt: str, loss_on: str
 ) -> list[tuple[int, int]]:
-    """Character spans in `prompt` of what Rendered says of them, their end marks too."""
+    """Character spans in `prompt` for Rendered.spans, including end marks."""
     everything = loss_on == "all"
     return [
         _span(template, chat, i, prompt)
@@ -20,11 +20,11 @@ def learned_spans(
 
 
 def _span(template: ChatTemplate, chat: Chat, i: int, prompt: str) -> tuple[int, int]:
-    """Where message `i` stands in `prompt`.
+    """The span of message `i` in `prompt`.
 
-    An answer begins where the prompt for it ends, and is written as when it was the newest,
-    but for two things: templates drop the thought of earlier answers (Qwen 3), or end them
-    with another mark (gpt-oss).
+    An answer begins where the prompt for it ends. It is written as when it was the newest, with
+    two exceptions: templates drop the thought of earlier answers (Qwen 3) or end them with
+    another mark (gpt-oss).
     """
     message = chat.messages[i]
     asked = message["role"] == "assistant"
@@ -56,14 +56,14 @@ def _span(template: ChatTemplate, chat: Chat, i: int, prompt: str) -> tuple[int,
 def _written(
     template: ChatTemplate, message: dict, before: str, after: str, prompt: str, start: int | None
 ) -> tuple[int, int] | None:
-    """The span from `start` in `prompt` of an answer that is the newest in `after`."""
+    """The span from `start` in `prompt` of the answer that comes last in `after`."""
     opening = before if after.startswith(before) else OPENED.sub("", before)
     written = after[len(opening) :].rstrip()
     if start is None or not after.startswith(opening) or not written.endswith(template.special):
         return None
     words = message["content"].split("</think>")[-1].strip()
     bare = template.without_marks(written)
-    # Nemotron puts an empty thought where it drops one.
+    # Nemotron replaces a dropped thought by an empty one.
     thought = EMPTY_THOUGHT.match(prompt, start)
     for place in (start, thought.end()) if thought else (start,):
         if part := longest_end(written, prompt, place):

@@ -1,10 +1,10 @@
-"""Which row goes where, decided from hashes alone, so that a million rows fit in 50 MB.
+"""Splits rows into sets by hashes alone, so that a million rows fit in 50 MB.
 
-Rows are ordered by a hash of their prompt. The first go to the held-out set, the last to
-training, and half as many as are held out stand between them, in no set: rows added later push
-others back, and a row that was held out must not be trained on then. It is not until the data
-has grown by about half. Validation rows are the very last, in the same way, so that the held-out
-ones are the same with and without them, and far from them.
+Rows are ordered by a hash of their prompt. The first are held out, the last are trained on, and
+between them is a margin, half the size of the held-out set, that is in no set. Rows added later
+push others back; the margin keeps rows that were held out from being trained on until the data
+has grown by about half. Validation rows are the very last, with a margin of their own, so that the
+held-out set is the same with and without them.
 """
 
 import contextlib
@@ -24,21 +24,21 @@ from stages.preparing.formats import Example, chat_of, text_and_answers
 from stages.shared.params import Prepare
 from stages.shared.process import StageError
 
-# Held-out rows and those between, as a multiple of the held-out ones.
+# Held-out rows plus margin, as a multiple of the held-out rows.
 _MARGIN = 1.5
-# Groups are held out until they have this many times the rows that are wanted ...
+# Groups are held out until they have this many times the wanted rows ...
 _SPARE = 1.25
-# ... and are this share of all groups, so that more than one or two large ones are scored.
+# ... and are this share of all groups, so that not just one or two large groups are scored.
 _GROUP_SHARE = 0.1
-# Held-out rows, with what stands between, are at most this share of all.
+# Held-out rows plus margin are at most this share of all rows.
 _MOST_HELD_OUT = 0.5
-# Estimated Jaccard similarity of the sets of three-word runs, above which rows count as one.
+# Rows with a higher estimated Jaccard similarity of their word trigrams count as duplicates.
 NEAR_DUPLICATE = 0.7
 _PERMUTATIONS = 128
 
 
 def prompt_and_rest(example: Example) -> tuple[str, str]:
-    """What a row is split by, the first thing asked, and the rest of it, both normalized."""
+    """The first prompt, by which a row is split, and the rest of the row, both normalized."""
     chat = chat_of(example)
     if chat is None:
         text, answers = text_and_answers(example)
@@ -55,7 +55,7 @@ def prompt_and_rest(example: Example) -> tuple[str, str]:
 
 
 def text_of(example: Example) -> str:
-    """The words by which rows are nearly the same; a template is given more than contents."""
+    """The text that is compared for near duplicates, template arguments included."""
     chat = chat_of(example)
     if chat is None:
         return text_and_answers(example)[0]
@@ -66,7 +66,7 @@ def text_of(example: Example) -> str:
 
 
 def normal(text: str) -> str:
-    """The text without case and runs of white space."""
+    """The text in lower case with runs of white space collapsed."""
     return " ".join(text.casefold().split())
 
 
@@ -77,11 +77,11 @@ def hash64(text: str) -> int:
 
 
 class Store:
-    """Examples on disk, in a file without a name that a killed stage leaves nothing of, and 48
-    bytes of each in memory: the columns below, uint64 [N] and uint32 [N].
+    """Examples on disk, in an unnamed file that vanishes with the process, and 48 bytes of each in
+    memory: the columns below, uint64 [N] and uint32 [N].
 
-    `prompts` and `wholes` are hashes of normalized text, which decide where a row goes; `exacts`
-    are of what the model would see.
+    `prompts` and `wholes` are hashes of normalized text, which decide the split; `exacts` are
+    hashes of what the model sees.
     """
 
     prompts: np.ndarray
@@ -100,7 +100,7 @@ class Store:
         self.paths: list[str] = []
 
     def __del__(self):
-        # What a full disk did not take was said when it was written.
+        # A full disk has already been reported on writing.
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -127,16 +127,16 @@ class Store:
         return len(self._ends) - 1
 
     def example(self, row: int) -> Example:
-        """Safe in forked workers: reads at an offset and moves no common file position."""
+        """Safe in forked workers: reads at an offset, without the shared file position."""
         start, end = self._ends[row], self._ends[row + 1]
         return json.loads(os.pread(self._file.fileno(), end - start, start))
 
     def size(self, rows: np.ndarray) -> int:
-        """Bytes of the rows together."""
+        """Total bytes of the rows."""
         return sum(self._ends[row + 1] - self._ends[row] for row in rows)
 
     def in_files(self, names: list[str]) -> np.ndarray:
-        """bool [N]: which rows come from the files `names`."""
+        """bool [N]: the rows from the files `names`."""
         wanted = set(names)
         return np.isin(self.files, [i for i, path in enumerate(self.paths) if path in wanted])
 
@@ -150,14 +150,14 @@ def hash_order(store: Store, rows: np.ndarray) -> np.ndarray:
 
 
 def distinct(store: Store, rows: np.ndarray) -> np.ndarray:
-    """`rows` without those that came before, letter by letter."""
+    """`rows` without exact duplicates."""
     _, first = np.unique(store.exacts[rows], return_index=True)
     return rows[np.sort(first)]
 
 
 def near_duplicates(store: Store, rows: Iterable[int]) -> np.ndarray:
-    """Those of `rows` that are nearly as one before: MinHash over runs of three words."""
-    # Imported here since it is slow and seldom wanted.
+    """Those of `rows` that nearly duplicate an earlier one: MinHash over word trigrams."""
+    # Imported here since it is slow and rarely used.
     from datasketch import MinHash, MinHashLSH
 
     index, near = MinHashLSH(threshold=NEAR_DUPLICATE, num_perm=_PERMUTATIONS), []
@@ -175,7 +175,7 @@ def near_duplicates(store: Store, rows: Iterable[int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pools:
-    """Numbers of rows in hash order, from which each set takes the first usable ones."""
+    """Row numbers in hash order; each set takes the first usable ones of its pool."""
 
     train: np.ndarray
     eval: np.ndarray
@@ -185,8 +185,8 @@ class Pools:
 def make_pools(store: Store, rows: np.ndarray, given: np.ndarray, params: Prepare) -> Pools:
     """The pools of `rows`; `given` are the rows of the evaluation file, or none.
 
-    Without such a file the pools `train` and `eval` begin alike: see after_held_out. Raises
-    StageError if no group can be held out.
+    Without such a file the pools `train` and `eval` start with the same rows: see after_held_out.
+    Raises StageError if no group can be held out.
     """
     group = rows[:0]
     if params.group_by:
@@ -200,14 +200,14 @@ def make_pools(store: Store, rows: np.ndarray, given: np.ndarray, params: Prepar
 
 
 def may_be_held_out(order: np.ndarray) -> np.ndarray:
-    """Those of rows in hash order that may be held out, so that enough are left to train on."""
+    """The candidates to hold out, of rows in hash order, so that enough are left to train on."""
     return order[: int(_MOST_HELD_OUT * len(order) / _MARGIN)]
 
 
 def after_held_out(store: Store, order: np.ndarray, held_out: int) -> np.ndarray:
     """The rows of `order` to train on when its first `held_out` are the held-out set."""
     start = math.ceil(_MARGIN * held_out)
-    # Rows that ask the same thing stay on one side.
+    # Rows with the same prompt stay on one side.
     while 0 < start < len(order) and (
         store.prompts[order[start]] == store.prompts[order[start - 1]]
     ):
@@ -216,7 +216,7 @@ def after_held_out(store: Store, order: np.ndarray, held_out: int) -> np.ndarray
 
 
 def in_turn(store: Store, rows: np.ndarray) -> np.ndarray:
-    """One row of each group after the other, so that no large group fills the set."""
+    """The rows, taken from the groups in turn, so that no large group fills the set."""
     by_group = np.argsort(store.groups[rows], kind="stable")
     _, first, sizes = np.unique(store.groups[rows][by_group], return_index=True, return_counts=True)
     turn = np.empty(len(rows), int)
@@ -225,11 +225,11 @@ def in_turn(store: Store, rows: np.ndarray) -> np.ndarray:
 
 
 def held_out_groups(store: Store, rows: np.ndarray, wanted: int) -> tuple[np.ndarray, np.ndarray]:
-    """(groups to score, groups in no set): whole groups, in the order of their hashes.
+    """(groups to score, groups in the margin): whole groups, in hash order.
 
-    To score are a tenth of the groups, and as many as hold a quarter more than `wanted` rows,
-    since some may prove too long; the others are half as many again, for the reason that stands
-    above. A group that would bring both above half of all rows stays in training.
+    At least a tenth of the groups is scored, and enough for a quarter more than `wanted` rows,
+    since some may be too long. The margin is half as many again. A group that would take both
+    beyond half of all rows stays in training.
     """
     groups, sizes = np.unique(store.groups[rows], return_counts=True)
     scored: list[np.uint64] = []
@@ -248,17 +248,17 @@ def held_out_groups(store: Store, rows: np.ndarray, wanted: int) -> tuple[np.nda
         total += size
     if not scored:
         raise StageError(
-            f"prepare.group_by: {len(groups)} groups, and none is small enough to be held out; "
+            f"prepare.group_by: none of the {len(groups)} groups is small enough to hold out; "
             "name another column, or set it to null"
         )
     return np.array(scored, np.uint64), np.array(spare, np.uint64)
 
 
 def asked_before(store: Store, rows: np.ndarray, given: np.ndarray, of: np.ndarray) -> np.ndarray:
-    """Those of `rows` that ask what a row of an earlier source asks, or one of `given`.
+    """Those of `rows` that have the prompt of a row of an earlier source or of `given`.
 
-    of: int [N], the source of each row. A question belongs to the first source that asks it, so
-    what one source holds out cannot be trained on through another.
+    of: int [N], the source of each row. A prompt belongs to the first source that has it, so that
+    what one source holds out is not trained on through another.
     """
     found = [rows[:0]]
     for number in range(1, of[rows].max(initial=0) + 1):
@@ -268,5 +268,5 @@ def asked_before(store: Store, rows: np.ndarray, given: np.ndarray, of: np.ndarr
 
 
 def asked_by(store: Store, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Those of `rows` that ask what one of `others` asks."""
+    """Those of `rows` that have the prompt of one of `others`."""
     return rows[np.isin(store.prompts[rows], store.prompts[others])]

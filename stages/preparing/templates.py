@@ -139,7 +139,7 @@ def _from_file(tokenizer, template: str) -> str:
     try:
         tokenizer.apply_chat_template(_ASKED, chat_template=text, tokenize=False)
     except jinja2.TemplateSyntaxError as error:
-        raise StageError(f"{template}:{error.lineno}: {error.message}; mend the template") from None
+        raise StageError(f"{template}:{error.lineno}: {error.message}; fix the template") from None
     except TEMPLATE_FAULTS:
         pass  # It asks for more than this one message, and will say so of the rows.
     return text

@@ -1,4 +1,4 @@
-"""Chosen rows to an Arrow file, by worker processes on whose number no byte depends."""
+"""Writes rows to an Arrow file with worker processes; the bytes do not depend on their number."""
 
 import contextlib
 import multiprocessing
@@ -26,26 +26,26 @@ from stages.shared.paths import RAW
 from stages.shared.process import StageError
 from stages.shared.rows import IGNORED, SCHEMA
 
-# Rows in a task and in a record batch: the bytes of a file depend on it.
+# Rows per task and per record batch; the bytes of a file depend on it.
 CHUNK = 512
-# With fewer rows to make, starting workers takes longer than they save.
+# With fewer rows, starting workers takes longer than they save.
 _WORTH_WORKERS = 4000
-# Chunks that each worker has been given.
+# Chunks in flight for each worker.
 _IN_FLIGHT = 3
-# How a worker ends by what a row does to it, or to a library in Rust or C.
+# Exit codes of workers that a row brought down, in Python or in a library in Rust or C.
 _BY_A_ROW = {
     OUT_OF_TIME: "takes too long",
     signal.SIGABRT: "ended the process (SIGABRT)",
     signal.SIGSEGV: "ended the process (SIGSEGV)",
 }
-# What forked workers inherit.
+# Inherited by forked workers.
 _job: dict = {}
 
 
 @dataclass
 class Part:
-    """Rows made of some candidates, flat. `rows` int32 [R, 5]: place among the candidates, tokens,
-    prompt tokens, scored bytes, whether cut off. `ids` int32 [T] and `learned` bool [T]."""
+    """Rows made from some candidates, flat. `rows` int32 [R, 5]: index of the candidate, tokens,
+    prompt tokens, scored bytes, whether truncated. `ids` int32 [T], `learned` bool [T]."""
 
     rows: np.ndarray
     ids: np.ndarray
@@ -64,8 +64,8 @@ class Part:
         )  # fmt: skip
 
     def ends(self) -> set[int]:
-        """Ids of the last tokens of what is learned, where no cut made them the last."""
-        # The first token of a row is never learned, so no run goes on into the next row.
+        """Ids of the last tokens of learned runs, except where a row was truncated."""
+        # The first token of a row is never learned, so no run continues into the next row.
         last = self.learned & ~np.append(self.learned[1:], False)
         last[np.cumsum(self.rows[:, 1])[self.rows[:, 4] == 1] - 1] = False
         return set(np.unique(self.ids[last]).tolist())
@@ -73,10 +73,10 @@ class Part:
 
 @dataclass
 class Written:
-    """What one file holds: `rows` as of Part but with numbers in the store.
+    """The content of one file: `rows` as in Part, but with row numbers of the store.
 
-    candidates: how many were looked at; left: how many were not, since it had its rows;
-    ends: ids of the tokens after which something that is learned ends.
+    candidates: how many were processed; left: how many were not needed; ends: ids of the last
+    tokens of learned runs.
     """
 
     rows: np.ndarray
@@ -100,7 +100,7 @@ def write_set(
 ) -> Written:
     """Write the first `limit` usable rows of `candidates` (numbers in the store) to `path`.
 
-    drop(row, why) is called for each candidate that is left out on the way.
+    drop(row, why) is called for each unusable candidate.
     """
     made, learned, seen, rows = [np.zeros((0, 5), np.int64)], 0, 0, 0
     ends: set[int] = set()
@@ -132,7 +132,7 @@ def write_set(
 def _parts(
     store: Store, encoder: Encoder, candidates: np.ndarray, wanted: int
 ) -> Iterator[tuple[np.ndarray, Part]]:
-    """(candidates, part) for each chunk, in order."""
+    """Yield (candidates, part) for each chunk, in order."""
     _job.update(store=store, encoder=encoder)
     chunks = [candidates[i : i + CHUNK] for i in range(0, len(candidates), CHUNK)]
     workers = len(os.sched_getaffinity(0)) if wanted >= _WORTH_WORKERS else 1
@@ -140,16 +140,15 @@ def _parts(
 
 
 def _encode_in_processes(chunks: list[np.ndarray], workers: int) -> Iterator[Part]:
-    """The part of each chunk, in order, made by `workers` forked processes.
+    """Yield the part of each chunk, in order, made by `workers` forked processes.
 
-    Also where it is one: a row can have a template or a tokenizer run for ever, and a process can
-    be ended. Each has a pipe of its own, which ends with it: however a worker dies, also in the
-    middle of a result, that is noticed here. A pool's shared queue would be waited for without an
-    end.
+    A process even if it is only one, since a row can make a template or tokenizer run forever, and
+    only a process can be killed. Each worker has pipes of its own, so that its death is noticed
+    here, even in the middle of a result; a pool would wait on its shared queue forever.
     """
     context = multiprocessing.get_context("fork")
     processes, given = {}, 0
-    # Two pipes each: one that goes both ways would be a socket.
+    # Two pipes each: a duplex one would be a socket.
     to: dict[Connection, Connection] = {}
     busy: dict[Connection, deque[int]] = {}
     done: dict[int, Part] = {}
@@ -164,10 +163,10 @@ def _encode_in_processes(chunks: list[np.ndarray], workers: int) -> Iterator[Par
             theirs.close()
             processes[results], busy[results] = process, deque()
         for wanted in range(len(chunks)):
-            # So many are in flight that no worker waits, and memory stays bounded.
+            # Enough in flight that no worker waits, and few enough to bound memory.
             while given < min(wanted + _IN_FLIGHT * workers, len(chunks)):
                 pipe = min(busy, key=lambda each: len(busy[each]))
-                # A dead one is noticed below.
+                # A dead worker is noticed below.
                 with contextlib.suppress(BrokenPipeError):
                     to[pipe].send(given)
                 busy[pipe].append(given)
@@ -175,7 +174,7 @@ def _encode_in_processes(chunks: list[np.ndarray], workers: int) -> Iterator[Par
             while wanted not in done:
                 for ready in wait(list(busy)):
                     pipe = cast(Connection, ready)
-                    # Without work it is the worker itself that ended.
+                    # Without work, the worker ended by itself.
                     at = busy[pipe].popleft() if busy[pipe] else wanted
                     done[at] = _receive(pipe, processes[pipe], chunks[at])
             yield done.pop(wanted)
@@ -188,7 +187,7 @@ def _encode_in_processes(chunks: list[np.ndarray], workers: int) -> Iterator[Par
 def _receive(
     pipe: Connection, process: multiprocessing.process.BaseProcess, chunk: np.ndarray
 ) -> Part:
-    """What a worker made of `chunk`; raises what it met, or StageError when it died of it."""
+    """A worker's result for `chunk`. Re-raises its exception; StageError if the worker died."""
     try:
         made = pipe.recv()
     except (EOFError, OSError):
@@ -198,8 +197,8 @@ def _receive(
         if -code in _BY_A_ROW:
             _name_culprit(chunk, _BY_A_ROW[signal.Signals(-code)])
         raise StageError(
-            f"a worker process ended before its work ({by}); when memory ran out, close other "
-            "programs or use one processor core (taskset -c 0 dvc repro), and run it again"
+            f"a worker process died ({by}); if memory ran out, close other programs or use one "
+            "processor core (taskset -c 0 dvc repro), and run it again"
         ) from None
     if isinstance(made, MemoryError):
         _name_culprit(chunk, "takes too much memory")
@@ -209,8 +208,8 @@ def _receive(
 
 
 def _name_culprit(chunk: np.ndarray, what: str) -> None:
-    """Raise StageError with the row of `chunk` that ended a worker, if it does so again."""
-    remedy = "set another prepare.template or take another model (a tokenizer can do it too)"
+    """Raise StageError naming the row of `chunk` that killed a worker, if it does so again."""
+    remedy = "set another prepare.template or, if the tokenizer is to blame, another model"
     first, last = (RAW / _job["store"].where(row) for row in chunk[[0, -1]])
     if len(chunk) == 1:
         raise StageError(f"{first}: rendering and tokenizing it {what}; {remedy}")
@@ -223,7 +222,7 @@ def _name_culprit(chunk: np.ndarray, what: str) -> None:
 
 
 def _work(chunks: list[np.ndarray], numbers: Connection, to: Connection, stage: int) -> None:
-    """Encode the chunks whose `numbers` come, and send them; end when process `stage` ends."""
+    """Encode the chunks whose `numbers` arrive and send them; exit when process `stage` exits."""
     limit_worker(stage)
     while True:
         chunk = chunks[numbers.recv()]
@@ -232,14 +231,14 @@ def _work(chunks: list[np.ndarray], numbers: Connection, to: Connection, stage: 
             with limited(seconds_for(chunk)):
                 made = _encode(chunk)
         except Exception as error:
-            # Where it happened does not travel with it.
+            # The traceback is not pickled.
             error.add_note(traceback.format_exc())
             made = error
         to.send(made)
 
 
 def seconds_for(chunk: np.ndarray) -> float:
-    """How long rendering and tokenizing may compute: the slowest tokenizers do 1 MB/s."""
+    """CPU seconds allowed for rendering and tokenizing; the slowest tokenizers do 1 MB/s."""
     return 4 + 0.02 * len(chunk) + _job["store"].size(chunk) / 100_000
 
 

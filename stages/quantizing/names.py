@@ -1,4 +1,4 @@
-"""Are the weights in a model's files those of the model that config.json makes?"""
+"""Checks that the weights in a model's files belong to the model of config.json."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from stages.shared.text_model import (
 
 @dataclass(frozen=True)
 class Names:
-    """Tensors of a checkpoint, and what its language model calls them.
+    """Tensors of a checkpoint, and their names in its language model.
 
     of         by name in the files; what is of other towers is left out
     quantized  those of the weights to quantize: what transformers would, by their new names
@@ -59,8 +59,8 @@ def check_names(folder: Path) -> Names:
     if wrong := sorted(report["mismatched_keys"]):
         name, found, expected = wrong[0]
         raise StageError(
-            f"{folder}: {name} is {tuple(found)} in the files and {tuple(expected)} by "
-            "config.json; one of the two is of another model"
+            f"{folder}: {name} is {tuple(found)} in the files and {tuple(expected)} in "
+            "config.json; one of them belongs to another model"
         )
     keys = {}
     for file in folder.glob("*.safetensors"):
@@ -87,7 +87,7 @@ def check_names(folder: Path) -> Names:
     if renamed := sorted(wanted - set(of.values())):
         raise StageError(
             f"{folder}: the weight {renamed[0]} of the model has another name in its files, or is "
-            "fused with others; such an architecture cannot be quantized or merged tensor by tensor"
+            "fused with others, so it cannot be quantized or merged tensor by tensor"
         )
     # transformers itself makes one tensor of those of several experts.
     apart = language is not model or any(k != n and not part_of(n) for k, n in of.items())
@@ -123,17 +123,17 @@ def tell_left_out(whole: PreTrainedModel, language: PreTrainedModel) -> None:
     rest = whole.num_parameters() - language.num_parameters()
     print(
         f"quantize: {type(language).__name__} is trained; {rest / 1e6:,.0f} million parameters of "
-        "other towers stay as they are, and are in the merged model again"
+        "other towers stay unchanged in the merged model"
     )
 
 
 def _missing(folder: Path, model: PreTrainedModel, missing: list[str], left: list[str]) -> str:
-    """What is said of the names `missing`, where the files hold `left` beside the model."""
+    """The message about the names `missing`, if the files contain `left` beside the model."""
     renamed = [(name, other) for name in missing for other in left if other.endswith(f".{name}")]
     head = model.get_output_embeddings().weight
     if len(missing) == 1 and model.get_parameter(missing[0]) is head:
         remedy = (
-            "if the model takes its embeddings for it, say tie_word_embeddings: true in the "
+            "if the model shares its embeddings, set tie_word_embeddings: true in the "
             "config.json of a copy, with model.source: local"
         )
     elif renamed:

@@ -1,7 +1,7 @@
-"""The report's charts as SVG, drawn by Vega-Lite through its package: no script, no request.
+"""The report's charts as SVG, rendered by Vega-Lite: no script, no request.
 
 Colours are CSS variables of stages/reporting/page.css, so that one drawing serves light, dark and
-print. Each chart brings its words (`alt`) and its numbers (a table) along.
+print. Each chart comes with a description (`alt`) and its numbers (a table).
 """
 
 import vl_convert
@@ -20,7 +20,7 @@ BAND = {
 }
 STYLE = {
     "background": None,
-    # Browsers have wider fonts than the one that Vega measures labels with.
+    # Browser fonts are wider than the one Vega measures labels with.
     "padding": {"left": 14, "right": 8, "top": 4, "bottom": 4},
     "config": {
         "font": "sans-serif",
@@ -53,7 +53,7 @@ STYLE = {
 
 
 def svg(spec: dict, values: list[dict], height: int = HEIGHT) -> str:
-    """`spec` over `values` as an SVG that scales to the width it is given."""
+    """`spec` over `values` as an SVG that scales to the available width."""
     size = {"width": WIDTH, "height": height, "data": {"values": values}}
     return vl_convert.vegalite_to_svg(STYLE | size | spec, vl_version=VEGA_LITE)
 
@@ -73,8 +73,8 @@ def _coloured(name: str, domain: list[str], colours: list[str]) -> dict:
 
 
 def loss(curve: list[dict]) -> Chart:
-    """Training, evaluation and validation loss by step. `curve`: the lines of metrics/curve.csv as
-    text, which has validation losses where there are such rows."""
+    """Training, held-out and validation loss by step. `curve`: the rows of metrics/curve.csv as
+    text; validation losses are optional."""
     names = {"loss": "training", "eval_loss": "evaluation"}
     if "validation_loss" in curve[0]:
         names |= {"validation_loss": "validation", "kept": "kept"}

@@ -1,7 +1,7 @@
-"""The model card of models/release: what everybody may see of the report, with the Hub's metadata.
+"""The model card of models/release: the public part of the report, with the Hub's metadata.
 
-The folder is uploaded and handed on: names of files and folders of this machine stay out of the
-card, and so do rows of data that is not public.
+The folder may be published, so the card contains no paths of this machine and no rows of data
+that is not public.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ from stages.reporting.report import sections
 from stages.reporting.results import Results, data_sources, scored_sets, title
 from stages.shared.multimodal import MULTIMODAL
 
-# Left out of the card: of no use to whoever only wants to use the model.
+# Sections of the report that a user of the model does not need.
 LEFT_OUT = ("Memory",)
 LOCAL_DATA = "local data"
 TEXT_CLASS, TOWERS_CLASS = "AutoModelForCausalLM", "AutoModelForImageTextToText"
@@ -38,12 +38,12 @@ output = model.generate(**inputs, max_new_tokens=80, do_sample=False)
 print(tokenizer.decode(output[0][inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-`sha256sum -c SHA256SUMS` in the folder checks that every file is whole.
+`sha256sum -c SHA256SUMS` in the folder checks every file.
 """
 
 
 def shows_rows(results: Results) -> bool:
-    """Whether the card may hold rows, by export.rows_in_card and where the data is from."""
+    """Whether the card may contain rows, by export.rows_in_card and the source of the data."""
     wish = results.params["export"]["rows_in_card"]
     public = all(
         data["source"] in ("hub", "pypi") and not data.get("private")
@@ -53,7 +53,7 @@ def shows_rows(results: Results) -> bool:
 
 
 def without_places(results: Results) -> Results:
-    """The results with what names a place on this machine replaced."""
+    """The results with paths of this machine replaced."""
     model, data, text = results.model_source, results.data_source, results.retention_source
     params = {key: results.params[key] for key in ("model", "dataset", "prepare")}
     if model["source"] == "local":
@@ -80,14 +80,14 @@ def without_places(results: Results) -> Results:
 
 
 def _hidden(source: dict) -> dict:
-    """A source, or the section of params.yaml that names it, without the place where it lies."""
+    """A source, or its section of params.yaml, without its path."""
     if source.get("source") != "local":
         return source
     return source | {"id": LOCAL_DATA} | ({"files": {}} if "files" in source else {})
 
 
 def model_card(results: Results) -> str:
-    """README.md with YAML metadata; ids that the Hub does not know stay out of the metadata."""
+    """README.md with YAML metadata, which names only ids that exist on the Hub."""
     results, rows = without_places(results), shows_rows(results)
     base, sources = results.model_source, data_sources(results)
     hub = dict.fromkeys(each["id"] for each in sources.values() if each["source"] == "hub")

@@ -1,7 +1,7 @@
-"""A page as plain blocks, written as Markdown or as one HTML file that needs nothing else.
+"""A page as blocks of plain text, rendered as Markdown or as one self-contained HTML file.
 
-Blocks hold plain text only. Whatever came from data or a model is escaped here: by `_md` and
-`_fence` in Markdown, by the template's environment in HTML. The content cannot forget it.
+All escaping happens here, so that the code that builds blocks cannot forget it: `_md` and `_fence`
+in Markdown, the template's environment in HTML.
 """
 
 import re
@@ -17,7 +17,7 @@ _UNSHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u
 
 
 class Mono(str):
-    """Text of a table cell that is shown in a fixed-width font: hashes, keys, file names."""
+    """Text of a table cell in a fixed-width font: hashes, keys, file names."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Table:
     rows: list[list[str]]
 
     def numeric(self) -> list[bool]:
-        """Which columns are nothing but numbers; facts (no head) never are."""
+        """Which columns contain only numbers; none in a table of facts (no head)."""
         columns = zip(*self.rows, strict=True)
         return [bool(self.head) and all(map(_NUMBER.fullmatch, column)) for column in columns]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """`svg` is trusted markup by stages/reporting/charts.py; `alt` says what it shows in words."""
+    """`svg` is trusted markup from stages/reporting/charts.py; `alt` describes it."""
 
     title: str
     alt: str
@@ -50,14 +50,14 @@ class Chart:
 
 @dataclass(frozen=True)
 class Figures:
-    """The numbers a reader wants first: (name, value, what it means)."""
+    """Headline figures: (name, value, explanation)."""
 
     items: list[tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
 class Marked:
-    """A text in pieces; those with True were learned and are marked."""
+    """A text in pieces (text, learned); learned pieces are highlighted."""
 
     pieces: list[tuple[str, bool]]
 
@@ -72,12 +72,12 @@ class Answers:
 
 @dataclass(frozen=True)
 class Filtered:
-    """Answers in groups by name, of which a reader may choose one; at most GROUPS of them."""
+    """Answers in at most GROUPS named groups, of which the reader may select one."""
 
     groups: list[tuple[str, list[Answers]]]
 
 
-# As many as stages/reporting/page.css has rules for.
+# stages/reporting/page.css has one rule for each.
 GROUPS = 4
 Block = Paragraph | Table | Chart | Figures | Marked | Answers | Filtered
 
@@ -92,7 +92,7 @@ class Section:
 
 
 def number(value) -> str:
-    """A value as a person reads it: whole numbers with commas, others with 4 digits."""
+    """A value for display: integers with commas, others with 4 significant digits."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool) or value is None:
@@ -104,21 +104,21 @@ def number(value) -> str:
 
 
 def facts(values: dict) -> Table:
-    """A table without a head: keys as words, and their values."""
+    """A table without a head: keys, as words, and values."""
     return Table([], [[key.replace("_", " "), number(value)] for key, value in values.items()])
 
 
 def clean(text: str) -> str:
-    """`text` with every character that would hide or reorder its neighbours as U+FFFD.
+    """`text` with characters that could hide or reorder others replaced by U+FFFD.
 
-    Those are control characters, lone surrogates and the marks that override the direction of
-    writing (Unicode TR36, section 3.2): a model can write any of them.
+    Those are control characters, lone surrogates and bidirectional overrides (Unicode TR36,
+    section 3.2); a model may write any of them.
     """
     return _UNSHOWN.sub("\ufffd", text.replace("\r\n", "\n"))
 
 
 def to_markdown(title: str, sections: list[Section]) -> str:
-    """GitHub-flavoured Markdown; charts are left to the HTML page, their tables stay."""
+    """GitHub-flavoured Markdown, with the tables of charts in place of the charts."""
     parts = [f"# {_md(title)}"]
     for section in sections:
         parts.append(f"## {_md(section.title)}")
@@ -127,21 +127,21 @@ def to_markdown(title: str, sections: list[Section]) -> str:
 
 
 def _md(text: str) -> str:
-    """`text` as Markdown that shows exactly it, on one line."""
+    """`text` escaped for Markdown, on one line."""
     escaped = re.sub(r"([\\`*_{}\[\]<>()#|~$&!])", r"\\\1", _one_line(text))
-    # GitHub makes links of bare addresses too; those of mail it finds behind a backslash as well.
+    # GitHub also links bare URLs, and e-mail addresses even after a backslash.
     escaped = re.sub(r"(?i)(?=://)|(?<=www)(?=\.)", r"\\", escaped)
     return re.sub(r"@(?=\S)", "@\u2060", escaped)
 
 
 def _md_cell(text: str) -> str:
-    # A bar is written `\|`, which leaves no way to write a backslash before one in code.
+    # A bar must be written `\|`, so a backslash before a bar cannot be shown in code.
     is_code = isinstance(text, Mono) and text.strip() and "\\|" not in text
     return _code(text) if is_code else _md(text)
 
 
 def _code(text: str) -> str:
-    """`text` in a table cell as code, which no backtick and no bar inside can end."""
+    """`text` as code in a table cell; backticks and bars inside cannot end it."""
     text = _one_line(text).replace("|", "\\|")
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     ticks, space = "`" * (longest + 1), " " if text[0] == "`" or text[-1] == "`" else ""
@@ -153,7 +153,7 @@ def _one_line(text: str) -> str:
 
 
 def _fence(text: str) -> str:
-    """A code block that no run of backticks inside can end."""
+    """A code block with a fence longer than any run of backticks in `text`."""
     text = clean(text)
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     ticks = "`" * max(3, longest + 1)
@@ -191,11 +191,11 @@ def _markdown_block(block: Block) -> str:
 
 
 def to_html(title: str, sections: list[Section]) -> str:
-    """One HTML file: styles and charts inside, no script, and a policy that forbids requests."""
+    """One HTML file with inline styles and charts, no script, and a CSP that forbids requests."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
-        # Whatever a template shows passes here before it is escaped, but markup of its own.
+        # Every value that the template shows passes through here before it is escaped.
         finalize=lambda value: value if hasattr(value, "__html__") else clean(str(value)),
         undefined=StrictUndefined,
         keep_trailing_newline=True,

@@ -1,4 +1,4 @@
-"""What the report says of where its model came from: sources, settings, hashes and versions."""
+"""Sections of the report on provenance: sources, settings, hashes and versions."""
 
 import yaml
 
@@ -14,9 +14,9 @@ def what(results: Results) -> Section:
     sources = _sources(named)
     if not results.train:
         text = (
-            "The adapter was not trained by this pipeline but put into models/adapter: on what, "
-            "and whether on the rows below, is not known here. plan, lora and train among the "
-            "parameters do not describe it."
+            "The adapter was not trained by this pipeline but put into models/adapter. What it was "
+            "trained on, possibly the rows below, is unknown; the parameters of plan, lora and "
+            "train do not describe it."
         )
         return Section("What was evaluated on what", [Paragraph(text), sources])
     lora, train = results.params["lora"], results.params["train"]
@@ -33,7 +33,7 @@ def what(results: Results) -> Section:
 
 
 def _named(results: Results) -> dict[str, dict]:
-    """What the model was made of, by what people call it."""
+    """Display name -> source, for the model and its data."""
     data = {source_name(prefix): source for prefix, source in data_sources(results).items()}
     return {"Base model": results.model_source} | data
 
@@ -84,7 +84,7 @@ def hashes(results: Results) -> Section:
 
 
 def environment(costs: dict[str, dict]) -> Section:
-    """The machine and the versions that each stage recorded when it computed."""
+    """The machine and versions that each stage recorded."""
     found = {stage: made_with(cost) for stage, cost in costs.items() if cost}
     keys = dict.fromkeys(key for facts in found.values() for key in facts)
     rows = [

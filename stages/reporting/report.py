@@ -1,7 +1,6 @@
-"""What the report says: pure functions from the pipeline's results to blocks of a page.
+"""The report's content: pure functions from the pipeline's results to blocks of a page.
 
-The same sections become metrics/report.html, metrics/report.md and, as far as they may be shown to
-everybody, the model card.
+The same sections become metrics/report.html, metrics/report.md and, where public, the model card.
 """
 
 from stages.reporting import charts, provenance
@@ -34,11 +33,11 @@ MEASURES = {
     "chrf": "chrF2 (of 100)",
     "json_valid": "valid JSON",
     "answer_tokens": "tokens of the answer",
-    "ended": "ended by itself",
+    "ended": "with an end token",
 }
-# What an answer's first measure is more than, where the answer counts as right.
+# An answer counts as right if its first measure exceeds this.
 RIGHT = 0.5
-# (base right, tuned right) -> what answers are found by, what was lost first.
+# (base right, tuned right) -> name of the group; regressions first.
 OUTCOMES = {
     (True, False): "base right, tuned wrong",
     (False, True): "base wrong, tuned right",
@@ -46,19 +45,19 @@ OUTCOMES = {
     (True, True): "both right",
 }
 WARNING = Paragraph(
-    "This page holds rows of the data, what models answered to them, and paths of this machine. "
-    "Show it to those who may see them; the model card of models/release is made for others."
+    "This page contains rows of the data, model answers and paths of this machine. Share it only "
+    "with people who may see them; the model card in models/release is meant for everybody."
 )
 
 
 def report(results: Results) -> list[Section]:
-    """The whole report, which says first that it is not for everybody."""
+    """The whole report, with the notice that it is not public."""
     first, *others = sections(results)
     return [Section(first.title, [WARNING, *first.blocks]), *others]
 
 
 def sections(results: Results, rows: bool = True) -> list[Section]:
-    """In the order of what a reader asks; without `rows`, none of the data's."""
+    """All sections in reading order; with `rows` False, without rows of the data."""
     return [
         _result(results),
         provenance.what(results),
@@ -88,7 +87,7 @@ def _result(results: Results) -> Section:
         title = f"{_measure(measure).capitalize()} on {name}"
         items.append((title, f"{number(before)} → {number(after)}", note))
     if (forgotten := results.eval.get("retention_perplexity_change_percent")) is not None:
-        note = "change of the perplexity of text of another domain; lower is better"
+        note = "perplexity change on text of another domain; lower is better"
         items.append(("Forgotten", f"{forgotten:+.3g} %", note))
     for prefix, name in scored_sets(results).items():
         before, after = (results.eval[f"{prefix}{who}_perplexity"] for who in ("base", "tuned"))
@@ -96,7 +95,8 @@ def _result(results: Results) -> Section:
         items.append((f"Perplexity on {name}", f"{number(before)} → {number(after)}", note))
     change = results.verify["perplexity_change_percent"]
     limit = results.params["verify"]["max_perplexity_change_percent"]
-    items.append(("Merged model", f"{change:+.2g} %", f"change by merging; the limit is {limit} %"))
+    note = f"perplexity change by merging; the limit is {limit} %"
+    items.append(("Merged model", f"{change:+.2g} %", note))
     if results.train:
         minutes = f"{number(round(results.train_cost['train_seconds'] / 60, 1))} min"
         items.append(("Training", minutes, f"on {results.train_cost['device']}"))
@@ -112,7 +112,7 @@ def _p(value: float) -> str:
 
 
 def _task(results: Results) -> Section:
-    """Every measure of the answers, base and tuned side by side."""
+    """Each measure of the answers, base and tuned side by side."""
     found, rows = results.answers, []
     for prefix, name in scored_sets(results).items():
         names = [
@@ -130,9 +130,9 @@ def _task(results: Results) -> Section:
             count = found.get(f"{prefix}{measure}_rows", found[f"{prefix}answered_rows"])
             rows.append([name, _measure(measure), *values, p, number(count)])
     text = (
-        "Greedy answers of the base and the tuned model to the same held-out prompts, cut after "
+        "Greedy answers of the base and the tuned model to the same held-out prompts, of at most "
         f"{results.params['evaluate']['max_answer_tokens']} tokens. Means over rows, with 95 % "
-        "bootstrap intervals; p is that of a paired bootstrap from base to tuned."
+        "bootstrap intervals; p is from a paired bootstrap of base against tuned."
     )
     table = Table(["Set", "Measure", "Base", "Tuned", "p", "Rows"], rows)
     return Section("Answers scored", [Paragraph(text), table])
@@ -151,9 +151,9 @@ def _forgotten(results: Results) -> Section:
     ]
     change = found[f"{prefix}perplexity_change_percent"]
     text = (
-        f"The perplexity of {results.retention_source['id']}, text that the task has nothing to do "
-        f"with, changed by {change:+.3g} % ({_p(found[f'{prefix}perplexity_p_value'])}, "
-        f"{found[f'{prefix}eval_tokens']:,} tokens). What rises here was forgotten."
+        f"The perplexity on {results.retention_source['id']}, text unrelated to the task, "
+        f"changed by {change:+.3g} % ({_p(found[f'{prefix}perplexity_p_value'])}, "
+        f"{found[f'{prefix}eval_tokens']:,} tokens). A rise means that the model forgot."
     )
     table = Table(["Model", "Perplexity", "95 % interval"], rows)
     return Section("What was forgotten", [Paragraph(text), table])
@@ -169,11 +169,11 @@ def _quality(results: Results) -> Section:
             rows.append([f"{name}, {who}", number(found[key]), interval, *map(number, rest)])
     table = Table(["Set and model", "Perplexity", "95 % interval", "Bits per byte", "Tokens"], rows)
     text = (
-        "Perplexity is exp(mean negative log likelihood) of the learned tokens; the base and the "
-        "tuned model score the same tokens. The interval is a bootstrap over rows."
+        "Perplexity is exp(mean negative log-likelihood) of the learned tokens; base and tuned "
+        "model score the same tokens. Intervals are bootstrapped over rows."
     )
     if "group_" in sets and results.train:
-        text += " Held-out groups are whole groups of rows that training never saw."
+        text += " Held-out groups are whole groups of rows that were not trained on."
     chart = charts.perplexity(found, sets)
     return Section("Perplexity before and after", [Paragraph(text), chart, table])
 
@@ -184,8 +184,8 @@ def _training(results: Results) -> Section:
         "steps": "Steps",
         "tokens": "Tokens",
         "train_loss": "Mean training loss",
-        "kept_step": "Step of the state that was kept",
-        "kept_because": "Why that one",
+        "kept_step": "Step of the kept state",
+        "kept_because": "Reason",
         "best_validation_loss": "Lowest validation loss",
         "last_validation_loss": "Validation loss of the last state",
     }
@@ -200,15 +200,15 @@ def _memory(results: Results) -> Section:
         text = (
             f"Training ran on a GPU ({cost['device']}), with the weights of "
             f"{cost['streamed_layers']} layers streamed from host memory and the activations of "
-            f"{cost['kept_mlp_layers']} MLPs and {cost['kept_attention_layers']} attentions kept; "
-            "so the peak is predicted, and the parts are those of the least that a card needs with "
-            "all weights on it. Measured are the peak that torch allocated and, in the last line, "
-            "reserved; the CUDA context comes on top of the latter."
+            f"{cost['kept_mlp_layers']} MLP and {cost['kept_attention_layers']} attention blocks "
+            "kept. The predicted peak is for this placement; the parts are those of the smallest "
+            "placement with all weights on the card. Measured are the peak that torch allocated "
+            "and, in the last line, reserved; the CUDA context comes on top of the latter."
         )
     else:
         text = (
-            "Training ran on the CPU, so VRAM is a prediction for a GPU and only RAM was measured: "
-            f"{number(cost['peak_ram_gb'])} GB at its peak."
+            "Training ran on the CPU, so VRAM is a prediction for a GPU. The measured peak of RAM "
+            f"is {number(cost['peak_ram_gb'])} GB."
         )
     cards = {f"{card['card_gb']} GB": _fits(card["placed"]) for card in plan["cards"]}
     methods = {"Full fine-tuning": "full_finetune_gb", "LoRA": "lora_gb", "QLoRA": "qlora_gb"}
@@ -226,7 +226,7 @@ def _memory(results: Results) -> Section:
 
 
 def _fits(placed: dict | None) -> str:
-    """What plan says of one size of card."""
+    """The plan for one size of card, in words."""
     if placed is None:
         return "does not fit"
     return "fits, streamed" if placed["streamed_layers"] else "fits"
@@ -235,7 +235,7 @@ def _fits(placed: dict | None) -> str:
 def _memory_table(plan: dict, cost: dict, eval_cost: dict) -> Table:
     head = ["GB (10^9 bytes)", "Predicted"]
     rows = [[part, number(plan[f"{part}_gb"])] for part in MEMORY_PARTS]
-    # Of where things lay, where that is known.
+    # For the actual placement, if known.
     predicted = cost if "peak_vram_gb" in cost else plan
     rows.append(["peak of training", number(predicted["predicted_peak_vram_gb"])])
     rows.append(["needed on the card", number(predicted["predicted_device_gb"])])
@@ -258,7 +258,7 @@ def _data(results: Results, rows: bool) -> Section:
     ]
     text = (
         f"Rows were read as {prepared['format']} and rendered with the template "
-        f"{prepared['template']}; loss is on: {prepared['loss_on']}."
+        f"{prepared['template']}; the loss is on: {prepared['loss_on']}."
     )
     blocks: list[Block] = [
         Paragraph(text),
@@ -285,15 +285,15 @@ def _samples(results: Results) -> Section:
         title = f"{sample['set']}, {sample['row']}"
         groups[OUTCOMES[right[0], right[1]]].append(Answers(title, texts))
     if not results.samples:
-        blocks: list[Block] = [Paragraph("None were asked for (evaluate.samples is 0).")]
+        blocks: list[Block] = [Paragraph("None: evaluate.samples is 0.")]
     else:
-        text = f"Right is an answer whose {_measure(measure)} is more than {RIGHT}."
+        text = f"An answer counts as right if its {_measure(measure)} exceeds {RIGHT}."
         blocks = [Paragraph(text), Filtered(list(groups.items()))]
     return Section("Answers to held-out prompts", blocks)
 
 
 def _short(text: str) -> str:
-    """At most SHOWN_CHARACTERS of an answer: a base model may go on for ever, or write nothing."""
+    """At most SHOWN_CHARACTERS of an answer, which may be very long or empty."""
     text = text.rstrip()
     cut = len(text) - SHOWN_CHARACTERS
     if cut > 0:
@@ -304,8 +304,8 @@ def _short(text: str) -> str:
 def _merge(results: Results) -> Section:
     merge = results.params["merge"]
     text = (
-        f"The adapter was added to the {merge['base']} base and stored as {merge['dtype']}. "
-        "The merged model was then held against the base with its adapter on the same tokens."
+        f"The adapter was merged into the {merge['base']} base and stored as {merge['dtype']}. "
+        "The merged model was then compared with the base plus adapter on the same tokens."
     )
     return Section("Verification of the merged model", [Paragraph(text), facts(results.verify)])
 

@@ -1,4 +1,4 @@
-"""What the report is made of, and the figures that are computed from it."""
+"""The report's inputs, and figures computed from them."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ MEMORY_PARTS = ("weights", "adapter", "optimizer", "activations", "logits", "ove
 class Results:
     """Everything export read. Metrics are flat mappings as in metrics/*.json.
 
-    `train`, `train_cost` and `curve` are empty where the adapter was trained elsewhere, `answers`
-    where none were asked for, `retention_source` where params.yaml names none. `made_with` maps the
-    stages that compute to their metrics/*_cost.json.
+    `train`, `train_cost` and `curve` are empty if the adapter was trained elsewhere, `answers` if
+    evaluate.samples is 0, `retention_source` if params.yaml has none. `made_with` maps the stages
+    that compute to their metrics/*_cost.json.
     """
 
     params: dict
@@ -38,20 +38,19 @@ class Results:
 
 
 def scored_sets(results: Results) -> dict[str, str]:
-    """Metric prefix and name of each set that was scored."""
+    """Metric prefix -> name of each scored set."""
     keys = [key.removesuffix("tuned_perplexity") for key in results.eval]
     scored = held_out([stem_of(key) for key in keys])
     return {prefix: set_name(stem_of(prefix)) for prefix in scored}
 
 
 def main_measure(results: Results) -> str:
-    """The measure that answers are called right by: the user's first, or exact_match."""
+    """The measure that decides whether an answer is right: the user's first, or exact_match."""
     return next(iter(results.params["evaluate"]["measures"]), "exact_match")
 
 
 def data_sources(results: Results) -> dict[str, dict]:
-    """Metric prefix -> where the rows of that source come from: of the data set, and of what
-    dataset.mix mixes with it."""
+    """Metric prefix -> source, for the data set and those in dataset.mix."""
     mixed = results.data_source.get("mix", [])
     return {"": results.data_source} | {f"source_{i}_": each for i, each in enumerate(mixed, 1)}
 
@@ -68,9 +67,9 @@ def title(results: Results) -> str:
 
 
 def summary(results: Results) -> dict:
-    """metrics/summary.json: the figures a reader wants first, under keys of their own.
+    """metrics/summary.json: headline figures, under keys that no other metrics file has.
 
-    A key that another metrics file has too would put a path before both in `dvc exp show`.
+    For keys that two files share, `dvc exp show` prefixes both with their paths.
     """
     figures = {}
     measure, forgetting = main_measure(results), "retention_perplexity_change_percent"
@@ -87,7 +86,7 @@ def summary(results: Results) -> dict:
     if not results.train:
         return figures
     cost = results.train_cost
-    # On a GPU, of where things lay there; else of what a card needs at the least.
+    # On a GPU for the actual placement, else the least that a card needs.
     predicted = (cost if "peak_vram_gb" in cost else results.plan)["predicted_peak_vram_gb"]
     figures["train_minutes"] = cost["train_seconds"] / 60
     if measured := cost.get("peak_vram_gb"):
@@ -102,7 +101,7 @@ def summary(results: Results) -> dict:
 
 
 def memory_parts(plan: dict, cost: dict) -> list[dict]:
-    """metrics/memory.csv: what the card must hold, part by part, and what a GPU run measured."""
+    """metrics/memory.csv: predicted GPU memory by part, and the measured peak of a GPU run."""
     parts = [{"bar": "predicted", "part": part, "gb": plan[f"{part}_gb"]} for part in MEMORY_PARTS]
     if "peak_vram_gb" in cost:
         allocated, reserved = cost["peak_vram_gb"], cost["peak_vram_reserved_gb"]

@@ -1,8 +1,8 @@
-"""Work on what others wrote, in a process of its own that is ended when it takes too much.
+"""Processes untrusted input in a separate process, which is killed if it takes too much.
 
-A template can loop for ever, a regular expression take years and four lines of YAML stand for a
-terabyte. Nothing inside a process can stop all of them: some hold the interpreter, and the
-libraries written in Rust end the whole process when memory runs out.
+A template can loop forever, a regular expression can take years, and four lines of YAML can expand
+to a terabyte. Not all of them can be stopped within a process: some block the interpreter, and
+libraries written in Rust abort the process when memory runs out.
 """
 
 import multiprocessing
@@ -19,11 +19,11 @@ from typing import TypeVar
 from stages.shared.interrupts import end_with_parent
 from stages.shared.process import StageError
 
-# Of computing; a busy machine, or Ctrl-Z, is nobody's fault.
+# CPU time, which a busy machine or Ctrl-Z does not use up.
 SECONDS = 20.0
-# So many times as long it may wait, as for the Hub.
+# Wall time may be this many times as long, for example to wait for the Hub.
 PATIENCE = 3
-# Of address space, beyond what the process has already.
+# Address space, beyond what the process already has.
 BYTES = 8_000_000_000
 OUT_OF_TIME = signal.SIGPROF
 
@@ -33,11 +33,11 @@ Result = TypeVar("Result")
 def bounded(
     work: Callable[[], Result], where: str, remedy: str, seconds: float | None = None
 ) -> Result:
-    """What work() returns or raises, in a fork of this process; both must pickle.
+    """Run work() in a fork of this process; returns or raises its result, which must pickle.
 
-    Raises StageError, beginning with `where` and ending with `remedy`, when it takes more than
-    `seconds` of computing (None: SECONDS), PATIENCE times as long, or BYTES, or when its process
-    dies.
+    Raises StageError, starting with `where` and ending with `remedy`, if it takes more than
+    `seconds` of CPU time (None: SECONDS), PATIENCE times that of wall time, or BYTES, or if its
+    process dies.
     """
     seconds = SECONDS if seconds is None else seconds
     context = multiprocessing.get_context("fork")
@@ -64,14 +64,14 @@ def bounded(
         return answer
     if isinstance(error, MemoryError):
         raise StageError(f"{where}: took more than {BYTES / 1e9:g} GB of memory; {remedy}")
-    # Where it happened does not travel with it.
+    # The traceback is not pickled.
     error.add_note(trace)
     raise error
 
 
 def limit_worker(parent: int) -> None:
-    """Make this process, a fork of `parent`, one that ends with it and takes no more than BYTES
-    beyond what it has; libraries' last words stay off the screen."""
+    """Let this process, a fork of `parent`, end with it and take at most BYTES more memory; hides
+    libraries' output on a crash."""
     # Ctrl-C reaches every process of the terminal's group, and the parent ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)
@@ -87,7 +87,7 @@ def limit_worker(parent: int) -> None:
 
 @contextmanager
 def limited(seconds: float):
-    """End this process by OUT_OF_TIME when the block computes longer: only a worker may use it."""
+    """Kill this process with OUT_OF_TIME if the block takes more CPU time; only for workers."""
     signal.signal(OUT_OF_TIME, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
@@ -101,7 +101,7 @@ def _answer(to: Connection, work: Callable[[], Result], parent: int, seconds: fl
     try:
         with limited(seconds):
             answer = pickle.dumps((work(), None, ""))
-    except BaseException as error:  # the panics of libraries written in Rust are no Exception
+    except BaseException as error:  # panics of Rust libraries are not derived from Exception
         answer = _pickled(error)
     to.send_bytes(answer)
 

@@ -1,13 +1,13 @@
-"""All batches through one layer, then all through the next, so that each layer is needed once.
+"""Passes all batches through one layer, then all through the next, so that each is loaded once.
 
-Where weights are streamed, a pass over them takes as long as several batches compute. The model's
-own forward runs twice for each batch, with stand-ins for its layers: the first run notes what each
-layer is given beside the hidden state (masks, embeddings of positions), the second makes the result
-of the last layer's hidden state. Between the two each layer computes what it always does, of the
-same batch: only the order differs, and every value is the same.
+With streamed weights, a pass over them takes as long as computing several batches. The model's own
+forward runs twice for each batch, with stand-ins for its layers: the first run records the
+arguments of each layer beside the hidden state (masks, position embeddings), the second computes
+the result from the last layer's hidden state. In between each layer computes as usual, on the same
+batches; only the order differs, so every value is the same.
 
-The hidden states wait on the device where they have room, else in host memory, CHUNK_BYTES of them
-at most: more batches than that take further passes.
+The hidden states are kept on the device if they fit, else in host memory, at most CHUNK_BYTES; more
+batches need further passes.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -27,11 +27,11 @@ _HIDDEN = object()
 
 
 class NotByLayer(Exception):
-    """A layer takes more from the layers before it than their hidden state."""
+    """A layer needs more from earlier layers than their hidden state."""
 
 
 class _Noted(Exception):
-    """Every layer's arguments are known; what would follow is not needed yet."""
+    """Ends the first forward, once all layers' arguments are recorded."""
 
 
 @torch.no_grad()
@@ -40,8 +40,8 @@ def last_hidden_states(
 ) -> Iterator[torch.Tensor]:
     """The last hidden state [rows, width, H] of each batch of arguments of the model's forward.
 
-    Layer by layer where weights are streamed; families in which that cannot be are named, and
-    stream them for each batch.
+    Layer by layer if weights are streamed. Families that do not support this are reported, and
+    stream the weights for each batch.
     """
     done = 0
     if streamer and streamer.by_layer:
@@ -52,7 +52,7 @@ def last_hidden_states(
         except NotByLayer as reason:
             streamer.by_layer = False
             print(
-                f"{causal.config.model_type}: {reason}; all weights are streamed again for each of "
+                f"{causal.config.model_type}: {reason}; streaming all weights for each of "
                 f"{len(batches)} batches",
                 flush=True,
             )
@@ -77,7 +77,7 @@ def _by_layer(
             while rest and size + next_size <= CHUNK_BYTES:
                 batch = _Batch(causal, layers, rest.pop(0), streamer.room - size)
                 chunk.append(batch)
-                # They come longest first.
+                # Sorted, the longest first.
                 size, next_size = size + batch.size, batch.size
                 bar.update(batch.tokens)
             for i in range(1, len(layers)):
@@ -89,9 +89,9 @@ def _by_layer(
 
 
 class _Batch:
-    """A batch between two layers, at first behind the first.
+    """A batch between two layers.
 
-    room  bytes of the device that it may keep while others compute
+    room  bytes of the device that it may use while other batches compute
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class _Batch:
         self.inputs, self.tokens = inputs, inputs["input_ids"].numel()
         # (arguments, named arguments) of each layer, with _HIDDEN for the hidden state.
         self.calls: list[tuple[tuple, dict]] = []
-        # In host memory, where it waits there; and what a layer returns besides, if a tuple.
+        # The hidden state in host memory, if kept there; other return values, if a tuple.
         self.host: torch.Tensor | None = None
         self.rest: tuple | None = None
         first, known = layers[0], set[int]()
@@ -114,7 +114,7 @@ class _Batch:
             known.update(new)
             if not number:
                 self._take(first(*args, **kwargs))
-                # What is made of it shows.
+                # The value does not matter.
                 passed = _changed(self._output(self.hidden), _unknown)
             elif hidden is not (passed if self.rest is None else passed[0]) or any(
                 bool(x.isnan().any()) for x in new.values()
@@ -143,7 +143,7 @@ class _Batch:
             ]
             self.host = torch.empty_like(self.hidden, device=host)
             if causal.device.type == "cuda":
-                # Where that is refused, copies take longer.
+                # If locking is refused, copies take longer.
                 lock(self.host)
             self._take(self._output(self.hidden))
 
@@ -156,7 +156,7 @@ class _Batch:
         self._take(layer(*given, **_on(hidden.device, named)))
 
     def result(self, causal: PreTrainedModel, layers: torch.nn.ModuleList) -> torch.Tensor:
-        """The model's last hidden state, made of the last layer's output."""
+        """The model's last hidden state, computed from the last layer's output."""
         hidden = self._hidden()
         output = self._output(hidden)
         unknown = _changed(output, _unknown)
@@ -167,38 +167,38 @@ class _Batch:
         with _stand_ins(layers, pass_on):
             found = causal.base_model(**_on(causal.device, self.inputs)).last_hidden_state
         if found.isnan().any() and not hidden.isnan().any():
-            raise NotByLayer("its result is made of several layers")
+            raise NotByLayer("its result depends on several layers")
         return found
 
     def _take(self, output: Any) -> None:
-        """Wait with what a layer returned."""
+        """Store what a layer returned."""
         hidden, self.rest = (output[0], output[1:]) if type(output) is tuple else (output, None)
         if not isinstance(hidden, torch.Tensor):
             raise NotByLayer(f"its layers return {type(hidden).__name__}")
         if self.host is None:
             self.hidden = hidden
             return
-        # On the stream that computes, as all copies here: none comes too early.
+        # On the computing stream, like all copies here, so that none comes too early.
         self.host.copy_(hidden, non_blocking=True)
         self.hidden = hidden[:0]
 
     def _hidden(self) -> torch.Tensor:
-        """The hidden state on the device that computes."""
+        """The hidden state on the computing device."""
         if self.host is None:
             return self.hidden
         return self.host.to(self.hidden.device, non_blocking=True)
 
     def _output(self, hidden: torch.Tensor) -> Any:
-        """As a layer returns it."""
+        """The stored output in a layer's form."""
         return hidden if self.rest is None else (hidden, *self.rest)
 
 
 class _StandIn(torch.nn.Module):
-    """In the place of a layer, of which it has every attribute: `answer`(number, args, kwargs)."""
+    """Stands in for a layer, with all its attributes; calls `answer`(number, args, kwargs)."""
 
     def __init__(self, number: int, layer: torch.nn.Module, answer: Callable):
         super().__init__()
-        # Not as modules: nothing of it is this one's.
+        # Not as submodules.
         self.__dict__.update(number=number, layer=layer, answer=answer)
 
     def __getattr__(self, name: str) -> Any:
@@ -210,7 +210,7 @@ class _StandIn(torch.nn.Module):
 
 @contextmanager
 def _stand_ins(layers: torch.nn.ModuleList, answer: Callable) -> Iterator[None]:
-    """For the time of a forward of the model."""
+    """Replace the layers within the block."""
     own = list(layers)
     try:
         for number, layer in enumerate(own):
@@ -222,11 +222,11 @@ def _stand_ins(layers: torch.nn.ModuleList, answer: Callable) -> Iterator[None]:
 
 
 def _changed(value: Any, change: Callable, known: dict | None = None) -> Any:
-    """`value` with its tensors changed, each once; they lie in tuples and lists at most."""
+    """`value` with its tensors changed, each once; tuples, lists and dicts are traversed."""
     known = {} if known is None else known
     if isinstance(value, torch.Tensor):
         if id(value) not in known:
-            # With the tensor itself, or another one could get its id.
+            # Keeps the tensor alive, since otherwise another one could get its id.
             known[id(value)] = value, change(value)
         return known[id(value)][1]
     if type(value) in (tuple, list):

@@ -26,8 +26,8 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, dict]]:
             continue
         if not header:
             if len(fields) > 1 and all(name.startswith(" ") for name in fields[1:]):
-                # Separators with a blank behind them: it belongs to no value either, and before a
-                # quote would make the quote a character of the field.
+                # A space after the separator is not part of the value, and before a quote it would
+                # make the quote a character of the field.
                 before = reader.line_num
                 fields[1:] = [next(csv.reader([f], skipinitialspace=True))[0] for f in fields[1:]]
                 reader = csv.reader(texts, strict=True, delimiter=delimiter, skipinitialspace=True)
@@ -46,8 +46,8 @@ def _csv_fault(where: str, error: csv.Error) -> StageError:
         return too_big(where)
     if "new-line" in str(error):
         return StageError(
-            f"{where}: a carriage return within the line; put quotes around the field that holds "
-            "it, or end every line alike (tr '\\r' '\\n')"
+            f"{where}: a carriage return within the line; put quotes around the field that has "
+            "it, or end all lines alike (tr '\\r' '\\n')"
         )
     return StageError(
         f"{where}: broken quoting ({error}); a quote inside a quoted field is written twice "
@@ -66,5 +66,5 @@ def _header(where: str, names: list[str], delimiter: str) -> list[str]:
     if not all(names):
         raise StageError(f"{where}: a column without a name; name every column")
     if (twice := named_twice(names)) is not None:
-        raise StageError(f"{where}: the column {twice!r} stands twice; rename one")
+        raise StageError(f"{where}: the column {twice!r} appears twice; rename one")
     return names

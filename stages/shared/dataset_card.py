@@ -1,7 +1,7 @@
-"""What a repository's card, the YAML at the head of its README.md, says of its files.
+"""Reads a repository's card, the YAML at the head of its README.md.
 
-Not by `datasets.utils.metadata`: importing it takes a second, and for a feature that it does not
-know, or one entry that is not quite right, it refuses the whole card.
+Does not use `datasets.utils.metadata`, which takes a second to import and refuses a whole card for
+one unknown or malformed entry.
 """
 
 import fnmatch
@@ -20,13 +20,13 @@ from stages.shared.screen import tell
 
 
 def _words(value: object) -> object:
-    """YAML has 2.0 for a number, and a licence or a configuration may be called so."""
+    """Numbers as text: a licence or a configuration may be called 2.0."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return str(value) if number else value
 
 
 def _mappings(value: object) -> object:
-    """Real cards have a word or two among their configurations."""
+    """Without the stray words that real cards have among their configurations."""
     return [e for e in value if isinstance(e, dict)] if isinstance(value, list) else value
 
 
@@ -52,9 +52,9 @@ class Card(Foreign):
 
 
 def read_card(folder: Path) -> dict:
-    """The card in `folder`: empty without one, and with a warning where it cannot be read.
+    """The card in `folder`; empty if there is none or, with a warning, if it cannot be read.
 
-    Raises StageError where reading it takes too much, as YAML of four lines may.
+    Raises StageError if reading it takes too much time or memory.
     """
     path = folder / "README.md"
     if not path.is_file():
@@ -71,14 +71,12 @@ def _read(path: Path) -> tuple[dict, str | None]:
     try:
         return known_of(metadata_load(path) or {})
     except (yaml.YAMLError, ValueError, TypeError, RecursionError):
-        return {}, _warning("it is no YAML")
+        return {}, _warning("it is not YAML")
 
 
 def known_of(card: dict) -> tuple[dict, str | None]:
-    """What of a card is used here, and a warning of a key that is not as it must be.
-
-    Such a key is left out.
-    """
+    """The keys of a card that are used here, and a warning about a malformed key, which is
+    dropped."""
     card = (
         {k: v for k, v in card.items() if k in Card.model_fields} if isinstance(card, dict) else {}
     )
@@ -92,19 +90,19 @@ def known_of(card: dict) -> tuple[dict, str | None]:
 
 
 def license_in(card: dict) -> str | None:
-    """The licence that a card names: the Hub's short name, or what `other` stands for."""
+    """The licence in a card: the Hub's short name, or the name for `other`."""
     names = card.get("license_name") if card.get("license") == "other" else card.get("license")
     return ", ".join(map(str, names)) if isinstance(names, list) else names
 
 
 def _warning(reason: str) -> str:
-    return f"warning: the head of README.md: {reason}: licence or configurations are unknown"
+    return f"warning: the head of README.md: {reason}; licence or configurations are unknown"
 
 
 def listed_files(card: dict, section: Source) -> dict[str | None, list[str]]:
-    """Split -> patterns of the files of `section.config`; under None those without a split.
+    """Split -> patterns of the files of `section.config`; None -> those without a split.
 
-    Empty where the card lists no configurations. Raises StageError when it lists others.
+    Empty if the card lists no configurations. Raises StageError if it lists only others.
     """
     named = [entry for entry in card.get("configs", []) if "config_name" in entry]
     configs = {entry["config_name"]: entry for entry in named}
@@ -130,7 +128,7 @@ def listed_files(card: dict, section: Source) -> dict[str | None, list[str]]:
 
 
 def matching(names: list[str], patterns: list[str]) -> list[str]:
-    """Those of `names` that one of `patterns` fits."""
-    # fnmatch's * crosses folders, so ** needs no more than this.
+    """Those of `names` that match one of `patterns`."""
+    # fnmatch's * crosses folders, so ** works too.
     patterns = [*patterns, *(pattern.replace("**/", "") for pattern in patterns)]
     return [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]

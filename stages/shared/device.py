@@ -1,4 +1,4 @@
-"""The device that a stage computes on: chosen, set to give the same bytes, and measured."""
+"""Chooses a stage's device, makes it deterministic, and measures its memory."""
 
 import os
 import resource
@@ -22,38 +22,37 @@ def pick_device() -> torch.device:
     if capability < (8, 0):
         raise StageError(
             f"{torch.cuda.get_device_name(0)} has compute capability {capability[0]}."
-            f"{capability[1]} and 8.0 is needed; hide it with CUDA_VISIBLE_DEVICES= to use the CPU"
+            f"{capability[1]}, but 8.0 is needed; hide it with CUDA_VISIBLE_DEVICES= to use the CPU"
         )
     return torch.device("cuda", 0)
 
 
 def _be_deterministic() -> None:
-    """Let the same inputs give the same bytes on one model of GPU.
+    """Let the same inputs give the same bytes on the same GPU model.
 
-    Call it before the first product: cuBLAS takes its workspace then. With warn_only, the backward
-    pass of attention would stay random (ATen, attention_backward.cu).
+    Must be called before the first product, when cuBLAS allocates its workspace. With warn_only,
+    the backward pass of attention would stay nondeterministic (ATen, attention_backward.cu).
     """
     # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
-    # No stage reads memory that it did not write; filling it would cost a pass over each tensor.
-    # (A property of the class that this module gives itself, which mypy does not see.)
+    # No stage reads uninitialized memory; filling it would cost a pass over each tensor.
+    # (A property of the module's class, which mypy does not see.)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    # Its backward pass has no deterministic form.
+    # Has no deterministic backward pass.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def reset_peaks() -> None:
-    """Begin a new measurement of the GPU's peaks."""
+    """Start a new measurement of the GPU's peaks."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
 
 def memory_metrics(managed_bytes: int = 0) -> dict[str, float]:
-    """Peaks of this process in GB: RAM always, and on a GPU the allocator's.
+    """Peaks of this process in GB: RAM, and on a GPU the allocator's.
 
-    `managed_bytes` are those of a paged optimizer: cudaMallocManaged, which the allocator of
-    torch does not count.
+    managed_bytes  of a paged optimizer (cudaMallocManaged), which torch's allocator does not count
     """
     metrics = {"peak_ram_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB}
     if torch.cuda.is_available():
@@ -63,7 +62,7 @@ def memory_metrics(managed_bytes: int = 0) -> dict[str, float]:
 
 
 def memory_of_ranks(peaks: list[dict[str, float]]) -> dict[str, Any]:
-    """The largest of each peak, in GB; of several ranks those of all, in a line, as well."""
+    """The maximum of each peak over the ranks, in GB; with several ranks also a line with all."""
     found: dict[str, Any] = {key: max(peak[key] for peak in peaks) for key in peaks[0]}
     if len(peaks) > 1:
         for key in peaks[0]:

@@ -1,4 +1,4 @@
-"""The tokens that end an answer, where a tokenizer's folder says so."""
+"""The tokens that end an answer, from a tokenizer's folder."""
 
 from pathlib import Path
 
@@ -6,12 +6,12 @@ from tokenizers import Tokenizer
 
 from stages.shared.outputs import read_json
 
-# Beside the tokenizer where answers end in several ways; its eos_token_id lists them all.
+# Present if there are several end tokens; its eos_token_id lists them all.
 GENERATION = "generation_config.json"
 
 
 def end_tokens(folder: Path, known: int | list[int] | None = None) -> list[int]:
-    """The known end tokens, the EOS of the tokenizer in `folder`, and the others it learned."""
+    """The known end tokens, the EOS of the tokenizer in `folder`, and other learned ones."""
     token = read_json(folder / "tokenizer_config.json").get("eos_token")
     token = token["content"] if isinstance(token, dict) else token
     eos = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(token) if token else None

@@ -1,7 +1,7 @@
-"""What a run uses beyond plain PyTorch, decided once: `train` takes it and `plan` counts with it.
+"""Chooses what a run uses beyond plain PyTorch, for `train` and for the prediction of `plan`.
 
-The hardware, the parameters and the family of the model decide. No kernel is imported here, so
-that the choice can be made, and planned with, on any machine.
+Depends on the hardware, the parameters and the model family. Imports no kernels, so that the choice
+can be made on any machine.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from stages.shared.process import StageError
 
 # The attention of stages/training/attention.py.
 VARLEN = "varlen"
-# Families seen to keep the rows of a flattened batch apart, with this attention and with a mask
-# (tests/test_attention.py; transformers 5.23). Others take no notice of where a row begins, attend
-# by code of their own (and with varlen without any mask), or carry a state from token to token.
+# Families tested not to attend across the rows of a flattened batch, with this attention or with a
+# mask (tests/test_attention.py; transformers 5.23). Others ignore the bounds of rows, have their
+# own attention code (without any mask under varlen), or carry a state from token to token.
 FLATTENED = {
     "apertus",
     "arcee",
@@ -61,8 +61,8 @@ FLATTENED = {
     "starcoder2",
     "vaultgemma",
 }
-# Families seen to keep them apart with a mask alone: varlen would let them mix, its kernel does not
-# have their widths, or they drop weights by a setting of their own.
+# Families tested only with a mask: varlen would mix their rows or does not support their head
+# sizes, or they have attention dropout in their config.
 MASKED = {
     "codegen",
     "deepseek_v2",
@@ -79,14 +79,14 @@ MASKED = {
     "persimmon",
     "stablelm",
 }
-# Layers that are residual attention, then a residual MLP, each after its norm, and nothing more.
+# Families whose layers are just residual attention and a residual MLP, each after its norm.
 PLAIN_LAYERS = {f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 
 
 @dataclass(frozen=True)
 class FastPath:
-    """`attention` is varlen, sdpa or eager. `padding_free` lays the rows of a batch behind each
-    other, `liger` takes Liger's kernels, `fused_lora` the products of training/fused_lora.py."""
+    """`attention` is varlen, sdpa or eager. `padding_free` concatenates the rows of a batch,
+    `liger` uses Liger's kernels, `fused_lora` the products of training/fused_lora.py."""
 
     attention: str
     padding_free: bool
@@ -99,9 +99,9 @@ class FastPath:
 
 
 def choose_fast_path(params: Params, config: PretrainedConfig, gpu: bool) -> FastPath:
-    """What training takes on an NVIDIA GPU (`gpu`) or on a CPU.
+    """The fast path of training on an NVIDIA GPU (`gpu`) or on a CPU.
 
-    Raises StageError when the model cannot be trained as `params.train` says.
+    Raises StageError if the model cannot be trained with `params.train`.
     """
     attention = choose_attention(params.train, config, gpu)
     return FastPath(
@@ -113,25 +113,24 @@ def choose_fast_path(params: Params, config: PretrainedConfig, gpu: bool) -> Fas
 
 
 def step_tokens(train: Train, row_tokens: list[int], max_length: int) -> int:
-    """Tokens of a forward pass in which every row is the longest, or every pack is full."""
+    """Tokens of a forward pass with rows of maximum length, or full packs."""
     return train.batch_size * (max_length if train.batching == "packing" else max(row_tokens))
 
 
 def choose_attention(train: Train, config: PretrainedConfig, gpu: bool) -> str:
-    """`auto` takes varlen on a GPU, else what transformers would; what cannot run is refused."""
+    """`auto`: varlen on a GPU if supported, else transformers' choice. Refuses what cannot run."""
     kind, family = train.attention, config.model_type
     varlen = supports_varlen(config)
-    # Some families cap the logits of their attention, and some are older than it.
+    # Some families cap the logits of their attention, and some predate SDPA.
     # transformers types this mapping's values as pairs.
     sdpa = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa  # type: ignore[attr-defined]
     if not {VARLEN: varlen, "sdpa": sdpa}.get(kind, True):
-        raise StageError(f"train.attention: {kind} does not do what {family} needs; set auto")
+        raise StageError(f"train.attention: {kind} does not support {family}; set auto")
     if kind == VARLEN and not gpu:
         raise StageError(f"train.attention: {kind} needs a GPU; set auto")
     if train.batching == "packing" and family not in FLATTENED | MASKED:
         raise StageError(
-            f"train.batching: {family} is not known to keep rows apart that lie behind each "
-            "other; set group_by_length"
+            f"train.batching: {family} is not known to keep packed rows apart; set group_by_length"
         )
     if kind != "auto":
         return kind
@@ -141,11 +140,11 @@ def choose_attention(train: Train, config: PretrainedConfig, gpu: bool) -> str:
 
 
 def supports_varlen(config: PretrainedConfig) -> bool:
-    """Whether varlen attention computes all that the model asks for (it has no soft cap)."""
+    """Whether varlen attention supports the model (it has no soft cap)."""
     capped = getattr(config, "attn_logit_softcapping", None)
     return config.model_type in FLATTENED and capped is None
 
 
 def plain_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The layers of `model` that fused training checkpoints in two parts, in order."""
+    """The layers of `model` that fused training checkpoints in two halves, in order."""
     return [module for module in model.modules() if type(module).__name__ in PLAIN_LAYERS]

@@ -1,11 +1,10 @@
-"""Does a model that is scored fit the card? If not, its layers are streamed.
+"""Does a model fit on the card for scoring? If not, its layers are streamed.
 
-A batch on its way through a layer takes, for each of its tokens, the stream and what RMSNorm makes
-of it, 8H bytes, and what the MLP works with, 12I with an adapter; beside it are one dequantized
-weight and the logits of LOGITS predictions with their copies in float32. An answer takes the KV
-cache of its tokens besides. Without gradients nothing else is kept. Scored layer by layer
-(stages/shared/by_layer.py), a model of any depth needs embeddings, head, the constants of NF4 and
-one buffer of a layer.
+In a layer, each token of a batch takes 8H bytes for the residual stream and RMSNorm, and 12I for
+the MLP with an adapter. In addition there are one dequantized weight and the logits of LOGITS
+predictions with float32 copies, and for answers the KV cache. Without gradients nothing else is
+kept. Scored layer by layer (stages/shared/by_layer.py), a model of any depth needs embeddings,
+head, NF4 constants and one layer buffer.
 """
 
 import math
@@ -14,8 +13,8 @@ from dataclasses import dataclass
 from stages.shared.placement import CONTEXT, OFFLOADING_CONTEXT, SLOTS, WORKSPACES
 from stages.shared.vram import NF4_BYTES
 
-# Padded tokens in one forward pass, and logits that are in memory at once: with their copies in
-# float32 they take 0.2 GB, less than training's own whatever the vocabulary.
+# Padded tokens in one forward pass, and logits in memory at once: 0.2 GB with their float32 copies,
+# less than in training, for any vocabulary.
 TOKENS_PER_BATCH = 4096
 LOGITS = 2**24
 LOGIT_BYTES = 16
@@ -23,9 +22,9 @@ LOGIT_BYTES = 16
 
 @dataclass(frozen=True)
 class Decoder:
-    """The numbers of a decoder that decide what scoring it takes. Parameters: `linears` of its
-    layers, `largest` of one of those, `others` of all the rest. `keys` are the values that the KV
-    cache of one layer has for a token."""
+    """The sizes of a decoder that determine the memory of scoring. Parameter counts: `linears` of
+    its layers, `largest` of the largest of those, `others` of the rest. `keys`: values per token in
+    the KV cache of one layer."""
 
     layers: int
     hidden: int
@@ -38,9 +37,9 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Scored:
-    """A model with what scores it, in bytes. `layer` is what of a layer can be streamed;
-    `dequantized` is one weight in 16 bit, a part of `working`; `token` and `cached` are those of a
-    token at work and of one in the KV cache."""
+    """A model in scoring, in bytes. `layer`: the streamable part of a layer; `dequantized`: one
+    weight in 16 bit, a part of `working`; `token` and `cached`: of a token being computed and of
+    one in the KV cache."""
 
     layers: int
     weights: float
@@ -68,9 +67,10 @@ def scored(
     adapter: float,
     gpu: bool = True,
 ) -> Scored:
-    """A base in NF4 or 16 bit, beside `adapter` bytes of one; rows have `longest` tokens at most.
+    """Sizes of a base in NF4 or 16 bit with an adapter of `adapter` bytes and rows of at most
+    `longest` tokens.
 
-    On the CPU what is not in NF4 becomes float32.
+    On the CPU everything but NF4 is float32.
     """
     size = 2 if gpu else 4
     token = size / 2 * (12 * decoder.intermediate + 8 * decoder.hidden)
@@ -79,7 +79,7 @@ def scored(
     return Scored(
         layers=decoder.layers,
         weights=each * decoder.linears + size * decoder.others + adapter,
-        # Of NF4 the codes; the constants stay.
+        # The codes of NF4; the constants stay.
         layer=(0.5 if nf4 else size) * decoder.linears / decoder.layers,
         dequantized=dequantized,
         working=max(TOKENS_PER_BATCH, longest) * token + dequantized + LOGIT_BYTES * LOGITS,
@@ -89,11 +89,11 @@ def scored(
 
 
 def fit(model: Scored, budget: float, answers: float = 0.0, slots: int = SLOTS) -> Fit | None:
-    """Where `model` lies in `budget` bytes: whole, or with the fewest streamed layers.
+    """How `model` fits in `budget` bytes: whole, or with as few streamed layers as possible.
 
-    answers  bytes of the answers that are written at once, when nothing is scored
+    answers  bytes of a batch of answers, which are not generated while scoring
 
-    None when nothing fits.
+    None if nothing fits.
     """
     rest = max(model.working, answers) + CONTEXT + WORKSPACES
     if model.weights + rest <= budget:
@@ -108,6 +108,6 @@ def fit(model: Scored, budget: float, answers: float = 0.0, slots: int = SLOTS) 
 
 
 def tightest(model: Scored) -> Fit:
-    """The placement that takes least."""
+    """The smallest placement."""
     needed = model.weights - (model.layers - 1) * model.layer + model.working
     return Fit(model.layers, 1, needed + CONTEXT + OFFLOADING_CONTEXT + WORKSPACES)

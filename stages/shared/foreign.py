@@ -1,4 +1,4 @@
-"""What others wrote, held to a schema at the door: of another type, it is refused in one line."""
+"""Validates untrusted files against schemas; a wrong type is refused in one line."""
 
 import json
 import re
@@ -17,7 +17,7 @@ _UNUSABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class Foreign(BaseModel):
-    """Keys that a schema does not name are nobody's concern here."""
+    """Ignores keys that are not in the schema."""
 
     model_config = ConfigDict(
         extra="ignore", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
@@ -25,7 +25,7 @@ class Foreign(BaseModel):
 
 
 def read_json(content: bytes, schema: type[T] | TypeAdapter[T], where: str) -> T:
-    """JSON, NaN and Infinity included, held to `schema`; `where` is what to call it.
+    """JSON, including NaN and Infinity, validated against `schema`; `where` names it in errors.
 
     Raises StageError.
     """
@@ -45,15 +45,15 @@ def _parsed(content: bytes, where: str) -> Any:
 
 
 def read_object(path: Path, where: str | None = None) -> dict:
-    """The JSON object in `path`; `where` is what to call it. Raises StageError."""
+    """The JSON object in `path`; `where` names it in errors. Raises StageError."""
     where = where or str(path)
     if (size := path.stat().st_size) > _LARGEST:
-        raise StageError(f"{where}: {size / 1e6:.0f} MB are too many for this file")
+        raise StageError(f"{where}: {size / 1e6:.0f} MB are too large for this file")
     return read_json(path.read_bytes(), dict, where)
 
 
 def held_to(schema: type[T] | TypeAdapter[T], data: object, where: str) -> T:
-    """`data` as the schema has it. Raises StageError with the first fault."""
+    """`data` validated against `schema`. Raises StageError with the first error."""
     adapter = schema if isinstance(schema, TypeAdapter) else TypeAdapter(schema)
     try:
         return adapter.validate_python(data, strict=True)
@@ -62,7 +62,7 @@ def held_to(schema: type[T] | TypeAdapter[T], data: object, where: str) -> T:
 
 
 def fault(error: ValidationError) -> str:
-    """The first of the faults, as `key: key: what it must be (got what it is)`."""
+    """The first error, as `key: key: what it must be (got what it is)`."""
     first, *_ = error.errors(include_url=False)
     place = [on_screen(part, 60) for part in first["loc"] if part != "[key]"]
     shown = first["type"] not in ("missing", "too_short")
@@ -76,7 +76,7 @@ def check_name(name: str, source: str) -> str:
         raise StageError(f"{source}: the file name {name!r} leads out of its folder")
     if _UNUSABLE.search(name):
         raise StageError(
-            f"{source}: the file name {name!r} holds a line end, a control character or bytes that "
-            "are no UTF-8; rename it"
+            f"{source}: the file name {name!r} contains a line end, a control character or bytes "
+            "that are not UTF-8; rename it"
         )
     return name

@@ -1,4 +1,4 @@
-"""Host memory that a GPU copies from and to: page-locked, and shared between processes."""
+"""Page-locked host memory for copies to and from a GPU, shared between processes."""
 
 import os
 import weakref
@@ -14,7 +14,7 @@ LOCKING_THREADS = 2
 
 
 def available_bytes() -> int:
-    """Bytes that this process can still take: the machine's, or its control group's if fewer."""
+    """Free memory in bytes: the machine's, or its control group's if less."""
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     available = int(fields["MemAvailable"].split()[0]) * 1024
@@ -28,17 +28,16 @@ def available_bytes() -> int:
 
 
 def used_bytes() -> int:
-    """Bytes of host memory that this process holds and the system cannot take back: its own and
-    shared ones, without the pages of mapped files."""
+    """Bytes of this process's host memory, private and shared, without pages of mapped files."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
 
 
 def lock(buffer: torch.Tensor) -> str | None:
-    """Page-lock a contiguous buffer until it is freed; returns what the driver says against it.
+    """Page-lock a contiguous buffer until it is freed; returns the driver's error, if any.
 
-    torch's own pinned memory is rounded up to a power of two and faulted in by a single core.
+    torch's own pinned memory is rounded up to a power of two and paged in by a single core.
     """
     runtime = torch.cuda.cudart()
     status = runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
@@ -51,7 +50,7 @@ def lock(buffer: torch.Tensor) -> str | None:
 def pinned(size: int, what: str = "layer inputs") -> torch.Tensor:
     """`size` bytes of page-locked host memory, uint8, for `what`.
 
-    Raises StageError when the system does not allow it.
+    Raises StageError if the system does not allow it.
     """
     buffer = torch.empty(size, dtype=torch.uint8).zero_()
     if refusal := lock(buffer):
@@ -63,10 +62,10 @@ def pinned(size: int, what: str = "layer inputs") -> torch.Tensor:
 
 
 def shared_buffer(size: int, path: str | None = None) -> tuple[torch.Tensor, str]:
-    """(`size` bytes, uint8, the path under which other processes of this user map the same).
+    """(`size` bytes, uint8, the path by which other processes of this user can map it).
 
-    path  of another process's buffer; None for a new one. It has no name in any folder, so that
-          nothing is left of it when the last process that maps it ends, however it ends.
+    path  of another process's buffer; None for a new one. It has no name in any folder, so it
+          vanishes when the last process that maps it ends.
     """
     if path is None:
         file = os.memfd_create("weights")

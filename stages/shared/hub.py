@@ -1,4 +1,4 @@
-"""A repository of the Hugging Face Hub: what it has, and its files, whole or not at all."""
+"""A repository of the Hugging Face Hub: its listing, and its files, complete or absent."""
 
 import hashlib
 import io
@@ -22,13 +22,13 @@ from stages.shared.process import StageError, sha256
 from stages.shared.screen import on_screen, tell
 
 CONNECTIONS = 4
-# A connection brings so much in that time, or it is given up.
+# A connection that transfers less in that time is dropped.
 CHUNK_BYTES = 1_000_000
 STALL_SECONDS = 60
 
 
 class _Answer(Foreign):
-    # huggingface_hub gives objects, whose attributes nobody has checked.
+    # huggingface_hub returns objects with unchecked attributes.
     model_config = ConfigDict(from_attributes=True)
 
 
@@ -44,7 +44,7 @@ class Entry(_Answer):
 
 
 class Listing(_Answer):
-    """What the Hub says of a repository."""
+    """The Hub's answer about a repository."""
 
     sha: Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
     siblings: list[Entry]
@@ -53,7 +53,7 @@ class Listing(_Answer):
 
 
 class _Part(io.FileIO):
-    """A file that is being downloaded; `moved` is told its size whenever it has grown."""
+    """A file that is being downloaded; calls `moved` with its size after each write."""
 
     moved: Callable[[int], None]
 
@@ -71,7 +71,7 @@ class Repository:
         from huggingface_hub import HfApi
 
         def ask() -> tuple[Listing, str | None]:
-            # By its types it may lack all that a revision and files_metadata bring.
+            # Its types are optional, though set with revision and files_metadata.
             info: Any
             with hub_errors(kind, id, revision):
                 info = HfApi().repo_info(
@@ -87,7 +87,7 @@ class Repository:
         self._entries = {check_name(entry.rfilename, id): entry for entry in listing.siblings}
         self.files = {name: entry.size for name, entry in self._entries.items()}
         self.sums: dict[str, str] = {}
-        # When each file that is on its way last grew.
+        # When each file being downloaded last grew.
         self._moved: dict[str, float] = {}
         if revision != self.commit:
             tell(
@@ -96,11 +96,11 @@ class Repository:
             )
 
     def get(self, names: list[str], target: Path) -> None:
-        """Download into `target`. What is there already is not fetched again, half files included.
+        """Download into `target`, resuming from complete and partial files.
 
-        A file gets its name when it is whole and has the hash that the Hub gives, and is asked
-        for that again: a machine that was switched off may have kept the name and not the bytes.
-        Not `snapshot_download`, which begins an interrupted file anew.
+        A file gets its final name once it is complete and has the Hub's hash. Existing files are
+        hashed too, since after a power cut a name may exist without its bytes. Does not use
+        `snapshot_download`, which restarts an interrupted file.
         """
         missing = [
             name
@@ -118,13 +118,13 @@ class Repository:
         _in_parallel(lambda name: self._download(name, target), missing, self._check_moving)
 
     def _check_moving(self) -> None:
-        """Raise StageError when a download stands still: a server may send a byte now and then."""
+        """Raise StageError if a download stalls, even if the server sends single bytes."""
         now = time.monotonic()
         for name, moved in list(self._moved.items()):
             if now - moved > STALL_SECONDS:
                 raise StageError(
-                    f"{self.id}: {name} came at less than {CHUNK_BYTES / STALL_SECONDS / 1000:.0f} "
-                    "kB/s; what has arrived is kept, run again"
+                    f"{self.id}: {name} was slower than {CHUNK_BYTES / STALL_SECONDS / 1000:.0f} "
+                    "kB/s; the downloaded part is kept, run again"
                 )
 
     def _download(self, name: str, target: Path) -> None:
@@ -145,7 +145,7 @@ class Repository:
                     hf_hub_url(self.id, name, repo_type=repo_type(self.kind), revision=self.commit),
                     file,
                     resume_size=file.tell(),
-                    # Compressed on the way, a file could not be taken up again at a byte.
+                    # A compressed transfer could not be resumed at a byte offset.
                     headers=build_hf_headers() | {"Accept-Encoding": "identity"},
                     expected_size=self.files[name],
                     displayed_filename=on_screen(name),
@@ -154,17 +154,17 @@ class Repository:
             del self._moved[name]
         if not self._is_whole(name, part):
             part.unlink()
-            raise StageError(f"{self.id}: {name} came damaged (its hash differs); run again")
+            raise StageError(f"{self.id}: {name} arrived damaged (its hash differs); run again")
         os.replace(part, target / name)
 
     def _note(self, name: str, size: int) -> None:
-        """A file that comes has `size` bytes. Raises StageError when it has more than it should."""
+        """Record that a file has `size` bytes. Raises StageError if that is more than expected."""
         self._moved[name] = time.monotonic()
         if size > self.files[name]:
-            raise StageError(f"{self.id}: an answer of the wrong length came; run again")
+            raise StageError(f"{self.id}: the Hub's answer has the wrong length; run again")
 
     def _is_whole(self, name: str, path: Path) -> bool:
-        """Whether `path` has the hash that the Hub gives for `name`; notes a SHA-256 in `sums`."""
+        """Whether `path` has the Hub's hash for `name`; stores a SHA-256 in `sums`."""
         entry = self._entries[name]
         found = sha256(path) if entry.lfs else _git_sha1(path)
         if found != (entry.lfs.sha256 if entry.lfs else entry.blob_id):
@@ -175,13 +175,13 @@ class Repository:
 
 
 def repo_type(kind: str) -> str:
-    """What the Hub calls that which a section of params.yaml names: a model or a dataset."""
+    """The Hub's repository type for a section of params.yaml: model or dataset."""
     return "model" if kind == "model" else "dataset"
 
 
 @contextmanager
 def hub_errors(kind: str, id: str, revision: str):
-    """Turn the errors of huggingface_hub into one line with the remedy."""
+    """Turn errors of huggingface_hub into one line with a remedy."""
     from huggingface_hub import errors
 
     type = repo_type(kind)
@@ -190,48 +190,48 @@ def hub_errors(kind: str, id: str, revision: str):
         yield
     except errors.LocalEntryNotFoundError:
         raise StageError(
-            f"{id}: HF_HUB_OFFLINE is set and {revision} is not in the Hugging Face cache; where "
-            f"there is a network: hf download {id} --repo-type {type} --revision {revision}"
+            f"{id}: HF_HUB_OFFLINE is set and {revision} is not in the Hugging Face cache; with "
+            f"a network, run: hf download {id} --repo-type {type} --revision {revision}"
         ) from None
     except errors.GatedRepoError:
         raise StageError(
-            f"{id} is gated: accept its licence at {page} and set HF_TOKEN to a token of yours"
+            f"{id} is gated: accept its licence at {page} and set HF_TOKEN to your token"
         ) from None
     except errors.RevisionNotFoundError:
         raise StageError(f"{id} has no revision {revision}; see {page}/commits/main") from None
     except errors.RepositoryNotFoundError:
         raise StageError(
-            f"{id} is no {type} on the Hub, or a private one; correct {kind}.id, or set HF_TOKEN "
+            f"{id} is not a {type} on the Hub, or is private; correct {kind}.id, or set HF_TOKEN "
             f"to a token that may read {page}"
         ) from None
     except errors.HFValidationError:
-        raise StageError(f"{kind}.id: {id!r} is no Hugging Face id such as owner/name") from None
+        raise StageError(f"{kind}.id: {id!r} is not a Hugging Face id like owner/name") from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         cause = "refused HF_TOKEN" if status in (401, 403) else f"answered {status}"
-        raise StageError(f"{id}: the Hub {cause}; what has arrived is kept, run again") from None
+        raise StageError(f"{id}: the Hub {cause}; the downloaded part is kept, run again") from None
     except (errors.HTTPError, ConnectionError):
         raise StageError(
-            f"{id}: the connection to the Hub failed; what has arrived is kept, run again"
+            f"{id}: the connection to the Hub failed; the downloaded part is kept, run again"
         ) from None
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         raise StageError(
-            f"{id}: what answered is not the Hub (a login page of this network, a proxy?); open "
-            f"{page} in a browser, and see HF_ENDPOINT"
+            f"{id}: the answer is not from the Hub (a login page or proxy of this network?); open "
+            f"{page} in a browser, and check HF_ENDPOINT"
         ) from None
     except OSError as error:
-        # huggingface_hub's word for an answer of the wrong length; the disk's faults have a number.
+        # huggingface_hub raises it for a wrong length; errors of the disk have an errno.
         if error.errno is not None:
             raise
-        raise StageError(f"{id}: an answer of the wrong length came; run again") from None
+        raise StageError(f"{id}: the Hub's answer has the wrong length; run again") from None
 
 
 def _in_parallel(
     work: Callable[[str], None], names: Iterable[str], check: Callable[[], None]
 ) -> None:
-    """Do `work` for every name; raise its first error at once, or what `check` raises meanwhile.
+    """Do `work` for every name in threads; raise the first error of it or of `check` at once.
 
-    The threads of a pool would hold the interpreter until their downloads end: after Ctrl-C too.
+    The threads of a pool would keep the process until their downloads end, even after Ctrl-C.
     """
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
@@ -262,6 +262,6 @@ def _in_parallel(
 
 
 def _git_sha1(path: Path) -> str:
-    """Git's name for the content of a file: SHA-1 of `blob SIZE\\0` and its bytes."""
+    """Git's hash of a file: SHA-1 of `blob SIZE\\0` and its bytes."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

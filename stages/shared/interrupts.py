@@ -1,8 +1,8 @@
-"""How a stage hears that it should end: with dvc, and at Ctrl-C, whenever that comes.
+"""Ends a stage together with dvc, and on Ctrl-C at any time.
 
-DVC ignores SIGINT while a stage runs and looks at the stage's exit status alone. A Ctrl-C that
-comes when the outputs are in place must neither throw them away nor go unheard: DVC records
-them, and the next stage of the same `dvc` refuses to begin, by a note that lies in .dvc/tmp.
+DVC ignores SIGINT while a stage runs and only checks the stage's exit status. A Ctrl-C after the
+outputs are complete must neither discard them nor be ignored: DVC records them, and a note in
+.dvc/tmp makes the next stage of the same `dvc` refuse to start.
 """
 
 import atexit
@@ -14,17 +14,17 @@ from pathlib import Path
 from types import FrameType
 
 NOTE = Path(".dvc/tmp/interrupted")
-# In the order in which they are caught: whoever waits for SIGTERM to be may send any.
+# Caught in this order: whoever waits until SIGTERM is caught may then send any of them.
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-# A signal that comes again sooner is the same press of Ctrl-C, or the same end of dvc.
+# A signal that repeats sooner is the same press of Ctrl-C, or the same end of dvc.
 ONE_PRESS_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
 
 
 def hear_interrupts() -> None:
-    """Let the first Ctrl-C be a KeyboardInterrupt, or a note after the end; the second one kills.
+    """The first Ctrl-C raises KeyboardInterrupt, or leaves a note at the end; the second kills.
 
-    nohup and a script's `&` ignore SIGINT on purpose, and it stays so.
+    If SIGINT is ignored (nohup, a script's `&`), it stays ignored.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
@@ -32,13 +32,13 @@ def hear_interrupts() -> None:
 
 
 def note_interrupt() -> None:
-    """Have the next stage of this `dvc` not begin, since this one has come to its end."""
+    """Let the next stage of this `dvc` refuse to start."""
     NOTE.parent.mkdir(parents=True, exist_ok=True)
     NOTE.write_text(f"{_dvc()}interrupted\n", encoding="utf-8")
 
 
 def interrupted_before() -> bool:
-    """Whether a Ctrl-C came when the stage before, of the same `dvc`, was ending."""
+    """Whether there was a Ctrl-C at the end of the previous stage of the same `dvc`."""
     try:
         said = NOTE.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -47,15 +47,15 @@ def interrupted_before() -> bool:
 
 
 def kill_oneself(number: int) -> None:
-    """End at once as signal `number` ends a process that knows nothing of it."""
+    """End at once by the default action of signal `number`."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 
 
 def end_with_parent(number: signal.Signals) -> None:
-    """Have signal `number` sent to this process when the one that started it ends, as by SIGKILL.
+    """Let the system send signal `number` to this process when its parent ends, even by SIGKILL.
 
-    The parent may have ended before: check that after the call.
+    The parent may already have ended: check that after the call.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
@@ -66,7 +66,7 @@ def process_ticks(pid: int) -> int:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    # The rest may take long: a library's threads are waited for. A second one waits for nothing.
+    # Waiting for a library's threads may take long; a second Ctrl-C does not wait.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     while frame:
         if frame.f_globals.get("__name__") == "__main__" and frame.f_code.co_name == "<module>":
@@ -76,23 +76,23 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _hear_to_the_end() -> None:
-    """Note a Ctrl-C also while Python takes itself apart, when no handler of ours would run.
+    """Note a Ctrl-C even during Python's shutdown, when Python handlers do not run.
 
-    faulthandler's is the one that does: it writes where the process stands behind what is there.
+    faulthandler's handler does run: it appends a traceback to the file.
     """
     if interrupted_before():
         return
     NOTE.parent.mkdir(parents=True, exist_ok=True)
-    # A file object would be closed too soon.
+    # A file object would be closed too early.
     file = os.open(NOTE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.write(file, _dvc().encode())
-    # Python puts the system's default back in place of a handler of its own.
+    # On shutdown Python replaces its own handlers by the system's default.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.register(signal.SIGINT, file, all_threads=False)
 
 
 def _dvc() -> str:
-    """A line that no two `dvc` share: process numbers are used again."""
+    """A line that identifies a `dvc` process, since PIDs are reused."""
     try:
         return f"{os.getppid()} {process_ticks(os.getppid())}\n"
     except OSError:

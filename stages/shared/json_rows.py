@@ -1,4 +1,4 @@
-"""Rows of JSON: one object a line, one array of them, or objects one after another."""
+"""Rows of JSON: one object per line, one array of objects, or concatenated objects."""
 
 import json
 from collections.abc import Iterator
@@ -15,12 +15,14 @@ class _Fault(Exception):
 def _unique(pairs: list[tuple]) -> dict:
     row = dict(pairs)
     if len(row) < len(pairs):
-        raise _Fault(f"the key {named_twice([name for name, _ in pairs])!r} stands twice; keep one")
+        raise _Fault(
+            f"the key {named_twice([name for name, _ in pairs])!r} appears twice; keep one"
+        )
     return row
 
 
 def _no_constant(name: str) -> None:
-    raise _Fault(f"{name} is no JSON value; write null or a number")
+    raise _Fault(f"{name} is not a JSON value; write null or a number")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
@@ -43,7 +45,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def read_json(path: Path) -> Iterator[tuple[int, dict]]:
-    """The objects of one array, or objects one after another, without holding the file."""
+    """The objects of one array, or concatenated objects, without holding the file in memory."""
     chunks = chunks_of(path)
     text, line, position = next(chunks, ""), 1, 0
     in_array = after_value = False
@@ -63,7 +65,7 @@ def read_json(path: Path) -> Iterator[tuple[int, dict]]:
         elif text[position] == "]" and in_array:
             if text[position + 1 :].strip() or any(chunk.strip() for chunk in chunks):
                 raise StageError(
-                    f"{path}:{line}: broken JSON; something follows the closing bracket"
+                    f"{path}:{line}: broken JSON; there is text after the closing bracket"
                 )
             return
         else:
@@ -75,7 +77,7 @@ def read_json(path: Path) -> Iterator[tuple[int, dict]]:
             after_value = True
     if in_array:
         raise StageError(
-            f"{path}:{line}: broken JSON; the array is not closed: the file is cut off"
+            f"{path}:{line}: broken JSON; the array is not closed: the file is truncated"
         )
 
 
@@ -88,14 +90,14 @@ def _value(path: Path, line: int, text: str, start: int, chunks: Iterator[str]) 
         except json.JSONDecodeError as error:
             size, position = len(text) - start, error.pos - start
             text, start = text[start:], 0
-            # Where the text is cut off a value looks broken: read on before it is called so.
+            # At the end of a chunk a complete value looks broken, so read on first.
             more = next(chunks, "") if size <= MAX_ROW_BYTES else ""
             if not more:
                 if size > MAX_ROW_BYTES:
                     raise too_big(f"{path}:{line}") from None
                 where = f"{path}:{line + text.count(chr(10), 0, position)}"
                 raise StageError(
-                    f"{where}: broken JSON ({error.msg}); mend it or fetch the file again"
+                    f"{where}: broken JSON ({error.msg}); fix it or fetch the file again"
                 ) from None
             text += more
         except (_Fault, RecursionError, ValueError) as error:

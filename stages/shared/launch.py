@@ -2,9 +2,9 @@
 
     python -m stages.shared.launch STAGE MODULE:FUNCTION        (a rank, started by run_ranks)
 
-The stage itself computes nothing then and never touches a GPU. It tells the ranks what to do,
-hands signals on, and ends all of them as soon as one fails, dies or no longer answers. Each rank
-finds the environment that torchrun sets, and its GPU as the only one. Rank 0 prints for all.
+The stage itself then computes nothing and never uses a GPU. It sends the ranks their task, forwards
+signals, and ends all of them as soon as one fails, dies or hangs. Each rank has the environment
+that torchrun sets, and sees only its GPU. Rank 0 prints for all.
 """
 
 import importlib
@@ -31,27 +31,27 @@ from stages.shared.libraries import load_libraries
 from stages.shared.process import StageError, fault_line, quiet_libraries
 from stages.shared.ranks import ALONE, TIMEOUT, World, host, is_of_waiting, look, put
 
-# Of schedulers and MPI: accelerate would wait for other processes where it finds them.
+# Variables of schedulers and MPI, which would make accelerate wait for other processes.
 FOREIGN = ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD")
 CONTRACT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
-# After the first failure: others may tell more of the cause, and rank 0 what all met.
+# Seconds after the first failure in which other ranks may report the cause.
 CAUSE_SECONDS, AGREED_SECONDS = 3.0, 0.5
-# Of another machine, after which it counts as lost: each says every second that it is there.
+# Seconds without a sign of life, sent every second, after which a machine counts as lost.
 SILENCE_SECONDS = 10.0
-# After rank 0 has given its result.
+# Seconds to exit after rank 0 has returned its result.
 PARTING_SECONDS = 15.0
-# The same sums in the same order on every run; multicast over NVLink has an order of its own.
+# Sums in the same order on every run; NVLink multicast has a different order.
 NCCL = {"NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple", "NCCL_NVLS_ENABLE": "0"}
 
 
 def devices() -> list[str]:
-    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES has for them.
+    """The visible GPUs, by their names for CUDA_VISIBLE_DEVICES.
 
-    Without a GPU there is one device, the CPU, named "". torchrun's LOCAL_RANK picks one.
+    Without a GPU there is one device, the CPU, named "". torchrun's LOCAL_RANK selects one.
     """
     count = torch.cuda.device_count()
     if not count:
-        # The variable exists for tests: several ranks on a CPU are no faster.
+        # The variable is for tests: several ranks on a CPU are not faster.
         return [""] * int(os.environ.get("CPU_RANKS", "1"))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",")[:count] if visible else [str(i) for i in range(count)]
@@ -60,7 +60,7 @@ def devices() -> list[str]:
 
 
 def on_devices(stage: str, function: Callable, most: int) -> Any:
-    """What `function` gives here, or in a rank on each visible device, `most` of them at most."""
+    """The result of `function`, called here or in a rank on each of at most `most` devices."""
     found = devices()[:most]
     if len(found) > 1:
         return run_ranks(stage, function, {}, found)
@@ -69,7 +69,7 @@ def on_devices(stage: str, function: Callable, most: int) -> Any:
 
 
 def see_one(device: str) -> None:
-    """Hide from libraries the other devices, and that a scheduler started other processes."""
+    """Hide other devices, and a scheduler's variables, from libraries."""
     for name in list(os.environ):
         if name in CONTRACT or name.startswith(FOREIGN):
             del os.environ[name]
@@ -80,11 +80,11 @@ def see_one(device: str) -> None:
 def run_ranks(
     stage: str, function: Callable, task: dict, devices: list[str], stoppable: bool = False
 ) -> Any:
-    """What `function`, of a module, returned in rank 0 when it was called in every rank.
+    """Call the module-level `function` in a rank on each of `devices`; returns rank 0's result.
 
-    It is given the World and `task`, which holds JSON, as the result does. There is a rank on each
-    of `devices`. Raises StageError with the line of the rank that failed. `stoppable` ranks are
-    handed the signals SIGHUP, SIGINT and SIGTERM and end by themselves.
+    It gets the World and `task`; task and result must be JSON. Raises StageError with the message
+    of the rank that failed. `stoppable` ranks get the signals SIGHUP, SIGINT and SIGTERM and end by
+    themselves.
     """
     store = host()
     put(store, "task", task)
@@ -92,7 +92,7 @@ def run_ranks(
 
 
 def watched(ranks: "Ranks", stoppable: bool) -> Any:
-    """What rank 0 returned, once all of `ranks` have ended. Raises StageError."""
+    """Rank 0's result, once all of `ranks` have ended. Raises StageError."""
     try:
         with ranks:
             return ranks.watch(stoppable)
@@ -101,9 +101,9 @@ def watched(ranks: "Ranks", stoppable: bool) -> Any:
 
 
 class Ranks:
-    """The processes of this machine, numbered from `first` among `size` in all.
+    """The ranks of this machine, numbered from `first`, of `size` in all.
 
-    others  machines that take part besides, by the number of their first rank
+    others  number of the first rank of each further machine
     """
 
     def __init__(
@@ -124,11 +124,11 @@ class Ranks:
         self.beats, self.beat_at = 0, time.monotonic()
         self.words = [tempfile.TemporaryFile() for _ in devices]  # noqa: SIM115 (until __exit__)
         self.processes: list[subprocess.Popen] = []
-        # Of the stage's own script too, which here is __main__.
+        # The stage's own script is __main__ here.
         named = f"{function.__globals__['__spec__'].name}:{function.__name__}"
         command = [sys.executable, "-m", "stages.shared.launch", stage, named]
         for i, device in enumerate(devices):
-            # Of the first rank a person sees everything, of the others what they die of.
+            # All output of the first rank is shown; of the others only their last words.
             quiet = {"stdout": subprocess.DEVNULL, "stderr": self.words[i]}
             streams = quiet if first + i else {}
             self.processes.append(
@@ -136,7 +136,7 @@ class Ranks:
                     command,
                     env=self._environment(first + i, device, len(devices)),
                     stdin=subprocess.DEVNULL,
-                    # A terminal's Ctrl-C comes to the stage alone, which hands it on.
+                    # Only the stage gets a terminal's Ctrl-C, and forwards it.
                     process_group=0,
                     **streams,  # type: ignore[call-overload]
                 )
@@ -173,22 +173,22 @@ class Ranks:
             words.close()
 
     def watch(self, stoppable: bool) -> Any:
-        """Wait for the end of all; returns the result. Raises StageError when one fails."""
+        """Wait for all ranks; returns the result. Raises StageError if one fails."""
         if stoppable:
             for number in SIGNALS:
-                # nohup and a script's `&` ignore signals on purpose.
+                # Ignored signals (nohup, a script's `&`) stay ignored.
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     signal.signal(number, self._hand_on)
         try:
             result = self._wait()
         except BaseException as error:
             if not self.first:
-                # Others read it, and lose the store with this process.
+                # Others must read it before the store ends with this process.
                 put(self.store, "over", str(error))
                 time.sleep(2.0 if self.others else 0.0)
             raise
         if self.signaled:
-            # It came too late for the ranks: what follows must not begin.
+            # The signal came too late for the ranks, but the next stage must not start.
             note_interrupt()
         return result
 
@@ -202,9 +202,9 @@ class Ranks:
                 result = look(self.store, "result")
                 failed = self._failed()
             except (ConnectionError, RuntimeError):
-                raise StageError("the first machine does not answer any more") from None
+                raise StageError("the first machine no longer answers") from None
             if over:
-                raise StageError(f"the first machine says: {over}")
+                raise StageError(f"the first machine reports: {over}")
             if result is not None and not failed:
                 given = given or time.monotonic()
                 if time.monotonic() - given > PARTING_SECONDS:
@@ -216,7 +216,7 @@ class Ranks:
         return self._part()
 
     def _part(self) -> Any:
-        """The result, when the other machines need the store no more."""
+        """The result, once the other machines no longer need the store."""
         if self.first:
             self.store.add(f"ended {self.first}", 1)
             return None
@@ -228,7 +228,7 @@ class Ranks:
         return look(self.store, "result")
 
     def _listen(self) -> None:
-        """Hear of the ranks' steps, and of the other machines."""
+        """Check for reports of ranks, and for signs of life of other machines."""
         now = time.monotonic()
         beats = self.store.add("beats", 0)
         if beats != self.beats:
@@ -242,15 +242,15 @@ class Ranks:
                 self.others[other] = (heard, now)
             elif now - at > SILENCE_SECONDS:
                 raise StageError(
-                    f"the machine of rank {other} has not been heard of for {now - at:.0f} s; see "
-                    "what became of it, then run it again"
+                    f"no sign of life from the machine of rank {other} for {now - at:.0f} s; check "
+                    "it, then run it again"
                 )
 
     def _failed(self) -> bool:
         return bool(self.store.add("faults", 0)) or any(p.poll() for p in self.processes)
 
     def _cause(self) -> BaseException:
-        """Why the ranks end: the fault of one that did not only wait for the others."""
+        """Why the ranks ended: the error of one that was not just waiting for others."""
         began = time.monotonic()
         while True:
             told = self._told()
@@ -277,18 +277,17 @@ class Ranks:
             for i, process in enumerate(self.processes)
             if process.poll() is None and self.first + i not in told
         ]
-        # Of another machine nothing but what its ranks told is known.
+        # Of ranks on other machines only their reports are known.
         local = range(self.first, self.first + len(self.processes))
         silent += [str(i) for i in range(self.size) if i not in local and i not in told]
         if silent:
             return StageError(
                 f"rank {', '.join(silent)} has not answered the others for "
-                f"{TIMEOUT.total_seconds():g} s; look at that GPU and its process, then run it "
-                "again"
+                f"{TIMEOUT.total_seconds():g} s; check that GPU and its process, then run it again"
             )
         return StageError(
             f"the ranks lost each other ({next(iter(told.values()))['line'] if told else 'all'}); "
-            "look at the GPUs and the network between them, then run it again"
+            "check the GPUs and the network between them, then run it again"
         )
 
     def _told(self) -> dict[int, dict]:
@@ -297,7 +296,7 @@ class Ranks:
         return {fault["rank"]: fault for fault in found if fault}
 
     def _dead(self, told: dict[int, dict]) -> list[tuple[int, int]]:
-        """(place, status) of those that ended without a word. NCCL aborts who waits too long."""
+        """(index, status) of ranks that died without a report; NCCL aborts ranks on timeout."""
         waited = time.monotonic() - self.beat_at > 0.9 * TIMEOUT.total_seconds()
         return [
             (i, process.returncode)
@@ -309,7 +308,7 @@ class Ranks:
 
     def _death(self, place: int, status: int) -> BaseException:
         if self.signaled and status == -self.signaled[0]:
-            # It came before there was anything to save.
+            # The signal came before there was anything to save.
             return _Ended(self.signaled[0])
         rank = self.first + place
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else "ended"
@@ -372,7 +371,7 @@ def main(stage: str, function: str) -> None:
 
 
 def tell_fault(world: World, stage: str, error: BaseException) -> None:
-    """Leave for the stage what ended this rank."""
+    """Report to the stage what ended this rank."""
     line = fault_line(stage, error)
     waiting = line is None and is_of_waiting(error)
     trace = "" if line or waiting else "".join(traceback.format_exception(error))
@@ -384,7 +383,7 @@ def tell_fault(world: World, stage: str, error: BaseException) -> None:
 
 
 def tell(store, fault: dict) -> None:
-    """Add to what the stages look at: rank, line, trace ("" for none), waiting."""
+    """Add a report for the stages: rank, line, trace ("" for none), waiting."""
     put(store, f"fault {store.add('told', 1)}", fault)
     store.add("faults", 1)
 

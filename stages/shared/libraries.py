@@ -1,6 +1,6 @@
-"""Libraries imported without what no stage uses, which is half of a short stage's time.
+"""Imports libraries without unused parts, which would take half of a short stage's time.
 
-A stage calls `load_libraries` before its own imports, which then find the libraries there.
+A stage calls `load_libraries` before its own imports, which then find the libraries loaded.
 """
 
 import functools
@@ -12,18 +12,18 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-# transformers imports them wherever they are installed, for models that see.
+# transformers imports them if installed, for vision models.
 UNUSED = ("scipy", "sklearn", "torchvision")
 
 
 def load_libraries(*libraries: str, without: Collection[str] = UNUSED) -> None:
     """Import `libraries` in this order as if the modules `without` were not installed.
 
-    A library that has looked for one of them stays without it; others find it afterwards.
-    bitsandbytes does not bring torch's compiler. Garbage collections leave out what the libraries
-    hold, now and later: it is a quarter of a second each time.
+    A library that has looked for one of them stays without it; others can import it afterwards.
+    bitsandbytes does not load torch's compiler. The garbage collector ignores the libraries'
+    objects from then on, which saves a quarter of a second each time.
     """
-    # None is how Python marks a module that cannot be had.
+    # None in sys.modules makes an import fail.
     hidden: dict[str, Any] = dict.fromkeys(name for name in without if name not in sys.modules)
     sys.modules.update(hidden)
     gc.disable()
@@ -40,11 +40,11 @@ def load_libraries(*libraries: str, without: Collection[str] = UNUSED) -> None:
 
 @contextmanager
 def compiling_later() -> Iterator[None]:
-    """torch.compile of a function compiles when the function is first called.
+    """Within the block, torch.compile defers compilation to the first call.
 
-    bitsandbytes has its fallbacks for devices without kernels compiled when it is imported, and
-    torch imports its whole compiler for that. A fallback that is called is compiled as ever.
-    Its kernels ask that nothing compiled include them: without a compiler nothing does.
+    bitsandbytes compiles its fallbacks for devices without kernels on import, for which torch
+    imports its whole compiler. Fallbacks that are called are compiled as usual.
+    torch._disable_dynamo, which its kernels use, is a no-op until torch._dynamo is imported.
     """
     import torch
 

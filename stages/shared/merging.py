@@ -1,8 +1,9 @@
-"""The streamed merge of one tensor, and what a 16-bit type cannot hold of it.
+"""The streamed merge of one tensor, and a check for values that a 16-bit type cannot represent.
 
-Memory grows neither with the number of layers nor with their width: some row blocks, one weight's
-NF4 scales and its two factors are held at once. The result is that of PEFT's in-memory merge
-(`merge_and_unload(safe_merge=False)`) of the base in the target type, bit for bit on one device.
+Memory grows neither with the number nor with the width of layers: only some row blocks, one
+weight's NF4 scales and its two factors are in memory. On the same device the result is
+bit-identical to PEFT's in-memory merge (`merge_and_unload(safe_merge=False)`) of the base in the
+target type.
 """
 
 import os
@@ -18,7 +19,7 @@ from stages.shared.embeddings import mean_row
 from stages.shared.process import StageError
 from stages.shared.weights import Weights, row_blocks
 
-# float16 rounds what is below 2^-25 to zero. Normally distributed weights of width 0.02 lose one
+# float16 rounds values below 2^-25 to zero. Normally distributed weights of width 0.02 lose one
 # value in a million; a tensor that loses this share is too small for the type.
 MAX_FLUSHED_SHARE = 0.01
 # The bits of infinity; those of NaN, without the sign, are larger.
@@ -26,7 +27,7 @@ INFINITY = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
 
 
 class RowBlock(NamedTuple):
-    """A row block of a merged tensor, and how many of its values the 16-bit type cannot hold."""
+    """A row block of a merged tensor, and how many values its 16-bit type cannot represent."""
 
     values: torch.Tensor
     overflowed: int  # finite before rounding, infinite after
@@ -95,7 +96,7 @@ def _with_rows(weights: Weights, name: str, update: Rows, dtype: torch.dtype) ->
 
 def _rounded(exact: torch.Tensor, dtype: torch.dtype) -> RowBlock:
     values = exact.to(dtype)
-    # Without their signs floats order and are zero as their bits, which are scanned much faster.
+    # Without the sign, floats compare like their bits, which are much faster to scan.
     bits = values.view(torch.int16) & 0x7FFF
     low, high = bits.aminmax()
     overflowed = broken = flushed = 0
@@ -123,10 +124,10 @@ def _in_order(function, items: list) -> Iterator:
 
 
 def check_rounding(name: str, blocks: Iterator[RowBlock], flushed: dict) -> Iterator[torch.Tensor]:
-    """Pass on the values of `merged_rows`, and count in `flushed` those that became zero.
+    """Yield the values of `merged_rows`, and count in `flushed` those that became zero.
 
-    Raises StageError naming the tensor when a value is not finite, when one overflows, or when
-    more than MAX_FLUSHED_SHARE became zero.
+    Raises StageError naming the tensor if a value is not finite or overflows, or if more than
+    MAX_FLUSHED_SHARE became zero.
     """
     size = flushed[name] = 0
     for block in blocks:

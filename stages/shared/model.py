@@ -1,4 +1,4 @@
-"""Loading a base model and its adapter, the same way wherever a stage computes with them."""
+"""Loads a base model and its adapter, in the same way for all stages."""
 
 import socket
 from functools import partial
@@ -31,18 +31,18 @@ def load_base(
 ) -> PreTrainedModel:
     """Load a base model (NF4 or 16 bit) in evaluation mode.
 
-    attention  an attention implementation of transformers, None the best that it has itself
-    dtype      what it computes in, None for what `device` is fast in
+    attention  an attention implementation of transformers; None for transformers' choice
+    dtype      the compute type; None for the fast one of `device`
 
-    Everything that is not quantized, and the products of what is, computes in bfloat16 on a GPU
-    and in float32 on the CPU, where bfloat16 is 10 to 30 times slower. A pre-quantized checkpoint
-    ignores `dtype=`, so both are set after loading.
+    Unquantized weights and 4-bit products compute in bfloat16 on a GPU and in float32 on the CPU,
+    where bfloat16 is 10 to 30 times slower. A pre-quantized checkpoint ignores `dtype=`, so both
+    are set after loading.
     """
     dtype = dtype or computed_in(device)
     model = _stored(folder, device, attention, dtype)
     find_backbone(model)
     set_compute_dtype(model, dtype)
-    # What is loaded in bfloat16 on the CPU is on its way to a GPU.
+    # A model in bfloat16 on the CPU is about to be moved to a GPU.
     if device.type == "cpu" and dtype == torch.float32:
         unpack_odd_layers(model)
     model.config.use_cache = False
@@ -58,10 +58,9 @@ def load_streamed(
     slots: int = SLOTS,
     world: World = ALONE,
 ) -> tuple[PreTrainedModel, Streamer]:
-    """The base that `load_base` gives, with `count` layers streamed to `device`, and what streams
-    them.
+    """The base as from `load_base`, with `count` layers streamed to `device`, and its streamer.
 
-    kind  as stream_layers takes it; the ranks of a machine share a copy, which the first one makes
+    kind  as in stream_layers; the ranks of a machine share a copy, which the first one makes
     """
     # Mapped from its files: nothing is read before it is copied to where it belongs.
     model = _stored(folder, torch.device("cpu"), attention, "auto")
@@ -94,7 +93,7 @@ def _stored(
 
 
 def computed_in(device: torch.device) -> torch.dtype:
-    """The type that `device` is fast in."""
+    """The fast compute type of `device`."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -125,7 +124,7 @@ def let_4_bit_compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put the adapter of `folder` onto `model`, frozen and in float32.
+    """Load the adapter in `folder` onto `model`, frozen and in float32.
 
     Raises StageError where PEFT refuses its configuration, or would leave a part of it out.
     """

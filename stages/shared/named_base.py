@@ -1,4 +1,4 @@
-"""Is an adapter one of this base? Its shapes would fit every other model of the family too."""
+"""Checks that an adapter belongs to this base; its shapes would fit the whole model family."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from stages.shared.outputs import read_json
 from stages.shared.process import StageError, sha256
 from stages.shared.screen import on_screen, tell
 
-# What an adapter of this pipeline names when its base has no id of the Hub.
+# The base name in this pipeline's adapters if the base has no Hub id.
 HERE = "models/base"
 
 
@@ -21,9 +21,9 @@ class Named(Foreign):
 
 
 def check_named_base(adapter: Path, base: Path) -> None:
-    """Refuse an adapter that names another base model, unless that has the same weights.
+    """Raise StageError if the adapter names another base model, unless that has the same weights.
 
-    `base` is a folder with the base's source.json. Raises StageError.
+    `base` is a folder with the base's source.json.
     """
     path = adapter / "adapter_config.json"
     config, source = held_to(Named, read_object(path), str(path)), read_json(base / "source.json")
@@ -36,23 +36,23 @@ def check_named_base(adapter: Path, base: Path) -> None:
     weights = {digest for name, digest in files if name.endswith(".safetensors")}
     folder = _found(named, revision)
     if folder and weights == {sha256(file) for file in folder.glob("*.safetensors")}:
-        tell(f"{adapter} was trained on {named}, which has the weights of {source['id']}")
+        tell(f"{adapter} was trained on {named}, which has the same weights as {source['id']}")
         return
     where = on_screen(f"{named} at {revision}" if moved else named, 200)
     raise StageError(
-        f"{path}: trained on {where}, and the base is {source['id']}; take "
-        f"that as model.id, or, if both have the same weights, say so there: "
+        f"{path}: trained on {where}, but the base is {source['id']}; use "
+        f"the former as model.id, or, if both have the same weights, write into that file: "
         f'"base_model_name_or_path": "{own}", "revision": null, then: '
         "dvc commit --force train && dvc repro"
     )
 
 
 def _found(named: str, revision: str | None) -> Path | None:
-    """The folder of a model that is on this machine: a path, or in the Hugging Face cache."""
-    # Not Path's: a name can be too long for the system.
+    """The folder of a model on this machine: a path, or in the Hugging Face cache."""
+    # Not Path's method: a name can be too long for the system.
     if os.path.isdir(named):
         return Path(named)
     try:
         return Path(snapshot_download(named, revision=revision, local_files_only=True))
-    except (OSError, ValueError):  # not there, or no name of a model
+    except (OSError, ValueError):  # missing, or not a model's name
         return None

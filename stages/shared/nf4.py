@@ -1,4 +1,4 @@
-"""NF4 weights back in full, and the layers that a CPU must not multiply packed."""
+"""Dequantizes NF4 weights, and unpacks layers whose packed products would be wrong on a CPU."""
 
 import copy
 from typing import Any
@@ -12,10 +12,10 @@ BLOCK, NESTED_BLOCK = 64, 256
 
 
 def dequantize(packed: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:
-    """The values of `packed` (uint8, two in each), shaped and typed as `state` says.
+    """The values of `packed` (uint8, two per byte), with the shape and type in `state`.
 
-    As rows of one block each: on a CPU with AVX512, bitsandbytes (0.50.2) decodes rows whose length
-    is a multiple of 16 and not of 64 wrongly.
+    Decodes rows of one block each, since on a CPU with AVX512 bitsandbytes (0.50.2) wrongly decodes
+    rows whose length is a multiple of 16 but not of 64.
     """
     count, blocks = state.shape.numel(), -(-state.shape.numel() // BLOCK)
     packed = packed.reshape(-1)
@@ -51,9 +51,9 @@ def unnested(
 
 
 def unpack_odd_layers(model: torch.nn.Module) -> None:
-    """Give layers of `model`, on the CPU, whose rows are no whole blocks their weights in full.
+    """Dequantize the layers of `model`, on the CPU, whose rows are not whole blocks.
 
-    Their products would be wrong on some CPUs (see `dequantize`). Every CPU computes alike.
+    Their products would be wrong on some CPUs (see `dequantize`); done on every CPU alike.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear4bit) and module.in_features % BLOCK:

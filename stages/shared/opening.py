@@ -1,4 +1,4 @@
-"""Files of data opened, whatever they are compressed with, and their text, decoded as it comes."""
+"""Opens data files with any compression, and decodes their text as a stream."""
 
 import bz2
 import codecs
@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from stages.shared.process import DISK_FAULTS, StageError
 
-# A row is one example, and no context window holds this much text.
+# A row is one example, and no context window is this large.
 MAX_ROW_BYTES = 16_000_000
 CHUNK_BYTES = 1 << 20
 COMPRESSED: dict[str, Callable[..., Any]] = {
@@ -26,14 +26,14 @@ COMPRESSED: dict[str, Callable[..., Any]] = {
     ".xz": lzma.open,
     ".zst": lambda path: io.BufferedReader(pa.input_stream(str(path), compression="zstd")),
 }
-# How their content begins, whatever a download called the file.
+# Magic bytes, since a download may have any name.
 _MAGIC = {
     ".gz": re.compile(rb"\x1f\x8b"),
     ".bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
     ".xz": re.compile(rb"\xfd7zXZ\0"),
     ".zst": re.compile(rb"\x28\xb5\x2f\xfd"),
 }
-# Other beginnings of what is no text, and what to do about it.
+# Magic bytes of files that are not text, and what to do about them.
 _NO_TEXT = {
     b"version https://git-lfs": "a Git LFS pointer, not the data; run git lfs pull there",
     b"PAR1": "a Parquet file by its content; name it .parquet",
@@ -44,7 +44,7 @@ DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, pa.ArrowExcep
 
 
 def check_data(path: Path, is_text: bool) -> None:
-    """Raise StageError for a file that is empty, or begins as what is no data does."""
+    """Raise StageError if a file is empty, or begins like something other than data."""
     if path.stat().st_size == 0:
         raise StageError(f"{path}: the file is empty; fetch it again or leave it out")
     start = _start(path)
@@ -61,7 +61,7 @@ def _start(path: Path) -> bytes:
 
 
 def compression_of(path: Path) -> str | None:
-    """What `path` is compressed with, by its content and then by its name."""
+    """The compression of `path`, by its content, else by its name."""
     start = _start(path)
     found = [suffix for suffix, magic in _MAGIC.items() if magic.match(start)]
     return next(iter(found), path.suffix.lower() if path.suffix.lower() in COMPRESSED else None)
@@ -88,7 +88,7 @@ def _not_utf8(where: str, raw: bytes, position: int) -> StageError:
         )
     if re.search(rb"[\0-\x08\x0e-\x1a]", raw):
         return StageError(
-            f"{where}: binary data where text belongs; another kind of file, or compressed twice?"
+            f"{where}: binary data instead of text; another kind of file, or compressed twice?"
         )
     return StageError(
         f"{where}: not UTF-8 (byte 0x{raw[position]:02x}); save the file as UTF-8, "
@@ -97,7 +97,7 @@ def _not_utf8(where: str, raw: bytes, position: int) -> StageError:
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their ends, decoded; a byte order mark is skipped."""
+    """Numbered lines with their line ends, decoded; a byte order mark is skipped."""
     try:
         with open_file(path) as file:
             for number, raw in enumerate(_ended(file), 1):
@@ -118,7 +118,7 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _ended(file: BinaryIO) -> Iterator[bytes]:
-    """Lines with their ends, cut after MAX_ROW_BYTES + 1. A file of no \\n is cut at each \\r."""
+    """Lines with their ends, at most MAX_ROW_BYTES + 1 bytes. Without \\n, \\r ends a line."""
     lines = iter(partial(file.readline, MAX_ROW_BYTES + 1), b"")
     rest = next(lines, b"")
     if b"\n" in rest or b"\r" not in rest:
@@ -166,5 +166,5 @@ def too_big(where: str) -> StageError:
 
 
 def named_twice(names: Sequence[str]) -> str | None:
-    """The first name that stands there twice. Of many names each is looked at once."""
+    """The first name that appears twice, in linear time."""
     return next((name for name, count in Counter(names).items() if count > 1), None)

@@ -1,7 +1,7 @@
-"""Outputs that are whole or absent: folders with checksums, text, metrics and links to weights.
+"""Outputs that are complete or absent: folders with checksums, text, metrics, links to weights.
 
-Everything a stage writes passes through `whole_folder` or `write_text`: nothing half-written is
-left under a final name, and nothing is written once an input of the stage has changed.
+Stages write everything through `whole_folder` or `write_text`, so that no partial output has a
+final name, and nothing is written after an input of the stage has changed.
 """
 
 import json
@@ -17,17 +17,17 @@ from stages.shared.process import StageError, check_inputs, note_writing, sha256
 
 SUMS = "SHA256SUMS"
 GB = 1e9  # bytes
-# sha256sum writes a name with one of these so, and a backslash before the line.
+# sha256sum escapes these in a name, and puts a backslash before the line.
 _ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r"})
 
 
 @contextmanager
 def whole_folder(path: Path, resume_key: str | None = None, sums: dict[str, str] | None = None):
-    """Yield an empty folder that becomes `path`, complete with SHA256SUMS, when the block ends.
+    """Yield an empty folder that becomes `path`, with SHA256SUMS, when the block ends.
 
-    On an error nothing is left behind; with `resume_key` the unfinished folder stays and a later
-    call with the same key is given it again, for downloads. `sums` is filled by the block with
-    the SHA-256, by name, of files that it hashed while writing: a large file is not read again.
+    On an error it is removed; with `resume_key`, for downloads, it stays, and a later call with the
+    same key gets it again. The block may put the SHA-256 of files that it hashed while writing into
+    `sums`, by name, so that large files are not read again.
     """
     partial = path.with_name(f".{path.name}.partial" + (f"-{resume_key}" if resume_key else ""))
     note_writing(path)
@@ -44,7 +44,7 @@ def whole_folder(path: Path, resume_key: str | None = None, sums: dict[str, str]
         if not resume_key:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    # At no instant is there half a folder under the final name.
+    # The final name never refers to a partial folder.
     old = path.with_name(f".{path.name}.partial-old")
     if path.exists():
         os.rename(path, old)
@@ -70,16 +70,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring `folder` and its files onto the disk, with the permissions that a new file has.
+    """Sync `folder` and its files to disk, with the permissions of new files.
 
-    A machine that is preempted loses what the disk has not got, though the name may be there.
+    A preempted machine loses unsynced bytes, even if the name exists.
     """
     umask = os.umask(0)
     os.umask(umask)
     for file in [*folder.rglob("*"), folder]:
         _sync(file)
-        # safetensors writes 0600, which a DVC cache shared by a group could not use. A file
-        # with a second name may be one of DVC's cache, which is read-only for a reason.
+        # safetensors writes 0600, which a DVC cache shared by a group could not use. A file with
+        # a second link may be in DVC's cache, which must stay read-only.
         if file.is_file() and file.stat().st_nlink == 1:
             file.chmod(0o666 & ~umask)
 
@@ -87,12 +87,12 @@ def sync_folder(folder: Path) -> None:
 def write_metrics(path: Path, metrics: dict) -> None:
     """Write flat metrics as JSON, floats with 6 significant digits so that diffs stay quiet.
 
-    Raises StageError naming one that is no finite number.
+    Raises StageError naming one that is not finite.
     """
     for key, value in metrics.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise StageError(
-                f"{path}: {key} is {value}: the model computes no numbers; lower "
+                f"{path}: {key} is {value}, so the model is broken; lower "
                 "train.learning_rate, or name another model.id"
             )
     rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in metrics.items()}
@@ -111,29 +111,30 @@ def write_json(path: Path, content: dict, **options) -> None:
 def link_or_copy(source: Path, target: Path) -> None:
     """Give `target` the bytes of `source` without a second copy on disk where links work.
 
-    They do not across file systems, on some network and FAT disks, and where the kernel refuses
-    links to other users' files (EXDEV, EOPNOTSUPP, EPERM).
+    Links fail across file systems, on some network and FAT disks, and if the kernel forbids links
+    to other users' files (EXDEV, EOPNOTSUPP, EPERM).
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source.resolve(), target)
     except OSError:
-        # What is wrong with the disk itself, copying names too.
+        # Copying reports other problems of the disk.
         shutil.copyfile(source, target)
 
 
 def write_sums(folder: Path, known: dict[str, str] | None = None) -> None:
     """Write SHA256SUMS (the format of sha256sum) over every other file of `folder`.
 
-    `known` holds sums, by name, that need not be computed. Raises StageError at a name that is
-    no UTF-8 text.
+    known  name -> sum that need not be computed
+
+    Raises StageError for a name that is not UTF-8.
     """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / SUMS)
     lines = []
     for file in files:
         name = file.relative_to(folder).as_posix()
         if any("\udc80" <= character <= "\udcff" for character in name):
-            raise StageError(f"{folder}: the name {name!a} is no UTF-8 text; rename the file")
+            raise StageError(f"{folder}: the name {name!a} is not UTF-8; rename the file")
         escaped = name.translate(_ESCAPES)
         mark = "\\" if escaped != name else ""
         lines.append(f"{mark}{(known or {}).get(name) or sha256(file)}  {escaped}\n")
@@ -143,10 +144,10 @@ def write_sums(folder: Path, known: dict[str, str] | None = None) -> None:
 def check_sums(folder: Path, stage: str, weights: bool = True) -> None:
     """Compare the files of `folder`, the output of `stage`, with its SHA256SUMS.
 
-    Without `weights` safetensors files must only be there: hashing them takes a second a GB.
-    Raises StageError naming the first file that is missing or does not belong there, else the
-    first that differs. A damaged file may come out of DVC's cache, which never looks at it again
-    and would put it back: tools/repair.py throws it out of there first.
+    Without `weights` safetensors files must only exist: hashing them takes a second per GB. Raises
+    StageError naming the first file that is missing or unexpected, else the first that differs. DVC
+    never verifies its cache and would restore a damaged file from it, so tools/repair.py deletes it
+    there first.
     """
     repair = f"repair it with: python -m tools.repair {stage}"
     listed = {}
@@ -156,7 +157,7 @@ def check_sums(folder: Path, stage: str, weights: bool = True) -> None:
         raise StageError(f"{folder / SUMS} is missing; {repair}") from None
     except UnicodeDecodeError:
         raise StageError(f"{folder / SUMS} is damaged; {repair}") from None
-    # Not splitlines, to which U+2028 in a name is an end too.
+    # Not splitlines(), which also splits at U+2028.
     for line in filter(None, text.split("\n")):
         if not (match := re.fullmatch(r"(\\?)([0-9a-f]{64})  (.+)", line)):
             raise StageError(f"{folder / SUMS} is damaged; {repair}")
@@ -180,17 +181,17 @@ def _unescaped(name: str) -> str:
 
 
 def check_space(folder: Path, size: int, what: str) -> None:
-    """Raise StageError when `size` bytes of `what` do not fit on the disk of `folder`."""
+    """Raise StageError if `size` bytes of `what` do not fit on the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if size > free:
         raise StageError(
-            f"{folder}: {what} takes {size / GB:.2f} GB and {free / GB:.2f} GB are free; make "
+            f"{folder}: {what} takes {size / GB:.2f} GB, but {free / GB:.2f} GB are free; make "
             "room and run it again"
         )
 
 
 def _sync(path: Path) -> None:
-    """Wait for the disk: for the bytes of a file, for the names in a folder."""
+    """fsync a file, or a folder's entries."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

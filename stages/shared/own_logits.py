@@ -1,4 +1,4 @@
-"""Two short rows, and what the model itself makes of them: the measure of every faster way."""
+"""The model's own logits of two short rows, the reference for every faster path."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,16 +11,16 @@ from stages.shared.experts import OWN_CODE, expert_stacks
 from stages.shared.process import StageError
 from stages.shared.scoring import head
 
-# Tokens of the two, unlike each other, so that one is padded.
+# Tokens of the two rows, different so that one is padded.
 LENGTHS = (24, 17)
-# How far apart logits may lie, as a share of their size, by what they are computed in. Roundings
-# to bfloat16 add up to some hundredths in a deep model; a row that sees another, a scale that is
-# missing or a product that is wrong changes tenths and more (tests/test_gpu.py).
+# Allowed difference of logits, relative to their size, by compute type. Rounding to bfloat16 adds
+# up to some hundredths in a deep model; attention across rows, a missing scale or a wrong product
+# changes tenths or more (tests/test_gpu.py).
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 def short_rows(rows: list[list[int]]) -> list[list[int]]:
-    """The beginnings of two rows of token ids; of one row, twice."""
+    """The beginnings of two rows of token ids; twice the same if there is one row."""
     return [
         row[:length] for row, length in zip(islice(cycle(rows), len(LENGTHS)), LENGTHS, strict=True)
     ]
@@ -62,31 +62,31 @@ def same_experts(model: torch.nn.Module) -> Iterator[None]:
 
 
 def logits_alone(model: torch.nn.Module, rows: list[list[int]]) -> torch.Tensor:
-    """The model's own logits of each row by itself, one behind the other: [tokens, vocabulary]."""
+    """The model's own logits of each row by itself, concatenated: [tokens, vocabulary]."""
     with as_trained(model) as device:
         ids = [torch.tensor([row], device=device) for row in rows]
         return torch.cat([model(input_ids=x, use_cache=False).logits[0].float() for x in ids])
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of two tensors, as a share of the spread of what is expected; infinite where one is NaN."""
+    """Difference of two tensors, relative to the spread of `expected`; infinite if one is NaN."""
     spread = (expected - expected.mean()).norm()
     share = float((found - expected).norm() / spread.clamp(min=1e-30))
     return share if share == share else float("inf")
 
 
 def rounding(model: PreTrainedModel) -> float:
-    """What of `difference` is rounding."""
+    """The `difference` that rounding may cause."""
     exact = model.device.type == "cpu" and model.dtype == torch.float32
     return ROUNDING[torch.float32 if exact else torch.bfloat16]
 
 
 def check_head(model: PreTrainedModel, rows: list[list[int]]) -> None:
-    """Raise StageError when scoring (stages/shared/scoring.py) has other logits than the model."""
+    """Raise StageError if the logits of scoring (stages/shared/scoring.py) are not the model's."""
     rows = short_rows(rows)
     if found := fault(lambda: _by_head(model, rows), logits_alone(model, rows), rounding(model)):
         raise StageError(
-            f"{model.config.model_type}: scoring does not have the model's own logits ({found}); "
+            f"{model.config.model_type}: scoring does not reproduce the model's logits ({found}); "
             "choose another base model"
         )
 
@@ -99,14 +99,14 @@ def _by_head(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:
 
 
 def fault(compute: Callable[[], torch.Tensor], expected: torch.Tensor, limit: float) -> str | None:
-    """What is wrong with what `compute` gives, if it differs by more than `limit`."""
+    """What is wrong with the result of `compute`, if it differs by more than `limit`."""
     if not expected.isfinite().all():
-        # Of a model that computes no numbers training and scoring tell more.
+        # If the model itself returns NaN, training and scoring report it better.
         return None
     try:
         share = difference(compute(), expected)
     except (torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # Whatever the code of a family raises.
+    except Exception as error:  # the code of a family may raise anything
         return " ".join(f"{type(error).__name__}: {error}"[:200].split())
     return None if share <= limit else f"they differ by {share:.2g} of their size"

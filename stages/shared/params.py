@@ -1,8 +1,8 @@
 """The schema of params.yaml: it accepts or refuses, and never changes a value.
 
-No field has a default and nothing is derived, so no stage's result depends on this file and
-none lists it in dvc.yaml. The YAML is read as DVC reads it (YAML 1.2: 1e-05 is a number, 010 is
-ten), so that a stage computes with what dvc.lock records.
+No field has a default and nothing is derived, so no stage's result depends on this file and none
+lists it in dvc.yaml. The YAML is read as by DVC (YAML 1.2: 1e-05 is a number, 010 is ten), so that
+a stage computes with the values in dvc.lock.
 """
 
 import ast
@@ -29,14 +29,14 @@ try:
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 except ModuleNotFoundError as error:
-    # Every stage begins here, so this is where another Python than the project's is noticed.
+    # Every stage starts here, so this is where a wrong Python is noticed.
     sys.exit(
         f"{sys.executable} has no module {error.name}; activate the project's environment first: "
         ". .venv/bin/activate"
     )
 
 PARAMS = Path("params.yaml")
-# Where the functions lie that evaluate.measures names, and what is measured without being named.
+# The file of the functions in evaluate.measures, and the built-in measures.
 MEASURES = Path("stages/evaluating/measures.py")
 STANDARD_MEASURES = ("exact_match", "rouge_l", "chrf", "json_valid", "answer_tokens", "ended")
 
@@ -89,7 +89,7 @@ Columns = dict[Text, Text] | None
 
 
 def measures_in(source: str) -> list[str]:
-    """Names of the functions at the top of a Python file, those that begin with _ left aside."""
+    """Names of the top-level functions of a Python file that do not begin with _."""
     functions = [n.name for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)]
     return [name for name in functions if not name.startswith("_")]
 
@@ -98,7 +98,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     def conflicts(self) -> list[str]:
-        """What is wrong between the values of this section, each as `key: what to do`."""
+        """Conflicts between values of this section, each as `key: what to do`."""
         return []
 
     @model_validator(mode="after")
@@ -122,7 +122,7 @@ class Model(Section):
 
 
 class Source(Model):
-    # What the section is called, for messages.
+    # The section's name, for messages.
     section: ClassVar[str] = "dataset"
     config: Text | None
     split: Text | None
@@ -303,7 +303,7 @@ def known_keys(section: type[Section] = Params, prefix: str = "") -> list[str]:
     return keys
 
 
-# What is asked for in `lora` by other tools' keys, as part of a key -> what is said of it.
+# Keys of other tools in `lora` (part of the key) -> message.
 _OF_LORA = {
     "rslora": "unknown key; write scaling: rslora",
     "dora": "DoRA is not supported: it rescales whole columns of the weight, so what it adds is "
@@ -314,13 +314,13 @@ _OF_LORA = {
 
 
 def _sections_of(kind: Any) -> list[type[Section]]:
-    """The sections that a type holds, also where they may be null or stand in a list."""
+    """The sections in a type, including optional ones and those in lists."""
     if isinstance(kind, type) and issubclass(kind, Section):
         return [kind]
     return [section for each in get_args(kind) for section in _sections_of(each)]
 
 
-# Where the file's own words are clearer.
+# Messages for this file in place of the general ones.
 _RULES = {
     "model_type": "must be a section with keys",
     "dict_type": "must be a mapping of column names",
@@ -329,13 +329,13 @@ _RULES = {
 
 
 def _near(word: str, words: dict[str, str], likeness: float) -> str:
-    """The entry of `words` whose key is likest to `word`, as a question."""
+    """The entry of `words` whose key is most similar to `word`, as a question."""
     close = difflib.get_close_matches(word, words, 1, likeness)
     return f"; did you mean {words[close[0]]}?" if close else ""
 
 
 def _near_key(key: str) -> str:
-    """The likeliest key: of the same section, or of that name in another one."""
+    """The most similar key: of the same section, or with that name in another one."""
     section, _, name = key.rpartition(".")
     split = [(k, *k.rpartition(".")[::2]) for k in known_keys()]
     siblings = {last: full for full, parent, last in split if parent == section}
@@ -351,7 +351,7 @@ def _siblings(section: str) -> str:
 
 
 def _without_numbers(place: tuple[int | str, ...]) -> str:
-    """A place in the file as `known_keys` has it: without the numbers of entries of a list."""
+    """A place in the file in the form of `known_keys`: without list indices."""
     return ".".join(part for part in place if isinstance(part, str))
 
 
@@ -386,12 +386,12 @@ def _messages(error: ErrorDetails) -> list[str]:
 
 @functools.cache
 def read_yaml(text: str) -> Any:
-    """YAML 1.2, as DVC reads it. The same text gives the same object, so leave it as it is."""
+    """Parse YAML 1.2 as DVC does. Cached; the result must not be changed."""
     return YAML(typ="safe", pure=True).load(text)
 
 
 def faults(text: str) -> list[str]:
-    """What is wrong with a params.yaml of this text, one line each; empty when nothing is."""
+    """Errors in the text of a params.yaml, one line each."""
     try:
         raw = read_yaml(text)
     except MarkedYAMLError as error:
@@ -421,16 +421,16 @@ _kept: dict[Path, Params] = {}
 
 
 def keep_params() -> None:
-    """Let `load_params` give this process what the file says now, whatever it says later.
+    """Let `load_params` return the file's current content from now on.
 
-    A stage asks for its parameters after its imports, seconds later. A value that stood there
-    for a moment would be computed with, and be recorded as the one before and after it.
+    A stage loads its parameters seconds later, after its imports. Otherwise a value that was there
+    only for a moment could be used, while DVC records the one before and after it.
     """
     _kept[PARAMS] = load_params()
 
 
 def load_params(path: Path = PARAMS) -> Params:
-    """Read and check the whole file; print every fault in a line of its own and exit with 1."""
+    """Read and validate the whole file; on errors, print each on a line and exit with 1."""
     if path in _kept:
         return _kept[path]
     try:

@@ -1,4 +1,4 @@
-"""Rows of Parquet, with what Arrow can hold and Python cannot."""
+"""Rows of Parquet, including values that Python cannot represent."""
 
 import shutil
 import tempfile
@@ -19,7 +19,7 @@ from stages.shared.opening import (
 from stages.shared.process import StageError
 
 _BATCH = 1000
-# What Arrow raises for a value that it has and Python cannot hold.
+# Raised by Arrow for a value that Python cannot represent.
 _NO_PYTHON = (ArithmeticError, LookupError, ValueError, pa.ArrowException)
 
 
@@ -29,13 +29,13 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
         with open_file(path) as packed, tempfile.TemporaryFile() as unpacked:
             source = str(path)
             if compression_of(path):
-                # Parquet is read from its end, so it goes to disk, without a name there.
+                # Parquet is read from its end, so it is decompressed to an unnamed file.
                 shutil.copyfileobj(packed, unpacked, CHUNK_BYTES)
                 unpacked.flush()
                 source = f"/proc/self/fd/{unpacked.fileno()}"
             file = pa.parquet.ParquetFile(source, pre_buffer=False, buffer_size=CHUNK_BYTES)
             if (twice := named_twice(file.schema_arrow.names)) is not None:
-                raise StageError(f"{path}: the column {twice!r} stands twice; rename one")
+                raise StageError(f"{path}: the column {twice!r} appears twice; rename one")
             for batch in file.iter_batches(batch_size=_BATCH, use_threads=False):
                 for row in _rows(path, number, batch):
                     number += 1
@@ -45,15 +45,14 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _without_nulls(value):
-    """A value of a column without the nulls that Arrow puts where an object lacks a key."""
+    """A value without the nulls that Arrow adds if an object lacks a key."""
     if isinstance(value, dict):
         return {key: _without_nulls(each) for key, each in value.items() if each is not None}
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 class Unreadable:
-    """In the place of a value that Python cannot hold. Nothing is wrong while its column is not
-    used; used as text, it says so."""
+    """Stands for a value that Python cannot represent. An error only if its column is used."""
 
     kind = "what Python cannot read (a date after the year 9999, a field twice, no UTF-8?)"
 
@@ -61,11 +60,11 @@ class Unreadable:
         self.where = where
 
     def __str__(self) -> str:
-        raise StageError(f"{self.where} holds {self.kind}; store it as text")
+        raise StageError(f"{self.where} contains {self.kind}; store it as text")
 
 
 def _rows(path: Path, before: int, batch: pa.RecordBatch) -> Iterator[dict]:
-    """The rows of a batch, which `before` rows come before in the file."""
+    """The rows of a batch that is preceded by `before` rows in the file."""
     names = batch.schema.names
     place = f"{path}: rows {before + 1} to {before + batch.num_rows}"
     columns = [

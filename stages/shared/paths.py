@@ -1,4 +1,4 @@
-"""Where stages leave what other stages read. dvc.yaml names the same; a test holds the two."""
+"""Paths of outputs that other stages read; a test compares them with dvc.yaml."""
 
 from pathlib import Path
 

@@ -1,29 +1,30 @@
-"""Where a training step's weights and activations lie, what that takes, and which way is fastest.
+"""Placement of a training step's weights and activations: its memory, its time, and the choice.
 
-A card's memory is a budget. A placement says, of a base with L layers:
+A placement, for a base with L layers:
 
-    kept_mlp, kept_attention   the last so many layers keep what their MLP or attention saves for
-                               the backward pass; the others keep their input and compute it again
-    offload                    the inputs of what is computed again wait in host memory
-    streamed                   so many layers' weights wait in host memory and arrive ahead of use
-                               (stages/shared/streaming.py)
+    kept_mlp, kept_attention   number of last layers that keep the saved activations of their MLP or
+                               attention for the backward pass; the others keep only their input and
+                               recompute them
+    offload                    the inputs of recomputed layers are kept in host memory
+    streamed                   number of layers whose weights are kept in host memory and copied
+                               ahead of use (stages/shared/streaming.py)
     tile                       tokens that an MLP computes at once; 0 for all
 
-None of it changes what is learned: the same kernels compute the same products of the same bytes.
-A tile alone rounds differently, since products over fewer rows may take another kernel and the
-adapter's gradient is a sum over tiles; it is used only where nothing else fits.
+The result does not depend on it: the same kernels compute the same products of the same bytes. The
+exception is a tile, since products over fewer rows may use another kernel and the adapter's
+gradient becomes a sum over tiles; it is used only if nothing else fits.
 
-Memory. A step's worst moment is found by walking through it: the output head, then every layer's
-backward pass from the last to the first, each beside all that the layers before it keep.
+Memory. The peak of a step is the maximum over the output head and each layer's backward pass, from
+the last to the first, each together with everything that earlier layers keep.
 
-Time. A step takes as long as the slowest of three: its operations, the bytes that go to the GPU,
-and those that leave it. The operations are 4 a frozen parameter and token (2 forward, 2 backward),
-2 more for a product that is computed again (not those that end a half: their result is not needed),
-and those of attention's scores. A streamed layer is sent twice a step, but for the SLOTS layers
-that are still there when the pass turns around; an input that waits on the host leaves and comes
-back. However small a step is, the host takes LAUNCHING to launch a layer. RATES is a fast consumer
-card's: 165e12 operations/s in bf16 and PCIe 4 x16's 25e9 bytes/s each way; the slower a card is,
-the better its copies hide. Training measures its own.
+Time. A step takes as long as the slowest of three: its operations, the bytes sent to the GPU, and
+those received from it. The operations are 4 a frozen parameter and token (2 forward, 2 backward), 2
+more for a recomputed product (except the last of a half, whose result is not needed), and those of
+the attention scores. A streamed layer is sent twice a step, except for the SLOTS layers that are
+still there when the pass turns around; an offloaded input leaves and returns. The host needs at
+least LAUNCHING to launch a layer. RATES is a fast consumer card: 165e12 operations/s in bf16 and
+PCIe 4 x16's 25e9 bytes/s each way; on a slower card the copies hide better. Training measures its
+own rates.
 """
 
 from collections.abc import Iterator
@@ -34,30 +35,30 @@ from stages.shared.vram import Shape, Sizes, Training, sizes_of
 # Buffers that streamed layers take turns in.
 SLOTS = 3
 
-# CUDA context and loaded kernels: on the card, unseen by the allocator, and more of it when tensors
-# wait in host memory.
+# CUDA context and loaded kernels: on the card but outside the allocator, and larger if tensors are
+# offloaded.
 CONTEXT = 0.787e9
 OFFLOADING_CONTEXT = 0.082e9
-# What the caching allocator reserves and cannot use, as a share of what one layer's backward pass
-# takes: that comes and goes in other sizes than it finds, while what is saved stacks up in order.
+# Fragmentation: reserved but unusable memory, relative to one layer's backward pass. Its buffers
+# come and go in various sizes, while saved activations stack up in order.
 FRAGMENTATION = 0.40
 # Layer inputs that trl's offloading still holds on the GPU (max_fwd_stash_size).
 OFFLOAD_STASH = 5
-# Layer inputs that it has brought back and not yet let go, in the backward pass.
+# Layer inputs that it has brought back and not yet released, in the backward pass.
 OFFLOAD_RETURNED = 3
-# The same of layers checkpointed in two parts (stages/training/offload.py): the last two are still
-# leaving at the head; in the backward pass there are the one at work, the one on its way back and,
-# as measured, a third.
+# The same for layers checkpointed in halves (stages/training/offload.py): at the head, the last two
+# are still being copied; in the backward pass there are the current one, the next one and, as
+# measured, a third.
 PARTS_STASH, PARTS_RETURNED = 2, 3
-# cuBLAS workspaces, taken from the allocator by the forward and the backward thread.
+# cuBLAS workspaces, allocated by the forward and the backward thread.
 WORKSPACES = 0.070e9
-# What training holds of host memory besides: libraries, CUDA, the loaded program.
+# Other host memory of training: libraries, CUDA, the program itself.
 PROCESS = 1.5e9
-# Seconds a layer and step that the host takes to launch its kernels, whatever their size.
+# Seconds per layer and step that the host needs to launch kernels of any size.
 LAUNCHING = 8e-3
-# Placements within this share of the fastest count as equally fast: fewer moving parts then win.
+# Placements within this share of the fastest count as equally fast; then the simplest wins.
 ALIKE = 0.03
-# Steps in which the number of streamed layers is tried, in shares of all.
+# Step size for the number of streamed layers to try, as a share of all.
 STREAMED_STEPS = 16
 TILE = 8192
 
@@ -88,8 +89,8 @@ class Placement:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes at the worst moment of a step. `peak` is what training allocates (allocator and managed
-    memory), `device` what the card must have, `host` what the machine must."""
+    """Bytes at the peak of a step. `peak`: allocated (allocator and managed memory), `device`: GPU
+    memory needed, `host`: host memory needed."""
 
     moment: str
     weights: float
@@ -116,13 +117,13 @@ class Prediction:
 
 
 def as_set(sizes: Sizes) -> Placement:
-    """Everything on the GPU, and activations as `checkpointing` and `offloading` say."""
+    """Everything on the GPU, with activations as in `checkpointing` and `offloading`."""
     kept = 0 if sizes.checkpointing else sizes.layers
     return Placement(kept, kept, offload=sizes.offloading)
 
 
 def predict(sizes: Sizes, placement: Placement) -> Prediction:
-    """The parts at the moment of a step that needs most."""
+    """The parts at the peak of a step."""
     name, (trained, activations, logits) = max(
         moments(sizes, placement), key=lambda moment: sum(moment[1])
     )
@@ -142,8 +143,8 @@ def predict(sizes: Sizes, placement: Placement) -> Prediction:
 
 
 def moments(sizes: Sizes, placement: Placement) -> Iterator[tuple[str, tuple[float, float, float]]]:
-    """(name, (gradients and casts, activations, output head)) of every moment of a step that can
-    be the worst."""
+    """(name, (gradients and casts, activations, output head)) of every moment of a step that may
+    be the peak."""
     layers, stream, before = sizes.layers, sizes.stream, 0.0
     if sizes.accumulation > 1:
         # Those of earlier micro-steps.
@@ -161,7 +162,7 @@ def moments(sizes: Sizes, placement: Placement) -> Iterator[tuple[str, tuple[flo
     yield "scoring, forward", (before + sizes.casts, norm + stream, sizes.head_forward)
     yield "scoring, backward", (before + held, norm, sizes.head_backward)
     yield "the final norm, backward", (before + held, norm + sizes.final_norm_working, 0.0)
-    # Liger's norm saves the unit's input itself, which is there already.
+    # Liger's norm saves the unit's input itself, which is already counted.
     own = 0.0 if sizes.norm_keeps_input else inputs
     if returned and sizes.norm_keeps_input:
         returned -= stream
@@ -176,8 +177,8 @@ def moments(sizes: Sizes, placement: Placement) -> Iterator[tuple[str, tuple[flo
 
 @dataclass(frozen=True)
 class _Unit:
-    """What is kept or computed again as one: half a layer, or a whole one. `worst` is what its
-    backward pass takes, with what it saved."""
+    """Half a layer or a whole one, kept or recomputed as a unit. `worst`: the peak of its backward
+    pass, including saved activations."""
 
     layer: int
     kept: bool
@@ -201,18 +202,18 @@ def _units(sizes: Sizes, placement: Placement) -> Iterator[_Unit]:
         if keeps_mlp:
             yield _Unit(layer, True, mlp, mlp + sizes.mlp_working)
         else:
-            # Beside a tile: all of the input's gradient and of the output's.
+            # Beside a tile: the whole gradients of input and output.
             beside = 2 * sizes.stream if placement.tile else 0.0
             yield _Unit(layer, False, 0.0, of_tile + beside)
 
 
 def recomputes(sizes: Sizes, placement: Placement) -> bool:
-    """Whether any layer computes something a second time."""
+    """Whether any layer is recomputed."""
     return min(placement.kept_mlp, placement.kept_attention) < sizes.layers
 
 
 def _one_layer(sizes: Sizes, placement: Placement) -> float:
-    """Bytes at the worst moment of one layer's backward pass, what it saved included."""
+    """Bytes at the peak of one layer's backward pass, including saved activations."""
     first = list(_units(sizes, placement))[: 2 if sizes.halves else 1]
     again = recomputes(sizes, placement)
     shared = sizes.stream if again and sizes.norm_keeps_input else 0.0
@@ -223,12 +224,12 @@ def _one_layer(sizes: Sizes, placement: Placement) -> float:
 
 
 def copied(sizes: Sizes, placement: Placement) -> float:
-    """Bytes of the layers that wait in host memory."""
+    """Bytes of streamed layers in host memory."""
     return placement.streamed * sizes.layer_weights
 
 
 def waiting(sizes: Sizes, placement: Placement) -> float:
-    """Bytes of the inputs that wait in host memory."""
+    """Bytes of offloaded inputs in host memory."""
     if not placement.offload:
         return 0.0
     again = sizes.layers - placement.kept_mlp
@@ -245,7 +246,7 @@ def sent_bytes(sizes: Sizes, placement: Placement) -> tuple[float, float]:
 
 
 def copies_hide(sizes: Sizes, placement: Placement, rates: Rates = RATES) -> bool:
-    """Whether a step computes for longer than its copies take."""
+    """Whether a step's computation takes longer than its copies."""
     copies = max(sent_bytes(sizes, placement)) / rates.bus
     return copies <= operations(sizes, placement) / rates.operations
 
@@ -258,7 +259,7 @@ def operations(sizes: Sizes, placement: Placement) -> float:
 
 
 def seconds(sizes: Sizes, placement: Placement, rates: Rates) -> float:
-    """Of a step, by the model above."""
+    """Duration of a step, by the model above."""
     computing = operations(sizes, placement) / rates.operations
     copies = max(sent_bytes(sizes, placement)) / rates.bus
     return max(computing, copies, LAUNCHING * sizes.layers)
@@ -273,10 +274,9 @@ def choose(
 ) -> Placement | None:
     """The fastest placement in `budget` bytes of the card and `host` bytes of the machine.
 
-    kept  `auto`, or what train.gradient_checkpointing says: `none` computes all layers again, `all`
-          none of them
+    kept  `auto`, or as train.gradient_checkpointing says: `none` recomputes all layers, `all` none
 
-    None when nothing fits.
+    None if nothing fits.
     """
     found = list(_fitting(sizes, budget, host, kept))
     if not found:
@@ -291,7 +291,7 @@ def choose(
 
 
 def resident(sizes: Sizes, kept: str = "auto") -> Placement:
-    """The placement that takes least of the card with all weights on it."""
+    """The placement with the least GPU memory that has all weights on the card."""
     if kept == "all":
         return Placement(sizes.layers, sizes.layers)
     found = (Placement(offload=offload) for offload in (False, True))
@@ -299,7 +299,7 @@ def resident(sizes: Sizes, kept: str = "auto") -> Placement:
 
 
 def tightest(sizes: Sizes, kept: str = "auto") -> Placement:
-    """The placement that takes least of the card."""
+    """The placement with the least GPU memory."""
     all_kept = sizes.layers if kept == "all" else 0
     found = [
         Placement(all_kept, all_kept, offload, streamed, tile)
@@ -311,7 +311,7 @@ def tightest(sizes: Sizes, kept: str = "auto") -> Placement:
 
 
 def _tiles(sizes: Sizes, kept: str) -> tuple[int, ...]:
-    """Tokens that an MLP may take at once, from what is best."""
+    """Tile sizes to try, the best first."""
     return (0, TILE) if sizes.halves and sizes.tokens > TILE and kept != "all" else (0,)
 
 
@@ -342,13 +342,13 @@ def _fitting(sizes: Sizes, budget: float, host: float, kept: str) -> Iterator[Pl
 
 
 def _counts(layers: int) -> list[int]:
-    """Of streamed layers, that are tried."""
+    """Numbers of streamed layers to try."""
     steps = {round(layers * i / STREAMED_STEPS) for i in range(STREAMED_STEPS + 1)}
     return sorted(step for step in steps if step == 0 or step > SLOTS or step == layers)
 
 
 def _keeping(sizes: Sizes, start: Placement, most: int, fits) -> Placement:
-    """`start` with as many MLPs kept as fit, which save most time a byte, then attentions."""
+    """`start` with as many MLPs kept as fit, which save most time per byte, then attentions."""
     if start.tile:
         return start
 
@@ -371,13 +371,13 @@ def _keeping(sizes: Sizes, start: Placement, most: int, fits) -> Placement:
 
 
 def predict_run(shape: Shape, run: Training) -> Prediction:
-    """What `run` needs with everything on the GPU, as its settings say."""
+    """Prediction for `run` with everything on the GPU."""
     found = sizes_of(shape, run)
     return predict(found, as_set(found))
 
 
 def methods(shape: Shape, run: Training) -> dict[str, Prediction]:
-    """The same rows by full fine-tuning (bf16 weights, gradients and moments), LoRA and QLoRA."""
+    """Predictions for full fine-tuning (bf16 weights, gradients, moments), LoRA and QLoRA."""
     full = predict_run(shape, replace(run, method="full", fused_lora=False))
     others = {m: predict_run(shape, replace(run, method=m)) for m in ("lora", "qlora")}
     return {"full": full} | others

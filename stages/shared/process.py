@@ -1,8 +1,8 @@
-"""How every stage runs: it begins, notices changed inputs, ends with dvc and fails in one line.
+"""Common behaviour of stages: they notice changed inputs, end with dvc and fail in one line.
 
 DVC records parameters and code as they are after a command ends. A stage that was started with
-other ones would be recorded under a false name, so `stages/shared/outputs.py` compares the
-stage's inputs with those at its beginning before it writes.
+others would be recorded wrongly, so before writing `stages/shared/outputs.py` compares the stage's
+inputs with those at its start.
 """
 
 import contextlib
@@ -33,27 +33,27 @@ from stages.shared.interrupts import (
 from stages.shared.params import PARAMS, YAMLError, keep_params, load_params, read_yaml, value_at
 from stages.shared.screen import on_screen
 
-# What the disk refuses, and what its owner can do about it.
+# Errors of the disk -> remedy.
 DISK_FAULTS = {
     errno.ENOSPC: "make room and run it again",
     errno.EDQUOT: "make room and run it again",
     errno.EFBIG: "raise the limit on file sizes (ulimit -f) and run it again",
-    errno.EACCES: "mend its permissions (chown, chmod) and run it again",
-    errno.EPERM: "mend its permissions (chown, chmod) and run it again",
+    errno.EACCES: "fix its permissions (chown, chmod) and run it again",
+    errno.EPERM: "fix its permissions (chown, chmod) and run it again",
     errno.EROFS: "make it writable and run it again",
 }
 _begun: dict = {}
 
 
 class StageError(Exception):
-    """A fault the user can mend. Its message is one line: what is wrong, where, what to do."""
+    """A fault the user can fix. Its message is one line: what is wrong, where, what to do."""
 
 
 def begin(name: str) -> None:
     """Start stage `name` of dvc.yaml. Call it before the slow imports.
 
-    Checks params.yaml, notes the stage's inputs, makes faults one line, and ties this process
-    to its parent: a stage must not outlive `dvc`, keep the GPU and write outputs later.
+    Checks params.yaml, records the stage's inputs, turns errors into one line, and ties this
+    process to its parent: a stage must not outlive `dvc`, keep the GPU and write outputs later.
     """
     load_params()
     sys.excepthook = lambda kind, error, trace: _report(name, kind, error, trace)
@@ -61,7 +61,7 @@ def begin(name: str) -> None:
     if sys.argv[1:]:
         raise StageError(f"takes no arguments, but was given {sys.argv[1]}; change params.yaml")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # As stderr does: a file's name need not be text, nor the terminal's encoding have it.
+        # As stderr does: file names may be undecodable, or not encodable by the terminal.
         sys.stdout.reconfigure(errors="backslashreplace")
     quiet_libraries()
     _end_with_dvc()
@@ -71,39 +71,39 @@ def begin(name: str) -> None:
     _begun["lock"] = lock(Path(".dvc/tmp") / f"{name}.lock", name)
     _begun.update(name=name, inputs=_inputs(name))
     keep_params()
-    # The process's start is known to a tick of 10 ms, and Python reads no module that soon.
+    # The start time is accurate to 10 ms, sooner than Python reads any module.
     started = _process_start() + 0.02
     for path in _begun["inputs"]:
-        # What lies in the future was written before somebody set the clock back.
+        # A time in the future means that the clock was set back.
         if path.endswith(".py") and started < os.stat(path).st_mtime <= time.time():
             raise StageError(f"{path} was edited while this stage started; run it again")
 
 
 def quiet_libraries() -> None:
-    """Set what libraries read when they are imported, and what they say."""
+    """Configure libraries before they are imported, and silence them."""
     for variable, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "DATASETS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
         "BITSANDBYTES_NOWELCOME": "1",
-        # Segments that grow: what the allocator reserves stays near what is used, as plan says.
+        # Growing segments keep reserved memory close to allocated memory, as plan assumes.
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }.items():
         os.environ.setdefault(variable, value)
     if not sys.stderr.isatty():
-        # Bars are for terminals; in a log each step of one would be a line.
+        # In a log each step of a progress bar would be a line.
         os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
-    # They warn their callers, and the caller is us: none of it is for the user to act on.
+    # Their warnings are for us as the caller, not for the user.
     warnings.simplefilter("ignore")
     for library in ("bitsandbytes", "liger_kernel"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def lock(path: Path, name: str) -> IO[str]:
-    """Hold `path` for this process alone; while another one does, say which and wait for it.
+    """Lock `path` for this process; if another process has the lock, print which and wait.
 
-    Closing the file, and any end of the process, lets go.
+    Closing the file, or the end of the process, releases it.
     """
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,9 +112,11 @@ def lock(path: Path, name: str) -> IO[str]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            print(f"{name}: waits for process {file.read()}, which runs the same", flush=True)
+            print(
+                f"{name}: waiting for process {file.read()}, which runs the same stage", flush=True
+            )
             fcntl.flock(file, fcntl.LOCK_EX)
-        # The other process may have removed the file, and a third one may hold the next.
+        # The other process may have removed the file, and a third may have locked a new one.
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
             file.truncate(0)
             file.write(str(os.getpid()))
@@ -149,7 +151,7 @@ def sha256(path: Path) -> str:
 
 
 def note_writing(path: Path) -> None:
-    """Remember what is being written, for a fault of the disk that does not say where."""
+    """Remember the file being written, for disk errors that do not name it."""
     _begun["writing"] = path
 
 
@@ -159,7 +161,7 @@ def code_files(name: str) -> list[Path]:
 
 
 def recorded() -> str:
-    """dvc.lock, by which another machine finds in a remote what was made here; "" without one."""
+    """dvc.lock, with which another machine can pull this one's results; "" if missing."""
     path = Path("dvc.lock")
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
@@ -169,7 +171,7 @@ def _entry(name: str) -> dict:
 
 
 def _outs(entry: dict, *kinds: str) -> list[str]:
-    """Paths of the outputs of `kinds`, which dvc.yaml gives bare or with options."""
+    """Paths of the outputs of `kinds` in dvc.yaml, with or without options."""
     outs = [out for kind in kinds for out in entry.get(kind, [])]
     return [out if isinstance(out, str) else next(iter(out)) for out in outs]
 
@@ -186,7 +188,7 @@ def _inputs(name: str) -> dict:
         if path.suffix in (".py", ".json", ".ok"):
             inputs[dep] = sha256(path) if path.exists() else None
         else:
-            # Weights are hashed by the stage that reads them; here size and time are enough.
+            # Weights are hashed by the stage that reads them; here size and time suffice.
             files = sorted(path.rglob("*")) if path.is_dir() else [path]
             inputs[dep] = [
                 (str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()
@@ -195,11 +197,11 @@ def _inputs(name: str) -> dict:
 
 
 def _check_writable(entry: dict) -> None:
-    """Raise at once what a stage would meet when it has run for hours: OSError or StageError."""
+    """Raise OSError or StageError now if the outputs cannot be written, not after hours."""
     for path in map(Path, _outs(entry, "outs", "metrics", "plots")):
         target = path.parent.resolve()
         if not target.is_relative_to(Path.cwd()):
-            # DVC says so too, when the stage has run.
+            # DVC refuses it too, but after the stage has run.
             raise StageError(
                 f"{path.parent} leads to {target}, outside the project, where DVC keeps no "
                 "outputs; put the whole project on that disk, or the cache alone: "
@@ -215,30 +217,31 @@ def _check_writable(entry: dict) -> None:
 
 def _end_with_dvc() -> None:
     end_with_parent(signal.SIGTERM)
-    # dvc starts a stage in its own process group, and whoever inherits its children belongs to
-    # another.
+    # dvc starts a stage in its own process group; a process that adopts orphans is in another.
     try:
         orphan = os.getpgid(os.getppid()) != os.getpgrp()
     except ProcessLookupError:
         orphan = True
     if orphan and "DVC_STAGE" in os.environ:
-        raise StageError("dvc ended before the stage began")
+        raise StageError("dvc ended before the stage started")
 
 
 def _check_dvc() -> None:
-    """Raise StageError where DVC would not record what this stage makes, or was told to stop."""
+    """Raise StageError if DVC could not record this stage, or was told to stop."""
     if "DVC_STAGE" not in os.environ:
         return
     if interrupted_before():
-        raise StageError("interrupted while the stage before it ended; dvc repro goes on from here")
+        raise StageError(
+            "interrupted at the end of the previous stage; dvc repro continues from here"
+        )
     if set("{}") & set(os.getcwd()):
         raise StageError(
             f"{os.getcwd()}: DVC cannot keep files below a path with braces; move the project"
         )
     lock = Path("dvc.lock")
-    # A hash that is cut off would have DVC run what is there.
+    # A truncated hash would make DVC rerun existing results.
     if lock.exists() and not lock.read_bytes().endswith(b"\n"):
-        raise StageError("dvc.lock is cut off; mend it with: python -m tools.recover")
+        raise StageError("dvc.lock is truncated; fix it with: python -m tools.recover")
 
 
 def _process_start() -> float:
@@ -249,13 +252,13 @@ def _process_start() -> float:
 
 
 def _disk_fault(error: BaseException) -> str | None:
-    """One line when the disk refused. Libraries written in Rust and C++ raise no OSError."""
+    """One line for an error of the disk; libraries in Rust and C++ do not raise OSError."""
     text = str(error)
     for number, remedy in DISK_FAULTS.items():
         if getattr(error, "errno", None) == number or os.strerror(number) in text:
             where = getattr(error, "filename2", None) or getattr(error, "filename", None)
             return f"{where or _begun.get('writing', '.')}: {os.strerror(number)}; {remedy}"
-    # torch.save does not pass the reason on.
+    # torch.save does not report the reason.
     if "inline_container.cc" in text:
         return f"{_begun.get('writing', '.')}: cannot be written; is the disk full?"
     return None
@@ -269,21 +272,21 @@ def _report(
         for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
             print(on_screen(line), file=sys.stderr)
         return
-    # Names and values of others are in it.
+    # The message may contain untrusted text.
     print(on_screen(f"{name}: {message}"), file=sys.stderr)
-    # The advice is an extra: no fault of ours in finding it may hide what was said.
+    # An error while preparing the advice must not hide the message.
     with contextlib.suppress(Exception):
         # DVC removed the outputs before it started the stage.
         if "DVC_STAGE" in os.environ and "DVC_EXP_NAME" not in os.environ and _in_cache(name):
             print(
-                f"{name}: have the earlier outputs back with: git checkout params.yaml dvc.lock "
+                f"{name}: restore the earlier outputs with: git checkout params.yaml dvc.lock "
                 "metrics && dvc checkout",
                 file=sys.stderr,
             )
 
 
 def fault_line(name: str, error: BaseException) -> str | None:
-    """The fault of stage `name` in a line, or None where it is the code's: it needs a traceback."""
+    """The error of stage `name` in one line; None for a bug, which needs a traceback."""
     kind = type(error)
     if issubclass(kind, KeyboardInterrupt):
         return "interrupted"
@@ -298,16 +301,16 @@ def fault_line(name: str, error: BaseException) -> str | None:
         )
     if kind.__name__ == "OutOfMemoryError":
         return (
-            "out of GPU memory; see with nvidia-smi who else uses it, or run this stage on the "
+            "out of GPU memory; see with nvidia-smi what else uses it, or run this stage on the "
             f"CPU: CUDA_VISIBLE_DEVICES= dvc repro {name}"
         )
     if issubclass(kind, MemoryError) or "can't allocate memory" in str(error):
-        return "out of memory (RAM); close other programs or take a smaller model or batch"
+        return "out of memory (RAM); close other programs or use a smaller model or batch"
     return None
 
 
 def _in_cache(name: str) -> bool:
-    """Whether DVC's cache has the outputs that dvc.lock records: a fresh clone's has none."""
+    """Whether DVC's cache has the outputs in dvc.lock; in a fresh clone it does not."""
     lock = Path("dvc.lock")
     stages = read_yaml(lock.read_text(encoding="utf-8"))["stages"] if lock.exists() else {}
     md5s = {out["path"]: out["md5"] for out in stages.get(name, {}).get("outs", [])}
@@ -317,6 +320,6 @@ def _in_cache(name: str) -> bool:
     if found.returncode:
         return False
     cache = Path(found.stdout.strip()) / "files/md5"
-    # Metrics and plots are in git and have no object.
+    # Metrics and plots are in git and not cached.
     kept = [md5s[path] for path in _outs(_entry(name), "outs") if path in md5s]
     return bool(kept) and all((cache / md5[:2] / md5[2:]).exists() for md5 in kept)

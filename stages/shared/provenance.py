@@ -1,7 +1,7 @@
-"""What a result was computed with, besides its inputs: written beside it, in metrics/*_cost.json.
+"""The environment of a result, written to metrics/*_cost.json.
 
-Where all of this is the same, the same parameters, data and code give the same bytes. No stage but
-export depends on it: other versions make no result stale, and the report says which were used.
+In the same environment, the same parameters, data and code give the same bytes. Only export depends
+on it: new versions make no other result stale, and the report says which were used.
 """
 
 import os
@@ -25,7 +25,7 @@ ABSENT = "not installed"
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of each package that computes, by the key that metrics have for it."""
+    """Metric key -> version of Python and of each package that affects results."""
     return {"python_version": platform.python_version()} | {
         f"{name.replace('-', '_')}_version": _version(name) for name in PACKAGES
     }
@@ -33,7 +33,7 @@ def versions() -> dict[str, str]:
 
 def provenance(device) -> dict[str, str | int]:
     """Flat facts about this process, which computes on the torch.device `device`."""
-    import torch  # Here, since export asks for the names alone.
+    import torch  # Here, since export only needs the names.
 
     return {
         "device": device_name(device),
@@ -45,7 +45,7 @@ def provenance(device) -> dict[str, str | int]:
 
 
 def device_name(device) -> str:
-    """The model of the GPU, or how many cores this process may use."""
+    """The GPU model, or the number of cores that this process may use."""
     if device.type == "cuda":
         import torch
 
@@ -66,7 +66,7 @@ def _version(package: str) -> str:
 
 
 def _processor() -> str:
-    """Its name with its numbers: a virtual machine's says little without them."""
+    """Name, family, model and stepping; on a virtual machine the name alone says little."""
     first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
     facts = {k.strip(): v.strip() for k, _, v in (x.partition(":") for x in first.splitlines())}
     name = facts.get("model name", platform.machine())

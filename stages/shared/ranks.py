@@ -1,7 +1,7 @@
-"""Several processes that compute one result together. No other file imports torch.distributed.
+"""Ranks: processes that compute one result together. No other file imports torch.distributed.
 
-A rank is one process with one GPU, or in tests with a share of the CPU. Who starts ranks, and ends
-them, is launch.py; the environment that each finds is that of torchrun.
+A rank is one process with one GPU, or in tests with a share of the CPU. launch.py starts and ends
+ranks; each has the environment of torchrun.
 """
 
 import json
@@ -14,18 +14,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# How long a rank waits for the others. The variable exists for tests of ranks that hang.
+# Timeout for other ranks. The variable is for tests of ranks that hang.
 TIMEOUT = timedelta(seconds=float(os.environ.get("RANKS_TIMEOUT", "300")))
-# The messages of gloo's errors, which are plain RuntimeErrors, and of NCCL's.
+# Parts of the error messages of gloo, which raises plain RuntimeErrors, and NCCL.
 _OF_WAITING = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
 
 class World:
-    """The ranks of one computation, of which this process is number `rank` of `size`.
+    """The ranks of one computation; this process is number `rank` of `size`.
 
-    A process alone is a World of one, whose methods do nothing: what it gathers is its own. What
-    is told between ranks goes over the CPU (gloo) and never waits for a GPU; gradients go by NCCL.
-    Every rank makes the same calls in the same order.
+    For a single process the methods do nothing. Values are exchanged over the CPU (gloo) and never
+    wait for a GPU; gradients use NCCL. Every rank must make the same calls in the same order.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None):
@@ -70,17 +69,17 @@ class World:
         return found[0]
 
     def wait(self) -> None:
-        """Go on when all ranks have come here."""
+        """Wait until all ranks have arrived here."""
         self.gather(None)
 
     def equalize(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Give `tensors`, of one shape everywhere, the values of rank 0."""
+        """Copy rank 0's values into `tensors`, which have the same shapes on all ranks."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=0)
 
     def leave(self) -> None:
-        """Part from the others in peace, at the end."""
+        """Leave the group, at the end."""
         if self.size > 1:
             dist.destroy_process_group()
 
@@ -89,17 +88,17 @@ ALONE = World()
 
 
 def is_of_waiting(error: BaseException) -> bool:
-    """Whether a rank failed because others did not answer: the cause is elsewhere."""
+    """Whether a rank failed only because others did not answer."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_WAITING)
 
 
 def host(address: str = "127.0.0.1", port: int = 0, everywhere: bool = False) -> dist.TCPStore:
-    """What ranks and machines tell each other by, served by this process at `address`.
+    """A store for ranks and machines to communicate, served by this process at `address`.
 
-    Port 0 takes a free one. With `everywhere` any address of this machine will do, since others
-    may know it by another. Raises OSError where the port is taken.
+    Port 0 chooses a free one. With `everywhere` it listens on all addresses of this machine, since
+    others may know it by another. Raises OSError if the port is taken.
     """
     listening = socket.create_server(("" if everywhere else address, port))
     # The store closes it.
@@ -111,7 +110,7 @@ def host(address: str = "127.0.0.1", port: int = 0, everywhere: bool = False) ->
 
 
 def connect(address: str, port: int, seconds: float = 60) -> dist.TCPStore:
-    """The store that another process hosts. Raises ConnectionError when it is not there."""
+    """The store hosted by another process. Raises ConnectionError if there is none."""
     wait = timedelta(seconds=seconds)
     try:
         return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=wait)
@@ -120,12 +119,12 @@ def connect(address: str, port: int, seconds: float = 60) -> dist.TCPStore:
 
 
 def put(store: dist.Store, key: str, value: Any) -> None:
-    """Leave a value (of JSON) in `store`."""
+    """Put a JSON value into `store`."""
     store.set(key, json.dumps(value))
 
 
 def look(store: dist.Store, key: str) -> Any:
-    """The value of `key`, None while there is none. Raises ConnectionError without its host."""
+    """The value of `key`, or None. Raises ConnectionError if the host is gone."""
     try:
         return json.loads(store.get(key)) if store.check([key]) else None
     except dist.DistError as error:

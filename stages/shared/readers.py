@@ -1,7 +1,7 @@
-"""Files of rows (JSONL, JSON, CSV, TSV, Parquet; plain or compressed): which are read, and as what.
+"""Selects and reads files of rows (JSONL, JSON, CSV, TSV, Parquet; plain or compressed).
 
-A row is a dict of column name to value. Every fault is a StageError that names file and line
-and what to do. Files are streamed: memory holds one row, or one batch of a Parquet file.
+A row is a dict of column name to value. Every error is a StageError that names file, line and
+remedy. Files are streamed: only one row, or one batch of a Parquet file, is in memory.
 """
 
 import difflib
@@ -26,20 +26,20 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict]]]] = {
     ".tsv": partial(read_csv, delimiter="\t"),
     ".parquet": read_parquet,
 }
-# How files of one split are named, as the datasets library reads names.
+# Names of a split's files, as the datasets library recognizes them.
 _SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-# As the library names what it writes; all before the numbers is the split.
+# Names of shards, as the library writes them; the part before the numbers is the split.
 _SHARD = re.compile(r"(?P<split>\w+)-\d{5}-of-(?P<count>\d{5})")
 
 
 def files_to_read(
     folder: Path, dataset: Source, eval_file: str | None
 ) -> tuple[list[str], list[str]]:
-    """Names of the files in `folder`: those to split or train on, and the held-out set's."""
+    """Names of the files in `folder`: those to split or train on, and those of the held-out set."""
     names = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
@@ -61,7 +61,7 @@ def files_to_read(
 
 
 def _check_together(folder: Path, names: list[str], dataset: Source) -> None:
-    """Raise StageError for files of several splits: who put them there may not want them mixed."""
+    """Raise StageError for files of several splits, which are probably not meant to be mixed."""
     splits = {name: split_of(name) for name in names}
     aside = [name for name in names if _word_of(name) in ("test", "validation")]
     if aside and len(aside) < len(names):
@@ -71,20 +71,20 @@ def _check_together(folder: Path, names: list[str], dataset: Source) -> None:
         # A further source of a mix has no evaluation file.
         named = f"name {pattern} in prepare.eval_file, or " if dataset.section == "dataset" else ""
         raise StageError(
-            f"{folder}: {aside[0]} stands beside {other}; {named}take "
-            f"{'them' if len(shards) > 1 else 'it'} out of the folder"
+            f"{folder}: {aside[0]} is beside {other}; {named}remove "
+            f"{'them' if len(shards) > 1 else 'it'} from the folder"
         )
     sharded = {splits[name]: name for name in names if splits[name] and _SHARD.search(name)}
     if len(sharded) > 1:
         first, second, *_ = sharded.values()
         raise StageError(
-            f"{folder}: {first} stands beside {second}, and they are of two splits; take one of "
-            "them out of the folder, or rename them alike to train on both"
+            f"{folder}: {first} and {second} seem to be two splits; remove one of "
+            "them from the folder, or rename them alike to train on both"
         )
 
 
 def _of_split(folder: Path, names: list[str], dataset: Source) -> list[str]:
-    """Those of `names` that hold dataset.split (null: "train") by README.md or by name."""
+    """Those of `names` that belong to dataset.split (null: "train"), by README.md or by name."""
     wanted = dataset.split or "train"
     listed = listed_files(read_card(folder), dataset)
     splits = [split for split in listed if split is not None]
@@ -106,8 +106,8 @@ def _of_split(folder: Path, names: list[str], dataset: Source) -> list[str]:
 
 
 def split_of(name: str) -> str | None:
-    """The split that a file's name or folder speaks of: `test` for data/test-00000.parquet, and
-    `test_sft` for data/test_sft-00000-of-00002.parquet, as the datasets library has it."""
+    """The split in a file's name or folder, as in the datasets library: `test` for
+    data/test-00000.parquet, `test_sft` for data/test_sft-00000-of-00002.parquet."""
     word, shard = _word_of(name), _SHARD.search(name)
     if word is None or shard is None or shard["split"] in _SPLIT_WORDS[word]:
         return word
@@ -120,7 +120,7 @@ def _word_of(name: str) -> str | None:
 
 
 def kind_of(path: Path) -> str | None:
-    """The suffix that decides the reader, compression left aside: `.csv` for `a.csv.gz`."""
+    """The suffix that selects the reader, without compression: `.csv` for `a.csv.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -130,7 +130,7 @@ def kind_of(path: Path) -> str | None:
 def read_file(path: Path) -> Iterator[tuple[int, dict]]:
     """(line, row) for every row of `path`; for Parquet the number of the row, from 1.
 
-    Raises StageError for a file without a row, and for the first row that cannot be read.
+    Raises StageError for a file without rows, and for the first unreadable row.
     """
     kind = kind_of(path)
     if kind is None:

@@ -1,16 +1,16 @@
-"""The rows that `prepare` writes and every later stage reads.
+"""The rows that `prepare` writes and later stages read.
 
-data/prepared holds train.arrow, eval.arrow and, where asked for, group.arrow, validation.arrow and,
-with dataset.mix, source_1.arrow and so on, the held-out rows of further sources (Arrow IPC streams:
-memory-mapped, read without a copy), tokenizer/ (the tokenizer with its template and pad token
-settled), source.json (where the data came from) and prepared.json. Columns of a set:
+data/prepared has train.arrow, eval.arrow and, depending on params.yaml, group.arrow,
+validation.arrow and source_1.arrow and so on, the held-out rows of further sources in dataset.mix
+(Arrow IPC streams, memory-mapped without a copy), tokenizer/ (the tokenizer with its final template
+and pad token), source.json (provenance) and prepared.json. Columns of a set:
 
-    row            text    file and line, such as `train.jsonl:12`, below the source's folder where
-                           there are several (`source_1/train.jsonl:12`); the second part of a row
-                           that was split is `train.jsonl:12#2`
+    row            text    file and line, such as `train.jsonl:12`, with several sources including
+                           the folder (`source_1/train.jsonl:12`); the second part of a split row is
+                           `train.jsonl:12#2`
     input_ids      int32   the rendered row, at most prepare.max_length tokens
     labels         int32   input_ids where learned, -100 elsewhere (not shifted)
-    prompt_tokens  int32   leading tokens that a person supplies at inference
+    prompt_tokens  int32   leading tokens that are the prompt at inference
     scored_bytes   int32   UTF-8 bytes of the learned text
 """
 
@@ -34,7 +34,7 @@ SCHEMA = pa.schema(
 
 
 def read_rows(path: Path) -> list[dict]:
-    """All rows of one set as plain Python values. For held-out sets, which are small."""
+    """All rows of one set as Python values; for held-out sets, which are small."""
     with pa.memory_map(str(path)) as source:
         return pyarrow.ipc.open_stream(source).read_all().to_pylist()
 
@@ -48,7 +48,7 @@ def lengths(table: pa.Table) -> tuple[list[int], list[int]]:
     """(tokens, learned tokens) of every row, without a Python object for each token."""
     tokens = token_counts(table)
     row = pc.list_parent_indices(table["labels"])
-    # Before it takes a Python value such as IGNORED, pyarrow imports pandas.
+    # pyarrow imports pandas to convert a Python value such as IGNORED.
     equal = pc.equal(pc.list_flatten(table["labels"]), pc.list_flatten(table["input_ids"]))
     learned = pc.filter(row, equal)
     counts = {c["values"]: c["counts"] for c in pc.value_counts(learned).to_pylist()}
@@ -56,7 +56,7 @@ def lengths(table: pa.Table) -> tuple[list[int], list[int]]:
 
 
 def set_sha256(rows: list[dict]) -> str:
-    """Hash of what is scored: the token ids and labels of every row, in order."""
+    """Hash of the token ids and labels of all rows, in order."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr((row["input_ids"], row["labels"])).encode())
@@ -64,7 +64,7 @@ def set_sha256(rows: list[dict]) -> str:
 
 
 def length_batches(rows: list[dict], tokens_per_batch: int) -> list[list[dict]]:
-    """Batches of rows of like length, each at most `tokens_per_batch` when padded (or one row)."""
+    """Batches of rows of similar length, at most `tokens_per_batch` padded tokens (or one row)."""
     batches: list[list[dict]] = []
     for row in sorted(rows, key=lambda r: -len(r["input_ids"])):
         width = len(batches[-1][0]["input_ids"]) if batches else 0

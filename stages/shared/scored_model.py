@@ -1,5 +1,4 @@
-"""A model that is scored or answers, loaded where it fits: on the device, or with its layers
-streamed to it."""
+"""Loads a model for scoring or answering: on the device if it fits, else with streamed layers."""
 
 import math
 import re
@@ -30,9 +29,9 @@ def model_sizes(
     adapter: Path | None = None,
     dense: bool = False,
 ) -> Scored:
-    """Of the model in `folder`, and of an adapter; rows have `longest` tokens at most.
+    """Sizes of the model in `folder` and an adapter; rows have at most `longest` tokens.
 
-    dense  in 16 bit, though the folder may have it in NF4
+    dense  in 16 bit, even if the folder has NF4
     """
     weights = model_weights(folder)
     double_quant = any(f"{name}.nested_absmax" in weights.files for name in weights.nf4)
@@ -47,7 +46,7 @@ def model_sizes(
 
 
 def decoder_in(weights: Weights) -> Decoder:
-    """The numbers of the decoder in a folder, by its files; the widest Linear counts as its MLP."""
+    """The sizes of the decoder in a folder, from its files; the widest Linear counts as its MLP."""
     config = AutoConfig.from_pretrained(weights.folder, local_files_only=True).get_text_config()
     heads = config.num_attention_heads
     width = number_of(config, "head_dim") or config.hidden_size // heads
@@ -83,19 +82,19 @@ def decoder_in(weights: Weights) -> Decoder:
 def place_scored(
     stage: str, model: Scored, device: torch.device, world: World = ALONE, answers: float = 0.0
 ) -> tuple[Fit, float]:
-    """(where `model` lies, bytes of the device beside it), and a line when it is streamed."""
-    # Every rank does the same.
+    """(placement of `model`, remaining bytes of the device); prints a line if it is streamed."""
+    # All ranks choose the same.
     budget = min(world.gather(card_budget() if device.type == "cuda" else available_bytes()))
     found = fit(model, budget, answers) or fit(model, budget) or tightest(model)
     if found.streamed and device.type == "cpu":
-        # What is not streamed would be in float32.
+        # Unstreamed weights would be in float32.
         found = tightest(model)
     if found.streamed:
         whose = "the card" if device.type == "cuda" else "the machine's memory"
         print(
             f"{stage}: the model takes {model.weights / GB:.1f} GB and {budget / GB:.1f} GB of "
-            f"{whose} are free: {found.streamed} of {model.layers} layers are streamed, all rows "
-            f"through one before the next; {found.needed / GB:.1f} GB predicted",
+            f"{whose} are free: streaming {found.streamed} of {model.layers} layers, all rows "
+            f"through one layer at a time; {found.needed / GB:.1f} GB predicted",
             flush=True,
         )
     return found, max(0.0, budget - found.needed)
@@ -110,9 +109,9 @@ def load_to_score(
     answers: float = 0.0,
     passes: int = 1,
 ) -> tuple[PreTrainedModel, Streamer | None]:
-    """The base of `folder`, and what streams it, if it must be.
+    """The base in `folder`, and its streamer, if it is streamed.
 
-    passes  over its weights: a copy in locked memory is made for more than one, where there is room
+    passes  over its weights: for more than one, a copy in locked memory is made if it fits
     """
     found, room = place_scored(stage, sizes, device, world, answers)
     if not found.streamed:

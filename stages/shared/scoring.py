@@ -1,4 +1,4 @@
-"""Perplexity, exact: exp(sum of NLL / number of scored tokens), whatever the batch size or order.
+"""Exact perplexity: exp(sum of NLL / number of scored tokens), for any batch size and order.
 
 The mean of batch means that trainers report depends on the batch size (transformers#39241).
 Here every scored token's NLL is computed in float32 and summed per row in float64.
@@ -24,7 +24,7 @@ from stages.shared.streaming import Streamer
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums per row, in the order of the rows: NLL in nats (float64) and scored tokens."""
+    """Sums per row, in row order: NLL in nats (float64) and number of scored tokens."""
 
     nll: list[float]
     tokens: list[int]
@@ -35,7 +35,7 @@ class Scores:
 
 
 def perplexity(nll: float) -> float:
-    """Of a mean NLL in nats, NaN of NaN; bounded, so that a ruined model is no math error."""
+    """exp of a mean NLL in nats; NaN for NaN; bounded, so that a broken model does not overflow."""
     return math.exp(min(nll, 700))
 
 
@@ -48,7 +48,7 @@ def score(
 ) -> Scores:
     """Score the labelled tokens of `rows` (see rows.py) under `model`, with or without adapter.
 
-    The ranks of `world` share the batches, which are those of one: to the last digit the same.
+    The ranks of `world` share the batches; results are identical for any number of ranks.
     """
     nll, tokens = [0.0] * len(rows), [0] * len(rows)
     for index, targets, logits in scored_logits(model, rows, tokens_per_batch, world, streamer):
@@ -56,7 +56,7 @@ def score(
         for row, loss in zip(index.tolist(), losses.tolist(), strict=True):
             nll[row] += loss
             tokens[row] += 1
-    # A row is in a batch of one rank and 0 elsewhere.
+    # Each row is scored on one rank and 0 on the others.
     parts = world.gather((nll, tokens))
     return Scores(
         nll=[sum(of_row) for of_row in zip(*(part[0] for part in parts), strict=True)],
@@ -74,10 +74,9 @@ def scored_logits(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yield (row index [n], target ids [n], logits [n, vocabulary] in float32) in chunks.
 
-    Every scored token comes once, on one rank of `world`; batches hold rows of like length and are
-    padded on the right. The order depends on the rows alone, so two models' chunks can be compared
-    one by one.
-    `streamer` is what streams the weights of `model`, if anything does.
+    Each scored token appears once, on one rank of `world`; batches have rows of similar length,
+    padded on the right. The order depends only on the rows, so two models' chunks can be compared
+    one by one. `streamer` is given if the weights of `model` are streamed.
     """
     causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     chunk = max(1, LOGITS // causal.get_output_embeddings().weight.shape[0])
@@ -104,7 +103,7 @@ def scored_logits(
 
 
 def _padded(batch: list[dict]) -> dict[str, torch.Tensor]:
-    """Token ids and mask [rows, width] of rows of which the first is the longest."""
+    """Token ids and mask [rows, width]; the first row is the longest."""
     ids, mask = torch.zeros(2, len(batch), len(batch[0]["input_ids"]), dtype=torch.long)
     for i, row in enumerate(batch):
         ids[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
@@ -113,15 +112,15 @@ def _padded(batch: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def batch_count(rows: list[dict]) -> int:
-    """How many ranks can have a part in scoring `rows`."""
+    """How many ranks can share the scoring of `rows`."""
     return len(length_batches(rows, TOKENS_PER_BATCH))
 
 
 def head(causal: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [n, vocabulary] of hidden states [n, H], by the model's own forward.
 
-    Its backbone gives `hidden` meanwhile, so that what a family does to its logits (scales, caps)
-    is done, under whatever name.
+    The backbone is replaced to return `hidden`, so that whatever a family does to its logits
+    (scales, caps) is applied.
     """
     # Some families call the decoder within the backbone.
     backbones: list[Any] = [m for m in (causal.base_model, causal.get_decoder()) if m is not causal]
@@ -129,7 +128,7 @@ def head(causal: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     for module, _ in before:
         module.forward = lambda *_, **__: _Given(last_hidden_state=hidden[None])
     try:
-        # The tokens are not looked at.
+        # The token ids are ignored.
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         return causal(input_ids=ids, use_cache=False).logits[0]
     finally:
@@ -141,7 +140,7 @@ def head(causal: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
 
 class _Given(BaseModelOutputWithPast):
-    """What a backbone gives; of all but the hidden states, nothing."""
+    """A backbone's output with only the hidden states."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):

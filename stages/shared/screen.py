@@ -1,12 +1,12 @@
-"""Text of others on a screen: nothing of it can steer a terminal or look like another line."""
+"""Prints untrusted text so that it cannot control the terminal or fake further lines."""
 
 import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-# A message that is longer tells nobody more.
+# Longer messages are cut.
 LONGEST = 2000
-# What a value must be, by pydantic's name of the fault.
+# What a value must be, by pydantic's error type.
 _RULES = {
     "missing": "missing",
     "too_short": "is empty",
@@ -33,8 +33,8 @@ _RULES = {
 def on_screen(text: object, most: int = LONGEST) -> str:
     """`text` on one line of at most `most` characters.
 
-    What is not printable (control characters, line ends, marks of direction, half surrogate pairs)
-    becomes its escape, such as \\x1b.
+    Unprintable characters (control characters, line ends, direction marks, half surrogate pairs)
+    are escaped, such as \\x1b.
     """
     text = str(text)
     if len(text) > most:
@@ -43,12 +43,12 @@ def on_screen(text: object, most: int = LONGEST) -> str:
 
 
 def tell(text: str) -> None:
-    """Print one line that holds text of others, at once."""
+    """Print one line that contains untrusted text, and flush."""
     print(on_screen(text), flush=True)
 
 
 def brief(value: object) -> str:
-    """`value` on one line of at most 60 characters; aliases in YAML can make it endless."""
+    """`value` on one line of at most 60 characters; YAML aliases can make it endless."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 60
     try:
@@ -59,7 +59,7 @@ def brief(value: object) -> str:
 
 
 def rule(error: Mapping[str, Any]) -> str:
-    """What a value must be, of one of pydantic's errors."""
+    """What a value must be, from one of pydantic's errors."""
     if error["type"] not in _RULES:
         return error["msg"]
     # 0.0 reads better as 0.

@@ -1,9 +1,8 @@
-"""Where a model or a data set comes from: a Hugging Face repository, a folder, a Python package.
+"""Sources of models and data sets: Hugging Face repositories, folders, Python packages.
 
-`Repository` and `Folder` look alike to a stage: `files` (name -> bytes), `get(names, target)`,
-`commit`, `license`, `sums` (name -> SHA-256, where `get` has taken it already), and `private`: not
-everybody may read it, or nobody was asked. Only named files are fetched, and nothing of them is
-executed.
+`Repository` and `Folder` have the same interface: `files` (name -> bytes), `get(names, target)`,
+`commit`, `license`, `sums` (name -> SHA-256, if `get` has computed it), and `private`: not public,
+or unknown. Only named files are fetched, and none is executed.
 """
 
 import re
@@ -19,18 +18,17 @@ from stages.shared.params import Model, Source
 from stages.shared.process import StageError, sha256
 
 DEFAULT_PACKAGES = Path("requirements-default.lock")
-# DVC may link what it tracks into its cache, and that may lie outside the project.
+# DVC may link tracked files to its cache, which may be outside the project.
 _DVC_OBJECT = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}")
 
 
 class Folder:
-    """Files on this machine. They are copied: DVC makes what it keeps read-only, and through a
-    link that would reach the user's own file."""
+    """Files on this machine. They are copied, not linked, since DVC makes its files read-only."""
 
     def __init__(self, root: Path, commit: str | None = None, trusted: bool = False):
         """List `root`, a folder or one file.
 
-        Raises StageError at a link that leads out of the folder, unless it is `trusted`.
+        Raises StageError for a link that leads out of the folder, unless it is `trusted`.
         """
         self.root, self.commit = (root.parent if root.is_file() else root), commit
         self.private = True
@@ -42,7 +40,7 @@ class Folder:
             inside = target.is_relative_to(home) or _DVC_OBJECT.search(str(target))
             if not (inside or trusted):
                 raise StageError(
-                    f"{path} is a link to {target}, outside {self.root}; copy it there"
+                    f"{path} is a link to {target}, outside {self.root}; copy the file there"
                 )
             if path.is_file():
                 name = check_name(path.relative_to(self.root).as_posix(), str(self.root))
@@ -58,11 +56,11 @@ class Folder:
 
 
 def _target(path: Path) -> Path:
-    """Where `path` leads, links followed. Raises StageError for links in a circle or to nothing."""
+    """`path` with links resolved. Raises StageError for circular or dangling links."""
     try:
         return path.resolve(strict=True)
     except (FileNotFoundError, RuntimeError):  # the latter for a circle
-        raise StageError(f"{path} is a link that leads nowhere; remove it, or fetch it") from None
+        raise StageError(f"{path} is a dangling link; remove it, or fetch its target") from None
 
 
 def open_source(kind: str, section: Model | Source) -> Repository | Folder:
@@ -74,7 +72,7 @@ def open_source(kind: str, section: Model | Source) -> Repository | Folder:
         return Folder(path)
     from huggingface_hub import constants
 
-    assert section.revision is not None  # Null for a local folder alone.
+    assert section.revision is not None  # Null only for a local folder.
     if constants.HF_HUB_OFFLINE:
         return _cached(kind, section.id, section.revision)
     return Repository(kind, section.id, section.revision)
@@ -106,18 +104,18 @@ def package(name: str, version: str) -> Distribution:
         raise StageError(f"the package {name} is not installed; run: {install}") from None
     if found.version != version:
         raise StageError(
-            f"the package {name} is {found.version}, and params.yaml says {version}; run: {install}"
+            f"the package {name} is {found.version}, but params.yaml says {version}; run: {install}"
         )
     return found
 
 
 def copy_license(found: Distribution, out: Path) -> str | None:
-    """Copy the licence files of a package; return the licence's name, where the package says it."""
+    """Copy the licence files of a package; returns the licence's name, if the package states it."""
     for file in found.files or []:
         if re.match(r"licen[cs]e", file.name, re.IGNORECASE) and ".dist-info" in file.parts[0]:
             # LICENSE.txt would look like data to a stage that reads text files.
             shutil.copyfile(file.locate(), out / file.name.removesuffix(".txt"))
-    # Python 3.11 has `get` too, and its stub does not.
+    # Python 3.11 has `get`, but its type stub does not.
     says = found.metadata.get  # type: ignore[attr-defined]
     classified = [
         value.rpartition(" :: ")[2]
@@ -128,7 +126,7 @@ def copy_license(found: Distribution, out: Path) -> str | None:
 
 
 def keep_only(folder: Path, names: list[str]) -> None:
-    """Remove all but `names`: an interrupted download may have left more."""
+    """Remove all files but `names`; an interrupted download may have left others."""
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir():
             if not any(path.iterdir()):
@@ -145,17 +143,16 @@ def write_source(
     sums: dict[str, str],
     private: bool = False,
 ) -> None:
-    """Write source.json: where the files of `folder` come from, and the SHA-256 of each.
+    """Write source.json: the source of the files in `folder`, and the SHA-256 of each.
 
-    `sums` holds those that are known; the others are taken here. `private` is of interest where
-    the name does not say it: for the Hub.
+    `sums` has those that are known; the others are computed. `private` matters only for the Hub.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {path.relative_to(folder).as_posix(): path for path in paths}
     record: dict = {
         "source": section.source,
         "id": section.id,
-        # A branch that was asked for is no part of what came: to pin it changes no byte.
+        # The name of a branch is not recorded, so that pinning its commit changes no byte.
         "revision": commit or section.revision,
         "commit": commit,
         "license": license,

@@ -1,14 +1,14 @@
-"""Weights that wait in host memory or in their files, and visit what computes with them.
+"""Streams weights from host memory or files to the device that computes with them.
 
-The layers take turns in a few buffers of one layer each. When a layer begins, the next two in the
-direction of the pass are on their way, on a stream of their own, or there already: up in the
-forward pass, down in the backward pass. A parameter's `data` always points at its layer's place in
-the same buffer, so that what autograd noted in the forward pass is right in the backward pass too,
-once its layer has been asked for again. On the CPU, which computes in float32, 16-bit weights
-become that in their buffer.
+The layers take turns in a few buffers of one layer each. When a layer starts, the next two in the
+direction of the pass (up in the forward, down in the backward pass) are already there or being
+copied on a separate stream. A parameter's `data` always points to the same place in the same
+buffer, so that references that autograd saved in the forward pass are valid in the backward pass
+once the layer has been requested again. On the CPU, which computes in float32, 16-bit weights are
+converted in the buffer.
 
-What is computed does not change: the same values are multiplied by the same kernels, from memory
-that is aligned the same way wherever a file has them.
+Results do not change: the same values are multiplied by the same kernels, from equally aligned
+memory.
 """
 
 import time
@@ -26,11 +26,11 @@ from stages.shared.text_model import kept_in_float32
 
 # Smaller parameters (norms, biases) stay on the GPU.
 SMALLEST = 65536
-# Parameters begin at multiples of it within a layer, and layers at multiples of a page.
+# Alignment of parameters within a layer; layers are aligned to pages.
 ALIGNMENT, PAGE = 256, 4096
-# Of a ring: buffers that threads fill ahead of use, and threads. Each thread reads about 2 GB/s.
+# Buffers of a ring, which threads fill ahead of use, and number of threads, each about 2 GB/s.
 RING, RING_THREADS = 5, 8
-# Layers by which the time of all is told.
+# Number of layers to time in order to estimate all.
 PROBED = 4
 
 Layer = list[torch.nn.Parameter]
@@ -40,10 +40,10 @@ Make = Callable[[str, torch.Tensor], torch.Tensor]
 class HostCopy:
     """All layers in page-locked memory.
 
-    path  of another process's copy, which is mapped and not filled; None to make one. The
-          attribute `path` is for such processes.
+    path  of another process's copy, to be mapped; None to make one, for which the attribute `path`
+          is set.
 
-    Raises MemoryError when the driver refuses to lock it.
+    Raises MemoryError if the driver refuses to lock it.
     """
 
     def __init__(self, layers: list[Layer], dtype: torch.dtype | None, path: str | None = None):
@@ -69,27 +69,27 @@ class HostCopy:
         return sum(layer.nbytes for layer in self.layers)
 
     def ask(self, i: int) -> None:
-        """Layer i is needed soon."""
+        """Announce that layer i is needed soon."""
 
     def take(self, i: int) -> list[torch.Tensor]:
-        """The tensors of layer i in locked memory, to be copied from until `sent`."""
+        """The tensors of layer i in locked memory, valid until `sent`."""
         return self.places[i]
 
     def sent(self, i: int, arrived: torch.cuda.Event | None) -> None:
-        """Layer i has left once `arrived` has happened."""
+        """Layer i has been copied once the event `arrived` has happened."""
 
 
 class Ring:
     """Layers in mapped files, which threads copy into a few locked buffers ahead of use.
 
-    For where the host has no room for a copy, or does not let it be locked.
+    Used if host memory has no room for a copy, or does not allow locking it.
     """
 
     path = None
 
     def __init__(self, layers: list[Layer], dtype: torch.dtype | None):
         size, self.dtype = max(_layer_bytes(layer, dtype) for layer in layers), dtype
-        # The parameters' data will point at the GPU.
+        # The parameters' data will point to the GPU.
         self.layers = [[parameter.data for parameter in layer] for layer in layers]
         on_gpu = torch.cuda.is_available()
         self.buffers = [
@@ -97,7 +97,7 @@ class Ring:
             for _ in range(RING)
         ]
         self.leaving: list[torch.cuda.Event | None] = [None] * RING
-        # By layer: its buffer, its places there and what fills them.
+        # Layer -> its buffer, its tensors there, and the futures that fill them.
         self.filling: dict[int, tuple[int, list[torch.Tensor], list[Future]]] = {}
         self.threads = ThreadPoolExecutor(RING_THREADS)
 
@@ -113,7 +113,7 @@ class Ring:
 
     def take(self, i: int) -> list[torch.Tensor]:
         if i not in self.filling and len(self.filling) == RING:
-            # The pass turned around: what was asked for first is not needed.
+            # The pass turned around: the oldest request is no longer needed.
             *_, futures = self.filling.pop(next(iter(self.filling)))
             for future in futures:
                 future.result()
@@ -144,8 +144,8 @@ class Ring:
 
 
 class Mapped:
-    """Layers in mapped files, read when they are needed; for the CPU, and for weights that `make`
-    (name, stored tensor) gives for the stored ones."""
+    """Layers in memory-mapped files, read when needed; for the CPU, and for weights that `make`
+    (name, stored tensor) computes from the stored ones."""
 
     path, host_bytes = None, 0
 
@@ -167,15 +167,14 @@ Source = HostCopy | Ring | Mapped
 
 
 class Streamer:
-    """Lets `layers`, in the order of the forward pass, take turns on `device`.
+    """Streams `layers`, in the order of the forward pass, to `device`.
 
-    source  them in host memory
-    dtype   what they become, those in 4 bit apart; None for what they are
-    slots   buffers on the device, at most
+    source  the layers in host memory
+    dtype   type to convert to, except 4-bit weights; None to keep the type
+    slots   maximum number of buffers on the device
 
-    Two attributes are of those who score (stages/shared/by_layer.py): `room`, bytes of the device
-    that hidden states may wait in, and `by_layer`, whether all batches can go through one layer
-    before the next.
+    Two attributes are for scoring (stages/shared/by_layer.py): `room`, bytes of the device for
+    hidden states, and `by_layer`, whether all batches can pass through one layer before the next.
     """
 
     def __init__(
@@ -197,7 +196,7 @@ class Streamer:
         self.arrived: list[torch.cuda.Event | None] = [None] * slots
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.current: int | None = None
-        # Layers sent so far.
+        # Number of layers sent so far.
         self.sent = 0
         self._layers = {id(p): i for i, layer in enumerate(layers) for p in layer}
         for i, layer in enumerate(layers):
@@ -206,14 +205,14 @@ class Streamer:
                 parameter.data = place
 
     def enter(self, i: int) -> None:
-        """Layer i is computed with next, on the current stream."""
+        """Prepare layer i for use on the current stream."""
         if i == self.current:
             return
-        # A backward pass; from any other layer a forward pass begins anew.
+        # The previous layer means a backward pass; any other jump starts a new forward pass.
         step = -1 if self.current is not None and i == self.current - 1 else 1
         self.current = i
         for near in (i, i + step, i + 2 * step):
-            # With fewer slots than layers on their way, the layer at work stays.
+            # With few slots, the current layer must stay.
             stays = near != i and (near - i) % len(self.slots) == 0
             if 0 <= near < self.count and not stays and self.held[near % len(self.slots)] != near:
                 self._send(near)
@@ -224,13 +223,13 @@ class Streamer:
             torch.cuda.current_stream().wait_event(arrived)
 
     def entrance(self, parameter: torch.nn.Parameter) -> Callable[[], None] | None:
-        """What to call before each use of `parameter`, if it is streamed."""
+        """A function to call before each use of `parameter`, if it is streamed."""
         layer = self._layers.get(id(parameter))
         return None if layer is None else partial(self.enter, layer)
 
     def attach(self, model: torch.nn.Module) -> None:
-        """Let every module of `model` that owns a streamed parameter ask for its layer, before it
-        computes and before autograd goes back through it."""
+        """Let every module of `model` with a streamed parameter request its layer before its
+        forward and its backward pass."""
         for module in model.modules():
             owned = {self._layers[id(p)] for p in module.parameters(False) if id(p) in self._layers}
             for i in owned:
@@ -238,7 +237,7 @@ class Streamer:
                 module.register_full_backward_pre_hook(lambda *_, i=i: self.enter(i))
 
     def pass_seconds(self) -> float:
-        """About how long it takes to stream every layer once, by the first of them."""
+        """Estimated seconds to stream every layer once, measured on the first ones."""
         few, started = min(self.count, PROBED), time.monotonic()
         for i in range(few):
             self._send(i)
@@ -257,7 +256,7 @@ class Streamer:
                 parameter.data.copy_(tensor)
             self.source.sent(i, None)
             return
-        # What was computed with the slot's last layer must be over.
+        # Computation with the slot's previous layer must have finished.
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             for parameter, tensor in pairs:
@@ -267,7 +266,7 @@ class Streamer:
 
 
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The decoder's layers, in order. Raises ValueError for a model that has none."""
+    """The decoder's layers, in order. Raises ValueError if the model has none."""
     count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
@@ -276,7 +275,7 @@ def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
 
 
 def spread(count: int, layers: int) -> list[int]:
-    """`count` of `layers` layers, as far apart as they can be: resident ones compute meanwhile."""
+    """`count` of `layers` layers, spread out so that copies overlap with resident layers."""
     return [(2 * i + 1) * layers // (2 * count) for i in range(count)]
 
 
@@ -290,13 +289,13 @@ def stream_layers(
     slots: int = SLOTS,
     make: Make | None = None,
 ) -> Streamer:
-    """Put `model`, which lies in host memory, on `device`, with `count` layers streamed.
+    """Move `model` from host memory to `device`, with `count` layers streamed.
 
-    kind   `copy` makes a locked copy, `ring` reads the mapped files each time, as where locking a
-           copy is refused, `files` too and without buffers between
-    path   of another process's HostCopy of the same layers, None to make one
-    dtype  what everything becomes that is not in 4 bit; None for what it is
-    make   (name, stored tensor): the one to compute with; for `files`
+    kind   `copy` makes a locked copy; `ring`, the fallback if locking is refused, reads the mapped
+           files through locked buffers each time; `files` reads them directly
+    path   of another process's HostCopy of the same layers; None to make one
+    dtype  type to convert to, except 4-bit weights; None to keep the type
+    make   (name, stored tensor) -> the tensor to compute with; for `files`
     """
     names = {id(p): name for name, p in model.named_parameters()}
     layers: Sequence[torch.nn.Module]
@@ -335,7 +334,7 @@ def stream_layers(
     streamer = Streamer(chosen, device, source, dtype, slots)
     streamer.attach(model)
     for number, i in enumerate(spread(count, len(layers))):
-        # Some layers read a module's weight and do not call the module.
+        # Some layers read a module's weight without calling the module.
         layers[i].register_forward_pre_hook(lambda *_, number=number: streamer.enter(number))
     return streamer
 
@@ -346,7 +345,7 @@ def streamed_weights(layer: torch.nn.Module) -> Layer:
 
 
 def _dtype(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """What a parameter becomes."""
+    """The type of a parameter on the device."""
     packed = isinstance(tensor, Params4bit) or not tensor.is_floating_point()
     return tensor.dtype if packed or dtype is None else dtype
 

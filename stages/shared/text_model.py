@@ -1,9 +1,8 @@
-"""The language model of a checkpoint, which may hold towers for images and sound beside it.
+"""The language model of a checkpoint, which may also contain image and audio towers.
 
-This pipeline computes with the language model alone, as a causal language model of transformers'
-own. The rest is not loaded; merge carries it over, and names are those of the checkpoint again.
-`models/quantized/names.json` says which tensor of the checkpoint each of the language model is,
-where the two differ.
+The pipeline uses only the language model, as a causal language model of transformers. merge copies
+the other towers and restores the checkpoint's tensor names. `models/quantized/names.json` maps
+tensor names of the language model to those of the checkpoint, if they differ.
 """
 
 import re
@@ -28,10 +27,10 @@ from transformers.utils import logging
 from stages.shared.experts import check_converter, checkpoint_part, expert_tensors, part_of
 from stages.shared.multimodal import MULTIMODAL
 
-# Language models without a causal class of their own, and the family that computes the same where
-# there are no images: what their positions have beyond it is of images.
+# Language models without a causal class of their own -> a family that is equivalent without images
+# (they differ only in the positions of image tokens).
 _SAME = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
-# Causal classes that take the configuration of the whole.
+# Causal classes that take the configuration of the whole model.
 _OF_WHOLE = {"mllama"}
 _OF_IMAGES = ("type", "mrope_section", "mrope_interleaved")
 # Families in which every expert computes every token: what a router does not choose is zero.
@@ -46,7 +45,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def language_config(config: PretrainedConfig) -> PretrainedConfig:
-    """`config`, or of one with further towers that of its language model."""
+    """`config`, or that of the language model if there are other towers."""
     if not is_multimodal(config) or config.model_type in _OF_WHOLE:
         return config
     text = config.get_text_config()
@@ -55,7 +54,7 @@ def language_config(config: PretrainedConfig) -> PretrainedConfig:
         rope = values["rope_parameters"]
         values["rope_parameters"] = {k: v for k, v in rope.items() if k not in _OF_IMAGES}
         text = AutoConfig.for_model(_SAME[values.pop("model_type")], **values)
-    # The whole says what it is stored in, and has the head.
+    # Only the whole config has the stored type and the settings of the head.
     text.tie_word_embeddings = config.tie_word_embeddings
     text.dtype = config.dtype or text.dtype
     return text
@@ -66,27 +65,27 @@ def is_multimodal(config: PretrainedConfig) -> bool:
 
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of `config`, whole, on the meta device."""
+    """The whole model of `config`, on the meta device."""
     auto: Any = AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
     with torch.device("meta"):
         return auto.from_config(config, dtype=torch.bfloat16)
 
 
 def language_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The language model of `config` alone, on the meta device."""
+    """Only the language model of `config`, on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(language_config(config), dtype=torch.bfloat16)
 
 
 def find_backbone(model: PreTrainedModel) -> None:
-    """Let `model.base_model` be what comes before the head: some name it as in a larger model."""
+    """Set `model.base_model` to the part before the head, which some families name differently."""
     if model.base_model is model:
         model.base_model_prefix = "model"
 
 
 def loading_report(folder: Path) -> tuple[PreTrainedModel, dict[str, set]]:
-    """The whole model of `folder` without its values, and what transformers finds when it compares
-    it with the files. No tensor is read."""
+    """The whole model in `folder` on the meta device, and transformers' report of comparing it with
+    the files. No tensor is read."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     auto: Any = AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
     # Which of the files' packed tensors it would find depends on the machine.
@@ -104,7 +103,7 @@ def loading_report(folder: Path) -> tuple[PreTrainedModel, dict[str, set]]:
 
 @contextmanager
 def without_tables() -> Iterator[None]:
-    """transformers' own report of a load is a table of many lines."""
+    """Silence transformers' own report of a load, a long table."""
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
@@ -114,7 +113,7 @@ def without_tables() -> Iterator[None]:
 
 
 def language_names(whole: PreTrainedModel, keys: set[str]) -> dict[str, str]:
-    """What the language model calls each of `keys`, names of tensors in the checkpoint of `whole`.
+    """Names in the language model of `keys`, tensor names in the checkpoint of `whole`.
 
     Keys of other towers are left out, and those that are fused with others when they are loaded,
     unless they are experts' (stages/shared/experts.py). Raises StageError where those are fused in
@@ -168,7 +167,7 @@ def kept_in_float32(model: PreTrainedModel, names: Iterable[str] | None = None) 
 
 
 def _backbone_name(model: PreTrainedModel) -> str:
-    """The module that holds the embeddings of the words, and the layers."""
+    """The module that contains the token embeddings and the layers."""
     return _name_of(model, model.get_input_embeddings()).rpartition(".")[0]
 
 
@@ -177,9 +176,9 @@ def _name_of(model: torch.nn.Module, wanted: torch.nn.Module | None) -> str:
 
 
 def key_mapping(renamed: dict[str, str]) -> dict[str, str]:
-    """For from_pretrained: patterns of the checkpoint's names and what the language model has in
-    their place. `renamed` are names in the language model by those in the checkpoint; experts
-    go by the names around theirs."""
+    """For from_pretrained: patterns of names in the checkpoint -> replacements in the language
+    model. `renamed`: name in the checkpoint -> name in the language model; experts follow the names
+    around them."""
     found = {}
     for key, name in renamed.items():
         if part_of(name):
@@ -191,7 +190,7 @@ def key_mapping(renamed: dict[str, str]) -> dict[str, str]:
         if inner or outer:
             pattern = "".join(f"{re.escape(part)}\\." for part in outer)
             found[f"^{pattern}"] = "".join(f"{part}." for part in inner)
-    # The longest first: what it replaces is not to be found again.
+    # The longest first, so that a replacement is not matched again.
     return dict(sorted(found.items(), key=lambda item: -len(item[0])))
 
 
@@ -203,8 +202,8 @@ def chosen_experts(config: PretrainedConfig) -> int:
 
 
 def number_of(config: PretrainedConfig, key: str) -> int | None:
-    """A number of the configuration, the largest where layers differ; None where that is not told
-    or each layer has its own."""
+    """A number in the configuration, the largest if layers differ; None if it is missing or cannot
+    be reduced."""
     try:
         value = getattr(config, key, None)
     except AmbiguousGlobalPerLayerAttributeError:
@@ -213,6 +212,6 @@ def number_of(config: PretrainedConfig, key: str) -> int | None:
 
 
 def largest_of(model: torch.nn.Module, key: str) -> int | None:
-    """Of the modules of `model` that have such a number."""
+    """The largest value of this attribute over the modules of `model`."""
     found = (getattr(module, key, None) for module in model.modules())
     return max((value for value in found if isinstance(value, int)), default=None)

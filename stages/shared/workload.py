@@ -1,5 +1,4 @@
-"""What training is asked to do: the base model's shape, the rows and the settings, for what places
-them (stages/shared/placement.py)."""
+"""The inputs of stages/shared/placement.py: the base model's shape, the rows and the settings."""
 
 import re
 from dataclasses import dataclass
@@ -54,7 +53,7 @@ class Lengths:
 
 
 def read_lengths(prepared: Path) -> Lengths:
-    """Lengths of every training row, and what packing fills rows up to."""
+    """Lengths of every training row, and the width of a pack."""
     with pa.memory_map(str(prepared / "train.arrow")) as source:
         tokens, learned = lengths(pyarrow.ipc.open_stream(source).read_all())
     about = read_json(prepared / "prepared.json")
@@ -70,11 +69,11 @@ def read_model(folder: Path, vocabulary: int = 0) -> tuple[PretrainedConfig, vra
         return config, shape_of(config)
     except (AttributeError, KeyError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise StageError(f"{folder}/config.json: not a decoder that plan knows: {reason}") from None
+        raise StageError(f"{folder}/config.json: unsupported by plan: {reason}") from None
 
 
 def shape_of(config: PretrainedConfig) -> vram.Shape:
-    """The shape of the model, read off its modules, which are built on the meta device."""
+    """The shape of the model, from its modules on the meta device."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     text, head = config.get_text_config(), model.get_output_embeddings()
@@ -94,13 +93,13 @@ def shape_of(config: PretrainedConfig) -> vram.Shape:
     head_dim = (
         number_of(text, "head_dim") or largest_of(model, "head_dim") or text.hidden_size // heads
     )
-    # Where layers differ, the widest keys.
+    # If layers differ, the widest keys.
     keys = max((x.outputs for x in linears if x.name.endswith(".k_proj")), default=0)
     return vram.Shape(
         layers=text.num_hidden_layers,
         vocabulary=text.vocab_size,
         hidden=text.hidden_size,
-        # Under whatever name: what a layer's last product reads.
+        # Independent of names: the input of a layer's last product.
         intermediate=number_of(text, "intermediate_size") or max(x.inputs for x in linears),
         heads=heads,
         kv_heads=number_of(text, "num_key_value_heads") or keys // head_dim or heads,
@@ -192,7 +191,7 @@ def match_targets(shape: vram.Shape, wanted: str | list[str]) -> frozenset[str]:
 
 
 def largest_step(rows: Lengths, train: Train, padding_free: bool) -> tuple[int, int, int]:
-    """(rows, tokens, learned tokens) that the largest step holds on the device."""
+    """(rows, tokens, learned tokens) of the largest step on the device."""
     size = min(train.batch_size, len(rows.tokens))
     if train.batching == "packing":
         room = min(train.batch_size * rows.max_length, sum(rows.tokens))
@@ -211,8 +210,8 @@ def planned_training(
     nf4: bool,
     double_quant: bool,
 ) -> vram.Training:
-    """The settings as training uses them on an NVIDIA GPU, with a base in NF4 or in 16 bit. Raises
-    StageError as it would."""
+    """The settings of training on an NVIDIA GPU, with a base in NF4 or 16 bit. Raises StageError as
+    training would."""
     fast = choose_fast_path(params, config, gpu=True)
     count, tokens, learned = largest_step(rows, params.train, fast.padding_free)
     return vram.Training(
@@ -223,7 +222,7 @@ def planned_training(
         dropout=params.lora.dropout,
         optimizer=params.train.optimizer,
         rows=count,
-        # A pack may hold one row alone.
+        # A pack may contain a single row.
         sequences=min(params.train.batch_size, len(rows.tokens)),
         tokens=tokens,
         learned_tokens=learned,
@@ -237,5 +236,5 @@ def planned_training(
     )
 
 
-# What train.gradient_checkpointing lets layers keep, as placement.choose takes it.
+# train.gradient_checkpointing -> the argument `kept` of placement.choose.
 KEPT = {"auto": "auto", True: "none", False: "all"}

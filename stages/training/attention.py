@@ -1,7 +1,7 @@
 """Attention over packed rows without a mask: torch's variable-length flash attention.
 
-`cu_seq_lens_q` (int32 [rows + 1]) tells where each row of a flattened batch begins, so rows
-never attend to each other and no token is padding. No build of flash-attn is needed.
+`cu_seq_lens_q` (int32 [rows + 1]) has the start of each row of a flattened batch, so rows never
+attend to each other and there is no padding. flash-attn is not needed.
 """
 
 import inspect
@@ -34,10 +34,10 @@ def varlen_attention(
     """Causal attention of query [batch, heads, tokens, d] and key, value [batch, kv heads, …].
 
     Returns ([batch, tokens, heads, d], None). Without `cu_seq_lens_q` every row of the batch is
-    one sequence: padding on the right only follows real tokens, which never look at it.
+    one sequence: padding on the right follows the real tokens, which never attend to it.
     """
     if softcap is not None or s_aux is not None:
-        raise StageError("varlen attention has no soft cap and no sinks; set train.attention: sdpa")
+        raise StageError("varlen attention lacks soft caps and sinks; set train.attention: sdpa")
     batch, _, tokens, _ = query.shape
     if cu_seq_lens_q is None:
         cu_seq_lens_q = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32)
@@ -46,14 +46,14 @@ def varlen_attention(
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     device = query.device.type
     if torch.is_autocast_enabled(device):
-        # It knows the other attentions, and gives this one what LayerNorm left in float32.
+        # Autocast does not know this attention, whose inputs LayerNorm may leave in float32.
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     window = (sliding_window - 1 if sliding_window else -1, 0)
     options: dict[str, Any] = {"scale": scaling, "window_size": window}
-    # The kernel shares key heads by itself; newer versions of torch want to hear that it is meant.
+    # The kernel shares key heads anyway; newer versions of torch require the flag.
     if _GQA:
         options["enable_gqa"] = True
-    assert max_length_q is not None  # transformers gives it with the bounds.
+    assert max_length_q is not None  # transformers passes it with cu_seq_lens_q.
     length = int(max_length_q)
     out = varlen_attn(q, k, v, bounds, bounds, length, length, **options)
     assert isinstance(out, torch.Tensor)  # A tuple only with return_aux.
@@ -61,6 +61,6 @@ def varlen_attention(
 
 
 def register() -> None:
-    """Make `attn_implementation="varlen"` known to transformers, with no mask built for it."""
+    """Register `attn_implementation="varlen"` with transformers, without a mask."""
     AttentionInterface.register(VARLEN, varlen_attention)
     AttentionMaskInterface.register(VARLEN, lambda *args, **kwargs: None)

@@ -1,8 +1,8 @@
-"""Checkpoints of a training run: outside DVC's outs, keyed by what decides the result.
+"""Checkpoints of a training run: outside DVC's outs, keyed by everything that decides the result.
 
-A killed run continues from its newest complete checkpoint and ends with the bytes of an
-undisturbed one. A checkpoint made with other parameters, data, base, code or library versions
-has another key and is never seen. The folder is removed when the outputs are in place.
+A killed run resumes from its newest complete checkpoint and ends with the bytes of an undisturbed
+one. Checkpoints of other parameters, data, base, code or library versions have another key and are
+ignored. The folder is removed when the outputs are in place.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from stages.shared.ranks import ALONE, World
 from stages.training.paged import page_again
 
 KEPT = 2
-# A kill costs at most this much work. The variable exists for tests that kill often.
+# A kill loses at most this much work. The variable is for tests.
 SECONDS = float(os.environ.get("CHECKPOINT_SECONDS", "600"))
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 
@@ -37,7 +37,7 @@ LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes
 def fingerprint(params: dict, inputs: list[Path], code: list[Path], device: str) -> str:
     """Key of a run: its parameters, inputs by their SHA256SUMS, code, libraries and device kind.
 
-    By content and never by path, so that a run continues in a copy of the project too.
+    By content, not by path, so that a run can resume in a copy of the project.
     """
     facts = {
         "params": params,
@@ -54,7 +54,7 @@ def folder_of(key: str) -> Path:
 
 
 def same_checkpoint(folder: Path, world: World) -> Path | None:
-    """The checkpoint that all ranks go on from: rank 0's newest, sent to machines without it."""
+    """The checkpoint from which all ranks resume: rank 0's newest, sent to machines without it."""
     newest = newest_complete(folder, world.size) if world.first else None
     if world.size == 1 or not world.same(newest is not None):
         return newest
@@ -78,9 +78,9 @@ def same_checkpoint(folder: Path, world: World) -> Path | None:
 
 @contextmanager
 def checkpoint_folder(key: str):
-    """Yield the folder of run `key`, held against a second run; remove it on success.
+    """Yield the folder of run `key`, locked against a second run; remove it on success.
 
-    It lies in the project that DVC calls its root, also for experiments run in a temporary copy.
+    It is in DVC's root project, even for experiments in a temporary copy.
     """
     folder = folder_of(key)
     root = folder.parent
@@ -89,8 +89,8 @@ def checkpoint_folder(key: str):
         if others:
             size = sum(f.stat().st_size for other in others for f in other.rglob("*"))
             print(
-                f"train: {len(others)} unfinished runs of other parameters hold {size / 1e9:.2f} "
-                f"GB in {root}; delete them there when you will not go back to them",
+                f"train: {len(others)} unfinished runs with other parameters take "
+                f"{size / 1e9:.2f} GB in {root}; delete those that you will not resume",
                 flush=True,
             )
         yield folder
@@ -98,9 +98,9 @@ def checkpoint_folder(key: str):
 
 
 def newest_complete(folder: Path, ranks: int = 1) -> Path | None:
-    """The newest checkpoint whose files are as written, to go on from; damaged ones are removed.
+    """The newest intact checkpoint, to resume from; damaged ones are removed.
 
-    One that another number of ranks made serves as well: every step has the same rows.
+    It may come from a different number of ranks, since every step has the same rows.
     """
     for checkpoint in reversed(_numbered(folder)):
         try:
@@ -110,9 +110,10 @@ def newest_complete(folder: Path, ranks: int = 1) -> Path | None:
             shutil.rmtree(checkpoint)
         else:
             made = len(list(checkpoint.glob("rng_state*.pth")))
-            other = f", made by {made} and not {ranks} ranks: roundings may differ"
+            other = f", written by {made} ranks, not {ranks}: rounding may differ"
             print(
-                f"train: goes on from {checkpoint.name}{other if made != ranks else ''}", flush=True
+                f"train: resuming from {checkpoint.name}{other if made != ranks else ''}",
+                flush=True,
             )
             return checkpoint
     return None
@@ -124,12 +125,12 @@ def _numbered(folder: Path) -> list[Path]:
 
 
 class Checkpoints(TrainerCallback):
-    """Saves every SECONDS and on SIGTERM, SIGINT or SIGHUP; seals each checkpoint with its sums.
+    """Saves every SECONDS and on SIGTERM, SIGINT or SIGHUP, and adds checksums.
 
-    A signal only sets a flag: it usually comes twice, and the step at hand ends first. One that
-    comes during the last step, or later, lets this stage write what is left and the next one not
-    begin. A second Ctrl-C ends the stage at once, whatever it does. Ranks agree at every step: the
-    clock of the first and the signal of any count for all.
+    A signal only sets a flag: it often arrives twice, and the current step must end first. During
+    the last step or later, the stage finishes writing, and the next stage does not start. A second
+    Ctrl-C ends the stage at once. Ranks agree at every step: the clock of the first and the signal
+    of any count for all.
     """
 
     def __init__(self, folder: Path, world: World = ALONE):
@@ -140,9 +141,9 @@ class Checkpoints(TrainerCallback):
         self.trained = False
 
     def check_space(self, trainable: int, best: bool) -> None:
-        """Raise StageError when the disk has no room for what so many parameters lead to.
+        """Raise StageError if the disk lacks room for the adapter and its checkpoints.
 
-        best: whether each checkpoint has the best state too
+        best: whether each checkpoint includes the best state
         """
         # Float32 values, with two moments each in a checkpoint.
         size = trainable * (4 + (12 + 4 * best) * (KEPT + 1))
@@ -168,11 +169,11 @@ class Checkpoints(TrainerCallback):
             self.stopped_by = number
         if number == signal.SIGINT and first:
             what = b"its outputs are" if self.trained else b"this step is"
-            # Python's own buffer of the output may be in use below this handler.
+            # print() is not reentrant, and this handler may have interrupted one.
             os.write(2, b"train: stops when " + what + b" complete; Ctrl-C again ends it now\n")
 
     def on_step_end(self, args, state, control, **kwargs):
-        # Before its turn only an early end stops training.
+        # Before the save is due, only an early stop ends training.
         if state.global_step == state.max_steps or control.should_training_stop:
             self.trained = True
             if self.stopped_by:
@@ -182,7 +183,7 @@ class Checkpoints(TrainerCallback):
         due = time.monotonic() - self.saved_at >= SECONDS
         said = self.world.gather((due, self.stopped_by))
         agreed = next((signal for _, signal in said if signal), None)
-        # One that comes now waits for the next step.
+        # A signal that arrives now waits for the next step.
         self.stopped_by = agreed or self.stopped_by
         if agreed or said[0][0]:
             control.should_save = True
@@ -190,7 +191,7 @@ class Checkpoints(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         checkpoint = self.folder / f"checkpoint-{state.global_step}"
-        # Each rank has written its random states, on its own machine.
+        # Each rank writes its random states on its own machine.
         own = checkpoint / f"rng_state_{self.world.rank}.pth"
         states = self.world.gather((own.name, own.read_bytes() if own.exists() else b""))
         self.saved_at = time.monotonic()
@@ -209,7 +210,7 @@ class Checkpoints(TrainerCallback):
                 print(f"train: the result will be refused: {error}", flush=True)
 
     def raise_if_stopped(self) -> None:
-        """After training: end the stage when a signal, and not the last step, ended it."""
+        """After training: end the stage if a signal stopped training early."""
         if self.stopped_by:
             name = signal.Signals(self.stopped_by).name
-            raise StageError(f"stopped by {name}; dvc repro goes on from the saved checkpoint")
+            raise StageError(f"stopped by {name}; dvc repro resumes from the saved checkpoint")

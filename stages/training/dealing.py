@@ -1,7 +1,7 @@
-"""Which rows of a step each rank computes: those of one GPU's step, dealt out.
+"""Divides the rows of a step among the ranks.
 
-Every step has the rows that it has on one GPU, whatever the number of ranks, so that the sum of
-the ranks' gradients is one GPU's gradient.
+A step has the same rows for any number of ranks, so that the sum of the ranks' gradients is the
+gradient of one GPU.
 """
 
 import math
@@ -17,40 +17,40 @@ from stages.shared.rows import IGNORED, token_counts
 
 
 def workers(train: Train, available: int) -> int:
-    """How many of `available` devices the rows of a step can be dealt to evenly."""
+    """Among how many of `available` devices the rows of a step can be divided evenly."""
     rows = train.batch_size * train.gradient_accumulation
     return max(n for n in range(1, available + 1) if rows % n == 0)
 
 
 def share(train: Train, ranks: int) -> Train:
-    """`train` as one of `ranks` has it: so many rows of a step, at most `batch_size` at once."""
+    """`train` for one of `ranks`: its share of a step's rows, at most `batch_size` at once."""
     rows = train.batch_size * train.gradient_accumulation // ranks
     size = max(n for n in range(1, train.batch_size + 1) if rows % n == 0)
     return train.model_copy(update={"batch_size": size, "gradient_accumulation": rows // size})
 
 
 def who_works(train: Train, available: int, kind: str = "GPUs") -> str:
-    """One line: how many devices work, on what, and what to raise for all to."""
+    """One line: how many devices are used, for which rows, and what to change to use all."""
     count, own = workers(train, available), share(train, workers(train, available))
     each = f"{own.batch_size * own.gradient_accumulation} rows of each step on each"
     if own.gradient_accumulation > 1:
         each += f", {own.batch_size} at once"
     if count == available:
-        return f"{count} {kind} work, {each}"
+        return f"uses {count} {kind}, {each}"
     raised = train.gradient_accumulation + 1
     while train.batch_size * raised % available:
         raised += 1
     return (
-        f"{count} of {available} {kind} work, {each}: train.batch_size x "
-        f"train.gradient_accumulation does not divide by {available}; with "
-        f"train.gradient_accumulation: {raised} all do"
+        f"uses {count} of {available} {kind}, {each}: train.batch_size x "
+        f"train.gradient_accumulation is not divisible by {available}; set "
+        f"train.gradient_accumulation: {raised} to use all"
     )
 
 
 class GroupedByLength(LengthGroupedSampler):
-    """transformers' order, which from the second epoch on depends on the seed and the epoch alone.
+    """transformers' order, but from the second epoch on determined by seed and epoch alone.
 
-    Its own then depends on all that was drawn before, which a run that goes on did not draw.
+    transformers' own depends on all earlier draws, which a resumed run has not made.
     """
 
     def __init__(self, size: int, lengths: list[int], trainer):
@@ -69,7 +69,7 @@ class Dealt(BatchSampler):
     order    sampler of all rows; that of rank 0 counts
     lengths  tokens of every row: each rank's share of a step has about as many
 
-    A batch has no row where a last step has too few for all: each rank has as many batches.
+    In the last step a batch may be empty, so that each rank has the same number of batches.
     """
 
     def __init__(self, order, lengths: list[int], trainer):
@@ -89,7 +89,7 @@ class Dealt(BatchSampler):
         order = world.same(list(self.order))
         for start in range(0, len(order), self.trainer.rows_per_step):
             step = order[start : start + self.trainer.rows_per_step]
-            # Longest first: the ranks' shares differ by less than a row.
+            # Longest first, so that the ranks' shares differ by less than a row.
             step.sort(key=lambda row: -self.lengths[row])
             own, most = step[world.rank :: world.size], math.ceil(len(step) / world.size)
             for i in range(0, most, size):
@@ -97,7 +97,7 @@ class Dealt(BatchSampler):
 
 
 def no_rows(rows: Dataset) -> list[dict]:
-    """What a rank without a row computes: the shortest row, of which nothing is learned."""
+    """The batch of a rank without a row: the shortest row, with nothing to learn."""
     lengths = token_counts(rows.with_format("arrow")[:])
     row = rows[min(range(len(rows)), key=lengths.__getitem__)]
     return [row | {"labels": [IGNORED] * len(row["labels"])}]

@@ -1,7 +1,6 @@
-"""Training that goes wrong, noticed at the step where it does.
+"""Detects failed training at the step where it happens.
 
-A step is looked at before its checkpoint is written, so that no checkpoint holds a broken
-adapter and the last good one stays.
+A step is checked before its checkpoint is written, so that no checkpoint contains a broken adapter.
 """
 
 import math
@@ -17,12 +16,12 @@ from transformers import TrainerCallback
 from stages.shared.process import StageError
 from stages.shared.ranks import ALONE, World
 
-# A loss explodes when it lies this many nats above the median of the steps before (perplexity
-# seven times as high), this many steps in a row: one hard row does not.
+# The loss has exploded if it exceeds the median of earlier steps by this many nats (a perplexity
+# seven times as high) for this many steps in a row, so that one hard row does not count.
 EXPLODED_NATS = 2.0
 EXPLODED_STEPS = 5
 MEDIAN_STEPS = 100
-# By then every schedule has given a learning rate above zero.
+# By then every schedule has had a learning rate above zero.
 MOVED_BY_STEP = 5
 NAMED_ROWS = 8
 READ_ROWS = 10_000
@@ -31,8 +30,8 @@ READ_ROWS = 10_000
 class Faults(TrainerCallback):
     """Stops training with the step, the rows of its batches, and what to try.
 
-    rows: train.arrow with its column `row`. The trainer must log every step, and all ranks the
-    same: then each names the rows of all.
+    rows: train.arrow with its column `row`. The trainer must log every step, on all ranks alike,
+    so that each names the rows of all.
     """
 
     def __init__(self, rows: Dataset, world: World = ALONE):
@@ -51,7 +50,7 @@ class Faults(TrainerCallback):
             return
         loss, norm = logs["loss"], logs["grad_norm"]
         if not math.isfinite(loss):
-            self._stop(state, f"the loss is {loss}", "look at these rows, or lower {rate}")
+            self._stop(state, f"the loss is {loss}", "check these rows, or lower {rate}")
         if not math.isfinite(norm):
             self._stop(state, f"the gradient's norm is {norm}", "lower {rate}")
         self.losses.append(loss)
@@ -62,7 +61,7 @@ class Faults(TrainerCallback):
                 reason = f"the loss exploded to {loss:.2f}, from a median of {median:.2f}"
                 self._stop(state, reason, "lower {rate} or raise train.warmup_ratio")
         if state.global_step == min(MOVED_BY_STEP, state.max_steps) and not moved(model):
-            self._stop(state, "the adapter does not move", "raise {rate} or change {targets}")
+            self._stop(state, "the adapter does not change", "raise {rate} or change {targets}")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.hook.remove()
@@ -76,24 +75,24 @@ class Faults(TrainerCallback):
 
 
 def moved(model: torch.nn.Module) -> bool:
-    """Whether training has changed an adapter, whose every B starts as zero (LoRA, section 4.1)."""
+    """Whether training has changed the adapter: every B starts as zero (LoRA, section 4.1)."""
     return any(p.any().item() for name, p in model.named_parameters() if ".lora_B." in name)
 
 
 def has_labels(batch: dict) -> bool:
-    """Whether something of `batch` is learned: a rank without rows computes one for nothing."""
+    """Whether `batch` has learned tokens; that of a rank without rows has none."""
     return "labels" not in batch or bool((batch["labels"] >= 0).any())
 
 
 def row_names(batches, rows: Dataset) -> list[str]:
-    """The rows that `batches` (inputs of the model, padded or packed) consist of, by name.
+    """Names of the rows in `batches` (inputs of the model, padded or packed).
 
-    Reads READ_ROWS of `rows` at a time, as Arrow, and no more than it needs: a data set has more
-    rows than Python values of them fit into memory.
+    Reads READ_ROWS of `rows` at a time, as Arrow, and no more than necessary, since all rows as
+    Python values may not fit in memory.
     """
     wanted = [ids for batch in batches for ids in sequences(batch)]
     whole: dict[tuple[int, ...], str] = {}
-    # Packing may cut a row; one that begins like it is meant.
+    # Packing may cut a row, so rows that begin like it match.
     longer: dict[tuple[int, ...], str] = {}
     for table in rows.with_format("arrow").iter(READ_ROWS):
         for ids in set(wanted) - whole.keys():

@@ -2,16 +2,15 @@
 
 For y = x W^T + s (x A^T) B^T, with a frozen W (4-bit or 16-bit) and trained A [r, in], B [out, r]:
 
-- the base's product is added to the adapter's by the matrix product itself (addmm), where PEFT
-  writes it out, scales it and adds it in three passes over [tokens, out];
-- layers that read the same x (q, k, v; gate, up) share one product with their stacked A;
-- x and the narrow x A^T are all that is kept for the backward pass;
+- the adapter's product is added to the base's within the matrix product (addmm), while PEFT needs
+  three passes over [tokens, out];
+- layers with the same input x (q, k, v; gate, up) share one product with their stacked A;
+- only x and the narrow x A^T are saved for the backward pass;
 - a whole SwiGLU MLP is one operation;
-- gradient checkpointing keeps the inputs of attention and of the MLP, on the GPU or on the host,
-  so that a layer's second pass computes neither the output nor the down projection: nothing
-  differentiates through them.
+- gradient checkpointing keeps the inputs of attention and of the MLP, on the GPU or on the host, so
+  that recomputation skips the output and down projections, whose results nothing needs.
 
-The gradients are those of PEFT's own layers up to roundings (tests/test_fast_path.py).
+The gradients equal those of PEFT's own layers up to rounding (tests/test_fast_path.py).
 """
 
 from collections import deque
@@ -40,7 +39,7 @@ _pass = None
 
 @contextmanager
 def _within(which: str):
-    """A checkpointed part runs: the first time, or again for its backward pass."""
+    """Marks a checkpointed part as running for the first time or again for its backward pass."""
     global _pass
     _pass = which
     try:
@@ -50,7 +49,7 @@ def _within(which: str):
 
 
 class _Products:
-    """LoRA linear layers that read the same input: their frozen weights, adapters and products."""
+    """LoRA linear layers with the same input: their frozen weights, adapters and products."""
 
     def __init__(
         self,
@@ -60,14 +59,14 @@ class _Products:
         streamer: Streamer | None = None,
     ):
         self.bases: list[Any] = [layer.get_base_layer() for layer in layers]
-        # The decoder layer to ask for before a weight is read, if it is streamed.
+        # Called before a weight is read, if its layer is streamed.
         self.enter = streamer.entrance(self.bases[0].weight) if streamer else None
         self.dequantize = dequantize
         self.a: list[torch.Tensor] = [m.lora_A.get_parameter("default.weight") for m in layers]
         self.b: list[torch.Tensor] = [m.lora_B.get_parameter("default.weight") for m in layers]
         self.scales = [layer.scaling["default"] for layer in layers]
         self.ranks = [len(a) for a in self.a]
-        # Whether the result is the last thing that a checkpointed part computes.
+        # Whether the result is the last one of a checkpointed part.
         self.ends_part = ends_part
 
     @property
@@ -120,7 +119,7 @@ class _Products:
     def gradients(
         self, dys: list[torch.Tensor], between: torch.Tensor, x: torch.Tensor, inner: torch.Tensor
     ) -> list[torch.Tensor]:
-        """Those of `adapters`, from what `forward` and `backward` had and gave."""
+        """Gradients of `adapters`, from arguments and results of `forward` and `backward`."""
         da = (between.t() @ x).to(self.a[0].dtype).split(self.ranks)
         db = [
             (dy.t() @ part).to(b.dtype).mul_(scale)
@@ -132,18 +131,18 @@ class _Products:
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x [tokens, in], in the type that autocast multiplies in: it lets LayerNorm give float32."""
+    """x [tokens, in] in autocast's type, since LayerNorm returns float32."""
     rows, device = x.reshape(-1, x.shape[-1]), x.device.type
     return rows.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else rows
 
 
 def _unread(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """A result that nothing reads, without memory of its own."""
+    """A placeholder for a result that is not read, without memory."""
     return like.new_empty(()).expand(shape)
 
 
 class _Linears(torch.autograd.Function):
-    # The adapters are arguments so that autograd sees them; the products hold them too.
+    # The adapters are arguments so that autograd sees them.
     @staticmethod
     def forward(ctx, x, products, *adapters):
         flat = _rows(x)
@@ -197,7 +196,7 @@ class _Mlp(torch.autograd.Function):
 
 
 class TorchSwiglu:
-    """silu(g) * u; and with dh, this again and the gradients of g and u."""
+    """silu(g) * u; `backward` recomputes it and returns the gradients of g and u too."""
 
     @staticmethod
     def forward(g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -212,9 +211,9 @@ class TorchSwiglu:
 
 
 class _Residual(torch.autograd.Function):
-    """hidden + branch(hidden), of which `hidden` alone is kept: the branch is computed again.
+    """hidden + branch(hidden), which saves only `hidden` and recomputes the branch.
 
-    tile  a branch that computes every token by itself takes so many at once; 0 for all
+    tile  tokens to compute at once, for a branch that is independent by token; 0 for all
     """
 
     @staticmethod
@@ -247,7 +246,7 @@ class _Residual(torch.autograd.Function):
 
     @staticmethod
     def again(ctx, kept, dy):
-        """The gradient of the branch's input; those of its parameters are summed up."""
+        """The gradient of the branch's input; those of its parameters are accumulated."""
         hidden = kept.detach().requires_grad_()
         enabled, dtype = ctx.autocast
         with torch.enable_grad(), torch.autocast(ctx.device, dtype, enabled), _within(SECOND):
@@ -268,11 +267,11 @@ def fuse_lora(
     stash: HostStash | None = None,
     streamer: Streamer | None = None,
 ) -> int:
-    """Let every LoRA layer of `model` compute by the products above; returns how many do.
+    """Let the LoRA layers of `model` compute by the products above; returns their number.
 
-    For training only: the adapter cannot be switched off afterwards. Layers of a known form compute
-    again what `placement` does not keep, a half at a time, from inputs in `stash` if given; others
-    by their own method. `streamer` is asked for the weights that it streams.
+    For training only: the adapter cannot be disabled afterwards. Decoder layers of a supported type
+    recompute what `placement` does not keep, in halves, from inputs in `stash` if given; others
+    checkpoint by their own method. `streamer` is asked for streamed weights.
     """
     dequantize: Callable[..., torch.Tensor] = dequantize_4bit
     swiglu: type = TorchSwiglu
@@ -309,8 +308,8 @@ def fuse_lora(
 
 
 def _in_halves(kept: tuple[bool, bool], slots: list[Slot | None], tile: int):
-    """The forward pass of a decoder layer, of whose two halves those that are not `kept` keep only
-    their inputs."""
+    """The forward pass of a decoder layer in two halves; a half that is not `kept` saves only its
+    input."""
 
     def forward(layer, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         def attend(hidden):
@@ -340,17 +339,17 @@ def _is_swiglu_mlp(module: torch.nn.Module) -> bool:
 
 
 def _computes_like_llama(mlp: torch.nn.Module) -> bool:
-    """Some families multiply, clamp, normalize or drop in between, under the same names."""
+    """False for families that do more in between, under the same names."""
     code, known = (kind.forward.__code__ for kind in (type(mlp), LlamaMLP))
     return (code.co_code, code.co_names) == (known.co_code, known.co_names)
 
 
 def _read_together(layers: list[LoraLayer], products: _Products) -> None:
-    """Let the first of `layers` compute for all; the others, called next, hand theirs out."""
+    """Let the first of `layers` compute for all; the others, called next, return their results."""
     computed: deque[torch.Tensor] = deque()
 
     def first(self, x, *args, **kwargs):
-        # A pass that failed in between may have left some.
+        # A failed pass may have left results.
         computed.clear()
         computed.extend(_Linears.apply(x, products, *products.adapters))
         return computed.popleft()

@@ -1,11 +1,11 @@
 """Two products of the training step in one pass over memory each (Triton, on a GPU with Liger).
 
-- NF4 weights to 16 bit, with their doubly quantized constants: bitsandbytes launches three
-  kernels through torch's dispatcher, which in small steps takes longer than they run.
-- The backward pass of SwiGLU together with its product, which down_proj's adapter needs again:
-  all three results go where the inputs were, and the product need not wait beside them.
+- NF4 weights to 16 bit, with doubly quantized constants: bitsandbytes launches three kernels
+  through torch's dispatcher, which in small steps takes longer than the kernels themselves.
+- The backward pass of SwiGLU together with its product, which down_proj's adapter needs again. All
+  three results overwrite the inputs, so the product needs no memory of its own.
 
-Both are bit-equal to what they replace (tests/test_gpu.py).
+Both are bit-identical to what they replace (tests/test_gpu.py).
 """
 
 import torch
@@ -70,7 +70,7 @@ def dequantize(packed: torch.Tensor, state: QuantState) -> torch.Tensor:
         OUTER=nested.blocksize,
         PAIRS=state.blocksize // 2,
         BLOCKS=BLOCKS_PER_PROGRAM,
-        # A multiplication and an addition in one would round once and not twice.
+        # A fused multiply-add would round once instead of twice.
         enable_fp_fusion=False,
     )
     return out

@@ -1,8 +1,8 @@
-"""Several machines that train together: the first one waits, the others come by tools/join.py.
+"""Several machines that train together: the first one waits, the others join by tools/join.py.
 
-The first hosts a store at HOST:PORT, in which each of the others leaves how many devices it has and
-what it would train on, and finds the numbers of its ranks. MACHINES says how many there are, or a
-scheduler's WORLD_SIZE with RANK, MASTER_ADDR and MASTER_PORT.
+The first hosts a store at HOST:PORT. Each of the others puts its number of devices and a
+description of its inputs there, and gets the numbers of its ranks. MACHINES gives the number of
+machines, or a scheduler sets WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT.
 """
 
 import hashlib
@@ -22,31 +22,31 @@ from stages.shared.ranks import connect, host, look, put
 # torchrun's default.
 PORT = 29500
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
-# What joins from a DVC remote.
+# Inputs that a joining machine may pull from a DVC remote.
 WEIGHTS_AND_ROWS = (PREPARED, QUANTIZED)
 
 
 def how_many() -> int:
-    """Machines that train together. Raises StageError where this one is not the first."""
+    """Number of machines that train together. Raises StageError if this is not the first."""
     if int(os.environ.get("RANK", "0")):
         raise StageError(
-            f"RANK is {os.environ['RANK']}: one process of a run, that of RANK 0, runs dvc repro; "
+            f"RANK is {os.environ['RANK']}: only the process with RANK 0 runs dvc repro; "
             "run python -m tools.join in the others"
         )
     number = os.environ.get("MACHINES") or os.environ.get("WORLD_SIZE") or "1"
     if not number.isdecimal() or not int(number):
-        raise StageError(f"MACHINES is {number!r} and must be a number of machines, 1 or more")
+        raise StageError(f"MACHINES is {number!r} but must be a number of machines, 1 or more")
     return int(number)
 
 
 def where() -> tuple[str, int]:
-    """Address and port at which the first machine is to be found, as the scheduler says."""
+    """Address and port of the first machine."""
     port = int(os.environ.get("MASTER_PORT") or PORT)
     if address := os.environ.get("MASTER_ADDR"):
         return address, port
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            # Nothing is sent: the system says from which of its addresses it would be.
+            # Sends nothing: the system only chooses the local address.
             probe.connect(("192.0.2.1", 9))
             return probe.getsockname()[0], port
         except OSError:
@@ -54,7 +54,7 @@ def where() -> tuple[str, int]:
 
 
 def describe(params: Params) -> dict[str, str]:
-    """What decides the result, by name, as a short text to compare between machines."""
+    """Name -> short text of everything that decides the result, to compare between machines."""
     trained = json.dumps(params.model_dump(include={"seed", "lora", "train"})).encode()
     code = b"".join(path.read_bytes() for path in code_files("train"))
     facts = {
@@ -77,7 +77,7 @@ def _commit() -> str:
 
 
 def differences(here: dict[str, str], first: dict[str, str]) -> list[str]:
-    """What is not the same on both machines."""
+    """What differs between the two machines."""
     return [
         f"{name} (here {here.get(name, 'missing')[:12]}, there {value[:12]})"
         for name, value in first.items()
@@ -99,12 +99,12 @@ def wait_for(machines: int, facts: dict[str, str]):
             store = host(address, port, everywhere=True)
         except OSError as error:
             raise StageError(
-                f"port {port} cannot be had ({error}); set MASTER_PORT to another"
+                f"port {port} cannot be used ({error}); set MASTER_PORT to another"
             ) from None
     put(store, "lock", recorded())
     put(store, "facts", facts)
     print(
-        f"train: waits for {machines - 1} more of {machines} machines: "
+        f"train: waiting for {machines - 1} more of {machines} machines: "
         f"python -m tools.join {address}:{port}",
         flush=True,
     )
@@ -118,9 +118,9 @@ def wait_for(machines: int, facts: dict[str, str]):
 
 
 def assign(store, joined: dict[int, int], own: int, size: int, key: str) -> list[int]:
-    """Tell every machine the numbers of its ranks, of `size` in all; returns the first of each.
+    """Assign ranks, `size` in all, to the machines; returns the first rank of each.
 
-    A machine that is left over has none.
+    A machine that is not needed gets none.
     """
     first, firsts = own, []
     for number, devices in sorted(joined.items()):
@@ -133,7 +133,7 @@ def assign(store, joined: dict[int, int], own: int, size: int, key: str) -> list
 
 
 def join(store, devices: int) -> dict:
-    """Take part in what the first machine begins; returns first, count, size and key."""
+    """Join the run of the first machine; returns first, count, size and key."""
     rank = int(os.environ.get("RANK", "0"))
     number = rank or store.add("numbers", 1)
     put(store, f"machine {number}", devices)
@@ -143,9 +143,9 @@ def join(store, devices: int) -> dict:
 
 
 def check_same(store) -> None:
-    """Raise StageError unless this machine has what the first one trains with."""
+    """Raise StageError unless this machine has the same inputs as the first."""
     if wrong := differences(describe(load_params()), look(store, "facts")):
         raise StageError(
-            f"the first machine has other {', other '.join(wrong)}; check out the same commit on "
-            "both, with the same params.yaml, and push what the first one made: dvc push"
+            f"the first machine differs in {', '.join(wrong)}; check out the same commit on "
+            "both, with the same params.yaml, and on the first machine: dvc push"
         )

@@ -1,8 +1,7 @@
-"""Layer inputs wait in host memory between the forward and the backward pass.
+"""Keeps layer inputs in host memory between the forward and the backward pass.
 
-Both directions are copied on a stream of their own while the GPU computes. Beside the tensor at
-work the GPU holds the one that left last in the forward pass, and the next one in the backward
-pass.
+Copies in both directions run on their own streams while the GPU computes. Beside the current
+tensor, the GPU holds the last one sent in the forward pass, and the next one in the backward pass.
 """
 
 from collections import deque
@@ -14,11 +13,11 @@ from stages.shared.host_memory import LOCKING_THREADS, pinned
 
 
 class HostStash:
-    """Tensors of one device, each in a slot. Slots are emptied in the reverse of their order.
+    """Tensors of one device, each in a slot; slots are emptied in reverse order.
 
-    A forward pass is followed by its backward pass before the next one begins.
+    Each forward pass is followed by its backward pass before the next one starts.
 
-    size  bytes of the largest tensor that will come
+    size  bytes of the largest tensor
     """
 
     def __init__(self, device: torch.device, size: int):
@@ -26,7 +25,7 @@ class HostStash:
         self.size = size
         self.stream = torch.cuda.Stream(device)
         self.slots: list[Slot] = []
-        # On its way to the host, and the event of its arrival.
+        # Tensors being copied to the host, and the events of their arrival.
         self.leaving: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
         self.threads = ThreadPoolExecutor(LOCKING_THREADS)
 
@@ -35,12 +34,12 @@ class HostStash:
         return self.slots[-1]
 
     def lock_memory(self) -> None:
-        """Let threads lock the memory of all slots in their order, while layers compute."""
+        """Let threads page-lock the memory of all slots in order, while layers compute."""
         for slot in self.slots:
             slot.buffer = self.threads.submit(pinned, self.size)
 
     def let_go(self, still: int) -> None:
-        """Free all but the last `still` of what left, as soon as it has arrived."""
+        """Free all but the last `still` tensors that were sent, once they have arrived."""
         while len(self.leaving) > still:
             _, arrived = self.leaving.popleft()
             torch.cuda.current_stream().wait_event(arrived)
@@ -50,13 +49,13 @@ class Slot:
     def __init__(self, stash: HostStash, number: int):
         self.stash = stash
         self.number = number
-        # Kept from step to step: pinning memory takes longer than many copies.
+        # Kept across steps, since pinning memory takes longer than many copies.
         self.buffer: Future[torch.Tensor] | None = None
         self.waiting: torch.Tensor | None = None
         self.returning: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
     def put(self, tensor: torch.Tensor) -> None:
-        """Begin to copy `tensor`, which the stash holds until it has left."""
+        """Start to copy `tensor`, which the stash holds until the copy is done."""
         stash = self.stash
         # While one layer's copies leave the next one computes.
         stash.let_go(1)
@@ -66,7 +65,7 @@ class Slot:
         try:
             buffer = self.buffer.result()
         except BaseException:
-            # Or the threads would go on, and the process wait for them.
+            # Otherwise the threads would continue, and the process wait for them.
             stash.threads.shutdown(wait=False, cancel_futures=True)
             raise
         self.waiting = buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -76,7 +75,7 @@ class Slot:
             stash.leaving.append((tensor, stash.stream.record_event()))
 
     def take(self) -> torch.Tensor:
-        """The tensor on the device again; that of the slot before sets out."""
+        """The tensor, back on the device; starts to copy that of the previous slot."""
         stash = self.stash
         stash.let_go(0)
         self.set_out()
@@ -91,7 +90,7 @@ class Slot:
     def set_out(self) -> None:
         if self.waiting is None:
             return
-        # Memory of the computing stream, which may still be busy with what was there before.
+        # The memory belongs to the computing stream, which may still be using it.
         tensor = torch.empty_like(self.waiting, device=self.stash.device)
         stream = self.stash.stream
         stream.wait_stream(torch.cuda.current_stream())

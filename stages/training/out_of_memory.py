@@ -1,4 +1,4 @@
-"""Running out of GPU memory, explained: by which part, what plan had said, and what to change."""
+"""Explains running out of GPU memory: the parts, the prediction of plan, and what to change."""
 
 from pathlib import Path
 
@@ -16,18 +16,18 @@ PLAN = Path("metrics/plan.json")
 
 
 def no_memory_for_base(prediction: Prediction | None) -> StageError:
-    """The GPU ran out before there was anything to train."""
+    """The GPU ran out of memory while loading the base."""
     return StageError(
         f"out of GPU memory{of_the_card()} while the base model was loaded; "
-        f"{predicted(prediction)}; set quantize.type: nf4 or take a smaller base, or see with "
-        "nvidia-smi who else uses the GPU"
+        f"{predicted(prediction)}; set quantize.type: nf4 or use a smaller base, or see with "
+        "nvidia-smi what else uses the GPU"
     )
 
 
 def no_memory_for_step(
     trainer: Trainer, base_bytes: int, params: Params, prediction: Prediction | None
 ) -> StageError:
-    """The GPU ran out while it trained. `base_bytes` are those of the model as loaded."""
+    """The GPU ran out of memory in training. `base_bytes`: bytes of the model as loaded."""
     peak = torch.cuda.max_memory_allocated()
     parts = {"base model": base_bytes, **trained_parts(trainer)}
     rest = max(0, peak - sum(parts.values()))
@@ -42,12 +42,12 @@ def no_memory_for_step(
 
 
 def trained_parts(trainer: Trainer) -> dict[str, int]:
-    """Bytes that the allocator holds for what trains."""
+    """Allocated bytes of adapter, gradients and optimizer."""
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     own, paged = state_bytes(trainer.optimizer)
     made = own + paged or trainer.args.optim.startswith("paged")
     if not made and needs_probe(trainer.train_dataset):
-        # What the probe kept free for it.
+        # Reserved by the probe.
         own = ADAM_BYTES * sum(p.numel() for p in trained)
     return {
         "adapter": sum(p.nbytes for p in trained),
@@ -61,31 +61,31 @@ def of_the_card() -> str:
         return ""
     free, total = torch.cuda.mem_get_info()
     others = total - free - torch.cuda.memory_reserved()
-    return f" of {total / GB:.1f} GB, of which others and CUDA hold {others / GB:.1f},"
+    return f" of {total / GB:.1f} GB, of which other processes and CUDA use {others / GB:.1f},"
 
 
 def predicted(prediction: Prediction | None) -> str:
-    """What was expected: of where things lay, or of the settings, whose metrics may be absent."""
+    """The prediction for the placement, else that of plan, which may be missing."""
     if prediction:
         return (
-            f"{prediction.peak / GB:.2f} GB had been predicted, and {prediction.device / GB:.2f} "
-            "GB for the card"
+            f"predicted were {prediction.peak / GB:.2f} GB, and {prediction.device / GB:.2f} "
+            "GB with CUDA's own"
         )
     if not PLAN.exists():
         return "plan left no prediction"
     plan = read_json(PLAN)
     return (
-        f"plan had predicted {plan['predicted_peak_vram_gb']:.2f} GB, and "
-        f"{plan['predicted_device_gb']:.2f} GB for the card"
+        f"plan predicted {plan['predicted_peak_vram_gb']:.2f} GB, and "
+        f"{plan['predicted_device_gb']:.2f} GB with CUDA's own"
     )
 
 
 def cheaper(params: Params) -> str:
-    """The parameter to change first; plan finds the cheapest change that fits a card."""
+    """The parameter to change first."""
     train, first = params.train, ""
     if train.batch_size > 1:
         first = f"lower train.batch_size (now {train.batch_size})"
-        first += " and raise train.gradient_accumulation as much"
+        first += " and raise train.gradient_accumulation accordingly"
     elif train.gradient_checkpointing is False:
         first = "set train.gradient_checkpointing: auto"
     elif params.lora.dropout:
@@ -93,5 +93,5 @@ def cheaper(params: Params) -> str:
     elif not train.optimizer.startswith("paged"):
         first = "set train.optimizer: paged_adamw_8bit"
     else:
-        first = "lower prepare.max_length or take a smaller base"
+        first = "lower prepare.max_length or use a smaller base"
     return f"{first}, or set plan.vram_limit_gb to the card's size and let plan choose"

@@ -1,4 +1,4 @@
-"""Optimizer state in managed memory, which bitsandbytes' paged optimizers keep beside the GPU's."""
+"""Optimizer state of bitsandbytes' paged optimizers, in CUDA managed memory."""
 
 import torch
 
@@ -14,10 +14,10 @@ def state_bytes(optimizer) -> tuple[int, int]:
 
 
 def page_again(optimizer) -> None:
-    """Move what a checkpoint brought back as plain GPU memory to where training would have it.
+    """Move optimizer state loaded from a checkpoint back into managed memory.
 
-    bitsandbytes pages state when it makes it and not when it loads it (optim/optimizer.py): a
-    resumed run would need a larger card than the undisturbed one.
+    bitsandbytes pages state when it creates it, but not when it loads it (optim/optimizer.py), so
+    a resumed run would need a larger card.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     if not getattr(inner, "is_paged", False):

@@ -1,6 +1,6 @@
-"""Where this run's weights and activations lie, decided on the machine that trains.
+"""Chooses the placement of weights and activations on the machine that trains.
 
-No stage's result depends on it: the same params give the same adapter on every card.
+No result depends on it: the same params give the same adapter on every card.
 """
 
 import importlib.util
@@ -26,26 +26,26 @@ from stages.shared.streaming import RING, Streamer
 from stages.shared.vram import Shape, Sizes, sizes_of
 from stages.shared.workload import KEPT, Lengths, planned_training, shape_of
 
-# After an attempt that did not fit: bytes that the next one leaves free, in the environment.
+# Environment variable: bytes to leave free, after an attempt that did not fit.
 TIGHTER, TIGHTER_SHARE = "TRAIN_TIGHTER_BYTES", 0.1
-# Bytes and square products by which the rates are measured.
+# Size of the copies and of the square products that measure the rates.
 PROBE_BYTES, PROBE_SIZE, PROBE_RUNS = 2**26, 4096, 8
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A placement and why. `prediction` and `budget` (bytes) are None on the CPU, where everything
-    lies in host memory."""
+    """A placement and its basis. `prediction` and `budget` (bytes) are None on the CPU, where
+    everything is in host memory."""
 
     placement: Placement
     prediction: Prediction | None = None
     budget: float | None = None
     rates: Rates | None = None
-    # The machine has no room for a copy of what is streamed: it comes from the files each time.
+    # Host memory has no room for a copy of streamed weights, so they are read from their files.
     ring: bool = False
 
     def metrics(self) -> dict[str, float]:
-        """For metrics/train_cost.json: what lay where, what was predicted, what was measured."""
+        """For metrics/train_cost.json: placement, prediction and measured rates."""
         if not (self.prediction and self.rates):
             return {}
         return {
@@ -71,7 +71,7 @@ def place(
 ) -> Placed:
     """The fastest placement that fits the device now, printed.
 
-    leave  bytes that stay free besides, after an attempt that did not fit
+    leave  bytes to leave free in addition, after an attempt that did not fit
     """
     layers = config.get_text_config().num_hidden_layers
     if device.type == "cpu":
@@ -79,7 +79,7 @@ def place(
         return Placed(Placement(kept, kept))
     shape = shape_of(config)
     sizes = run_sizes(config, shape, params, rows)
-    # Every rank places the same: in the smallest budget, by the first one's rates.
+    # All ranks choose the same: for the smallest budget, with the first rank's rates.
     budget = min(world.gather(card_budget() - leave))
     host = available_bytes() + placement.PROCESS
     rates, kept = world.same(measured_rates(device)), KEPT[params.train.gradient_checkpointing]
@@ -89,7 +89,7 @@ def place(
         placed = placement.choose(sizes, budget, rates=rates, kept=kept)
         if placed and (needed := ring_bytes(sizes, placed)) > host:
             raise no_host_memory(needed)
-    # The prediction is no promise: what takes least is tried, and fails with an explanation.
+    # Predictions may be wrong, so the smallest placement is tried anyway.
     placed = placed or placement.tightest(sizes, kept)
     prediction = placement.predict(sizes, placed)
     print(
@@ -99,7 +99,8 @@ def place(
     )
     if ring and placed.streamed:
         print(
-            "train: streamed weights are read from their files: the machine has no room", flush=True
+            "train: streamed weights are read from their files, since host memory is too small",
+            flush=True,
         )
     if hint := faster(config, shape, params, rows, budget, host, rates):
         print(f"train: {hint}", flush=True)
@@ -107,7 +108,7 @@ def place(
 
 
 def run_sizes(config: PretrainedConfig, shape: Shape, params: Params, rows: Lengths) -> Sizes:
-    """Those of this run: with the base that lies there, and the kernels that are installed."""
+    """The sizes of this run, with its base and the installed kernels."""
     quantization = getattr(config, "quantization_config", None) or {}
     double_quant = bool(quantization.get("bnb_4bit_use_double_quant"))
     run = planned_training(config, shape, params, rows, bool(quantization), double_quant)
@@ -116,16 +117,16 @@ def run_sizes(config: PretrainedConfig, shape: Shape, params: Params, rows: Leng
 
 
 def describe(placed: Placement, sizes: Sizes) -> str:
-    """What lies where, in words."""
+    """The placement in words."""
     layers = sizes.layers
     weights = "weights on the GPU"
     if placed.streamed:
         weights = f"weights of {placed.streamed} of {layers} layers streamed from host memory"
-    recomputed = "nothing is computed again"
+    recomputed = "nothing is recomputed"
     if placement.recomputes(sizes, placed):
         recomputed = (
             f"{layers - placed.kept_mlp} of {layers} MLPs and {layers - placed.kept_attention} "
-            "attentions are computed again"
+            "attention blocks are recomputed"
         )
         if placed.offload:
             recomputed += ", from inputs in host memory"
@@ -135,7 +136,7 @@ def describe(placed: Placement, sizes: Sizes) -> str:
 
 
 def measured_rates(device: torch.device) -> Rates:
-    """Operations/s and bytes/s of this machine, in a fraction of a second."""
+    """Operations/s and bytes/s of this machine; takes a fraction of a second."""
     host = pinned(PROBE_BYTES, "a measurement of the bus")
     there = torch.empty_like(host, device=device)
     square = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=torch.bfloat16, device=device)
@@ -187,24 +188,24 @@ def faster(
 
 
 def ring_bytes(sizes: Sizes, placed: Placement) -> float:
-    """Bytes of host memory without a copy of what is streamed."""
+    """Bytes of host memory without a copy of streamed weights."""
     copied = placement.copied(sizes, placed)
     buffers = RING * sizes.layer_weights if placed.streamed else 0.0
     return placement.predict(sizes, placed).host - copied + buffers
 
 
 def no_host_memory(needed: float) -> StageError:
-    """The card would do, and the machine's memory does not."""
+    """The card suffices, but host memory does not."""
     return StageError(
-        f"training on this card needs {needed / GB:.1f} GB of host memory and the machine has "
-        f"{available_bytes() / GB:.1f} GB free; close other programs or lower train.batch_size"
+        f"training on this card needs {needed / GB:.1f} GB of host memory, but only "
+        f"{available_bytes() / GB:.1f} GB are free; close other programs or lower train.batch_size"
     )
 
 
 def load_placed(
     folder: Path, device: torch.device, attention: str, placed: Placed, world: World = ALONE
 ) -> tuple[PreTrainedModel, Streamer | None]:
-    """The base of `folder` where it is placed, and what streams it."""
+    """The base in `folder`, placed, and its streamer."""
     count = placed.placement.streamed
     if not count:
         return load_base(folder, device, attention), None
@@ -213,18 +214,18 @@ def load_placed(
 
 
 def tighter() -> float:
-    """Bytes of the card to leave free, since an attempt before this one ran out of them."""
+    """Bytes of the card to leave free after an earlier attempt ran out of memory."""
     return float(os.environ.get(TIGHTER, "0"))
 
 
 def try_tighter(placed: Placed) -> None:
-    """After the GPU ran out of memory: start the stage anew, once, with less to place.
+    """After the GPU ran out of memory: restart the stage once, with less on the card.
 
-    In the same process, so that dvc and its locks see no end of it, and from the last checkpoint.
-    Returns where that was tried already, or there is no GPU.
+    In the same process, so that DVC and its locks do not notice, and from the last checkpoint.
+    Returns if that has already been tried, or if there is no GPU.
     """
     if TIGHTER in os.environ or placed.budget is None:
         return
-    print("train: out of GPU memory; once more, with less on the card", flush=True)
+    print("train: out of GPU memory; retrying with less on the card", flush=True)
     os.environ[TIGHTER] = str(TIGHTER_SHARE * placed.budget)
     os.execv(sys.executable, [sys.executable, "-m", "stages.train"])

@@ -1,8 +1,8 @@
-"""The largest step that training can meet, tried before the first one.
+"""Tries the largest possible step before training.
 
-Out of memory then comes in the first seconds and not after an hour. What is trained is not changed
-by it: gradients are cleared, random states put back, and the optimizer never steps. Where rows are
-about as long as each other, as full packs are, the first steps are the trial.
+Running out of memory then shows in the first seconds instead of after an hour. The result is not
+affected: gradients are cleared, random states restored, and the optimizer does not step. If rows
+have similar lengths, as full packs do, the first steps serve as the trial.
 """
 
 import statistics
@@ -17,24 +17,24 @@ from stages.training.trainer import Trainer
 
 # Of each trained parameter: Adam's two moments, and the gradient of an earlier micro-step.
 ADAM_BYTES, GRADIENT_BYTES = 8, 4
-# Mean length over the longest, from which on rows count as equally long.
+# Ratio of mean to maximum length from which rows count as equally long.
 ALIKE = 0.95
 
 
 def needs_probe(rows: Dataset) -> bool:
-    """Whether a step over `rows` (packs, when packed) can be much larger than the first ones.
+    """Whether a step over `rows` (packs, if packed) can be much larger than the first ones.
 
-    By their tokens alone: how many of them are learned changes the output head's memory a little.
+    Judged by tokens; the number of learned tokens has little effect.
     """
     tokens = token_counts(rows.with_format("arrow")[:])
     return statistics.fmean(tokens) < ALIKE * max(tokens)
 
 
 class Probe(TrainerCallback):
-    """Computes the loss and gradients of the longest rows together, then forgets them.
+    """Computes loss and gradients of the longest rows together, then discards them.
 
-    Beside them lies as much memory as later steps find taken: by gradients that add up and by the
-    optimizer's state, which is made in the first step. A paged one's is not the allocator's.
+    Meanwhile it holds as much memory as later steps need for accumulated gradients and for the
+    optimizer's state, which the first step creates. Paged state is not the allocator's.
     """
 
     def __init__(self, trainer: Trainer):

@@ -1,4 +1,4 @@
-"""What a run tells while it trains and afterwards: a bar, the held-out loss, rates, the curve."""
+"""Progress of a run: a bar, the held-out loss, rates, and the curve."""
 
 import csv
 import io
@@ -16,24 +16,24 @@ from stages.shared.scoring import TOKENS_PER_BATCH
 from stages.training.trainer import Trainer
 from stages.training.validation import Validation
 
-# The held-out loss along the way: enough rows to see a trend, few enough to cost little.
+# Held-out rows scored during training: enough for a trend, few enough to be cheap.
 CURVE_POINTS = 4
 CURVE_ROWS = 32
 CURVE_LINES = 200
 WARM_STEPS = 3
-# What a checkpoint holds of the run before it.
+# The progress so far, in a checkpoint.
 COUNTS = ("seconds", "tokens", "steady_seconds", "steady_tokens")
 
 
 class Progress(TrainerCallback):
-    """One bar, the held-out loss along the way, the clock and the tokens.
+    """Shows a bar and the held-out loss, and measures time and tokens.
 
-    `seconds` is the wall time of training with its data loading and warm-up, without the scoring
-    of held-out and validation rows; `tokens` are those of all ranks. Both travel in the
-    checkpoints: a resumed run reports its whole cost.
+    `seconds` is the wall time of training including data loading and warm-up, without scoring of
+    held-out and validation rows; `tokens` counts all ranks. Both are saved in checkpoints, so that
+    a resumed run reports its whole cost.
 
-    step_tokens  of the largest step: scoring takes no more at once, so that the memory that was
-                 predicted, and tried when training began, is enough for it
+    step_tokens  of the largest step; scoring uses no larger batches, so that it needs no more
+                 memory than training
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class Progress(TrainerCallback):
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc="train", disable=None
         )
-        # What loading a checkpoint takes is not of training.
+        # Exclude checkpoint loading from the measured peak.
         reset_peaks()
-        # This rank's own, of what it has added so far.
+        # This rank's share of what was added so far.
         self.counted = self.trainer.tokens
         self.mark = time.monotonic()
 
@@ -76,7 +76,7 @@ class Progress(TrainerCallback):
         self.mark = time.monotonic()
 
     def _count(self, seconds: float) -> None:
-        """Add a step. The first ones of this process are no measure of the others."""
+        """Add a step. The first steps of a process are not representative."""
         self.seconds += seconds
         tokens = sum(self.world.gather(self.trainer.tokens - self.counted))
         self.counted = self.trainer.tokens
@@ -100,8 +100,8 @@ class Progress(TrainerCallback):
     def cost(self) -> dict[str, float]:
         """Seconds and rates of the whole run.
 
-        The steady rate leaves out the first WARM_STEPS steps of every process, but when hardly any
-        are left: then it is that of all.
+        The steady rate excludes the first WARM_STEPS steps of every process, unless hardly any
+        steps remain.
         """
         seconds, tokens = self.seconds, self.tokens
         steady = seconds, tokens
@@ -115,9 +115,9 @@ class Progress(TrainerCallback):
 
 
 def write_curve(path: Path, history: list[dict], kept_step: int | None = None) -> None:
-    """About CURVE_LINES lines, the loss as the mean since the line before.
+    """Write about CURVE_LINES lines, with the mean loss since the previous line.
 
-    kept_step  of the state that is kept, where validation rows were scored: `kept` is their loss
+    kept_step  step of the kept state, if validation rows were scored: its loss is in `kept`
     """
     columns = ["step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
     if kept_step is not None:
@@ -143,6 +143,6 @@ def write_curve(path: Path, history: list[dict], kept_step: int | None = None) -
 
 
 def mean_loss(history: list[dict]) -> float:
-    """Mean over all steps. The trainer's own leaves out those before a resume."""
+    """Mean over all steps; the trainer's own omits those before a resume."""
     losses = [entry["loss"] for entry in history if "loss" in entry]
     return math.fsum(losses) / len(losses)

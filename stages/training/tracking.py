@@ -1,7 +1,7 @@
 """Trackers that show training while it runs: TensorBoard, Weights & Biases, MLflow.
 
-Each is a callback of transformers, set by its own environment variables. No result depends on
-one: a tracker that fails while training goes on ends alone.
+Each is a callback of transformers, configured by its own environment variables. No result depends
+on one: if a tracker fails, training continues without it.
 """
 
 import copy
@@ -19,15 +19,15 @@ from stages.shared.process import StageError
 from stages.shared.ranks import World
 from stages.shared.screen import tell
 
-# As tracking.report_to and as Python names them.
+# Name in tracking.report_to -> Python module.
 CALLBACKS = {
     "tensorboard": "TensorBoardCallback",
     "wandb": "WandbCallback",
     "mlflow": "MLflowCallback",
 }
-# What pip calls them. Of MLflow the part that logs: the whole replaces packages of the project.
+# Names for pip. Only the logging part of MLflow: the whole would replace packages of the project.
 PACKAGES = {"mlflow": "mlflow-skinny sqlalchemy alembic"}
-# A run that goes on is shown as the one that it was.
+# A resumed run is shown as the same run.
 RUN_NAME = "run"
 
 
@@ -35,7 +35,7 @@ def check_installed(name: str) -> None:
     """Raise StageError when the tracker `name` cannot be imported; `none` can."""
     if name in CALLBACKS:
         spec = importlib.util.find_spec(name)
-        # A folder of that name, where its runs lie, is no package.
+        # A folder of that name, with its runs, is not a package.
         if spec is None or spec.origin is None:
             raise StageError(
                 f"{name} (tracking.report_to) is not installed; pip install "
@@ -44,10 +44,9 @@ def check_installed(name: str) -> None:
 
 
 def trackers(name: str, folder: Path, world: World) -> list[TrainerCallback]:
-    """The tracker `name` of the run whose checkpoints lie in `folder`, in rank 0 alone.
+    """The tracker `name` of the run with checkpoints in `folder`; only in rank 0.
 
-    What is kept on this machine goes to runs/ in the project, if the environment says no other
-    place.
+    Local files go to runs/ in the project, unless the environment says otherwise.
     """
     if name not in CALLBACKS or not world.first:
         return []
@@ -72,12 +71,12 @@ def trackers(name: str, folder: Path, world: World) -> list[TrainerCallback]:
 
 
 class Tracker(TrainerCallback):
-    """transformers' callback of the tracker `name`, given also the losses of held-out and
-    validation rows, and held apart from training. `run` is what the run is called."""
+    """transformers' callback of the tracker `name`, which also gets the losses on held-out and
+    validation rows, and whose errors do not affect training. `run`: name of the run."""
 
     def __init__(self, name: str, run: str):
         self.name, self.run = name, run
-        # None before it begins and after it failed.
+        # None before it starts and after it failed.
         self.callback: Any = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -89,7 +88,7 @@ class Tracker(TrainerCallback):
             self.callback.on_train_begin(self.args, state, control, model=model)
         except Exception as error:
             raise StageError(
-                f"{self.name} (tracking.report_to) cannot begin: {_brief(error)}; mend its "
+                f"{self.name} (tracking.report_to) cannot start: {_brief(error)}; fix its "
                 "settings in the environment, or set it to none"
             ) from None
 
@@ -108,11 +107,11 @@ class Tracker(TrainerCallback):
         try:
             getattr(self.callback, event)(self.args, state, control, **kwargs)
             if event == "on_train_end" and self.name == "wandb":
-                # A rank ends without what W&B does at the end of Python.
+                # A rank exits without Python's shutdown, in which W&B would finish the run.
                 self.callback._wandb.finish()
         except Exception as error:
             self.callback = None
-            tell(f"train: goes on without {self.name}: {_brief(error)}")
+            tell(f"train: continuing without {self.name}: {_brief(error)}")
 
 
 def _brief(error: Exception) -> str:

@@ -1,7 +1,6 @@
-"""Which state of training is kept, and when training stops: the validation rows decide.
+"""Keeps the best training state and stops early, by the loss on the validation rows.
 
-They are a set of their own (prepare.validation_rows), since what chose a state can no longer judge
-it: the held-out rows only report.
+They are a separate set (prepare.validation_rows), since rows that select a state cannot judge it.
 """
 
 import math
@@ -17,20 +16,20 @@ from stages.shared.process import StageError
 from stages.shared.scoring import TOKENS_PER_BATCH
 from stages.training.trainer import Trainer
 
-# How often in a run the validation rows are scored, or at every step of a shorter one.
+# Evaluations per run; a shorter run has one per step.
 VALIDATIONS = 10
-# In a checkpoint: the best adapter until then.
+# In a checkpoint: the best adapter so far.
 BEST = "best_adapter.safetensors"
 
 
 class Validation(TrainerCallback):
-    """Scores `rows` along the way, keeps the adapter of the lowest loss for train.keep: best, and
-    stops when train.patience evaluations in a row brought no lower one. Without rows it does
+    """Scores `rows` during training, keeps the adapter with the lowest loss for train.keep: best,
+    and stops after train.patience evaluations in a row without a lower one. Without rows it does
     nothing.
 
-    Losses and adapter travel in the checkpoints, so that a run that goes on knows what it knew.
-    Its turn is before that of Checkpoints, which seals them and saves nothing at an early end.
-    `took` are the seconds that scoring took in the last step.
+    Losses and adapter are saved in checkpoints for resuming. Must come before Checkpoints, which
+    adds checksums and does not save when training stops early. `took`: seconds of scoring in the
+    last step.
 
     step_tokens  as of Progress
     """
@@ -42,7 +41,7 @@ class Validation(TrainerCallback):
         self.rows, self.keep, self.patience = rows, train.keep, train.patience
         self.tokens_per_batch = min(step_tokens, TOKENS_PER_BATCH)
         self.took = 0.0
-        # Of rank 0, in host memory.
+        # On rank 0, in host memory.
         self.best: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -78,7 +77,7 @@ class Validation(TrainerCallback):
             save_file(self.best, Path(args.output_dir) / f"checkpoint-{state.global_step}" / BEST)
 
     def put_back(self) -> None:
-        """Give the model the state that is kept. Call it in rank 0, when training is over."""
+        """Restore the kept state into the model. Call it on rank 0 after training."""
         with torch.no_grad():
             for name, parameter in self._trained() if self.best else ():
                 parameter.copy_(self.best[name])
@@ -87,7 +86,7 @@ class Validation(TrainerCallback):
         return [(n, p) for n, p in self.trainer.model.named_parameters() if p.requires_grad]
 
     def metrics(self, history: list[dict]) -> dict:
-        """Which state of a whole run was kept, and why; nothing without validation rows."""
+        """The kept state of a whole run, and the reason; empty without validation rows."""
         losses = validation_losses(history)
         if not losses:
             return {}
@@ -105,15 +104,15 @@ class Validation(TrainerCallback):
 
 
 def is_due(step: int, steps: int) -> bool:
-    """Whether the validation rows are scored after `step` of `steps`, as after the last one."""
+    """Whether the validation rows are scored after `step` of `steps`; always after the last."""
     return step * VALIDATIONS // steps > (step - 1) * VALIDATIONS // steps
 
 
 def validation_losses(history: list[dict]) -> dict[int, float]:
-    """Mean NLL per scored token of the validation rows, by step."""
+    """Step -> mean NLL per scored token of the validation rows."""
     return {e["step"]: e["validation_loss"] for e in history if "validation_loss" in e}
 
 
 def best_step(losses: dict[int, float]) -> int:
-    """The step of the lowest loss, the first of equal ones."""
+    """The first step with the lowest loss."""
     return min(losses, key=lambda step: (losses[step], step))

@@ -1,4 +1,4 @@
-"""What a rank of train does: the same as one process, on its share of every step."""
+"""A rank of train: works like a single process, on its share of every step."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from stages.shared.ranks import World
 
 
 def work(world: World, task: dict) -> dict[str, Any]:
-    """Train with the others; returns, as every rank does, what comes of it.
+    """Train with the other ranks; every rank returns the result.
 
     task  key: that of the checkpoints, in whose folder rank 0 leaves the adapter
     """

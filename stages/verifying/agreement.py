@@ -1,7 +1,7 @@
-"""How far one model's predictions are from another's, on the same rows, one model in memory.
+"""Compares the predictions of two models on the same rows, with one model in memory at a time.
 
-The reference is scored first and leaves its logits in a file; the models compared with it are
-scored afterwards, in the same order (`scored_logits`), against that file.
+The reference is scored first and its logits written to a file; other models are then scored in the
+same order (`scored_logits`) and compared with the file.
 """
 
 import math
@@ -15,9 +15,9 @@ from stages.shared.ranks import ALONE, World
 from stages.shared.scoring import perplexity, scored_logits
 from stages.shared.streaming import Streamer
 
-# Logits are kept in float32: in 16 bit their rounding would exceed the divergence of a good merge
-# (1e-7 to 1e-5). They take vocabulary x 4 bytes a token, so beyond this size KL is taken over every
-# second, third, … row; perplexity and agreement are always over all rows.
+# Logits are stored in float32, since 16-bit rounding would exceed the divergence of a good merge
+# (1e-7 to 1e-5). They take vocabulary x 4 bytes per token, so beyond this size KL is computed on
+# every second, third, … row; perplexity and agreement always on all rows.
 MAX_CACHE_BYTES = 1_000_000_000
 # Tokens whose probabilities are in float64 at once.
 KL_CHUNK = 64
@@ -44,7 +44,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Agreement:
-    """A model against the reference. KL(reference || model) in nats a token."""
+    """A model against the reference. KL(reference || model) in nats per token."""
 
     perplexity: float
     mean_kl: float
@@ -63,7 +63,7 @@ def reference(
 ) -> Reference:
     """Score `model` and write its logits to `cache`, an empty binary file.
 
-    The ranks of `world` share the batches; each has a cache of its own.
+    The ranks of `world` share the batches; each has its own cache.
     """
     vocabulary = model.get_output_embeddings().weight.shape[0]
     tokens = sum(label >= 0 for row in rows for label in row["labels"][1:])
@@ -80,7 +80,7 @@ def reference(
 def agreement(
     model, rows: list[dict], ref: Reference, streamer: Streamer | None = None
 ) -> Agreement:
-    """Score `model` on the rows that `ref` was made with."""
+    """Score `model` on the rows of `ref`."""
     losses, divergences, agreed, nonfinite, done = [], [], 0, 0, 0
     ref.cache.seek(0)
     for index, targets, logits in scored_logits(model, rows, world=ref.world, streamer=streamer):
@@ -112,7 +112,7 @@ def _all(world: World, values: list[float]) -> list[float]:
 
 
 def _sum(values: list[float]) -> float:
-    """Exact, whatever the order, of finite values: of infinities too there is no error."""
+    """The exact sum in any order; unlike math.fsum, also of infinities."""
     try:
         return math.fsum(values)
     except (OverflowError, ValueError):

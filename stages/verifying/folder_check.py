@@ -1,4 +1,4 @@
-"""Is a merged folder what merge should have written? All that its files tell without a model."""
+"""Checks of a merged folder that need no model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +13,13 @@ from stages.shared.outputs import read_json
 from stages.shared.process import StageError, sha256
 from stages.shared.weights import LETTERS, Weights, kept_names, other_names
 
-# By force: DVC has the wrong files in its cache, whole, and would take them from there.
+# Forced, since DVC would restore the wrong files from its cache.
 AGAIN = "merge it again with: dvc repro --force --single-item merge"
-# The adapter is an output of train, which would otherwise run again.
+# Otherwise train, of which the adapter is an output, would run again.
 TAKEN = "dvc commit --force train && dvc repro"
-# What served_config of stages/merging/companions.py adds.
+# Keys that served_config of stages/merging/companions.py adds.
 OF_4 = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"}
-# Of a configuration: how the base was stored, and by what.
+# Keys of a configuration about how, and by what, the base was stored.
 STORAGE = {"quantization_config", "torch_dtype", "transformers_version", "_name_or_path"}
 
 
@@ -50,7 +50,7 @@ def check_companions(folder: Path, base: Path, dtype: str, vocabulary: int = 0) 
         expected = read_json(base / "generation_config.json")
     else:
         expected = {key: expected.get(key) for key in found}
-    # An end token may have come to it: stages/verifying/tokenizer_check.py.
+    # prepare may have added an end token: stages/verifying/tokenizer_check.py.
     _same(folder / "generation_config.json", found, expected, {"eos_token_id"})
 
 

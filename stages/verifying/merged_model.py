@@ -1,4 +1,4 @@
-"""The merged model as transformers alone loads it, wherever there is room for its weights."""
+"""Loads the merged model with transformers alone, on the device or streamed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,13 +32,13 @@ def place_merged(
     renamed: dict[str, str] | None = None,
     make: Make | None = None,
 ) -> tuple[PreTrainedModel, Streamer | None]:
-    """The merged model where there is room for it, and what streams it if there is none.
+    """The merged model, and its streamer if it does not fit on the device.
 
-    renamed  as load_merged takes it
-    make     (name, stored tensor) gives the one to compute with
+    renamed  as in load_merged
+    make     (name, stored tensor) -> the tensor to compute with
 
-    On the CPU its layers are always streamed: 16-bit products are slow there, and in float32 all of
-    it would take twice the room.
+    On the CPU its layers are always streamed: 16-bit products are slow there, and the whole model
+    in float32 would take twice the memory.
     """
     if device.type == "cpu":
         found, room, dtype = tightest(sizes), 0.0, torch.float32
@@ -61,7 +61,7 @@ def place_merged(
 
 
 def check_whole(folder: Path) -> None:
-    """Raise StageError when transformers misses a tensor of any of the model's towers."""
+    """Raise StageError if transformers misses a tensor of any tower."""
     _, report = loading_report(folder)
     for kind in ("missing_keys", "mismatched_keys"):
         if report[kind]:
@@ -69,12 +69,12 @@ def check_whole(folder: Path) -> None:
 
 
 def load_merged(folder: Path, device: torch.device, renamed: dict[str, str] | None = None):
-    """Load the language model with transformers alone. Raises StageError for a key missing or
-    misshapen.
+    """Load the language model with transformers alone. Raises StageError for a missing or misshapen
+    key.
 
-    renamed  names of the files' tensors in the language model, where they are others
+    renamed  name in the files -> name in the language model, if they differ
 
-    One left over is in the base too, as folder_check.check_headers saw, and does no harm there.
+    Unexpected keys are in the base too, as folder_check.check_headers has checked.
     """
     # Of a language model alone transformers knows the names itself.
     towers = is_multimodal(AutoConfig.from_pretrained(folder, local_files_only=True))
@@ -99,7 +99,7 @@ def load_merged(folder: Path, device: torch.device, renamed: dict[str, str] | No
 
 @contextmanager
 def watched_activations(model: PreTrainedModel) -> Iterator[torch.Tensor]:
-    """Yield a scalar that holds the largest |value| into or out of any layer with weights."""
+    """Yield a scalar with the largest |value| into or out of any layer with weights."""
     largest = torch.zeros((), device=model.device)
 
     def watch(_module, inputs, output):

@@ -1,7 +1,7 @@
-"""Is every merged tensor the base plus the adapter? None of merge's arithmetic takes part here.
+"""Checks that every merged tensor is the base plus the adapter, without using merge's code.
 
-The expectation comes from the model as transformers and PEFT loaded it, so that a fault of the
-merge itself is found, and named.
+The expected values come from the model as loaded by transformers and PEFT, so that errors of merge
+itself are found.
 """
 
 from collections.abc import Callable
@@ -38,8 +38,8 @@ def check_tensors(
     """Compare every merged tensor with what PEFT and bitsandbytes compute from the sources: of the
     language model `source`, of other towers `base`.
 
-    The ranks of `world` share the tensors; `streamer` is what streams the weights of `model`, if
-    anything does. Raises StageError naming those that differ by more than rounding.
+    The ranks of `world` share the tensors; `streamer` is given if the weights of `model` are
+    streamed. Raises StageError naming tensors that differ by more than rounding.
     """
     modules = dict(model.get_base_model().named_modules())
     wrong = []
@@ -115,10 +115,10 @@ def with_rows(plain: torch.Tensor, module: Any) -> torch.Tensor:
 
 
 def rounding_slack(module: LoraLayer) -> torch.Tensor:
-    """How far two float32 products B A * scaling may lie apart, [out, in].
+    """Bound on the difference of two float32 products B A * scaling, [out, in].
 
-    Another device sums the r terms in another order; each sum is off by at most r 2^-24 times
-    the sum of the terms' magnitudes (Higham, Accuracy and Stability, section 3.1).
+    Devices sum the r terms in different orders; the error of each sum is at most r 2^-24 times the
+    sum of the terms' magnitudes (Higham, Accuracy and Stability, section 3.1).
     """
     a, b = (half.get_parameter("default.weight") for half in (module.lora_A, module.lora_B))
     return (b.abs() @ a.abs()).mul_(abs(module.scaling["default"]) * 2 * len(a) * 2**-24)
@@ -127,7 +127,7 @@ def rounding_slack(module: LoraLayer) -> torch.Tensor:
 def difference(
     found: torch.Tensor, expected: torch.Tensor, plain: torch.Tensor, slack: torch.Tensor | float
 ) -> str | None:
-    """What is wrong with a merged tensor, or None if it is one rounding of its type away."""
+    """What is wrong with a merged tensor, or None if it is within one rounding of its type."""
     info = torch.finfo(found.dtype)
     ulp = expected.float().abs().mul_(info.eps).clamp_(min=info.smallest_normal * info.eps)
     # Written so that NaN counts as a difference.

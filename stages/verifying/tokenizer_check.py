@@ -1,4 +1,4 @@
-"""Does the released tokenizer say what was evaluated? On the held-out texts, not by its files."""
+"""Checks on the held-out texts that the released tokenizer behaves as evaluated."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +10,16 @@ from stages.shared.outputs import read_json
 from stages.shared.process import StageError
 from stages.verifying.folder_check import AGAIN, TAKEN
 
-# Of two texts that differ, so much is shown from where they do.
+# Characters shown of two texts from where they differ.
 SHOWN = 40
 
 
 def check_tokenizer(folder: Path, prepared: Path, adapter: Path, rows: list[dict]) -> None:
-    """Hold the tokenizer of `folder` to that of the rows, `prepared`: vocabulary, end token,
+    """Compare the tokenizer in `folder` with that of the rows, `prepared`: vocabulary, end token,
     prompts, ids and texts of the held-out rows. Raises StageError.
 
-    It is the adapter's own where that brought one, and may know further tokens, as long as each
-    has a row in the embeddings.
+    It is the adapter's own if that has one, and may have further tokens, as long as each has a row
+    in the embeddings.
     """
     found, expected = (AutoTokenizer.from_pretrained(f) for f in (folder, prepared))
     fault = vocabulary_fault(found, expected, folder) or text_fault(found, expected, rows)
@@ -55,7 +55,7 @@ def vocabulary_fault(
 def text_fault(
     found: PreTrainedTokenizerBase, expected: PreTrainedTokenizerBase, rows: list[dict]
 ) -> str | None:
-    """What is first said otherwise, of all that the two make of the held-out rows."""
+    """The first difference between the two tokenizers on the held-out rows."""
     if found.eos_token != expected.eos_token:
         return (
             f"ends with {found.eos_token} and that of the held-out rows with {expected.eos_token}"
@@ -95,16 +95,16 @@ def conversations(texts: list[str]) -> list[list[dict]]:
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> str:
-    """The prompt, or what the template says against such messages: the other must too."""
+    """The prompt, or the template's error, which must be the same in both tokenizers."""
     try:
         prompt = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=messages[-1]["role"] == "user"
         )
     except Exception as refusal:
         return f"{type(refusal).__name__}: {refusal}"
-    return cast(str, prompt)  # It is of all kinds with other arguments.
+    return cast(str, prompt)  # Other arguments give other types.
 
 
 def split(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Sequence[str]]:
-    """The tokens of each text as they are written, with what is put around a text."""
+    """The tokens of each text, including added special tokens."""
     return [list(tokenizer.convert_ids_to_tokens(ids)) for ids in tokenizer(texts)["input_ids"]]

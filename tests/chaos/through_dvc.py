@@ -186,7 +186,7 @@ def of_a_worker(folder: Path, draw: random.Random) -> Kill:
         os.kill(int(draw.choice(workers)), number)
     began = time.monotonic()
     status = run.wait()
-    counted = status != 0 and "prepare: a worker process ended before its work" in run.said
+    counted = status != 0 and "prepare: a worker process died" in run.said
     kill = Kill("dvc repro: a worker of prepare", signal.Signals(number).name, counted)
     kill.stuck = time.monotonic() - began > 30 or (status != 0 and not counted)
     kill.traceback = "Traceback" in run.said
