@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import MergeModulelist
 
+from stages.planning.scoring import decoder_of
 from stages.quantize import link, nf4, quantize
 from stages.shared import packed
 from stages.shared.experts import OWN_CODE, check_converter, expert_stacks, expert_tensors
@@ -23,6 +24,7 @@ from stages.shared.model import load_base
 from stages.shared.nf4 import dequantize
 from stages.shared.own_logits import same_experts
 from stages.shared.process import StageError
+from stages.shared.scored_model import decoder_in
 from stages.shared.text_model import find_backbone, kept_in_float32
 from stages.shared.vram import weights_bytes
 from stages.shared.weights import model_weights
@@ -195,6 +197,14 @@ def test_plan_counts_the_bytes_that_are_loaded(family):
     assert shape.expert_parameters == sum(math.prod(m.shape) for m in stacks)
     chosen = 4 if model.config.model_type == "llama4_text" else 2
     assert shape.active_parameters == shape.parameters - (1 - chosen / 4) * shape.expert_parameters
+
+
+def test_what_scoring_takes_is_told_alike_by_files_and_configuration(family):
+    _, folder = family
+    _, shape = read_model(folder / "out")
+    found, planned = decoder_in(model_weights(folder / "out")), decoder_of(shape)
+    for name in ("layers", "hidden", "intermediate", "keys", "largest"):
+        assert getattr(found, name) == getattr(planned, name), name
 
 
 def test_liger_leaves_packed_experts_alone(monkeypatch):

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from benchmarks.random_models import build, config_of
-from benchmarks.vram import Point, prepare, random_rows, training_of
+from benchmarks.vram import ATTENTION, Point, prepare, random_rows, training_of
 from stages.quantize import quantize
 from stages.shared import placement, vram
 from stages.shared.placement import Placement
@@ -262,6 +262,9 @@ def test_a_random_nf4_model_is_as_large_as_predicted_and_computes(double_quant):
         Point("tiny", "qlora", 4, 64),
         Point("tiny-tied", "lora", 4, 64, dropout=0.1, accumulation=2),
         Point("tiny-gemma3", "qlora", 4, 64),
+        Point("tiny-moe", "qlora", 4, 64, targets=ATTENTION),
+        Point("tiny-moe", "lora", 4, 64, targets=ATTENTION),
+        Point("tiny-oss", "qlora", 4, 64, targets=ATTENTION),
         Point("tiny", "full", 0, 64, checkpointing=False),
     ],
     ids=lambda point: f"{point.shape} {point.method}",

@@ -24,9 +24,7 @@ def decoder_of(shape: Shape) -> Decoder:
     return Decoder(
         layers=shape.layers,
         hidden=shape.hidden,
-        intermediate=max(
-            0 if shape.experts else shape.intermediate, shape.chosen * expert_row(shape)
-        ),
+        intermediate=widest(shape),
         keys=2 * shape.kv_heads * shape.head_dim,
         linears=sum(x.parameters for x in shape.linears) + shape.expert_parameters,
         largest=max(chunk_values(shape), *(x.parameters for x in shape.linears)),
@@ -34,10 +32,15 @@ def decoder_of(shape: Shape) -> Decoder:
     )
 
 
-def expert_row(shape: Shape) -> int:
-    """What a token takes for each of its experts, in the widths that an MLP's bytes are counted by:
-    of those the results are the widest, three times 2H bytes."""
-    return max(shape.expert_width, shape.hidden // 2) if shape.experts else 0
+def widest(shape: Shape) -> int:
+    """The width that decides what a token at work takes: of an MLP, or of all experts of a token.
+
+    Of those it may be the results that are widest, with three times 2H bytes.
+    """
+    if not shape.experts:
+        return shape.intermediate
+    dense = max(max(x.inputs, x.outputs) for x in shape.linears)
+    return max(dense, shape.chosen * max(shape.expert_width, shape.hidden // 2))
 
 
 def longest_held_out(prepared: Path) -> int:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from stages.shared.card import card_budget
-from stages.shared.experts import part_of
+from stages.shared.experts import TENSORS, part_of
 from stages.shared.fitting import Decoder, Fit, Scored, fit, scored, tightest
 from stages.shared.host_memory import available_bytes
 from stages.shared.model import load_base, load_streamed
@@ -56,8 +56,10 @@ def decoder_in(weights: Weights) -> Decoder:
     for name in linears:
         tensor, *_ = part_of(name) or (name,)
         whole[tensor] = whole.get(tensor, 0) + size[name]
-    experts = {name for name in linears if part_of(name) or len(shapes[name]) == 3}
-    row = max((min(shapes[name][-2:]) for name in experts), default=0)
+    experts = {name for name in linears if part_of(name) or name.endswith(TENSORS)}
+    # What is between an expert's products: the down projection's width beside the stream's.
+    down = (shapes[name][-2:] for name in experts if "down_proj" in name)
+    row = max((sum(shape) - config.hidden_size for shape in down), default=0)
     rows = chosen_experts(config) * max(row, config.hidden_size // 2) if experts else 0
     return Decoder(
         layers=config.num_hidden_layers,

@@ -25,7 +25,7 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 from transformers.utils import logging
 
-from stages.shared.experts import check_converter, checkpoint_part, expert_tensors
+from stages.shared.experts import check_converter, checkpoint_part, expert_tensors, part_of
 from stages.shared.multimodal import MULTIMODAL
 
 # Language models without a causal class of their own, and the family that computes the same where
@@ -33,9 +33,11 @@ from stages.shared.multimodal import MULTIMODAL
 _SAME = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 # Causal classes that take the configuration of the whole.
 _OF_WHOLE = {"mllama"}
-# How many experts a token has, as families call it.
-_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 _OF_IMAGES = ("type", "mrope_section", "mrope_interleaved")
+# Families in which every expert computes every token: what a router does not choose is zero.
+_EVERY = {"llama4_text"}
+# How many experts others choose, as they call it.
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -176,9 +178,12 @@ def _name_of(model: torch.nn.Module, wanted: torch.nn.Module | None) -> str:
 
 def key_mapping(renamed: dict[str, str]) -> dict[str, str]:
     """For from_pretrained: patterns of the checkpoint's names and what the language model has in
-    their place. `renamed` are names in the language model by those in the checkpoint."""
+    their place. `renamed` are names in the language model by those in the checkpoint; experts
+    go by the names around theirs."""
     found = {}
     for key, name in renamed.items():
+        if part_of(name):
+            continue
         inner, outer = name.split("."), key.split(".")
         while inner and outer and inner[-1] == outer[-1]:
             inner.pop()
@@ -191,7 +196,9 @@ def key_mapping(renamed: dict[str, str]) -> dict[str, str]:
 
 
 def chosen_experts(config: PretrainedConfig) -> int:
-    """Experts that a router chooses for each token; 1 where the configuration does not say."""
+    """Experts that compute each token; 1 where the configuration does not say."""
+    if config.model_type in _EVERY:
+        return config.num_local_experts
     return next((n for key in _CHOSEN if isinstance(n := number_of(config, key), int)), 1)
 
 

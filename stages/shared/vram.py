@@ -27,8 +27,9 @@ tests/test_vram.py.) Checkpointing keeps the input of a layer, or of each half o
 recomputes the rest.
 
 Experts. A router gives each token k of E experts of width J, so that their rows are k times the
-tokens. Saved for one token of one layer are the router's scores 10E, and k (6J + 2H): gate and up
-4J, the activated gate 2J, and the result before it is weighted 2H. All experts of a product are in
+tokens. Saved for one token of one layer are the router's scores 10E, and k times what lies
+between the products (of SwiGLU 6J: gate and up 4J, the activated gate 2J; counted by running it)
+and the result before it is weighted, 2H. All experts of a product are in
 16 bit at once, CHUNK_BYTES of them at most (stages/shared/packed.py).
 
 Output head. trl scores the learned tokens in tiles of 4,096 x 32,768 and never makes the logits of
@@ -104,7 +105,8 @@ class Shape:
     `linears` and `experts` (embeddings, output head, norms, biases, routers), a tied head counted
     once. Of a mixture of experts, `chosen` compute each token and have `expert_width` values
     between their products; `shared_width` are those of the experts that compute every token.
-    `float32_parameters` stay in float32."""
+    `gate_bytes` are what the backward pass keeps of one expert's row between them.
+    `float32_parameters` stay in float32. `sinks`: attention has a score more, of its own."""
 
     layers: int
     vocabulary: int
@@ -120,8 +122,10 @@ class Shape:
     experts: tuple[Experts, ...] = ()
     chosen: int = 0
     expert_width: int = 0
+    gate_bytes: int = 0
     shared_width: int = 0
     float32_parameters: int = 0
+    sinks: bool = False
     mxfp4: bool = False  # experts come in MXFP4, and stay so
 
     @property
@@ -213,7 +217,8 @@ def attention_saved(shape: Shape, run: Training) -> float:
         # additive bf16 one in every layer.
         kept += 4 * (a - k) + 2 * row
     if run.attention == "eager":
-        kept += shape.heads * row * (4 + 2)  # the softmax in fp32 and in bf16
+        # The softmax in fp32 and in bf16; with sinks in bf16 alone.
+        kept += shape.heads * row * (2 if shape.sinks else 4 + 2)
     return kept + projections_saved(shape, run, ATTENTION, {2 * h: ATTENTION_INPUTS})
 
 
@@ -231,12 +236,13 @@ def mlp_saved(shape: Shape, run: Training) -> float:
 
 def experts_saved(shape: Shape, run: Training) -> float:
     """`mlp_saved` of a layer of experts: the norm, the router's scores, for each expert of a token
-    gate and up, what the activation made of gate, and the result before it is weighted; the product
-    itself keeps nothing (stages/shared/packed.py). Experts of every token are an MLP besides."""
+    gate and up, what the activation makes of them, and the result before it is weighted; the
+    product itself keeps nothing (stages/shared/packed.py). Experts of every token are an MLP
+    besides."""
     h, i = shape.hidden, shape.expert_width
     scores = 10 * max(each.count for each in shape.experts)
     of_16_bit = 0 if run.method == "qlora" else 2 * h + 2 * i
-    each = 6 * i + 2 * h + of_16_bit
+    each = shape.gate_bytes + 2 * h + of_16_bit
     shared = 8 * shape.shared_width + (2 * h if shape.shared_width else 0)
     return norm_saved(h, run) + scores + shape.chosen * each + shared
 
@@ -248,8 +254,8 @@ def experts_working(shape: Shape, run: Training) -> float:
     return 2.0 * h * run.tokens + max(
         # Backward through the weighted sum: the results' gradient, weighted, and the weights'.
         6 * h * rows,
-        # Through the activation: the product's gradient, those of its factors, and gate and up's.
-        10 * i * rows,
+        # Through the activation: gradients of all that it kept, and of gate and up.
+        (shape.gate_bytes + 4 * i) * rows,
         # Through the products: what comes, what goes, and a chunk of experts.
         max(2 * h + 2 * i, 4 * i + 2 * h) * rows + dequantized,
     )

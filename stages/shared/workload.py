@@ -3,6 +3,7 @@ them (stages/shared/placement.py)."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -66,6 +67,7 @@ def shape_of(config: PretrainedConfig) -> vram.Shape:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     )
+    float32 = kept_in_float32(model)
     experts = tuple(vram.Experts(name, *x.shape) for name, x in expert_tensors(model).items())
     heads = number_of(text, "num_attention_heads")
     if not heads or not linears:
@@ -91,10 +93,9 @@ def shape_of(config: PretrainedConfig) -> vram.Shape:
         - sum(x.parameters for x in linears)
         - sum(x.parameters for x in experts),
         float32_parameters=sum(
-            tensor.numel()
-            for name, tensor in model.named_parameters()
-            if name in kept_in_float32(model)
+            tensor.numel() for name, tensor in model.named_parameters() if name in float32
         ),
+        sinks=any(name.endswith(".sinks") for name, _ in model.named_parameters()),
         experts=experts,
         mxfp4=in_mxfp4(config),
         **(experts_shape(model) if experts else {}),
@@ -114,18 +115,41 @@ def experts_shape(model: PreTrainedModel) -> dict[str, int]:
     # Rows or columns, whichever the down projection does not share with the stream.
     turned = getattr(stack, "is_transposed", type(stack).__name__ in OWN_CODE)
     down = stack.get_parameter("down_proj").shape
+    width = down[1] if turned else down[2]
     beside = model.get_submodule(first.rpartition(".")[0])
-    # Those whose code gives every expert every token compute all.
-    every = down[0] if type(stack).__name__ in OWN_CODE else None
     return {
-        "chosen": every or chosen_experts(model.config.get_text_config()),
-        "expert_width": down[1] if turned else down[2],
+        "chosen": chosen_experts(model.config.get_text_config()),
+        "expert_width": width,
+        "gate_bytes": gate_bytes(stack, width),
         "shared_width": sum(
             module.in_features
             for name, module in beside.named_modules()
             if isinstance(module, torch.nn.Linear) and name.endswith("down_proj")
         ),
     }
+
+
+def gate_bytes(stack: Any, width: int) -> int:
+    """Bytes that autograd keeps of one row between the two products of `stack`, in bfloat16."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    gated = getattr(stack, "has_gate", True)
+    row = torch.empty(1, (1 + gated) * width, dtype=torch.bfloat16, device="meta")
+    row.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        if not gated:
+            stack.act_fn(row)
+        elif hasattr(stack, "_apply_gate"):
+            stack._apply_gate(row)
+        else:
+            gate, up = row.chunk(2, dim=-1)
+            _ = up * stack.act_fn(gate)
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def match_targets(shape: vram.Shape, wanted: str | list[str]) -> frozenset[str]:
