@@ -197,10 +197,12 @@ def placements() -> None:
 
 
 def streaming() -> None:
-    percent = 100 * results("placement")["ratios"]["7b_4096_6gb"]
+    """Rates with streamed weights, as shares of the resident ones."""
+    ratios = results("placement")["ratios"]
     print(
-        f"Streaming a 7B model with 4,096 tokens a step, limited to 6 GB, reaches {percent:.0f} % "
-        "of the resident rate."
+        f"With 4,096 tokens a step, a 70B shape limited to 12 GB trains at "
+        f"{100 * ratios['70b_4096_12gb']:.1f} % of its resident rate, "
+        f"a 7B shape limited to 6 GB at {100 * ratios['7b_4096_6gb']:.0f} %."
     )
 
 
