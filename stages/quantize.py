@@ -228,7 +228,7 @@ def stream(
 
 def write_names(out: Path, names: Names) -> None:
     """Leave in `out` what later stages need to know of its tensors, if anything."""
-    if names.renamed:
+    if names.apart or names.renamed:
         keys = {name: key for key, name in names.of.items()}
         write_json(out / NAMES, keys, sort_keys=True)
     if names.kept:
