@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from stages.shared.libraries import load_libraries
-from stages.shared.outputs import GB, check_sums, write_metrics, write_text
+from stages.shared.outputs import GB, check_sums, read_json, write_metrics, write_text
 from stages.shared.params import Evaluate, load_params
 from stages.shared.process import StageError, begin
 
@@ -97,7 +97,12 @@ def measure(world: World, task: dict) -> dict:
     # Each set is scored twice.
     passes = 2 * len(scored) + 2 * params.evaluate.samples
     base, streamer = load_to_score("evaluate", QUANTIZED, sizes, device, world, answers, passes)
-    extend(base, rows_needed(ADAPTER))
+    # As train began: spare rows of a checkpoint hold anything.
+    needed, added = (
+        rows_needed(ADAPTER),
+        read_json(PREPARED / "prepared.json").get("new_tokens", {}),
+    )
+    extend(base, needed, [id for id in added.values() if id < needed])
     if not streamer:
         # With streamed weights each row would cost a pass over them, and train has tried it.
         check_head(base, [row["input_ids"] for row in sets[""]])

@@ -150,10 +150,15 @@ def read_sources(kind: str) -> Sources:
     check_quantized(base, quantized)
     copied = set() if renamed is None else set(base.names) - set(quantized.names)
     copied |= kept_names(QUANTIZED)
+    updates = read_adapter(ADAPTER, quantized.shapes, QUANTIZED)
+    if lost := sorted(updates.keys() & copied):
+        raise StageError(
+            f"{ADAPTER}: changes {lost[0]}, which stays in float32 as it is; train without it in "
+            "lora.target_modules"
+        )
     shards: dict[str, list[str]] = {}
     for name in sorted({*quantized.names, *copied}):
         shards.setdefault(base.files[name].name, []).append(name)
-    updates = read_adapter(ADAPTER, quantized.shapes, QUANTIZED)
     check_named_base(ADAPTER, BASE)
     weights = quantized if kind == "dequantized" else base
     return Sources(weights, shards, updates, base, copied)

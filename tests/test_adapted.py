@@ -16,6 +16,7 @@ from yaml import safe_load
 
 from stages.shared.adapted import check_adapted, lost_elsewhere, targets_as_written
 from stages.shared.adapter import read_adapter
+from stages.shared.experts import unknown_experts
 from stages.shared.fast_path import FastPath
 from stages.shared.linears import adaptable_linears, targets_of
 from stages.shared.model import load_adapter, load_base
@@ -90,6 +91,14 @@ def test_all_linear_is_all_but_experts_and_what_chooses_them(name, tmp_path):
     # As files have them: one by one.
     shapes["model.layers.1.mlp.experts.0.gate_proj.weight"] = (64, 64)
     assert {w.removesuffix(".weight") for w in read_adapter(tmp_path, shapes)} == set(asked)
+
+
+@pytest.mark.parametrize("name", ["recurrent_gemma", "falcon_h1", "nemotron_h"])
+def test_tensors_of_recurrent_layers_are_no_experts(name):
+    """Some have three dimensions."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(FAMILIES[name]))
+    assert unknown_experts(model) == []
 
 
 @pytest.mark.parametrize("target", ["gate_proj", "gate", "gate_up_proj"])

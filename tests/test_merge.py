@@ -338,6 +338,11 @@ REFUSED = [
         f"{Q}: has rows, and is no embedding or head of the base",
     ),
     (rows([3, 3], 2, 64), "has 2 x 64 values of rows and must have 2 x 64, one for each"),
+    (rows([], 0, 64), "embed_tokens: has 0 x 64 values of rows and must have 0 x 64, one for each"),
+    (
+        add("model.norm.token_adapter.trainable_tokens_delta", 1, 64),
+        "model.norm: has rows, and is no embedding or head of the base",
+    ),
     (rows([2**20], 1, 64), "a row for token 1048576, and the base has 260 rows"),
     (rows([-1], 1, 64), "trainable_token_indices"),
     (config(layer_replication=[[0, 2]]), "layer_replication is not supported"),

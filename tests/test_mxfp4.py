@@ -5,6 +5,7 @@ import torch
 from moe import moe_config, to_mxfp4
 from safetensors.torch import load_file, save_file
 from test_experts import computed
+from test_vram import run_of
 from tiny import make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -15,7 +16,7 @@ from stages.shared import packed
 from stages.shared.model import load_base
 from stages.shared.mxfp4 import decoded
 from stages.shared.process import StageError
-from stages.shared.vram import expert_bytes, weights_bytes
+from stages.shared.vram import expert_bytes, sizes_of, weights_bytes
 from stages.shared.weights import Weights, other_names
 from stages.shared.workload import shape_of
 
@@ -98,6 +99,9 @@ def test_plan_counts_its_bytes(base, kind, method, tmp_path):
     plain = shape_of(moe_config("gpt_oss"))
     saved = weights_bytes(plain, method, True) - weights_bytes(shape, method, True)
     assert saved == expert_bytes(plain, method, True) - packed_bytes
+    sizes = sizes_of(shape, run_of(shape, method=method))
+    # What can be streamed is a part of what is there.
+    assert packed_bytes / 2 < sizes.layers * sizes.layer_weights < sizes.weights
 
 
 def test_blocks_of_another_shape_are_refused(base, tmp_path):

@@ -224,7 +224,8 @@ def test_plan_refuses_what_cannot_have_such_rows(kind, ids, fault, tmp_path):
 
 def test_only_marks_that_the_template_writes_itself_are_refused(tmp_path):
     tokenizer = make_tokenizer(tmp_path)
-    chat = [{"role": "user", "content": "<|a|>"}, {"role": "assistant", "content": "b"}]
+    asked = '<|a|> <|a"b|> <|a\\b|>'
+    chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": "b"}]
     said = {}
     for template in ("[INST] {prompt} [/INST] ### Response:", "<|start|>{prompt}"):
         params = Prepare.model_validate(PREPARE | {"template": template})

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import PARAMS, ROOT
 
-from stages.shared.params import Params, Section, faults, known_keys, load_params
+from stages.shared.params import Params, Section, faults, known_keys, load_params, value_at
 
 STAGES = sorted(file.stem for file in (ROOT / "stages").glob("*.py") if file.stem != "__init__")
 FILES = [ROOT / "params.yaml", PARAMS, *sorted((ROOT / "recipes").glob("*.yaml"))]
@@ -159,6 +159,13 @@ def test_no_parameter_has_a_name_that_the_run_cache_ignores():
     names = {part for key in known_keys() for part in key.split(".")}
     assert len(names) > 40
     assert not names & {"size", "nfiles"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("lora", 16), ("lora.r", None), ("train.r", None), ("seed", 1)]
+)
+def test_a_value_is_looked_up_where_a_section_may_be_a_number(key, value):
+    assert value_at({"lora": 16, "train": {}, "seed": 1}, key) == value
 
 
 def test_loaded_values_are_those_of_the_file():

@@ -1,7 +1,8 @@
 """Tokens that a model lacks: lora.new_tokens adds them; a template that needs others is refused."""
 
-import json
 import re
+from collections.abc import Iterator
+from typing import Any
 
 from tokenizers import AddedToken
 
@@ -45,11 +46,11 @@ def check_marks(tokenizer, params: Prepare, samples: list[Example]) -> str:
     for sample, row in zip(samples, made, strict=True):
         chat = chat_of(sample)
         if chat and isinstance(row, Rendered):
-            words = json.dumps([chat.messages, chat.given], ensure_ascii=False)
+            words = list(_texts([chat.messages, chat.given]))
             missing |= dict.fromkeys(
                 mark
                 for mark in MARK.findall(row.prompt + row.answer)
-                if mark not in known and mark not in words
+                if mark not in known and not any(mark in text for text in words)
             )
     if missing and params.template == "chat":
         return f"; {', '.join(missing)} is no token of this model and is learned letter by letter"
@@ -61,3 +62,12 @@ def check_marks(tokenizer, params: Prepare, samples: list[Example]) -> str:
             "prepare.template, such as plain text with {prompt} in it"
         )
     return ""
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value of JSON's types."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)

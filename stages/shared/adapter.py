@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 from stages.shared.bounded import bounded
+from stages.shared.embeddings import MOST_NEW_ROWS
 from stages.shared.foreign import Foreign, held_to, read_object
 from stages.shared.outputs import SUMS, check_sums
 from stages.shared.process import StageError
@@ -30,8 +31,6 @@ from stages.shared.screen import brief
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 CONFIG = "adapter_config.json"
-# So many rows may come to the embeddings of a base; more is no vocabulary.
-MOST_NEW_ROWS = 2**16
 # Beyond it float32 has no digits left for the weight that is added to.
 LARGEST_ALPHA = 1e6
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
@@ -195,10 +194,10 @@ def _read_rows(
     for module, shape in trained.items():
         where, weight = f"{folder}: {module}", f"{module}.weight"
         ids = next((ids for end, ids in wanted.items() if module.endswith(end)), [])
-        if weight not in shapes or LAYER.search(weight):
+        if len(shapes.get(weight, ())) != 2 or LAYER.search(weight):
             raise StageError(f"{where}: has rows, and is no embedding or head of the base")
         rows, width = shapes[weight]
-        if shape != (len(ids), width) or len(set(ids)) < len(ids):
+        if not ids or shape != (len(ids), width) or len(set(ids)) < len(ids):
             raise StageError(
                 f"{where}: has {_by(shape)} values of rows and must have {len(ids)} x {width}, one "
                 f"for each of trainable_token_indices in {CONFIG}"
@@ -214,6 +213,11 @@ def _read_rows(
     if wanted and (not found or (without and not tied)):
         of = f" of {without[0]}" if found else ""
         raise StageError(f"{folder}: trainable_token_indices has no rows{of}; it is incomplete")
+    if tied and len({tuple(sorted(ids)) for ids in wanted.values()}) > 1:
+        names = ", ".join(wanted)
+        raise StageError(
+            f"{folder}: trainable_token_indices has other tokens for each of {names}, which are tied"
+        )
     return found | _rows_of_twins(folder, found, shapes, tied)
 
 

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from stages.shared.process import StageError
+
+# More new rows than any template needs.
+MOST_NEW_ROWS = 2**16
 # Rows that are in float64 at once.
 BLOCK_ROWS = 4096
 
@@ -43,26 +47,30 @@ def set_vocabulary(config: PretrainedConfig, count: int) -> None:
 
 
 def extend(model: PreTrainedModel, count: int, start: Sequence[int] = ()) -> None:
-    """Give `model` `count` rows, if it has fewer; rows of `start` begin as the mean too."""
+    """Give `model` `count` rows, if it has fewer; rows of `start` begin as the mean too.
+
+    One matrix at a time, so that no more than one is there twice. Raises StageError for far more
+    rows than the model has.
+    """
     embeddings: Any = model.get_input_embeddings()
-    grows = count > len(embeddings.weight)
-    if not grows and not start:
-        return
     head: Any = model.get_output_embeddings()
-    parts = [embeddings] if head.weight is embeddings.weight else [embeddings, head]
-    own = [part.weight.data for part in parts]
-    weights = [extended(weight, count).clone() for weight in own]
-    if grows:
-        devices = [model.device] if model.device.type == "cuda" else []
-        # It draws values for the new rows, which are replaced.
-        with torch.random.fork_rng(devices):
-            model.resize_token_embeddings(count, mean_resizing=False)
-        parts = [model.get_input_embeddings(), model.get_output_embeddings()][: len(parts)]
-    for part, weight, before in zip(parts, weights, own, strict=True):
-        # A copy of its own: the base's may be those of a mapped file.
+    rows = len(embeddings.weight)
+    if count > rows + MOST_NEW_ROWS:
+        raise StageError(f"the adapter has rows of {count} tokens, and the base has {rows} rows")
+    if count <= rows and not start:
+        return
+    for part in (embeddings,) if head.weight is embeddings.weight else (embeddings, head):
+        own = part.weight.data
+        mean = mean_row(own.__getitem__, len(own)).to(own)
+        # A copy in any case: the base's own may be those of a mapped file.
+        weight = own.new_empty(max(count, len(own)), own.shape[1])
+        weight[: len(own)] = own
+        weight[len(own) :] = mean
+        weight[list(start)] = mean
         part.weight.data = weight
-        if start:
-            weight[list(start)] = mean_row(before.__getitem__, len(before)).to(weight)
+    embeddings.num_embeddings = head.out_features = len(embeddings.weight)
+    set_vocabulary(model.config, len(embeddings.weight))
+    model.vocab_size = len(embeddings.weight)
 
 
 def names_of_embeddings(model: PreTrainedModel) -> list[str]:

@@ -41,14 +41,20 @@ def expert_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def unknown_experts(model: nn.Module) -> list[str]:
-    """Parameters of `model` that are experts' in a form that cannot be packed."""
+    """Parameters of `model` that are experts' in a form that cannot be packed.
+
+    Recurrent layers have tensors of three dimensions too: those of a part that is called experts
+    or a mixture of them count.
+    """
     known = expert_stacks(model)
+    called = re.compile("expert|moe", re.IGNORECASE)
     return [
         f"{name}.{key}"
         for name, module in model.named_modules()
         if name not in known and not isinstance(module, nn.modules.conv._ConvNd)
         for key, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 or ".experts." in f".{name}.{key}"
+        if ".experts." in f".{name}.{key}"
+        or (parameter.ndim == 3 and called.search(f"{name}.{key} {type(module).__name__}"))
     ]
 
 

@@ -57,8 +57,8 @@ def load_packed(
             raise StageError(f"{folder} lacks {name} of the model; {AGAIN}")
         try:
             put_packed(model, name, storage(**stored))
-        except ValueError as error:
-            raise StageError(f"{folder}: {error}; {AGAIN}") from None
+        except (TypeError, ValueError) as error:
+            raise StageError(f"{folder}: {name}: {error}; {AGAIN}") from None
     compute_packed(model)
     for key in (key for key in tensors if key.endswith(NF4_STATE)):
         _put_linear(model, key.removesuffix(f".weight.{NF4_STATE}"), tensors, get)

@@ -414,7 +414,7 @@ def value_at(params: dict, key: str) -> Any:
     """What a file's `params` say at `key`, a section or `section.key`; None where it is missing."""
     section, _, leaf = key.partition(".")
     value = params.get(section)
-    return (value or {}).get(leaf) if leaf else value
+    return value.get(leaf) if leaf and isinstance(value, dict) else None if leaf else value
 
 
 _kept: dict[Path, Params] = {}

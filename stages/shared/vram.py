@@ -476,8 +476,9 @@ def sizes_of(shape: Shape, run: Training) -> Sizes:
     head_forward, head_backward = head_bytes(shape, run)
     linears = sum(x.parameters for x in shape.linears)
     # Of NF4 the codes; the constants stay on the GPU.
-    all_weights = linears + shape.expert_parameters
-    packed = (0.5 if run.method == "qlora" else 2.0) * all_weights / shape.layers
+    each = 0.5 if run.method == "qlora" else 2.0
+    of_experts = (0.5 if shape.mxfp4 else each) * shape.expert_parameters
+    packed = (each * linears + of_experts) / shape.layers
     width, attention = shape.heads * shape.head_dim, 2.0 * tokens * tokens / run.sequences
     return Sizes(
         layers=shape.layers,

@@ -142,12 +142,11 @@ class Trainer(SFTTrainer):
 def lora_config(
     lora: Lora, model: PreTrainedModel | None = None, trained: tuple[int, ...] = ()
 ) -> LoraConfig:
-    """params.lora in PEFT's words; of `model`, all-linear leaves out what PEFT would refuse and
-    what chooses experts, and the rows of the tokens `trained` train."""
-    every = lora.target_modules == "all-linear"
+    """params.lora in PEFT's words; of `model`, what PEFT would refuse and what chooses experts is
+    left out, and the rows of the tokens `trained` train."""
     names = names_of_embeddings(model) if model and trained else []
     return LoraConfig(
-        exclude_modules=(unadaptable_linears(model) if model and every else None) or None,
+        exclude_modules=(unadaptable_linears(model) if model else None) or None,
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number: PEFT divides it
         use_rslora=lora.scaling == "rslora",
