@@ -216,7 +216,8 @@ def _read_rows(
     if tied and len({tuple(sorted(ids)) for ids in wanted.values()}) > 1:
         names = ", ".join(wanted)
         raise StageError(
-            f"{folder}: trainable_token_indices has other tokens for each of {names}, which are tied"
+            f"{folder}: trainable_token_indices has other tokens for each of {names}, which are "
+            "tied"
         )
     return found | _rows_of_twins(folder, found, shapes, tied)
 
