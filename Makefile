@@ -88,7 +88,7 @@ gguf: .gguf/ready  ## Convert models/release to models/release.gguf, and compare
 	@python -m tools.check_gguf $(GGUF).partial
 	@mv $(GGUF).partial $(GGUF)
 
-chaos: $(READY)  ## Kill the pipeline 400 times and feed it hostile files (an hour); make chaos PART=writes runs a part
+chaos: $(READY)  ## Kill the pipeline hundreds of times and feed it hostile files (an hour); make chaos PART=writes runs a part
 	@python -m tests.chaos $(PART)
 
 # With the project's packages, and mutmut in front of them.

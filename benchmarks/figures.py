@@ -201,7 +201,7 @@ def streaming() -> None:
     ratios = results("placement")["ratios"]
     print(
         f"With 4,096 tokens a step, a 70B shape limited to 12 GB trains at "
-        f"{100 * ratios['70b_4096_12gb']:.1f} % of its resident rate, "
+        f"{100 * ratios['70b_4096_12gb']:.1f} % of its resident steady rate, "
         f"a 7B shape limited to 6 GB at {100 * ratios['7b_4096_6gb']:.0f} %."
     )
 

@@ -1,8 +1,8 @@
 """Change six modules that decide results, one small change at a time, and see a test fail.
 
-    python -m tests.mutants                       (make mutants: an hour on one core)
-    python -m tests.mutants gate splitting        (some of them)
-    python -m tests.mutants scoring --ending 147  (those whose numbers end so: three in ten)
+    make mutants                               (an hour on one core)
+    make mutants NAMES="gate splitting"        (some of them)
+    make mutants NAMES="scoring --ending 147"  (those whose numbers end so: three in ten)
 
 mutmut (https://mutmut.readthedocs.io) makes the changes, in copies of the project in .mutmut/, and
 runs for each the tests that call the changed function. Counts go into
