@@ -119,7 +119,7 @@ def test_gpt_oss_mixes_rows_and_is_padded():
     config = AutoConfig.for_model("gpt_oss")
     assert choose_attention(Train(**TRAIN), config, gpu=True) == "eager"
     packing = Train(**TRAIN | {"batching": "packing"})
-    with pytest.raises(StageError, match=r"gpt_oss is not known to keep rows apart"):
+    with pytest.raises(StageError, match=r"gpt_oss is not known to keep packed rows apart"):
         choose_attention(packing, config, gpu=True)
 
 

@@ -523,9 +523,12 @@ RWLOCKS = {
     "odd": ('{"write": {"models/adapter": 3}}', "was broken, removed"),
     "dead": (
         json.dumps({"read": {"stages/train.py": [DEAD]}}),
-        "processes that are gone; removed those",
+        "processes that are gone; removed those entries",
     ),
-    "taken": (json.dumps({"write": {"data/raw": TAKEN}}), "processes that are gone; removed those"),
+    "taken": (
+        json.dumps({"write": {"data/raw": TAKEN}}),
+        "processes that are gone; removed those entries",
+    ),
 }
 
 

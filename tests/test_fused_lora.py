@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_fast_path import SMALL, loss_and_gradients, with_random_adapter
+from test_fast_path import loss_and_gradients, with_random_adapter
+from tiny import SHAPE
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
@@ -17,7 +18,7 @@ KEPT = Placement(2, 2)
 
 
 def make(family="llama", targets="all-linear", **settings):
-    config = AutoConfig.for_model(family, **SMALL, **settings)
+    config = AutoConfig.for_model(family, **SHAPE, **settings)
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     lora = LoraConfig(r=4, lora_alpha=12, target_modules=targets, task_type="CAUSAL_LM")
@@ -198,7 +199,7 @@ def test_which_mlps_are_one_operation():
         return get_peft_model(torch.nn.Sequential(mlp), lora).base_model.model[0]
 
     parts = ["gate_proj", "up_proj", "down_proj"]
-    config = AutoConfig.for_model("llama", **SMALL)
+    config = AutoConfig.for_model("llama", **SHAPE)
     assert fused_lora._is_swiglu_mlp(wrapped(LlamaMLP(config), parts))
     assert not fused_lora._is_swiglu_mlp(wrapped(LlamaMLP(config), parts[:2]))
     config.hidden_act = "gelu"

@@ -120,7 +120,7 @@ def test_limits_are_those_of_the_base():
     assert judge(without, worse) == (0, [notice, *PASSED])
     with pytest.raises(StageError) as fault:
         judge(without, revision("HEAD", {"gate.yaml": None}))
-    assert str(fault.value) == "gate.yaml: no limits, neither at old nor at HEAD; write some"
+    assert str(fault.value) == "gate.yaml: no limits, neither at old nor at HEAD; add some"
 
 
 def test_a_base_without_metrics():
@@ -199,7 +199,7 @@ def test_what_no_run_gave_is_named(line):
         2,
         [
             f"not consistent: {line}; run dvc repro and commit",
-            "gate: FAILED: dvc.lock recorded other results than these",
+            "gate: FAILED: dvc.lock records different results",
         ],
     )
 
@@ -217,7 +217,7 @@ def test_every_inconsistency_is_said():
                 ("merge", "adapter"),
             )
         ),
-        "gate: FAILED: dvc.lock recorded other results than these",
+        "gate: FAILED: dvc.lock records different results",
     ]
 
 

@@ -247,7 +247,7 @@ def test_groups_of_which_none_can_be_held_out():
     with pytest.raises(StageError) as fault:
         held_out_groups(store, all_of(store), 1)
     assert str(fault.value) == (
-        "prepare.group_by: 1 groups, and none is small enough to be held out; "
+        "prepare.group_by: none of the 1 groups is small enough to hold out; "
         "name another column, or set it to null"
     )
 

@@ -286,16 +286,15 @@ def test_only_learned_positions_are_scored(tmp_path, monkeypatch):
     assert -output.log_probs.sum().item() / scored[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_held_out_rows_are_scored_in_the_memory_of_a_step(monkeypatch):
+def test_held_out_rows_are_scored_in_the_memory_of_a_step():
     asked = []
 
-    def scored(model, rows, tokens_per_batch, world):
+    def scored(rows, tokens_per_batch):
         asked.append(tokens_per_batch)
         return Scores([1.0], [1])
 
-    monkeypatch.setattr(progress, "score", scored)
     for step_tokens in (100, 2 * TOKENS_PER_BATCH):
-        trainer = SimpleNamespace(tokens=0, world=ALONE)
+        trainer = SimpleNamespace(tokens=0, world=ALONE, score=scored)
         callback = progress.Progress(trainer, [], step_tokens, SimpleNamespace(took=0.0))
         state = TrainerState(global_step=4, max_steps=4)
         callback.on_train_begin(None, state, None)
