@@ -414,7 +414,9 @@ def value_at(params: dict, key: str) -> Any:
     """What a file's `params` say at `key`, a section or `section.key`; None where it is missing."""
     section, _, leaf = key.partition(".")
     value = params.get(section)
-    return value.get(leaf) if leaf and isinstance(value, dict) else None if leaf else value
+    if not leaf:
+        return value
+    return value.get(leaf) if isinstance(value, dict) else None
 
 
 _kept: dict[Path, Params] = {}
