@@ -1,9 +1,9 @@
-"""Which layers are quantized and which can have an adapter: asked here alone.
+"""Decides which linear layers are quantized and which can have an adapter.
 
-By transformers' rule for the first (integrations/bitsandbytes.py, replace_with_bnb_linear): the
-class itself, no subclass, and neither the output head nor what is tied or kept in float32. By that
-of PEFT for the second (tuners_utils.py): any Linear but the head, less what it refuses in some
-families, and less what chooses experts.
+Quantized, as in transformers (integrations/bitsandbytes.py, replace_with_bnb_linear): modules of
+the class Linear itself, except the output head and modules that are tied or kept in float32.
+Adaptable, as in PEFT (tuners_utils.py): any Linear except the head, what PEFT refuses in some
+families, and routers of experts.
 """
 
 import difflib
@@ -15,19 +15,20 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from stages.shared.process import StageError
 
-# PEFT's _check_lora_target_modules_mamba: modules whose code reads their weights past an adapter.
+# PEFT refuses these (_check_lora_target_modules_mamba): code that reads a weight directly bypasses
+# its adapter.
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _READ_DIRECTLY = ("out_proj", "conv1d")
-# Nor do these see an adapter: their mixers read the weights themselves.
+# PEFT does not refuse these, but their mixers bypass an adapter too.
 _OWN_CODE = {"jamba": ("dt_proj",)}
-# What chooses experts, or weighs the shared one, is called so beside them.
+# Names of routers, and of the gate of a shared expert, beside a module `experts`.
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
 def quantized_linears(model: PreTrainedModel) -> set[str]:
-    """Names of the modules of `model` that NF4 replaces, or has replaced."""
+    """Names of the modules of `model` that are, or will be, in NF4."""
     tied = model.all_tied_weights_keys
-    # As get_keys_to_not_convert finds them while a model is loaded, when nothing is tied yet.
+    # Like get_keys_to_not_convert, which is called while a model is loaded and nothing is tied yet.
     last, _ = list(model.named_parameters(remove_duplicate=False))[-1]
     head = [name for name, module in model.named_modules() if module is _head(model)]
     kept = [key.removesuffix(".weight") for key in (*tied, *tied.values(), last)]
@@ -42,15 +43,15 @@ def quantized_linears(model: PreTrainedModel) -> set[str]:
 
 
 def adaptable_linears(model: PreTrainedModel) -> list[str]:
-    """Names of the modules of `model` that `all-linear` gives an adapter, in order."""
+    """Names of the modules of `model` that get an adapter with `all-linear`, in order."""
     without = unadaptable_linears(model)
     return [name for name, _ in _linears(model) if name not in without]
 
 
 def unadaptable_linears(model: PreTrainedModel) -> list[str]:
-    """Names of the Linears of `model`, its head apart, that cannot have an adapter."""
+    """Names of the Linears of `model`, except its head, that cannot have an adapter."""
     kind = model.config.model_type
-    # Layers that look at images: without one they are passed over.
+    # Cross-attention to images, which is skipped for text.
     passed = [f".{i}." for i in getattr(model.config, "cross_attention_layers", None) or ()]
     banned = (_READ_DIRECTLY if kind in _MAMBA else ()) + _OWN_CODE.get(kind, ())
     routers = _routers(model)
@@ -64,12 +65,12 @@ def unadaptable_linears(model: PreTrainedModel) -> list[str]:
 
 
 def targets_of(wanted: str | list[str], names: Iterable[str], experts: bool = False) -> set[str]:
-    """Those of `names`, layers that can have an adapter, that get one.
+    """The layers among the adaptable ones, `names`, that get an adapter.
 
-    wanted   lora.target_modules, matched as PEFT does (by the end of the name)
-    experts  whether the model has some, for the message
+    wanted   lora.target_modules, matched like in PEFT (by the end of the name)
+    experts  whether the model has experts; for the message only
 
-    Raises StageError for a name that is none of them: PEFT would skip it in silence.
+    Raises StageError for a target that matches none, which PEFT would silently skip.
     """
     names = list(names)
     if wanted == "all-linear":
