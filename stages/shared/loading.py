@@ -1,4 +1,4 @@
-"""Is what others wrote beside the weights something that Transformers loads? Tried here first."""
+"""Checks that transformers can load a downloaded tokenizer and its generation settings."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +20,8 @@ class TokenIds(Foreign):
 
 
 def check_tokenizer(folder: Path, id: str, remedy: str) -> None:
-    """Raise StageError, with `id` for whose it is, unless `folder` holds a fast tokenizer that
-    loads and runs, and generation settings that load where it has some."""
+    """Raise StageError, naming the model `id`, unless `folder` has a fast tokenizer that loads and
+    runs. Generation settings, if there are any, must load too."""
     config, generation = folder / "tokenizer_config.json", folder / GENERATION
     if config.exists() and "auto_map" in read_object(config, f"{id}: {config.name}"):
         raise StageError(f"{id}: its tokenizer needs code of its own, which is never run; {remedy}")
@@ -39,7 +39,7 @@ def _load(folder: Path, id: str, remedy: str) -> None:
     if not tokenizer.is_fast:
         missing = "has no fast tokenizer (tokenizer.json), which this pipeline needs"
         raise StageError(f"{id} {missing}; {remedy}")
-    # Transformers makes an empty one when tokenizer.json is missing, and says nothing.
+    # If tokenizer.json is missing, transformers silently makes an empty tokenizer.
     if len(vocabulary) <= len(special):
         raise StageError(f"{id}: its tokenizer has no vocabulary; is tokenizer.json missing?")
     if (folder / GENERATION).exists():
@@ -49,7 +49,8 @@ def _load(folder: Path, id: str, remedy: str) -> None:
 
 @contextmanager
 def one_line(what: str, remedy: str) -> Iterator[None]:
-    """Libraries raise whatever they meet in the files of others, and some of Rust no Exception."""
+    """Turn any error into a StageError of one line. A library may raise anything for a foreign
+    file; panics of Rust code are no Exception."""
     try:
         yield
     except MemoryError:
