@@ -1,6 +1,6 @@
-"""Checkpoints with towers for images or sound, of which the language model alone is trained.
+"""Families with image or audio towers, of which only the language model is trained.
 
-Those whose language model is seen to compute, on text, what the whole does (tests/test_families.py,
+On text, the language model alone computes the same as the whole model (tests/test_families.py,
 transformers 5.23).
 """
 
