@@ -6,27 +6,27 @@ import jinja2
 
 from stages.preparing.formats import Chat
 
-# What a template raises about a row: raise_exception() and Python's own, as of "".index("a").
+# Errors of a template for a row: from raise_exception(), or Python's, such as of "".index("a").
 TEMPLATE_FAULTS = (
     jinja2.TemplateError,
     ArithmeticError,
     AttributeError,
     LookupError,
-    RuntimeError,  # as of a macro that calls itself for ever
+    RuntimeError,  # such as of endless recursion in a macro
     TypeError,
     ValueError,
 )
 
 
 def bos_of(tokenizer) -> str:
-    """The BOS that the tokenizer puts before plain text; empty where it puts none."""
+    """The BOS that the tokenizer adds to plain text; empty if it adds none."""
     first = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True).ids[:1]
     adds = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
     return tokenizer.bos_token if adds else ""
 
 
 class ChatTemplate:
-    """A tokenizer's template as it is now, and the marks that it writes."""
+    """A tokenizer's current template, and its special tokens."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
