@@ -33,9 +33,9 @@ _SAME = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": 
 # Causal classes that take the configuration of the whole model.
 _OF_WHOLE = {"mllama"}
 _OF_IMAGES = ("type", "mrope_section", "mrope_interleaved")
-# Families in which every expert computes every token: what a router does not choose is zero.
+# Families in which every expert computes every token; inputs of experts not chosen are zero.
 _EVERY = {"llama4_text"}
-# How many experts others choose, as they call it.
+# What other families call the number of experts per token.
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
 
@@ -88,7 +88,7 @@ def loading_report(folder: Path) -> tuple[PreTrainedModel, dict[str, set]]:
     the files. No tensor is read."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     auto: Any = AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
-    # Which of the files' packed tensors it would find depends on the machine.
+    # With it, whether packed tensors are expected depends on the machine.
     vars(config).pop("quantization_config", None)
     with without_tables():
         return auto.from_pretrained(
@@ -115,9 +115,9 @@ def without_tables() -> Iterator[None]:
 def language_names(whole: PreTrainedModel, keys: set[str]) -> dict[str, str]:
     """Names in the language model of `keys`, tensor names in the checkpoint of `whole`.
 
-    Keys of other towers are left out, and those that are fused with others when they are loaded,
-    unless they are experts' (stages/shared/experts.py). Raises StageError where those are fused in
-    a way that cannot be undone.
+    Keys of other towers are left out, and so are tensors that loading fuses with others, except
+    experts (stages/shared/experts.py). Raises StageError if experts are fused in a way that cannot
+    be undone.
     """
     renamings, converters = _transforms(whole)
     by_pattern = {p: each for each in converters for p in each.source_patterns}
@@ -141,15 +141,16 @@ def language_names(whole: PreTrainedModel, keys: set[str]) -> dict[str, str]:
 
 
 def _transforms(model: PreTrainedModel) -> tuple[list[Any], list[WeightConverter]]:
-    """How transformers renames a checkpoint's tensors, and what it makes of several."""
+    """(renamings, converters) that transformers applies to a checkpoint's tensors; a converter
+    combines several."""
     transforms = get_model_conversion_mapping(model)
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
     return [each for each in transforms if not isinstance(each, WeightConverter)], converters
 
 
 def check_experts(model: PreTrainedModel) -> None:
-    """Raise StageError where a checkpoint of `model` may have its experts fused in a way that
-    cannot be undone."""
+    """Raise StageError if loading a checkpoint of `model` fuses experts in a way that cannot be
+    undone."""
     for converter in _transforms(model)[1]:
         for tensor in expert_tensors(model):
             if any(tensor.endswith(target) for target in converter.target_patterns):
@@ -157,8 +158,8 @@ def check_experts(model: PreTrainedModel) -> None:
 
 
 def kept_in_float32(model: PreTrainedModel, names: Iterable[str] | None = None) -> set[str]:
-    """Of `names`, or of those of all tensors of `model`, the ones that transformers keeps in
-    float32, whatever it is loaded in: rounded, the bias of a router chooses other experts."""
+    """Names of tensors, of all in `model` or of `names`, that transformers keeps in float32 for any
+    dtype of the model. A router's bias is one: rounded, it would choose other experts."""
     patterns = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     found = re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns) or "$^")
     if names is None:
