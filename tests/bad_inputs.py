@@ -478,14 +478,14 @@ BAD_INPUTS = [
         "rendered, no known mark",
         "a.jsonl",
         rows({"text": "Q: a A: b"}),
-        "no known mark of an answer in the rendered text",
+        "no known marker of an answer in the rendered text",
         {"format": "rendered"},
     ),
     Bad(
         "rendered, almost the shape",
         "a.jsonl",
         rows({"text": "<s>[INST]a[/INST]b</s>"}),
-        "the rendered text looks like llama-2 and is not quite: bring the .jinja file",
+        "the rendered text resembles llama-2 but differs from it: name the .jinja file",
     ),
     # What the tokenizer and the template say
     Bad(

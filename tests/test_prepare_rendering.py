@@ -183,9 +183,9 @@ def test_any_character_may_stand_in_a_plain_template():
 
 def test_backslash_and_n_in_a_plain_template_is_refused_with_what_works():
     for quoted in ("'Q: {prompt}\\nA: \"é\"'", "Q:\\n {prompt}\\n"):
-        with pytest.raises(StageError, match="double quotes make it one: ") as caught:
+        with pytest.raises(StageError, match=r"in double quotes in params\.yaml: ") as caught:
             encoder_of("llama-3", template=yaml.safe_load(quoted))
-        meant = yaml.safe_load(str(caught.value).partition("make it one: ")[2])
+        meant = yaml.safe_load(str(caught.value).partition("params.yaml: ")[2])
         assert "\\n" not in meant
         text = encoder_of("llama-3", template=meant).tokenizer.apply_chat_template(
             CHAT[:1], tokenize=False

@@ -1,4 +1,4 @@
-"""The choice of template: what prompts are rendered with, in the rows and at inference."""
+"""Chooses the chat template that renders prompts, in training rows and at inference."""
 
 import json
 from collections import Counter
@@ -14,26 +14,26 @@ from stages.preparing.shapes import Shape, read_rendered
 from stages.shared.params import Prepare
 from stages.shared.process import StageError
 
-# Templates that print today's date would make other bytes tomorrow, and a prompt at inference
-# that no row begins with: the date that Llama 3 documents is written into them.
+# With today's date, a template would write other bytes tomorrow, and prompts at inference that no
+# row begins with. So templates print a fixed date, the one of Llama 3's documentation.
 _FIXED_DATE = (
     "{%- macro strftime_now(format) -%}"
     "{{ {'%Y-%m-%d': '2024-07-26'}.get(format, '26 Jul 2024') }}"
     "{%- endmacro -%}"
 )
-# Unused tokens that models ship for padding, then unk, then the end token itself.
+# Tried in this order as pad token, then unk, then the EOS itself.
 _PAD_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>")
-# Of the rendered rows that are looked at, so many must be what the template would have written.
+# Share of the sampled rendered rows that the template must reproduce.
 _MOST_WRITTEN = 0.5
 _ASKED = [{"role": "user", "content": "a"}]
 
 
 def settle(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> str:
-    """Give `tokenizer` its pad token and what rows and inference share: template and EOS.
+    """Set the pad token, the chat template and the EOS of `tokenizer`; returns a description.
 
-    Its EOS becomes the token that most answers end with: Gemma's template, for one, ends turns
-    with another, and who generates until the EOS would wait for it in vain. Returns what was
-    settled, in words. Raises StageError for a template that cannot serve.
+    The EOS becomes the token that ends most answers. Gemma's template, for example, ends turns with
+    another token, so that generating until the EOS would not stop. Raises StageError if no template
+    can be used.
     """
     if not tokenizer.is_fast:
         raise StageError("models/tokenizer: no tokenizer.json; choose a model that ships one")
@@ -56,9 +56,9 @@ def settle(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> 
     said = f"{said}, answers end with {tokenizer.eos_token}, {pad}{marks}"
     if form.shape and form.shape.end not in tokenizer.get_vocab():
         said += (
-            f"; {form.shape.end} is no token of this model and would be learned letter by letter: "
-            "name it in lora.new_tokens, or bring messages or prompt and completion, which are "
-            "rendered for the model"
+            f"; {form.shape.end} is not a token of this model and would be learned letter by "
+            "letter: name it in lora.new_tokens, or bring messages or prompt and completion, which "
+            "are rendered for the model"
         )
     return said
 
@@ -71,7 +71,7 @@ def _settle_eos(tokenizer, params: Prepare, samples: list[Example]) -> None:
     before, eos = render(), tokenizer.eos_token
     ends = Counter(row.end for row in before)
     tokenizer.eos_token = max(ends, key=ends.__getitem__, default=eos)
-    # A template that writes the EOS by its name would write the new one.
+    # A template that uses `eos_token` would write the new one.
     if "eos_token" in tokenizer.chat_template and render() != before:
         tokenizer.eos_token = eos
 
@@ -81,8 +81,9 @@ def _template(tokenizer, params: Prepare, form: Format, samples: list[Example]) 
     if form.name == "rendered":
         if form.shape is None and params.loss_on != "all":
             raise StageError(
-                "no known mark of an answer in the rendered text ([/INST], <|im_start|>assistant, "
-                "…); set prepare.loss_on: all, or bring columns with prompt and completion"
+                "no known marker of an answer in the rendered text ([/INST], "
+                "<|im_start|>assistant, …); set prepare.loss_on: all, or bring columns with prompt "
+                "and completion"
             )
         return _rendered_template(tokenizer, template, form, samples)
     if template.endswith(".jinja"):
@@ -99,17 +100,18 @@ def _template(tokenizer, params: Prepare, form: Format, samples: list[Example]) 
     if not own:
         raise StageError(
             "the tokenizer has no chat template (a base model?); set prepare.template to plain "
-            "text with {prompt} in it, or to templates/chatml.jinja and lora.new_tokens to "
+            "text that contains {prompt}, or to templates/chatml.jinja with lora.new_tokens: "
             "['<|im_start|>']"
         )
     tools = any(chat and chat.given.get("tools") for chat in map(chat_of, samples))
-    # Some tokenizers have a template of their own for tools.
+    # Some tokenizers have a separate template for tools.
     return tokenizer.get_chat_template(tools=tools or None), "the tokenizer's chat template"
 
 
 def _thinking(tokenizer, params: Prepare, text: str, samples: list[Example]) -> tuple[str, str]:
-    """(template, what was changed) with the template's own default for thoughts, or with
-    the other where a prompt opens a thought that most answers lack, or the other way round."""
+    """(template, description of the change) with the setting of enable_thinking that renders most
+    samples: the default, or another if its prompt opens a thought that answers lack, or lacks one
+    that they have."""
     tries = []
     for value in ("", "false", "true"):
         setting = f"{{%- set enable_thinking = enable_thinking | default({value}) -%}}"
@@ -123,7 +125,7 @@ def _thinking(tokenizer, params: Prepare, text: str, samples: list[Example]) -> 
 
 
 def _own_template(tokenizer) -> str | None:
-    """The template that the model came with; others of its may be for tools or documents."""
+    """The tokenizer's default template; it may have others, for tools or documents."""
     own = tokenizer.chat_template
     return own.get("default") if isinstance(own, dict) else own
 
@@ -141,12 +143,12 @@ def _from_file(tokenizer, template: str) -> str:
     except jinja2.TemplateSyntaxError as error:
         raise StageError(f"{template}:{error.lineno}: {error.message}; fix the template") from None
     except TEMPLATE_FAULTS:
-        pass  # It asks for more than this one message, and will say so of the rows.
+        pass  # It needs more than this one message; errors are reported with a row.
     return text
 
 
 def _with_bos(tokenizer, template: str, samples: list[Example]) -> str:
-    """The template with the BOS that the tokenizer would have put before plain text."""
+    """The template, with a BOS added if the tokenizer adds one to plain text and it has none."""
     for chat in filter(None, map(chat_of, samples)):
         try:
             made = tokenizer.apply_chat_template(
@@ -161,13 +163,13 @@ def _with_bos(tokenizer, template: str, samples: list[Example]) -> str:
 def _rendered_template(
     tokenizer, template: str, form: Format, samples: list[Example]
 ) -> tuple[str, str]:
-    """The template, of the file, the tokenizer or the shape, that writes most samples as they are.
+    """The template, from the file, the tokenizer or the shape, that reproduces most samples.
 
-    The text is not rendered again: the template is what prompts at inference are rendered with.
+    The text is not rendered again; the template is for prompts at inference.
     """
     own = _own_template(tokenizer)
     if form.shape is None:
-        return own or "", "text as it stands, all of it learned"
+        return own or "", "text as it is, all of it learned"
     shape, (text, _) = form.shape, text_and_answers(samples[0])
     opening, bos = text[: next(shape.turn.finditer(text)).start()], bos_of(tokenizer)
     opening = opening or ("" if text.startswith(bos) else bos)
@@ -182,17 +184,15 @@ def _rendered_template(
     )
     if count < _MOST_WRITTEN * len(samples):
         raise StageError(
-            f"the rendered text looks like {shape.name} and is not quite: bring the .jinja "
-            "file it was rendered with in prepare.template, or columns with prompt and completion"
+            f"the rendered text resembles {shape.name} but differs from it: name the .jinja file "
+            "that rendered it in prepare.template, or bring columns with prompt and completion"
         )
-    return chosen, f"text as it stands, in the {shape.name} shape"
+    return chosen, f"text as it is, in the {shape.name} shape"
 
 
 def _writes(tokenizer, template: str, shape: Shape, sample: Example) -> bool:
-    """Whether the template writes the sample's prompt as it stands, a BOS aside.
-
-    As it stands but for other end marks: which one a turn has, its content decides.
-    """
+    """Whether the template reproduces the sample's prompt, except for a BOS and for end markers,
+    which may depend on a turn's content."""
     text, _ = text_and_answers(sample)
     turns = read_rendered(shape, text)
     messages = [{"role": turn.role, "content": turn.content} for turn in turns[:-1]]
@@ -212,11 +212,11 @@ def _writes(tokenizer, template: str, shape: Shape, sample: Example) -> bool:
 
 
 def _plain_template(tokenizer, template: str) -> str:
-    """Plain text around {prompt} as a chat template; the answer never sticks to its last word."""
+    """A chat template of plain text around {prompt}, with white space before the answer."""
     if (meant := template.replace("\\n", "\n")) != template:
         raise StageError(
-            "prepare.template: holds a backslash and an n where a line break is meant; in "
-            f"params.yaml double quotes make it one: {_quoted(meant)}"
+            "prepare.template: contains a backslash and an n instead of a line break; write it in "
+            f"double quotes in params.yaml: {_quoted(meant)}"
         )
     before, after = template.split("{prompt}")
     after += "" if after[-1:].isspace() else "\n"
@@ -231,5 +231,6 @@ def _plain_template(tokenizer, template: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """`text` as a literal of Jinja, which takes JSON's escape of an emoji for two characters."""
+    """`text` as a Jinja literal, unescaped: Jinja reads JSON's escape of an emoji as two
+    characters."""
     return json.dumps(text, ensure_ascii=False)
