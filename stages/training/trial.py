@@ -1,8 +1,8 @@
-"""Does training compute what the model itself computes? Tried on two short rows before it begins.
+"""Checks on two short rows, before training starts, that it computes the model's own logits.
 
-With the real weights, on the real device, by the real kernels: it finds what no list of families
-can. Where there is a slower way that is right, that is taken, and said. Nothing that is trained is
-changed by it, and no random number drawn.
+It uses the real weights, device and kernels, so it finds what no list of families can. If a slower
+method is correct, that is used instead, and a message says so. The check changes nothing that is
+trained and draws no random numbers.
 """
 
 import math
@@ -31,9 +31,9 @@ from stages.shared.process import StageError
 
 
 class Trial:
-    """Made of a base model as it was loaded; `rows` are those of training.
+    """Made from a base model as loaded and the training rows.
 
-    Raises StageError where its attention is not that of transformers.
+    Raises StageError if varlen attention differs from transformers'.
     """
 
     def __init__(self, model: PreTrainedModel, rows: Dataset):
@@ -47,37 +47,37 @@ class Trial:
             model.set_attn_implementation(VARLEN)
             if found := self._fault(lambda: logits_alone(model, self.rows), self.own):
                 raise StageError(
-                    f"train.attention: varlen does not have the logits of {self.family} with that "
-                    f"of transformers ({found}); set sdpa"
+                    f"train.attention: with varlen, {self.family} does not give the logits that it "
+                    f"has with transformers' attention ({found}); set sdpa"
                 )
         check_head(model, self.rows)
 
     def batches(self, model: PreTrainedModel, fast: FastPath, packing: bool) -> FastPath:
-        """`fast`, with padding where rows laid behind each other would not keep apart.
+        """`fast`, with padding if the model would attend across concatenated rows.
 
-        Raises StageError for packs of them, and where rows that are padded do not keep apart.
+        Raises StageError if it would attend across packed or padded rows.
         """
         flat = packing or fast.padding_free
         if not (found := self._fault(lambda: _together(model, self.rows, flat), self.own)):
             return fast
         if packing:
             raise StageError(
-                f"train.batching: packed rows of {self.family} do not have the logits of each row "
+                f"train.batching: packed rows of {self.family} do not give the logits of each row "
                 f"alone ({found}); set group_by_length"
             )
         if not flat:
             raise StageError(
-                f"padded rows of {self.family} do not have the logits of each row alone ({found}); "
+                f"padded rows of {self.family} do not give the logits of each row alone ({found}); "
                 "set train.batch_size: 1, or choose another base model"
             )
         print(
-            f"train: rows of {self.family} that lie behind each other do not have the logits of "
-            f"each row alone ({found}); they are padded, which takes longer and more memory"
+            f"train: concatenated rows of {self.family} do not give the logits of each row alone "
+            f"({found}); they are padded instead, which needs more time and memory"
         )
         return self.batches(model, replace(fast, padding_free=False), packing)
 
     def fused_head(self, causal: torch.nn.Module) -> bool:
-        """Whether trl's output head gives what the model's own does."""
+        """Whether trl's output head gives the same results as the model's own."""
         chances = self.own.log_softmax(-1)
         after, start = [], 0
         for row in self.rows:
@@ -87,13 +87,14 @@ class Trial:
         found = self._fault(lambda: _fused_chances(causal, self.rows), torch.cat(after))
         if found:
             print(
-                f"train: trl's output head does not have the logits of {self.family} ({found}); "
-                "its own is taken, with more memory than plan says"
+                f"train: trl's output head does not give the logits of {self.family} ({found}); "
+                "the model's own is used, which needs more memory than plan says"
             )
         return not found
 
     def fused_layers(self, model: PeftModel, fuse: Callable[[], Any]) -> bool:
-        """Fuse the layers of `model`; whether they give what PEFT's do. If not, PEFT's are back."""
+        """Fuse the layers of `model`; returns whether they give the outputs of PEFT's layers. If
+        not, those are restored."""
         before = {module: vars(module).get("forward") for module in model.modules()}
         with _random_updates(model):
             expected = logits_alone(model, self.rows)
@@ -106,13 +107,13 @@ class Trial:
                 if forward is not None:
                     module.forward = forward
             print(
-                f"train: the fused layers do not have the outputs of PEFT's for {self.family} "
-                f"({found}); PEFT's are taken, which are slower and take more memory than plan says"
+                f"train: the fused layers do not give the outputs of PEFT's for {self.family} "
+                f"({found}); PEFT's are used, which are slower and need more memory than plan says"
             )
         return not found
 
     def _fault(self, compute: Callable[[], torch.Tensor], expected: torch.Tensor) -> str | None:
-        """What is wrong with what `compute` gives."""
+        """How the result of `compute` differs from `expected`; None if it agrees."""
         return fault(compute, expected, self.limit)
 
 
@@ -131,7 +132,7 @@ def _together(model: PreTrainedModel, rows: list[list[int]], flat: bool) -> torc
 
 
 def _fused_chances(causal: torch.nn.Module, rows: list[list[int]]) -> torch.Tensor:
-    """Log-probabilities of the rows' tokens but the first of each, by trl's head."""
+    """Log-probabilities, by trl's head, of all tokens of the rows but the first of each."""
     found = []
     with as_trained(causal) as device:
         for row in rows:
@@ -142,7 +143,7 @@ def _fused_chances(causal: torch.nn.Module, rows: list[list[int]]) -> torch.Tens
 
 
 def _trained_once(model: PeftModel, rows: list[list[int]]) -> torch.Tensor:
-    """As logits_alone, with the backward pass, which some code of families does not bear."""
+    """Like logits_alone, with a backward pass, which fails in the code of some families."""
     found = []
     for row in rows:
         with as_trained(model) as device, torch.enable_grad():
@@ -154,9 +155,9 @@ def _trained_once(model: PeftModel, rows: list[list[int]]) -> torch.Tensor:
 
 @contextmanager
 def _random_updates(model: PeftModel) -> Iterator[None]:
-    """Give every adapter a part in the outputs as large as its base's: with B at zero it has none.
+    """Fill every B so that adapters contribute to the outputs as much as their base layers.
 
-    PEFT begins with zeros, and zeros are put back.
+    PEFT initializes B with zeros, which are restored.
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     halves = [(m.lora_B.get_parameter("default.weight"), m.scaling["default"]) for m in layers]
