@@ -177,7 +177,7 @@ def gradients(trainer):
 def test_attention_drops_nothing_on_any_path(build, capsys, fast, checkpointing):
     """The base's attention_dropout would be drawn anew for the second pass of fused layers."""
     expected = gradients(build(lora={"dropout": 0.0}))
-    said = "train: the base's attention_dropout (0.3) is left out\n"
+    said = "train: the base's attention_dropout (0.3) is switched off\n"
     assert said not in capsys.readouterr().out
     dropping = {"attention_dropout": 0.3}
     trainer = build(fast, dropping, {"dropout": 0.0}, gradient_checkpointing=checkpointing)

@@ -34,17 +34,17 @@ from stages.training.offload import HostStash
 from stages.training.token_rows import train_rows
 from stages.training.trial import Trial
 
-# trl's output head leaves out what is not learned where it can have Triton; elsewhere it scores
-# every position, which on a CPU took half of a step. (Its kernels ask another function.)
+# trl's output head skips positions that are not learned only if this says that Triton is available;
+# scoring all took half of a step on a CPU. (trl's kernels ask another function.)
 trl.trainer.utils._use_triton = lambda device: True
-# Before a model is loaded that asks for it.
+# Must come before a model that uses it is loaded.
 attention.register()
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """`rows` with input_ids and labels; packing fills rows up to `max_length` tokens. `trained` are
-    tokens whose rows of the embeddings and the head train too."""
+    """`rows` with input_ids and labels; packing fills rows up to `max_length` tokens. `trained`:
+    ids of tokens whose rows of the embeddings and the head are trained too."""
 
     rows: Dataset
     tokenizer: PreTrainedTokenizerBase
@@ -55,7 +55,7 @@ class TrainingSet:
 class Trainer(SFTTrainer):
     """trl's trainer without its per-step statistics, each of which waits for the GPU.
 
-    `tokens` counts those that were trained on, padding not counted.
+    `tokens` is the number of tokens trained on so far, without padding.
     """
 
     model: PeftModel
@@ -63,16 +63,16 @@ class Trainer(SFTTrainer):
     tokens = 0
     # Whether trl's output head gives the model's own logits (stages/training/trial.py).
     fused_head = True
-    # Of the base, where its layers' weights are streamed.
+    # Set if layers of the base model are streamed.
     streamer: Streamer | None = None
 
     def __init__(self, world: World = ALONE, **options):
         self.world = world
         super().__init__(**options)
-        # Whatever a family says of its own loss, this one needs the tokens of a whole step.
+        # compute_loss needs num_items_in_batch, even if the family's own loss does not.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
-        # The tokens of every batch are counted on the host, where it is made ahead of its step.
+        # Batches are collated ahead of their step; their tokens are counted then, on the host.
         self.ahead: deque[int] = deque()
         collate = self.data_collator
 
@@ -101,7 +101,7 @@ class Trainer(SFTTrainer):
         return score(self.model, rows, tokens_per_batch, self.world, self.streamer)
 
     def _get_train_sampler(self, train_dataset=None):
-        """As transformers does, told the lengths: it would decode every row to count its tokens."""
+        """Pass the rows' lengths, which transformers would find by decoding every row."""
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -110,25 +110,25 @@ class Trainer(SFTTrainer):
 
     @property
     def rows_per_step(self) -> int:
-        """Of all ranks together."""
+        """Rows of an optimizer step, of all ranks together."""
         args = self.args
         return args.train_batch_size * args.gradient_accumulation_steps * self.world.size
 
     def get_train_dataloader(self):
-        """As transformers does; of several ranks each has its share of the rows of every step."""
+        """With several ranks, give each its share of the rows of every step."""
         loader = super().get_train_dataloader()
         if self.world.size > 1:
             shard: Any = loader.batch_sampler
             lengths = token_counts(self.train_dataset.with_format("arrow")[:])
             order = shard.batch_sampler.sampler
             shard.batch_sampler = Dealt(order, lengths, self)
-            # Passed through: what comes is this rank's already.
+            # Dealt yields only this rank's rows, so accelerate must not shard them again.
             shard.num_processes, shard.process_index = 1, 0
             shard.batch_size, shard.even_batches = None, False
         return loader
 
     def _prepare_for_training(self, *positional, **named):
-        """As transformers does; the wrapper of several ranks answers from memory too."""
+        """Give DDP's wrapper the cached methods of `remember_parameters` too."""
         model, loader = super()._prepare_for_training(*positional, **named)
         if model is not self.model:
             model.parameters, model.zero_grad = self.model.parameters, self.model.zero_grad
@@ -142,8 +142,11 @@ class Trainer(SFTTrainer):
 def lora_config(
     lora: Lora, model: PreTrainedModel | None = None, trained: tuple[int, ...] = ()
 ) -> LoraConfig:
-    """params.lora in PEFT's words; of `model`, what PEFT would refuse and what chooses experts is
-    left out, and the rows of the tokens `trained` train."""
+    """params.lora as PEFT's configuration.
+
+    Layers of `model` that PEFT refuses and routers are excluded; the rows of the tokens `trained`
+    are trained too.
+    """
     names = names_of_embeddings(model) if model and trained else []
     return LoraConfig(
         exclude_modules=(unadaptable_linears(model) if model else None) or None,
@@ -159,11 +162,11 @@ def lora_config(
 
 
 def tell_lost(family: str, targets: set[str]) -> None:
-    """Say which modules of the adapter PEFT by itself would not load."""
+    """Print which modules of the adapter PEFT alone would not load."""
     if lost := lost_elsewhere(family, targets):
         print(
-            f"train: PEFT by itself leaves out {len(lost)} of the adapter's {len(targets)} modules "
-            f"such as {lost[0]}, whose names it takes for those of experts of {family}; serve "
+            f"train: PEFT alone would skip {len(lost)} of the adapter's {len(targets)} modules, "
+            f"such as {lost[0]}, since it mistakes them for experts of {family}; serve "
             "models/release, which has all of them"
         )
 
@@ -190,20 +193,21 @@ def build_trainer(
     world: World = ALONE,
     streamer: Streamer | None = None,
 ) -> Trainer:
-    """A trainer of a float32 adapter on a frozen base of load_base; `folder` takes checkpoints.
+    """A trainer of a float32 adapter on a frozen base from load_base.
 
-    Of several ranks each has one, whose batch size and accumulation are those of its share.
+    Each rank builds its own, with the batch size and accumulation of its share.
 
-    streamer  of the base, where its layers' weights are streamed
+    folder    for checkpoints
+    streamer  of the base, if its layers are streamed
 
-    Raises StageError where a trial on two rows shows that the model cannot be trained so.
+    Raises StageError if the check on two rows finds that these settings cannot train the model.
     """
     trial = Trial(model, data.rows)
     if fast.liger:
         apply_liger(model)
     fast = trial.batches(model, fast, params.train.batching == "packing")
     if dropped := leave_out_attention_dropout(model):
-        print(f"train: the base's attention_dropout ({dropped:g}) is left out")
+        print(f"train: the base's attention_dropout ({dropped:g}) is switched off")
     targets = targets_of(params.lora.target_modules, adaptable_linears(model))
     with targets_as_written():
         trainer = Trainer(
@@ -220,10 +224,10 @@ def build_trainer(
     tell_lost(model.config.model_type, targets)
     assert trainer.args.train_batch_size == params.train.batch_size
     if optimizer_steps(len(trainer.train_dataset), params.train) == 1:
-        # The first step of a warm-up has a learning rate of zero.
+        # The first step of a warmup has a learning rate of zero.
         trainer.args.warmup_steps = 0
-    # trl casts the adapter of a quantized base to bfloat16, and loading a checkpoint casts it
-    # back to float32: a resumed run would differ. In float32 from the start both are the same.
+    # trl casts the adapter of a quantized base to bfloat16, and loading a checkpoint casts it back
+    # to float32, so that a resumed run would differ. Use float32 from the start.
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -247,21 +251,21 @@ def build_trainer(
 
 
 def as_installed(fast: FastPath) -> FastPath:
-    """`fast` without the kernels that this machine lacks, which is said."""
+    """`fast`, without Liger's kernels if they are not installed; a message says so."""
     if not fast.liger or importlib.util.find_spec("liger_kernel"):
         return fast
     print(
-        "train: Liger's kernels are not installed: training takes longer and more memory than plan "
+        "train: Liger's kernels are not installed: training needs more time and memory than plan "
         "says; pip install --no-deps --require-hashes -r requirements-kernels.lock"
     )
     return replace(fast, liger=False)
 
 
 def leave_out_attention_dropout(model: PreTrainedModel) -> float:
-    """Let attention keep all of its weights in training too; the largest share it would drop.
+    """Switch attention dropout off; returns the largest rate that was set.
 
-    varlen attention has no dropout, and a layer that is checkpointed in two parts would drop other
-    weights in its second pass. The result is the same wherever it is trained.
+    varlen attention has no dropout, and a layer checkpointed in halves would drop other weights
+    when it is recomputed. Without it, the result is the same on all hardware.
     """
     dropped = 0.0
     module: Any
@@ -272,23 +276,23 @@ def leave_out_attention_dropout(model: PreTrainedModel) -> float:
 
 
 def train_together(model: PeftModel, world: World, seed: int) -> None:
-    """Prepare `model` for DDP: the same adapter on every rank, and a frozen base that stays."""
+    """Prepare `model` for DDP, with the same adapter on every rank."""
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     trained = {name for name, tensor in named.items() if tensor.requires_grad}
     world.equalize(named[name].data for name in sorted(trained))
-    # DDP would send every rank the whole base, wherever it lies.
+    # DDP would broadcast the frozen base too, even from host memory.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         model, list(named.keys() - trained)
     )
     if world.rank:
-        # Or the same values of different rows would be dropped.
+        # Otherwise the dropout masks of all ranks would be the same.
         torch.manual_seed(seed + world.rank)
 
 
 def apply_liger(model: PreTrainedModel) -> None:
-    """Let `model` take Liger's norms, rotary embedding and SwiGLU, and keep its own loss.
+    """Let `model` use Liger's norms, rotary embedding and SwiGLU, but not its loss.
 
-    Of a mixture of experts not the SwiGLU: with it come Liger's experts, which read dense weights.
+    A mixture of experts keeps its own SwiGLU: Liger's comes with experts that read dense weights.
     """
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
@@ -309,7 +313,7 @@ def trainer_config(
     placement: Placement,
     folder: Path,
 ) -> SFTConfig:
-    """params.train in trl's words. Checkpointing of gradients is switched on elsewhere."""
+    """params.train as trl's configuration; `build_trainer` switches gradient checkpointing on."""
     train, gpu = params.train, model.device.type == "cuda"
     packing = train.batching == "packing"
     grouped = train.batching == "group_by_length"
@@ -321,14 +325,14 @@ def trainer_config(
         gradient_accumulation_steps=train.gradient_accumulation,
         learning_rate=train.learning_rate,
         lr_scheduler_type=train.schedule,
-        # A share: transformers takes it of the steps that it counts after packing.
+        # A ratio: transformers multiplies it by the number of steps after packing.
         warmup_steps=train.warmup_ratio,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         # bitsandbytes pages optimizer state on a GPU only.
         optim=train.optimizer if gpu else "adamw_torch",
         gradient_checkpointing=False,
-        # Layers that are checkpointed in two parts have a stash of their own.
+        # Layers checkpointed in halves have their own (stages/training/offload.py).
         activation_offloading=placement.offload and not (fast.fused_lora and plain_layers(model)),
         train_sampling_strategy="group_by_length" if grouped else "random",
         packing=packing,
@@ -337,27 +341,27 @@ def trainer_config(
         bf16=gpu,
         use_cpu=not gpu,
         dataloader_pin_memory=gpu,
-        # Every step, though it waits for the device: a fault stops at its own step, before a
-        # checkpoint is written of it, and a mean over several steps would not survive a resume.
+        # Every step, although it waits for the device: a fault ends training before a checkpoint
+        # of it is written, and a mean over several steps would be wrong after a resume.
         logging_steps=1,
         logging_nan_inf_filter=False,
-        # The router is frozen, so that there is nothing to balance.
+        # Routers are frozen, so there is nothing to balance.
         router_aux_loss_coef=0.0,
         save_strategy="no",
         # Trackers are called by stages/training/tracking.py.
         report_to="none",
         disable_tqdm=True,
-        # Every rank computes with the whole adapter in every pass.
+        # Every pass uses the whole adapter.
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
     )
-    # transformers takes every GPU that it sees into DataParallel, with a batch for each.
+    # transformers would use DataParallel on all visible GPUs, with a batch for each.
     config._n_gpu = min(config.n_gpu, 1)
     return config
 
 
 def host_stash(trainer: Trainer, fast: FastPath, placement: Placement) -> HostStash | None:
-    """Host memory for what layers that are checkpointed in two parts keep; None without such."""
+    """Host memory for the inputs of layers checkpointed in halves; None if there are none."""
     if not placement.offload or not plain_layers(trainer.model):
         return None
     size = trainer.args.per_device_train_batch_size
@@ -367,15 +371,15 @@ def host_stash(trainer: Trainer, fast: FastPath, placement: Placement) -> HostSt
 
 
 def remember_parameters(model: torch.nn.Module) -> None:
-    """Let `model` answer from memory what transformers asks of it at every step.
+    """Cache the results of methods of `model` that transformers calls at every step.
 
-    With adapters it has thousands of modules. Walking through them takes longer than a small step
-    computes, and the GPU waits.
+    With adapters there are thousands of modules. Walking through them takes longer than computing a
+    small step, and the GPU waits.
     """
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     set_mode = model.train
-    # The base comes in evaluation mode, its adapters do not: from here on all are in one.
+    # The loaded base is in evaluation mode but its adapters are not; put all into the same.
     set_mode(True)
 
     def train(mode: bool = True) -> torch.nn.Module:
@@ -385,6 +389,6 @@ def remember_parameters(model: torch.nn.Module) -> None:
         for parameter in trained:
             parameter.grad = None
 
-    # This object's own, which mypy takes for a mistake.
+    # Only for this object, which mypy takes for a mistake.
     model.train, model.zero_grad = train, zero_grad  # type: ignore[method-assign]
     model.parameters = lambda recurse=True: iter(parameters)  # type: ignore[method-assign]
