@@ -1,9 +1,9 @@
-"""Parse, clean, split, render and tokenize the rows, and hold them to the data contract.
+"""Parse, clean, split, render and tokenize the rows, and check them against the data contract.
 
     python -m stages.prepare
 
 Reads data/raw and models/tokenizer, and dataset, prepare and lora.new_tokens from params.yaml.
-Writes data/prepared (stages/shared/rows.py says what lies there), metrics/data.json and
+Writes data/prepared (described in stages/shared/rows.py), metrics/data.json and
 metrics/lengths.csv.
 
 Every row is read and checked once, and kept on disk with a few hashes in memory. The hashes
@@ -66,13 +66,13 @@ from stages.shared.sets import SET_NAMES, held_out_sets
 
 METRICS = Path("metrics/data.json")
 LENGTHS = Path("metrics/lengths.csv")
-# Why rows are in no set, as the metrics name it and in words.
+# Why a row is in no set: the metrics' name and a description.
 UNUSED = {
     "beyond_train_rows": "beyond train_rows",
     "beyond_eval_rows": "beyond eval_rows",
     "margin": "in the margin between held-out and training",
 }
-# What is said of each of several sources.
+# Metrics that the summary shows of each source, if there are several.
 PER_SOURCE = (
     "train_examples",
     "train_share_percent",
@@ -80,13 +80,15 @@ PER_SOURCE = (
     "eval_examples",
     "asked_before_examples",
 )
-# Rows by which the template and its end token are judged.
+# Rows that decide the template and its EOS.
 SAMPLES = 100
 
 
 def scan(folder: str, source: Source, number: int, params: Prepare, store: Store) -> Scanned:
-    """Read every row of the source in `folder` of data/raw into `store`; of a further source,
-    which is in no group and has no evaluation file, as its entry of dataset.mix says."""
+    """Read every row of the source in `folder` of data/raw into `store`.
+
+    A further source is read as its entry of dataset.mix says, without groups or evaluation file.
+    """
     own: Prepare | Mixed = params
     section, eval_file, group_by, share = "prepare", params.eval_file, params.group_by, None
     if isinstance(source, Mixed):
@@ -124,7 +126,7 @@ def scan(folder: str, source: Source, number: int, params: Prepare, store: Store
 
 
 def refuse_test_row(row: dict, source: Source, where: str) -> None:
-    """Raise StageError for a row to train on that says itself it is of another split."""
+    """Raise StageError for a training row whose column `split` names another split."""
     split = row.get("split")
     if not isinstance(split, str) or split == source.split:
         return
@@ -132,8 +134,8 @@ def refuse_test_row(row: dict, source: Source, where: str) -> None:
         mixed = isinstance(source, Mixed)
         remedy = " and leave it out" if mixed else ", and name that in prepare.eval_file"
         raise StageError(
-            f"{where}: its column 'split' says {split!r}, and it would be trained on: put such "
-            f"rows into a file of their own{remedy}"
+            f"{where}: its column 'split' says {split!r}, but it would be trained on: move such "
+            f"rows to a file of their own{remedy}"
         )
 
 
@@ -151,7 +153,7 @@ def group_of(row: dict, group_by: str | None, where: str) -> str:
 
 
 def describe(form: Format, row: dict, group_by: str | None) -> str:
-    """The format and the columns it takes, in words."""
+    """A description of the format and the columns that it uses."""
     named = [(name, own) for name, own in form.columns.items() if own in row]
     used = [f"{own} as {name}" if own != name else own for name, own in named]
     ignored = [c for c in row if c not in (*form.columns.values(), group_by)]
@@ -163,9 +165,9 @@ def describe(form: Format, row: dict, group_by: str | None) -> str:
 def remove_duplicates(
     store: Store, held: np.ndarray, of: np.ndarray, params: Prepare
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """(rows to split or train on, rows of the evaluation file, what was removed by its reason).
+    """(rows to split or train on, rows of the evaluation file, removed rows by reason).
 
-    held: bool [N], which rows the evaluation file has; of: int [N], which source each is from.
+    held: bool [N], whether a row is in the evaluation file; of: int [N], the number of its source.
     """
     rows, given = distinct(store, np.flatnonzero(~held)), distinct(store, np.flatnonzero(held))
     every = np.arange(len(store))
@@ -175,7 +177,7 @@ def remove_duplicates(
         rows = np.setdiff1d(rows, removed["asked_before_examples"])
     near = rows[:0]
     if params.near_duplicates:
-        # The given rows come first: of two that are nearly one, the one to train on goes.
+        # Of two near duplicates the later is removed, so rows of the evaluation file come first.
         both = np.concatenate([given, rows])
         near = near_duplicates(store, tqdm(both, "near duplicates", unit=" rows", disable=None))
     removed["near_duplicate_examples"] = near
@@ -197,9 +199,11 @@ def write_sets(
     params: Prepare,
     out: Path,
 ) -> tuple[dict[str, Written], list[Drops]]:
-    """Write group.arrow, eval.arrow, validation.arrow, source_1.arrow, … and train.arrow, each the
-    first usable rows of its pool, or the last ones for validation.arrow: what is held out does not
-    depend on it. `others` are the pools of further sources, in hash order; `drops` of each source.
+    """Write group.arrow, eval.arrow, validation.arrow, source_1.arrow, … and train.arrow; returns
+    them by name, and the rows dropped of each source.
+
+    Each has the first usable rows of its pool. Only validation.arrow has the last ones, so that it
+    does not change what is held out. `others` are the pools of further sources, in hash order.
     """
     of = owners(store, parts)
     drops = [Drops() for _ in parts]
@@ -242,7 +246,7 @@ def write_sets(
         if not len(held.rows):
             raise StageError(
                 f"{parts[number].label}: no row is left to hold out, of {len(order)} that no other "
-                "source has; bring more rows, or take it out of dataset.mix"
+                "source has; add rows, or remove the source from dataset.mix"
             )
         sets[f"source_{number}"] = held
         to_train.append(after_held_out(store, order, held.candidates))
@@ -262,10 +266,10 @@ def write_about(
     sets: dict,
     new: dict,
 ) -> dict:
-    """Write the tokenizer, source.json and prepared.json, `new` in it; returns the last."""
+    """Write the tokenizer, source.json and prepared.json, with `new` in it; returns the last."""
     tokenizer.save_pretrained(out / "tokenizer")
     config = read_json(out / "tokenizer/tokenizer_config.json")
-    # How the tokenizer was loaded is no part of it, and differs between two equal runs.
+    # These say how the tokenizer was loaded, and would differ between equal runs.
     config = {k: v for k, v in config.items() if k not in ("is_local", "local_files_only")}
     write_json(out / "tokenizer/tokenizer_config.json", config, ensure_ascii=False)
     marks = set(ChatTemplate(tokenizer).special) - {tokenizer.eos_token}
@@ -273,7 +277,7 @@ def write_about(
     if others:
         ids = tokenizer.convert_tokens_to_ids([tokenizer.eos_token, *others])
         write_json(out / "tokenizer" / GENERATION, {"eos_token_id": ids})
-        tell(f"prepare: learned as ends too, and kept in {GENERATION}: {', '.join(others)}")
+        tell(f"prepare: other tokens that end answers, saved in {GENERATION}: {', '.join(others)}")
     first, *further = [RAW / folder / "source.json" for folder in folders]
     shutil.copyfile(first, out / "source.json")
     if further:
@@ -312,32 +316,33 @@ def summary(metrics: dict, params: Prepare, dataset: Dataset) -> str:
     if metrics["eval_examples"] < params.eval_rows and not params.eval_file:
         said += (
             f"\nprepare: too few rows to hold out {params.eval_rows} (prepare.eval_rows); half of "
-            "them stay in training, and some in no set, so that rows you add move no other"
+            "them stay in training, and some are in no set, so that adding rows moves no others"
         )
     if metrics.get("validation_examples", 0) < params.validation_rows:
         said += (
-            f"\nprepare: too few rows for {params.validation_rows} to validate by "
-            "(prepare.validation_rows); half of what is not held out stays in training"
+            f"\nprepare: too few rows to validate on {params.validation_rows} "
+            "(prepare.validation_rows); half of those not held out stay in training"
         )
     for number, source in enumerate(sources_of(dataset).values() if dataset.mix else []):
         of = {key: metrics[f"source_{number}_{key}"] for key in PER_SOURCE}
         said += (
             f"\nprepare: source {number}, {source.id}: training {of['train_examples']:,} rows "
             f"({of['train_share_percent']:.3g} %) of {of['train_tokens']:,} tokens, held out "
-            f"{of['eval_examples']:,}, asked by a source before it {of['asked_before_examples']:,}"
+            f"{of['eval_examples']:,}, prompts of an earlier source "
+            f"{of['asked_before_examples']:,}"
         )
     return said
 
 
 def settle_bounded(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> str:
-    """`settle`, and what an Encoder asks of the tokenizer first, in a process that can be ended."""
+    """`settle`, and the first use of an Encoder, in a process that is ended if it hangs."""
 
     def work() -> tuple:
         said = settle(tokenizer, params, form, samples)
         Encoder(tokenizer, params)
         return said, tokenizer.chat_template, tokenizer.eos_token, tokenizer.pad_token
 
-    remedy = "set another prepare.template or take another model (a tokenizer can do it too)"
+    remedy = "set another prepare.template, or another model if its tokenizer is the cause"
     where = f"{TOKENIZER}: rendering and tokenizing the first rows"
     said, template, eos, pad = bounded(work, where, remedy)
     tokenizer.chat_template, tokenizer.eos_token, tokenizer.pad_token = template, eos, pad
@@ -347,7 +352,7 @@ def settle_bounded(tokenizer, params: Prepare, form: Format, samples: list[Examp
 def prepare(
     dataset: Dataset, params: Prepare, out: Path, new_tokens: list[str]
 ) -> tuple[dict, str, dict]:
-    """Fill `out`; (metrics/data.json, metrics/lengths.csv, a row of the training set to show)."""
+    """Fill `out`; returns metrics/data.json, metrics/lengths.csv and a training row to show."""
     store = Store(out)
     sources = sources_of(dataset)
     parts = [

@@ -232,7 +232,7 @@ REFUSED = [
         jsonl(pairs(30)),
         {"train_rows": 20},
         r"^dataset\.mix\.0 \(data/source/y\): no row is left to hold out, of 0 that no other "
-        r"source has; bring more rows, or take it out of dataset\.mix$",
+        r"source has; add rows, or remove the source from dataset\.mix$",
     ),
     (
         jsonl(RENDERED),
@@ -255,8 +255,8 @@ REFUSED = [
     (
         jsonl([row | {"split": "test"} for row in GENERAL]),
         {},
-        r"^data/raw/source_1/rows\.jsonl:1: its column 'split' says 'test', and it would be "
-        r"trained on: put such rows into a file of their own and leave it out$",
+        r"^data/raw/source_1/rows\.jsonl:1: its column 'split' says 'test', but it would be "
+        r"trained on: move such rows to a file of their own and leave it out$",
     ),
     (
         jsonl([*GENERAL[:2], *[{"prompt": "", "completion": "a"}] * 9]),

@@ -311,7 +311,7 @@ def test_what_answers_end_with_is_kept_for_generation(loss_on, tmp_path, monkeyp
     calls = {row["row"] for row in sets["train"]} & {"a.jsonl:1", "a.jsonl:10"}
     assert calls
     assert end_tokens(folder) == tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|eom_id|>"])
-    said = "learned as ends too, and kept in generation_config.json: <|eom_id|>"
+    said = "other tokens that end answers, saved in generation_config.json: <|eom_id|>"
     assert said in capsys.readouterr().out
 
 
@@ -612,7 +612,7 @@ def test_few_rows_are_shared_between_three_sets(tmp_path, monkeypatch, capsys):
     sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(pairs(60))}, **options)
     chosen = read_rows(tmp_path / "data/prepared/validation.arrow")
     assert (len(sets["eval"]), len(chosen), len(sets["train"])) == (20, 10, 15)
-    assert "too few rows for 100 to validate by" in capsys.readouterr().out
+    assert "too few rows to validate on 100" in capsys.readouterr().out
 
 
 def test_validation_rows_beside_an_evaluation_file(tmp_path, monkeypatch):
