@@ -1,6 +1,6 @@
-"""Folders of safetensors files, read and written without a model and without holding a file.
+"""Reads and writes folders of safetensors files, without a model and without mapping a file.
 
-Nothing stays mapped: mapped pages count as memory of the process, 140 GB of them for a 70B model.
+Mapped pages would count as memory of the process: 140 GB for a 70B model.
 """
 
 import hashlib
@@ -26,32 +26,32 @@ from stages.shared.outputs import read_json
 from stages.shared.process import StageError
 
 LETTERS = {torch.float16: "F16", torch.bfloat16: "BF16"}
-# Where tensors of the checkpoint have other names than those of the model that is trained, or are
-# not in it: by the model's names those of the checkpoint (stages/shared/text_model.py).
+# Tensor names of the model -> names in the checkpoint, if names differ or the model lacks some
+# (stages/shared/text_model.py).
 NAMES = "names.json"
-# Tensors that keep the type that the checkpoint has them in: `names`, by the model.
+# `names` of the model's tensors that keep their type in the checkpoint.
 KEPT = "kept.json"
 # What bitsandbytes saves beside a packed weight, as <weight name>.<part>.
 NF4_STATE = "quant_state.bitsandbytes__nf4"
 NF4_PARTS = (NF4_STATE, "absmax", "quant_map", "nested_absmax", "nested_quant_map")
 TYPES = {"F64": torch.float64, "F32": torch.float32} | {v: k for k, v in LETTERS.items()}
-# Of the values of any tensor that is read.
+# Types that can be read.
 _READ = TYPES | {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16}
 _READ |= {"I32": torch.int32, "I64": torch.int64}
-# Bytes of a value of each of safetensors' types, as tensors that are copied may have.
+# Bytes of a value, by safetensors' type.
 WIDTHS = {letters: dtype.itemsize for letters, dtype in _READ.items()}
 # Values of one block: 1 MB in float32, which stays in the processor's cache. Blocks four times as
 # large took 30 % longer, most of it in page faults.
 BLOCK_VALUES = 2**18
-# With fewer rows a matrix product may take another kernel than the whole and round differently; and
-# NF4 has one scale for 64 values, which begin where a block of so many rows does.
+# With fewer rows a matrix product may use another kernel than the whole, and round differently.
+# A multiple of 64 also begins at a block of NF4, which has one scale for 64 values.
 UNIT_ROWS = 64
-# Synced at once: few waits for the disk and yet few pages.
+# Bytes synced at once: few waits for the disk, and few pages in memory.
 SYNC_BYTES = 2**25
 
 
 class Entry(NamedTuple):
-    """A tensor of a file to be written: its type in safetensors' letters."""
+    """A tensor of a file to be written. `letters`: its type in safetensors."""
 
     letters: str
     shape: tuple[int, ...]
@@ -62,19 +62,22 @@ class Entry(NamedTuple):
 
 
 class Weights:
-    """The tensors of a folder; an NF4 weight with its parts counts as one tensor, and of packed
-    experts each that the checkpoint has as one (stages/shared/experts.py).
+    """The tensors of a folder.
 
-    renamed  what to call a tensor that the files call otherwise, by its name there
-    names   sorted, as the base model calls them
-    keys    what the files call those that are renamed
-    nf4     those in NF4
-    mxfp4   those in MXFP4
-    shapes  of each, unpacked
-    dtypes  of each as stored, in safetensors' letters (`U8` for NF4 and MXFP4)
-    files   that hold each
-    index   the weight_map of the folder's index, or None when it has none
-    Raises StageError when a file is missing, broken, or not what the index says.
+    An NF4 weight with its parts is one tensor. Packed experts are as many tensors as they are in
+    the checkpoint (stages/shared/experts.py).
+
+    renamed  name in the files -> name of the model, if they differ
+    names    the model's, sorted
+    keys     name of the model -> name in the files, for those that are renamed
+    nf4      names of those in NF4
+    mxfp4    names of those in MXFP4
+    shapes   of each, unpacked
+    dtypes   of each as stored, in safetensors' letters (`U8` for NF4 and MXFP4)
+    files    in which each is
+    index    the weight_map of the folder's index; None if it has none
+
+    Raises StageError if a file is missing, broken, or not what the index says.
     """
 
     def __init__(self, folder: Path, renamed: dict[str, str] | None = None):
@@ -85,7 +88,7 @@ class Weights:
         if (folder / INDEX).exists():
             self.index = read_json(folder / INDEX)["weight_map"]
         shapes, dtypes, self._offsets = {}, {}, {}
-        # By name: the packed experts that it is of, and its place among their tensors.
+        # Name -> the packed experts that contain it, and its place among their tensors.
         self._of_stack: dict[str, tuple[str, int]] = {}
         for file in sorted(set(self.index.values())) if self.index else [SINGLE]:
             for key, entry in _header(folder / file).items():
@@ -139,8 +142,8 @@ class Weights:
         self.mxfp4.add(name)
 
     def parts(self, name: str) -> list[str]:
-        """The tensors that the model's `name` is made of, in the order of its rows; none where it
-        is not there."""
+        """The tensors that make up the model's `name`, in the order of its rows; none if it is
+        missing."""
         if name in self.shapes:
             return [name]
         return self._parts.get(name, [])
@@ -162,7 +165,7 @@ class Weights:
             )
 
     def read(self, key: str) -> torch.Tensor:
-        """One tensor as stored. Raises StageError for a type that is not known."""
+        """One tensor as stored. Raises StageError for an unknown type."""
         letters, shape = self._stored[key]
         if letters not in _READ:
             raise StageError(f"{self.files[key]}: {key} is {letters}, which is not known here")
@@ -175,14 +178,13 @@ class Weights:
         return self._fill(part, key, start * dtype.itemsize)
 
     def key(self, name: str) -> str:
-        """What the files call the tensor `name`."""
+        """The name of the tensor `name` in the files."""
         return self.keys.get(name, name)
 
     def reader(self, name: str, device: torch.device) -> Callable[[slice], torch.Tensor]:
-        """A function that reads rows of one tensor, from any thread; NF4 in bfloat16.
+        """A function that reads rows of one tensor, in any thread; NF4 and MXFP4 in bfloat16.
 
-        The slice is one of `row_blocks`. Raises StageError when the tensor is not of a floating
-        type.
+        Its argument is one of `row_blocks`. Raises StageError if the tensor is not of a float type.
         """
         if name in self.mxfp4:
             return self._mxfp4_reader(name, device)
@@ -202,7 +204,7 @@ class Weights:
         return read
 
     def entry(self, name: str) -> Entry:
-        """How a copy of the tensor is written. Raises StageError for a type that is not known."""
+        """The entry for a copy of the tensor. Raises StageError for an unknown type."""
         if (letters := self.dtypes[name]) not in WIDTHS:
             raise StageError(f"{self.files[name]}: {name} is {letters}, which is not known here")
         return Entry(letters, self.shapes[name])
@@ -281,22 +283,21 @@ class Weights:
 
 
 def other_names(folder: Path) -> dict[str, str] | None:
-    """By its name in the checkpoint, what the model in `folder` calls a tensor; None where the two
-    have the same names and tensors."""
+    """Names in the checkpoint -> names of the model in `folder`; None if they have the same names
+    and tensors."""
     if not (folder / NAMES).exists():
         return None
     return {key: name for name, key in read_json(folder / NAMES).items()}
 
 
 def model_weights(folder: Path) -> Weights:
-    """The weights in the folder of a model that is computed with, by the model's names."""
+    """The weights of models/quantized or the like, by the model's names."""
     renamed = other_names(folder) or {}
     return Weights(folder, {key: name for key, name in renamed.items() if part_of(name)})
 
 
 def kept_names(folder: Path) -> set[str]:
-    """Names of the tensors in the folder of a model that is computed with whose type is that of the
-    checkpoint."""
+    """Names of the tensors of models/quantized or the like that keep their type."""
     return set(read_json(folder / KEPT)["names"]) if (folder / KEPT).exists() else set()
 
 
@@ -323,10 +324,10 @@ def _header(file: Path) -> dict[str, dict]:
 
 
 def row_blocks(shape: tuple[int, ...], device: torch.device) -> list[slice]:
-    """Row blocks of like size for a tensor of `shape`; on a GPU one, the whole.
+    """Row blocks of similar size for a tensor of `shape`; on a GPU one block.
 
-    cuBLAS picks its kernel by the shape, so a block could differ from the whole product. Of three
-    dimensions the first counts experts, each a block at the most.
+    cuBLAS chooses its kernel by the shape, so a block's product could differ from the whole one's.
+    Tensors of experts, which have three dimensions, are split between experts on any device.
     """
     rows, values = shape[0] if shape else 1, torch.Size(shape).numel()
     unit = 1 if len(shape) > 2 else UNIT_ROWS
@@ -340,8 +341,8 @@ def row_blocks(shape: tuple[int, ...], device: torch.device) -> list[slice]:
 def write_shard(file: Path, entries: dict[str, Entry], blocks: Iterable[torch.Tensor]) -> str:
     """Write one safetensors file, synced to disk, from the row blocks of its tensors in order.
 
-    The format: https://github.com/huggingface/safetensors#format. Returns the file's SHA-256,
-    computed beside the writing, as the disk is kept busy from the first block on.
+    The format: https://github.com/huggingface/safetensors#format. Returns the file's SHA-256.
+    Hashing and syncing run in threads, so that the disk is busy from the first block on.
     """
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -382,10 +383,10 @@ def write_shard(file: Path, entries: dict[str, Entry], blocks: Iterable[torch.Te
 
 
 def _onto_disk(file: int) -> None:
-    """Sync what is written of `file` and give its pages back, for the next piece to use.
+    """Sync what is written of `file` and release its pages, which the next writes can use.
 
-    Kept as the cache of a file that outgrows most memories, each page would be a new one. A new
-    page costs several times the write where the machine is virtual and its host must find it.
+    Otherwise each write needs new pages to cache a file that may exceed memory. In a virtual
+    machine a new page costs several times the write, since the host must find it.
     """
     os.fdatasync(file)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
