@@ -344,7 +344,7 @@ class _Ended(BaseException):
 
 
 def main(stage: str, function: str) -> None:
-    """Be a rank."""
+    """Run as one rank."""
     end_with_parent(signal.SIGKILL)
     if os.getppid() != int(os.environ["RANKS_PARENT"]):
         return

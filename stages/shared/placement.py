@@ -252,7 +252,7 @@ def copies_hide(sizes: Sizes, placement: Placement, rates: Rates = RATES) -> boo
 
 
 def operations(sizes: Sizes, placement: Placement) -> float:
-    """Of a step."""
+    """Operations of a step."""
     again = (sizes.layers - placement.kept_mlp) * sizes.mlp_operations
     again += (sizes.layers - placement.kept_attention) * sizes.attention_operations
     return 2 * sizes.operations + again

@@ -302,7 +302,7 @@ def stream_layers(
     try:
         layers = list(decoder_layers(model))
     except ValueError:
-        # One that takes its turn with nothing: all that it costs is the room.
+        # A single layer, which is copied once and then stays in its buffer.
         layers = [model.base_model]
     count = min(count, len(layers))
     float32 = kept_in_float32(model)

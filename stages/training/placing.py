@@ -117,7 +117,7 @@ def run_sizes(config: PretrainedConfig, shape: Shape, params: Params, rows: Leng
 
 
 def describe(placed: Placement, sizes: Sizes) -> str:
-    """The placement in words."""
+    """A description of the placement."""
     layers = sizes.layers
     weights = "weights on the GPU"
     if placed.streamed:
