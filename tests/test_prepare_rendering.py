@@ -449,7 +449,7 @@ def test_text_rendered_for_another_family_is_said(shape, known):
     sample = form.example({"text": RENDERED["llama-2"]}, "a:1")
     values = {"template": "chat", "loss_on": "completion", "max_length": 4000, "too_long": "drop"}
     said = settle(make_shape(shape), SimpleNamespace(**values), form, [sample])
-    assert ("; </s> is no token of this model" in said) != known
+    assert ("; </s> is not a token of this model" in said) != known
 
 
 @pytest.mark.parametrize("length", [60, 61, 62, 63])

@@ -173,7 +173,7 @@ def test_fused_layers_that_compute_something_else_give_way_to_those_of_peft(
         fused_lora._Products, "scaled_b", lambda self, i, dtype: 1.1 * right(self, i, dtype)
     )
     trainer, plain = build(FUSED), build(PLAIN)
-    assert "PEFT's are taken, which are slower" in capsys.readouterr().out
+    assert "PEFT's are used, which are slower" in capsys.readouterr().out
     for each in (trainer, plain):
         for name, parameter in each.model.named_parameters():
             if "lora_B" in name:
