@@ -1,7 +1,7 @@
 """Measured GPU memory of training against the predictions of `plan`.
 
     python -m benchmarks.vram measure --only fit        # on one NVIDIA GPU of 140 GB
-    python -m benchmarks.vram fit                       # anywhere: the constants of vram.py
+    python -m benchmarks.vram fit                       # anywhere: the constants of placement.py
     python -m benchmarks.vram measure --only held-out   # after the constants are committed
     python -m benchmarks.vram report                    # anywhere: predictions, errors, a table
 
@@ -30,7 +30,8 @@ import torch
 import yaml
 
 from benchmarks.random_models import SHAPES, build, config_of, scratch, tokenizer
-from stages.shared import placement, vram
+from stages.shared import placement
+from stages.shared.decoder_shape import Shape, Training, in_halves
 from stages.shared.fast_path import choose_fast_path
 from stages.shared.outputs import GB
 from stages.shared.params import PARAMS, Params
@@ -66,7 +67,7 @@ class Point:
 ATTENTION = "q_proj,k_proj,v_proj,o_proj"
 K = 1024
 POINTS = [
-    # Six to fit the constants of stages/shared/vram.py on.
+    # Six to fit the constants of stages/shared/placement.py on.
     Point("mistral-7b", "qlora", 64, 2 * K, held_out=False),
     Point("mistral-7b", "qlora", 8, 8 * K, held_out=False),
     Point("qwen2-1.5b", "qlora", 64, 8 * K, checkpointing=False, held_out=False),
@@ -195,12 +196,12 @@ def offloads(point: Point, device: torch.device) -> bool:
     return device.type == "cuda" and point.checkpointing and wanted
 
 
-def training_of(point: Point, fast: dict) -> tuple[vram.Shape, vram.Training]:
+def training_of(point: Point, fast: dict) -> tuple[Shape, Training]:
     """The inputs of `predict` for a measured point."""
     shape = shape_of(config_of(point.shape))
     padded = not fast["padding_free"]
     targets = point.targets if point.targets == "all-linear" else point.targets.split(",")
-    return shape, vram.Training(
+    return shape, Training(
         method=point.method,
         double_quant=True,
         rank=point.rank,
@@ -313,7 +314,7 @@ def save(results: dict) -> None:
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def measured_training(point: dict) -> tuple[vram.Shape, vram.Training]:
+def measured_training(point: dict) -> tuple[Shape, Training]:
     """`training_of` for a point of RESULTS."""
     fields = {name: point[name] for name in Point.__dataclass_fields__}
     return training_of(Point(**fields), point["fast"])
@@ -325,16 +326,14 @@ def predicted(point: dict) -> placement.Prediction:
 
 
 def fit() -> None:
-    """Print the constants fitted to the fit points; copy them into vram.py by hand."""
+    """Print the constants fitted to the fit points, to copy into stages/shared/placement.py."""
     points = [p for p in load()["points"] if not p["held_out"]]
     if not points:
         raise SystemExit("vram: no fit points in benchmarks/results/plan.json; measure them first")
     # Layer inputs on the GPU in the backward pass, with trl's offloading and with ours.
     for name, ours in (("OFFLOAD_RETURNED", False), ("PARTS_RETURNED", True)):
         offloaded = [
-            p
-            for p in points
-            if p["fast"]["offload"] and vram.in_halves(*measured_training(p)) == ours
+            p for p in points if p["fast"]["offload"] and in_halves(*measured_training(p)) == ours
         ]
         if not offloaded:
             raise SystemExit(f"vram: no fit point determines {name}; measure all six first")

@@ -25,18 +25,12 @@ from stages.planning.new_rows import check_new_rows
 from stages.planning.scoring import longest_held_out, scoring_stages
 from stages.planning.token_ids import check_token_ids
 from stages.shared import placement
+from stages.shared.base_bytes import chunk_values, expert_bytes
+from stages.shared.decoder_shape import Shape, Training
 from stages.shared.fitting import Scored, fit
 from stages.shared.paths import PREPARED, TOKENIZER
 from stages.shared.placement import Placement, Prediction
-from stages.shared.vram import (
-    CARDS_GB,
-    Shape,
-    Sizes,
-    Training,
-    chunk_values,
-    expert_bytes,
-    sizes_of,
-)
+from stages.shared.vram import CARDS_GB, Sizes, sizes_of
 from stages.shared.workload import KEPT, Lengths, read_lengths, read_model
 
 METRICS = Path("metrics/plan.json")

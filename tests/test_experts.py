@@ -19,6 +19,7 @@ from transformers.core_model_loading import MergeModulelist
 from stages.planning.scoring import decoder_of
 from stages.quantize import link, nf4, quantize
 from stages.shared import packed
+from stages.shared.base_bytes import weights_bytes
 from stages.shared.experts import OWN_CODE, check_converter, expert_stacks, expert_tensors
 from stages.shared.model import load_base
 from stages.shared.nf4 import dequantize
@@ -26,7 +27,6 @@ from stages.shared.own_logits import same_experts
 from stages.shared.process import StageError
 from stages.shared.scored_model import decoder_in
 from stages.shared.text_model import find_backbone, kept_in_float32
-from stages.shared.vram import weights_bytes
 from stages.shared.weights import model_weights
 from stages.shared.workload import read_model
 from stages.training.trainer import apply_liger

@@ -13,10 +13,11 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from stages.fetching.model_files import check_config
 from stages.quantize import link, quantize
 from stages.shared import packed
+from stages.shared.base_bytes import expert_bytes, weights_bytes
 from stages.shared.model import load_base
 from stages.shared.mxfp4 import decoded
 from stages.shared.process import StageError
-from stages.shared.vram import expert_bytes, sizes_of, weights_bytes
+from stages.shared.vram import sizes_of
 from stages.shared.weights import Weights, other_names
 from stages.shared.workload import shape_of
 

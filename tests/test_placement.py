@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.shared import placement
+from stages.shared.decoder_shape import Linear, Shape, Training
 from stages.shared.outputs import GB
 from stages.shared.placement import ALIKE, RATES, SLOTS, Placement, Rates, choose, predict, seconds
-from stages.shared.vram import Linear, Shape, Sizes, Training, sizes_of
+from stages.shared.vram import Sizes, sizes_of
 
 FORMS = {
     # layers, hidden, intermediate, heads, kv heads, vocabulary

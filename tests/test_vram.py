@@ -12,7 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.random_models import build, config_of
 from benchmarks.vram import ATTENTION, Point, prepare, random_rows, training_of
 from stages.quantize import quantize
-from stages.shared import placement, vram
+from stages.shared import placement
+from stages.shared.activations import attention_saved, attention_working, mlp_saved
+from stages.shared.base_bytes import NF4_BYTES, weights_bytes
+from stages.shared.decoder_shape import Linear, Shape, Training, adapter_parameters, in_halves
 from stages.shared.placement import Placement
 from stages.shared.workload import match_targets, read_model, shape_of
 from stages.training.fused_lora import fuse_lora
@@ -23,7 +26,7 @@ TOKENS = 256
 
 
 def run_of(shape, **changes):
-    plain = vram.Training(
+    plain = Training(
         method="lora",
         double_quant=True,
         rank=8,
@@ -61,7 +64,7 @@ def test_parameters_are_those_of_peft(folders, arch, targets):
     assert shape.parameters == model.num_parameters()
     adapted = get_peft_model(model, LoraConfig(r=6, target_modules=targets, task_type="CAUSAL_LM"))
     matched = match_targets(shape, targets)
-    assert vram.adapter_parameters(shape, 6, matched) == adapted.get_nb_trainable_parameters()[0]
+    assert adapter_parameters(shape, 6, matched) == adapted.get_nb_trainable_parameters()[0]
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -82,9 +85,9 @@ def test_quantized_weights_are_the_bytes_of_the_checkpoint(tmp_path, double_quan
                 for key in tensors.keys()  # noqa: SIM118
                 if "quant_map" not in key and "quant_state" not in key
             )
-    predicted = vram.weights_bytes(shape, "qlora", double_quant)
+    predicted = weights_bytes(shape, "qlora", double_quant)
     assert stored == pytest.approx(predicted, rel=1e-3)
-    bits = vram.NF4_BYTES[double_quant] * 8
+    bits = NF4_BYTES[double_quant] * 8
     assert bits == pytest.approx(4.127 if double_quant else 4.5, abs=1e-3)
 
 
@@ -142,10 +145,10 @@ def test_a_layer_keeps_the_bytes_that_the_model_says(tmp_path, changes):
     ).train()
     if run.fused_lora:
         fuse_lora(model, liger=False, placement=Placement(1, 1))
-    # Autocast's bf16 copies of the adapter are counted apart (`casts` in vram.moments).
-    casts = 0 if run.fused_lora else 2 * vram.adapter_parameters(shape, run.rank, run.targets)
+    # Autocast's bf16 copies of the adapter are counted apart (`casts` in placement.moments).
+    casts = 0 if run.fused_lora else 2 * adapter_parameters(shape, run.rank, run.targets)
     kept = bytes_of_layer(model, base.model.layers[0], shape.hidden) - casts
-    per_token = vram.attention_saved(shape, run) + vram.mlp_saved(shape, run)
+    per_token = attention_saved(shape, run) + mlp_saved(shape, run)
     assert kept / TOKENS == pytest.approx(per_token, rel=0.03)
 
 
@@ -160,9 +163,9 @@ def test_norms_and_fused_projections_are_counted(arch):
     base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     lora = LoraConfig(r=8, target_modules=sorted(run.targets), task_type="CAUSAL_LM")
     model = get_peft_model(base, lora).train()
-    casts = 2 * vram.adapter_parameters(shape, run.rank, run.targets)
+    casts = 2 * adapter_parameters(shape, run.rank, run.targets)
     kept = bytes_of_layer(model, base.model.layers[0], shape.hidden) - casts
-    per_token = vram.attention_saved(shape, run) + vram.mlp_saved(shape, run)
+    per_token = attention_saved(shape, run) + mlp_saved(shape, run)
     assert kept / TOKENS == pytest.approx(per_token, rel=0.01)
 
 
@@ -182,7 +185,7 @@ def test_checkpointing_keeps_the_inputs_that_the_model_says(tmp_path, arch, fuse
         folder = tmp_path / f"{layers}"
         make_model(folder, arch, num_hidden_layers=layers)
         _, shape = read_model(folder)
-        assert vram.in_halves(shape, run_of(shape, fused_lora=fused)) == (streams == 2)
+        assert in_halves(shape, run_of(shape, fused_lora=fused)) == (streams == 2)
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(base, config).train()
@@ -197,7 +200,7 @@ def test_checkpointing_keeps_the_inputs_that_the_model_says(tmp_path, arch, fuse
     assert per_layer == pytest.approx(streams * 2 * shape.hidden, rel=0.02)
 
 
-LLAMA_7B = vram.Shape(
+LLAMA_7B = Shape(
     layers=32,
     vocabulary=32000,
     hidden=4096,
@@ -208,7 +211,7 @@ LLAMA_7B = vram.Shape(
     silu=True,
     plain=True,
     linears=tuple(
-        vram.Linear(f"model.layers.{layer}.{name}", *size)
+        Linear(f"model.layers.{layer}.{name}", *size)
         for layer in range(32)
         for name, size in {
             "self_attn.q_proj": (4096, 4096),
@@ -262,11 +265,6 @@ def test_the_parts_are_the_whole(method):
     assert found.device - found.peak == pytest.approx(found.reserve)
 
 
-@pytest.mark.parametrize(("gb", "cards"), [(8.0, 8), (8.001, 12), (79.9, 80), (80.1, None)])
-def test_a_card_fits_what_is_at_most_its_size(gb, cards):
-    assert (vram.fitting_cards(gb * 1e9) or [None])[0] == cards
-
-
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_a_random_nf4_model_is_as_large_as_predicted_and_computes(double_quant):
     model = build("tiny", True, torch.device("cpu"), double_quant=double_quant)
@@ -277,7 +275,7 @@ def test_a_random_nf4_model_is_as_large_as_predicted_and_computes(double_quant):
     constants = sum(s.absmax.nbytes + (s.state2.absmax.nbytes if s.nested else 0) for s in states)
     found = constants + sum(p.nbytes for p in model.parameters())
     # A part of a block of 256 constants takes a whole one: at most 4 bytes a Linear.
-    assert found - vram.weights_bytes(shape, "qlora", double_quant) <= 4 * len(linears)
+    assert found - weights_bytes(shape, "qlora", double_quant) <= 4 * len(linears)
     assert model(torch.arange(8)[None]).logits.isfinite().all()
 
 
@@ -299,15 +297,13 @@ def test_a_point_of_the_benchmark_trains_and_has_a_prediction(point):
     assert trainer.train().global_step == 2
     shape, run = training_of(point, asdict(fast) | {"offload": placed.offload})
     assert run.tokens == 64
-    assert placement.predict_run(shape, run).peak > vram.weights_bytes(shape, point.method, True)
+    assert placement.predict_run(shape, run).peak > weights_bytes(shape, point.method, True)
 
 
 def test_one_long_row_needs_more_for_attention_than_many_short_ones(folders):
     """Deterministic attention sums the gradient of the queries once for each share of the keys."""
     _, shape = read_model(folders["llama"])
-    many, one = (
-        vram.attention_working(shape, run_of(shape, sequences=n, tokens=4096)) for n in (64, 1)
-    )
+    many, one = (attention_working(shape, run_of(shape, sequences=n, tokens=4096)) for n in (64, 1))
     width = shape.heads * shape.head_dim
     # 4 heads of one row leave a GPU of 132 multiprocessors 33 shares.
     assert one - many == 4096 * 4 * width * (33 - 1)

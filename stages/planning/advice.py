@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from transformers import PretrainedConfig
 
 from stages.shared import placement
+from stages.shared.decoder_shape import Shape, Training
 from stages.shared.outputs import GB
 from stages.shared.params import Params
-from stages.shared.vram import Shape, Training, sizes_of
+from stages.shared.vram import sizes_of
 from stages.shared.workload import KEPT, Lengths, planned_training
 
 

@@ -5,11 +5,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.ipc
 
+from stages.shared.base_bytes import chunk_values
+from stages.shared.decoder_shape import Shape, Training, trained_parameters
 from stages.shared.embeddings import copy_bytes
 from stages.shared.fitting import Decoder, Scored, scored
 from stages.shared.rows import token_counts
 from stages.shared.sets import held_out_sets
-from stages.shared.vram import Shape, Training, chunk_values, trained_parameters
 
 
 def scoring_stages(shape: Shape, run: Training, longest: int) -> dict[str, Scored]:

@@ -10,8 +10,8 @@ head, NF4 constants and one layer buffer.
 import math
 from dataclasses import dataclass
 
+from stages.shared.base_bytes import NF4_BYTES
 from stages.shared.placement import CONTEXT, OFFLOADING_CONTEXT, SLOTS, WORKSPACES
-from stages.shared.vram import NF4_BYTES
 
 # Padded tokens in one forward pass, and logits in memory at once: 0.2 GB with their float32 copies,
 # less than in training, for any vocabulary.

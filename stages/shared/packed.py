@@ -25,10 +25,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from stages.shared.base_bytes import CHUNK_BYTES
 from stages.shared.experts import OWN_CODE, PACKED, expert_stacks, packed_name
 from stages.shared.mxfp4 import GROUP, decoded, experts_at_once
 from stages.shared.nf4 import unnested, unpacked
-from stages.shared.vram import CHUNK_BYTES
 
 # The name under which transformers knows the forward pass below.
 IMPLEMENTATION = "packed"

@@ -30,7 +30,8 @@ own rates.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from stages.shared.vram import Shape, Sizes, Training, sizes_of
+from stages.shared.decoder_shape import Shape, Training
+from stages.shared.vram import Sizes, sizes_of
 
 # Buffers that streamed layers take turns in.
 SLOTS = 3

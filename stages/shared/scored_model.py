@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from stages.shared.adapter import rows_needed
+from stages.shared.base_bytes import CHUNK_BYTES
 from stages.shared.card import card_budget
 from stages.shared.embeddings import copy_bytes
 from stages.shared.experts import TENSORS, part_of
@@ -18,7 +19,6 @@ from stages.shared.outputs import GB
 from stages.shared.ranks import ALONE, World
 from stages.shared.streaming import Streamer
 from stages.shared.text_model import chosen_experts, number_of
-from stages.shared.vram import CHUNK_BYTES
 from stages.shared.weights import Weights, model_weights
 
 

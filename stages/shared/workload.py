@@ -10,7 +10,7 @@ import pyarrow.ipc
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from stages.shared import vram
+from stages.shared.decoder_shape import Experts, Linear, Shape, Training
 from stages.shared.embeddings import set_vocabulary
 from stages.shared.experts import OWN_CODE, expert_stacks, expert_tensors
 from stages.shared.fast_path import choose_fast_path, plain_layers
@@ -61,7 +61,7 @@ def read_lengths(prepared: Path) -> Lengths:
     return Lengths(tokens, learned, about["max_length"], added, known)
 
 
-def read_model(folder: Path, vocabulary: int = 0) -> tuple[PretrainedConfig, vram.Shape]:
+def read_model(folder: Path, vocabulary: int = 0) -> tuple[PretrainedConfig, Shape]:
     """The model of `folder`/config.json, extended to a `vocabulary`; no weights are read."""
     try:
         config = read_config(folder)
@@ -72,21 +72,19 @@ def read_model(folder: Path, vocabulary: int = 0) -> tuple[PretrainedConfig, vra
         raise StageError(f"{folder}/config.json: unsupported by plan: {reason}") from None
 
 
-def shape_of(config: PretrainedConfig) -> vram.Shape:
+def shape_of(config: PretrainedConfig) -> Shape:
     """The shape of the model, from its modules on the meta device."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     text, head = config.get_text_config(), model.get_output_embeddings()
     quantized, adaptable = quantized_linears(model), set(adaptable_linears(model))
     linears = tuple(
-        vram.Linear(
-            name, module.in_features, module.out_features, name in quantized, name in adaptable
-        )
+        Linear(name, module.in_features, module.out_features, name in quantized, name in adaptable)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     )
     float32 = kept_in_float32(model)
-    experts = tuple(vram.Experts(name, *x.shape) for name, x in expert_tensors(model).items())
+    experts = tuple(Experts(name, *x.shape) for name, x in expert_tensors(model).items())
     heads = number_of(text, "num_attention_heads")
     if not heads or not linears:
         raise ValueError("it has no layers of attention and products")
@@ -95,7 +93,7 @@ def shape_of(config: PretrainedConfig) -> vram.Shape:
     )
     # If layers differ, the widest keys.
     keys = max((x.outputs for x in linears if x.name.endswith(".k_proj")), default=0)
-    return vram.Shape(
+    return Shape(
         layers=text.num_hidden_layers,
         vocabulary=text.vocab_size,
         hidden=text.hidden_size,
@@ -184,7 +182,7 @@ def gate_bytes(stack: Any, width: int) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def match_targets(shape: vram.Shape, wanted: str | list[str]) -> frozenset[str]:
+def match_targets(shape: Shape, wanted: str | list[str]) -> frozenset[str]:
     """Names of the Linears that get an adapter. Raises StageError as targets_of does."""
     names = (linear.name for linear in shape.linears if linear.adaptable)
     return frozenset(targets_of(wanted, names, bool(shape.experts)))
@@ -204,17 +202,17 @@ def largest_step(rows: Lengths, train: Train, padding_free: bool) -> tuple[int, 
 
 def planned_training(
     config: PretrainedConfig,
-    shape: vram.Shape,
+    shape: Shape,
     params: Params,
     rows: Lengths,
     nf4: bool,
     double_quant: bool,
-) -> vram.Training:
+) -> Training:
     """The settings of training on an NVIDIA GPU, with a base in NF4 or 16 bit. Raises StageError as
     training would."""
     fast = choose_fast_path(params, config, gpu=True)
     count, tokens, learned = largest_step(rows, params.train, fast.padding_free)
-    return vram.Training(
+    return Training(
         method="qlora" if nf4 else "lora",
         double_quant=double_quant,
         rank=params.lora.r,

@@ -1,0 +1,205 @@
+"""Bytes that the halves of a decoder layer, attention and MLP, save and work with in training.
+
+Symbols: H hidden size, I intermediate size, A = heads x head size, K = kv heads x head size,
+r rank. bf16 and fp32 take 2 and 4 bytes.
+
+Saved. What autograd saves for one token of one layer is the sum over its operations, as in
+Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198), whose layer differs from this one:
+
+    attention   RMSNorm 2H (Liger; 4H without), the projections' input 2H, q and output 4A,
+                k and v 4K, log-sum-exp 4 per head; if one Linear makes q, k and v, the tensor that
+                they are views of, 2A + 2K; further norms (of q and k, of results) 2 or 4 per value
+    MLP         RMSNorm 2H or 4H, input 2H, gate and up 4I (6I without Liger), and their product 2I
+                unless the MLP is one operation (stages/training/fused_lora.py)
+    adapters    x A^T, 2r each, and in PEFT's own layers with dropout 3 bytes per input value
+
+(transformers modeling_llama.py, peft/tuners/lora/bnb.py, liger_kernel/ops; counted by
+tests/test_vram.py.) With checkpointing, a layer or each half of it saves only its input, 2H.
+
+Experts. A router gives each token k of E experts of width J, so there are k rows per token. Saved
+for one token of one layer are the router's scores 10E, and k times what is between the products (of
+SwiGLU 6J: gate and up 4J, the activated gate 2J; counted by running it) and the result before it is
+weighted, 2H.
+
+Working. Beyond that, one layer at a time needs gradients and one dequantized weight.
+"""
+
+from stages.shared.base_bytes import dequantized_bytes
+from stages.shared.decoder_shape import (
+    ATTENTION,
+    ATTENTION_INPUTS,
+    MLP,
+    MLP_INPUTS,
+    MLP_OUTPUT,
+    Shape,
+    Training,
+    adapted,
+    adapts,
+    one_operation_mlp,
+)
+
+# Of an H100 or H200. Most consumer cards have fewer and need less than predicted.
+MULTIPROCESSORS = 132
+# Linears that make q, k and v at once.
+FUSED_INPUTS = frozenset({"qkv_proj", "query_key_value", "Wqkv", "c_attn"})
+
+
+def attention_saved(shape: Shape, run: Training) -> float:
+    """Bytes per token that the attention half of a layer saves for its backward pass."""
+    h, a = shape.hidden, shape.heads * shape.head_dim
+    k, row = shape.kv_heads * shape.head_dim, run.tokens / run.rows
+    # q, k, v, the output and an fp32 log-sum-exp.
+    kept = norm_saved(h, run) + 4 * a + 4 * k + 4 * shape.heads
+    kept += norm_saved(shape.more_norms, run)
+    if any(x.short in FUSED_INPUTS for x in shape.linears):
+        # v is a view of all three; the rotary embedding makes q and k anew.
+        kept += 2 * a + 2 * k
+    if run.attention != "varlen":
+        # A mask makes transformers expand K and V to all heads (use_gqa_in_sdpa) and becomes an
+        # additive bf16 one in every layer.
+        kept += 4 * (a - k) + 2 * row
+    if run.attention == "eager":
+        # The softmax in fp32 and bf16; with sinks only in bf16.
+        kept += shape.heads * row * (2 if shape.sinks else 4 + 2)
+    return kept + projections_saved(shape, run, ATTENTION, {2 * h: ATTENTION_INPUTS})
+
+
+def mlp_saved(shape: Shape, run: Training) -> float:
+    """Bytes per token that the MLP half of a layer saves for its backward pass."""
+    if shape.experts:
+        return experts_saved(shape, run)
+    h, i = shape.hidden, shape.intermediate
+    gates, names, inputs = (4 if run.liger else 6) * i, MLP, {2 * h: MLP_INPUTS, 2 * i: MLP_OUTPUT}
+    if one_operation_mlp(shape, run):
+        # x A^T of down_proj is recomputed from the product.
+        gates, names, inputs = 4 * i, MLP_INPUTS, {2 * h: MLP_INPUTS}
+    return norm_saved(h, run) + gates + projections_saved(shape, run, names, inputs)
+
+
+def experts_saved(shape: Shape, run: Training) -> float:
+    """`mlp_saved` of a layer of experts, whose products save nothing (stages/shared/packed.py).
+    Experts that compute every token are an MLP in addition."""
+    h, i = shape.hidden, shape.expert_width
+    scores = 10 * max(each.count for each in shape.experts)
+    of_16_bit = 0 if run.method == "qlora" else 2 * h + 2 * i
+    each = shape.gate_bytes + 2 * h + of_16_bit
+    shared = 8 * shape.shared_width + (2 * h if shape.shared_width else 0)
+    return norm_saved(h, run) + scores + shape.chosen * each + shared
+
+
+def experts_working(shape: Shape, run: Training) -> float:
+    """`mlp_working` of a layer of experts: rows are counted once for each expert of a token."""
+    h, i, rows = shape.hidden, shape.expert_width, run.tokens * shape.chosen
+    dequantized = dequantized_bytes(shape, run)
+    return 2.0 * h * run.tokens + max(
+        # Backward through the weighted sum: gradients of the results, weighted, and of the weights.
+        6 * h * rows,
+        # Through the activation: gradients of all that it saved, and of gate and up.
+        (shape.gate_bytes + 4 * i) * rows,
+        # Through the products: gradients of results and inputs, and a chunk of experts.
+        max(2 * h + 2 * i, 4 * i + 2 * h) * rows + dequantized,
+    )
+
+
+def norm_saved(hidden: float, run: Training) -> float:
+    """Bytes per token of RMSNorm, which saves its input: Liger in bf16, transformers in fp32, and
+    if its weight is trained, the normalized values too."""
+    return hidden * (2 if run.liger else 6 if run.method == "full" else 4)
+
+
+def projections_saved(
+    shape: Shape, run: Training, names: frozenset[str], inputs: dict[int, frozenset[str]]
+) -> float:
+    """Bytes per token that the Linears of these names save: their inputs, if they are trained.
+
+    `inputs`: bytes of an input -> Linears that share it. o_proj is not among them, since attention
+    saves its input anyway.
+    """
+    if run.method == "full":
+        return sum(inputs)
+    shared = sum(size for size, group in inputs.items() if adapts(shape, run, group))
+    mine = [x for x in adapted(shape, run.targets) if x.short in names]
+    inner = 2 * run.rank * len(mine) / shape.layers
+    if run.fused_lora:
+        return inner + shared
+    if run.dropout > 0:
+        # Each adapter saves its own dropped copy in bf16, and a mask of a byte per value.
+        return inner + sum(3 * x.inputs for x in mine) / shape.layers
+    if run.method == "lora":
+        # PEFT casts the input of a 16-bit layer to fp32, and autocast makes a new bf16 copy.
+        return inner + sum(2 * x.inputs for x in mine) / shape.layers
+    return inner + shared
+
+
+def one_operation_working(shape: Shape, run: Training, again: bool) -> float:
+    """`mlp_working` of an MLP that is one operation, with Liger's kernels."""
+    h, i, t = shape.hidden, shape.intermediate, run.tokens
+    # Backward through down_proj: the product's gradient and the weight. The product is recomputed
+    # in the gradient's memory.
+    backward = t * (2 * h + 2 * i)
+    # Forward: the product, the residual stream and the output. In the first of two passes nothing
+    # is saved, and gate and up are already freed.
+    forward = t * (2 * i + 6 * h - (4 * i if again and shape.plain else 0))
+    return max(backward, forward) + dequantized_bytes(shape, run)
+
+
+def mlp_working(shape: Shape, run: Training, again: bool) -> float:
+    """Peak bytes of the MLP half of a layer beyond what it saved, forward or backward.
+
+    again  it is recomputed, and saves nothing the first time
+    """
+    if shape.experts:
+        return experts_working(shape, run)
+    h, i, t = shape.hidden, shape.intermediate, run.tokens
+    one = one_operation_mlp(shape, run)
+    if one and run.liger:
+        return one_operation_working(shape, run, again)
+    trained = run.method != "full" and adapts(shape, run, MLP_OUTPUT)
+    dropped = run.dropout > 0 and run.method != "full"
+    dequantized = dequantized_bytes(shape, run)
+    # The product of gate and up, which down_proj needs, if it is not among what is saved.
+    product = 0 if run.method == "full" or (trained and not dropped and not one) else 2 * i
+    candidates = [
+        # down_proj, forward: the product, the residual stream and the output; with the weight, or
+        # after it.
+        t * (product + 6 * h - (3 * i if trained and dropped else 0)) + dequantized,
+        t * (product + 8 * h),
+    ]
+    if run.method == "full" or run.fused_lora:
+        # down_proj, backward: the product, its gradient and the weight.
+        candidates.append(t * (2 * h + (product if trained else 0) + 2 * i) + dequantized)
+        if not run.liger:
+            # SwiGLU, backward: six values in addition to its inputs; autograd's own makes two.
+            candidates.append(t * (2 * h + (12 * i if run.fused_lora else 4 * i)))
+        return max(candidates)
+    # What down_proj's adapter saved is freed before the gradient through the base is computed.
+    freed = 3 * i if trained and dropped else 2 * i if trained else 0
+    gradients = 4 * i if trained else 2 * i
+    candidates.append(t * (2 * h - freed + gradients) + dequantized)
+    # Two gradients and their sum, since autograd adds out of place. Without Liger, the gradients of
+    # the product and of its factors are as large.
+    if trained or not run.liger:
+        candidates.append(t * (2 * h - freed + 6 * i))
+    if trained and run.method == "lora":
+        # Forward: PEFT's fp32 copy of the product, and with dropout the dropped copy.
+        candidates.append(t * (2 * i + (8 * i if dropped else 4 * i) + 6 * h))
+    return max(candidates)
+
+
+def attention_working(shape: Shape, run: Training) -> float:
+    """Bytes of the backward pass of the attention half of a layer beyond what it saved."""
+    a, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    # The gradients of the residual stream, of the output, and of q, k and v.
+    live: float = 2 * shape.hidden + 4 * a + 4 * k
+    if run.attention == "varlen":
+        # FlashAttention 2 sums dq in fp32, and dk and dv for every query head. If deterministic, it
+        # has as many copies of dq as it needs to fill the GPU (ATen, flash_api.cpp).
+        parallel = run.sequences * shape.heads
+        sums = (MULTIPROCESSORS + parallel - 1) // parallel
+        live += 4 * a * sums + 4 * shape.heads + (4 * a if a != k else 0)
+    else:
+        live += 4 * (a - k)
+    if run.attention == "eager":
+        # Gradients of the softmax, in fp32 and bf16; with sinks only in bf16.
+        live += shape.heads * run.tokens / run.rows * (2 + 2 + 2 if shape.sinks else 4 + 4 + 2)
+    return run.tokens * live

@@ -1,0 +1,55 @@
+"""Bytes of the base model on the GPU: as stored, and what is dequantized at once.
+
+NF4 has 4 bits per parameter and an fp32 constant for each block of 64: 0.5 + 4/64 bytes. Double
+quantization stores the constant in 8 bits, with an fp32 one for each 256 of them: 0.5 + 1/64 +
+4/16384 bytes, 4.127 bits (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3).
+Every Linear except the output head is quantized (transformers, get_keys_to_not_convert).
+"""
+
+from stages.shared.decoder_shape import Experts, Shape, Training
+from stages.shared.mxfp4 import lookup_bytes
+
+# Experts that are dequantized at once, in bytes. A whole layer of Qwen3-30B-A3B (0.8 GB) or of
+# gpt-oss-20b (1.06 GB) fits: one launch of a grouped product, and no waiting for the device to tell
+# where a chunk's rows begin. Larger layers (Mixtral 8x7B 1.9 GB, DeepSeek-V3 15 GB) are split.
+CHUNK_BYTES = 2**30
+
+MXFP4_BYTES = 0.5 + 1 / 32
+NF4_BYTES = {True: 0.5 + 1 / 64 + 4 / 16384, False: 0.5 + 4 / 64}
+
+
+def weights_bytes(shape: Shape, method: str, double_quant: bool) -> float:
+    """Bytes of the base model on the GPU."""
+    others = 2.0 * shape.float32_parameters
+    rest = shape.parameters - shape.expert_parameters
+    experts = expert_bytes(shape, method, double_quant)
+    packed = sum(x.parameters for x in shape.linears if x.quantized) if method == "qlora" else 0
+    return NF4_BYTES[double_quant] * packed + 2.0 * (rest - packed) + experts + others
+
+
+def expert_bytes(shape: Shape, method: str, double_quant: bool) -> float:
+    """Bytes of all experts as stored."""
+    each = NF4_BYTES[double_quant] if method == "qlora" else 2.0
+    return (MXFP4_BYTES if shape.mxfp4 else each) * shape.expert_parameters
+
+
+def dequantized_bytes(shape: Shape, run: Training) -> float:
+    """Bytes of a 16-bit copy of one weight or of a chunk of experts, and of bitsandbytes' fp32
+    constants."""
+    values = chunk_values(shape)
+    experts = 2.0 * values + (lookup_bytes(values) if shape.mxfp4 else 4 / 64 * values)
+    if run.method != "qlora":
+        return experts if shape.mxfp4 else 0.0
+    constants = 0 if run.fused_lora and run.liger else 4 / 64
+    linear = max((x.parameters for x in shape.linears if x.quantized), default=0)
+    return max((2 + constants) * linear, experts)
+
+
+def chunk_values(shape: Shape) -> int:
+    """Number of values of the experts that are dequantized at once."""
+
+    def of(each: Experts) -> int:
+        one = each.rows * each.columns
+        return one * min(each.count, max(1, CHUNK_BYTES // (2 * one)))
+
+    return max(map(of, shape.experts), default=0)
