@@ -30,6 +30,7 @@ from stages.preparing.splitting import (
     prompt_and_rest,
     text_of,
 )
+from stages.preparing.summary import UNUSED
 from stages.shared.end_tokens import end_tokens
 from stages.shared.outputs import SUMS
 from stages.shared.process import StageError, sha256
@@ -393,7 +394,7 @@ def test_rows_that_no_set_needs_are_counted_by_their_reason(given, tmp_path, mon
     options = {"eval_rows": 4, "eval_file": "b.jsonl"} if given else {"eval_rows": 12}
     run(tmp_path, monkeypatch, files, group_by=None if given else "group", **options)
     metrics = metrics_in(tmp_path)
-    reasons = {name: metrics[f"unused_{name}_examples"] for name in prepare.UNUSED}
+    reasons = {name: metrics[f"unused_{name}_examples"] for name in UNUSED}
     assert sum(reasons.values()) == metrics["unused_examples"]
     # Ten rows in the file; or two groups of ten to score, and one more aside with the margin.
     margin = 0 if given else 10 + 6

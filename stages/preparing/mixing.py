@@ -7,7 +7,6 @@ gets what the other shares leave.
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,33 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 
-from stages.preparing.contract import Drops
 from stages.preparing.formats import Format
-from stages.preparing.splitting import Store
+from stages.preparing.scanning import Scanned
 from stages.preparing.writing import CHUNK, Written
 from stages.shared.process import StageError
 from stages.shared.rows import SCHEMA
-
-
-@dataclass(frozen=True)
-class Scanned:
-    """One source as read: its label for messages, its share (None for the first), its files to
-    split or train on, its files to evaluate on, its format, and rows dropped while reading."""
-
-    label: str
-    share: float | None
-    names: list[str]
-    given: list[str]
-    form: Format
-    unreadable: Drops
-
-
-def owners(store: Store, parts: list[Scanned]) -> np.ndarray:
-    """int [N]: the source index of each row."""
-    of = np.zeros(len(store), int)
-    for number, part in enumerate(parts):
-        of[store.in_files(part.names + part.given)] = number
-    return of
 
 
 def check_together(parts: list[Scanned]) -> list[int]:
