@@ -389,5 +389,5 @@ def test_row_of_another_split_is_not_trained_on(split, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if split is None:
         return prepare.main()
-    with pytest.raises(StageError, match=rf"a.jsonl:10: its column 'split' says '{split}', and"):
+    with pytest.raises(StageError, match=rf"a.jsonl:10: its column 'split' says '{split}', but"):
         prepare.main()
