@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoTokenizer
 from stages.shared.device import memory_metrics, memory_of_ranks, pick_device
 from stages.shared.embeddings import extend, set_vocabulary
 from stages.shared.fast_path import choose_fast_path, step_tokens
-from stages.shared.launch import Ranks, devices, see_one, watched
+from stages.shared.launch import devices, run_ranks, see_one
 from stages.shared.packed import parameters_of
 from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
 from stages.shared.provenance import device_name, provenance
@@ -235,8 +235,7 @@ def train_on(devices: list[str], params: Params, folder: Path) -> dict[str, Any]
         return train(params, pick_device(), folder)
     store = store or host()
     put(store, "task", {"key": folder.name})
-    ranks = Ranks("train", work, own, store, size=size, others=others)
-    return watched(ranks, stoppable=True)
+    return run_ranks("train", work, own, store, size=size, others=others, stoppable=True)
 
 
 def main() -> None:

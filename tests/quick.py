@@ -176,7 +176,7 @@ class _Started(subprocess.Popen):
     """subprocess.Popen, which forks a rank where it is told to start one."""
 
     def __init__(self, command, *, env=None, stdout=None, stderr=None, **options):
-        if command[1:3] != ["-m", "stages.shared.launch"]:
+        if command[1:3] != ["-m", "stages.shared.rank"]:
             super().__init__(command, env=env, stdout=stdout, stderr=stderr, **options)
             return
         self.args, self.returncode, self._waitpid_lock = command, None, threading.Lock()
@@ -199,8 +199,8 @@ class _Started(subprocess.Popen):
         os.environ.update(env)
         for module in [m for m in sys.modules if m.split(".")[0] == "stages"]:
             del sys.modules[module]
-        sys.argv = ["launch", *command[3:]]
-        _run_to_the_end("stages.shared.launch")
+        sys.argv = ["rank", *command[3:]]
+        _run_to_the_end("stages.shared.rank")
 
 
 def _watch(folder: str, kill_at: int, number: int) -> None:

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from stages.shared.launch import Ranks, devices, watched
+from stages.shared.launch import devices, run_ranks
 from stages.shared.outputs import check_sums
 from stages.shared.params import load_params
 from stages.shared.process import StageError, quiet_libraries
@@ -68,8 +68,8 @@ def take_part(address: str | None) -> None:
     # The folder may be the first machine's own, on a shared disk.
     shared = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    ranks = Ranks("train", work, found[: part["count"]], store, part["first"], part["size"])
-    watched(ranks, stoppable=True)
+    own = found[: part["count"]]
+    run_ranks("train", work, own, store, part["first"], part["size"], stoppable=True)
     if not shared:
         shutil.rmtree(folder, ignore_errors=True)
     print("join: the training has ended")

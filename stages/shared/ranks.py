@@ -1,7 +1,7 @@
 """Ranks: processes that compute one result together. No other file imports torch.distributed.
 
-A rank is one process with one GPU, or in tests with a share of the CPU. launch.py starts and ends
-ranks; each has the environment of torchrun.
+A rank is one process with one GPU, or in tests with a share of the CPU. launch.py starts
+ranks, each with the environment of torchrun.
 """
 
 import json
