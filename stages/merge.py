@@ -34,6 +34,7 @@ import torch
 from tqdm import tqdm
 
 from stages.merging.companions import tokenizer_folder, write_companions
+from stages.merging.shards import Entry, copied_entry, write_shard
 from stages.shared.adapter import (
     WEIGHTS,
     Rows,
@@ -51,12 +52,10 @@ from stages.shared.weights import (
     INDEX,
     LETTERS,
     SINGLE,
-    Entry,
     Weights,
     kept_names,
     model_weights,
     other_names,
-    write_shard,
 )
 
 COST = Path("metrics/merge_cost.json")
@@ -102,7 +101,7 @@ def write_weights(
     """
     weights, base = sources.weights, sources.base
     entries = {
-        name: base.entry(name)
+        name: copied_entry(base, name)
         if name in sources.copied
         else Entry(LETTERS[dtype], merged_shape(weights, name, sources.updates.get(name)))
         for names in sources.shards.values()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages import merge
+from stages.merging import shards
 from stages.shared import weights
 from stages.shared.adapter import Config, is_target
 from stages.shared.end_tokens import end_tokens
@@ -126,9 +127,9 @@ def test_shard_is_what_safetensors_writes(tmp_path):
         "a": torch.randn(7).half(),
         "c": torch.ones(()).half(),
     }
-    entries = {name: weights.Entry("F16", tuple(content[name].shape)) for name in sorted(content)}
+    entries = {name: shards.Entry("F16", tuple(content[name].shape)) for name in sorted(content)}
     blocks = [content[name] for name in sorted(content)]
-    digest = weights.write_shard(tmp_path / "ours", entries, blocks)
+    digest = shards.write_shard(tmp_path / "ours", entries, blocks)
     assert digest == sha256(tmp_path / "ours")
     save_file(content, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
@@ -139,8 +140,8 @@ def test_copied_tensors_keep_their_types(tmp_path):
     content = {str(i): torch.ones(i + 1, 2, dtype=kind) for i, kind in enumerate(kinds)}
     save_file(content, tmp_path / "model.safetensors", metadata={"format": "pt"})
     source = weights.Weights(tmp_path)
-    entries = {name: source.entry(name) for name in source.names}
-    weights.write_shard(tmp_path / "copy", entries, map(source.read, entries))
+    entries = {name: shards.copied_entry(source, name) for name in source.names}
+    shards.write_shard(tmp_path / "copy", entries, map(source.read, entries))
     copied = load_file(tmp_path / "copy")
     assert all(torch.equal(copied[name], content[name]) for name in content)
     assert {name: t.dtype for name, t in copied.items()} == dict(zip(content, kinds, strict=True))

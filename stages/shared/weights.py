@@ -1,17 +1,13 @@
-"""Reads and writes folders of safetensors files, without a model and without mapping a file.
+"""Reads folders of safetensors files by blocks of rows, without a model and without mapping a file.
 
 Mapped pages would count as memory of the process: 140 GB for a 70B model.
 """
 
-import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from functools import cache, cached_property
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import bitsandbytes.functional as bnb
 import torch
@@ -36,29 +32,14 @@ NF4_STATE = "quant_state.bitsandbytes__nf4"
 NF4_PARTS = (NF4_STATE, "absmax", "quant_map", "nested_absmax", "nested_quant_map")
 TYPES = {"F64": torch.float64, "F32": torch.float32} | {v: k for k, v in LETTERS.items()}
 # Types that can be read.
-_READ = TYPES | {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16}
-_READ |= {"I32": torch.int32, "I64": torch.int64}
-# Bytes of a value, by safetensors' type.
-WIDTHS = {letters: dtype.itemsize for letters, dtype in _READ.items()}
+READ = TYPES | {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16}
+READ |= {"I32": torch.int32, "I64": torch.int64}
 # Values of one block: 1 MB in float32, which stays in the processor's cache. Blocks four times as
 # large took 30 % longer, most of it in page faults.
 BLOCK_VALUES = 2**18
 # With fewer rows a matrix product may use another kernel than the whole, and round differently.
 # A multiple of 64 also begins at a block of NF4, which has one scale for 64 values.
 UNIT_ROWS = 64
-# Bytes synced at once: few waits for the disk, and few pages in memory.
-SYNC_BYTES = 2**25
-
-
-class Entry(NamedTuple):
-    """A tensor of a file to be written. `letters`: its type in safetensors."""
-
-    letters: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * WIDTHS[self.letters]
 
 
 class Weights:
@@ -167,13 +148,13 @@ class Weights:
     def read(self, key: str) -> torch.Tensor:
         """One tensor as stored. Raises StageError for an unknown type."""
         letters, shape = self._stored[key]
-        if letters not in _READ:
+        if letters not in READ:
             raise StageError(f"{self.files[key]}: {key} is {letters}, which is not known here")
-        return self._fill(torch.empty(shape, dtype=_READ[letters]), key, 0)
+        return self._fill(torch.empty(shape, dtype=READ[letters]), key, 0)
 
     def _values(self, key: str, start: int, stop: int) -> torch.Tensor:
         """Values [start, stop) of a tensor, flat."""
-        dtype = _READ[self._stored[key][0]]
+        dtype = READ[self._stored[key][0]]
         part = torch.empty(stop - start, dtype=dtype)
         return self._fill(part, key, start * dtype.itemsize)
 
@@ -202,12 +183,6 @@ class Weights:
             return self._fill(part, name, block.start * row_bytes).to(device)
 
         return read
-
-    def entry(self, name: str) -> Entry:
-        """The entry for a copy of the tensor. Raises StageError for an unknown type."""
-        if (letters := self.dtypes[name]) not in WIDTHS:
-            raise StageError(f"{self.files[name]}: {name} is {letters}, which is not known here")
-        return Entry(letters, self.shapes[name])
 
     def _nf4_reader(self, name: str, device: torch.device) -> Callable[[slice], torch.Tensor]:
         parts = [part for part in NF4_PARTS if f"{name}.{part}" in self.files]
@@ -336,57 +311,3 @@ def row_blocks(shape: tuple[int, ...], device: torch.device) -> list[slice]:
         count = max(1, min(-(-values // BLOCK_VALUES), units))
     bounds = [unit * (units * i // count) for i in range(count)]
     return [slice(a, b) for a, b in pairwise([*bounds, rows])]
-
-
-def write_shard(file: Path, entries: dict[str, Entry], blocks: Iterable[torch.Tensor]) -> str:
-    """Write one safetensors file, synced to disk, from the row blocks of its tensors in order.
-
-    The format: https://github.com/huggingface/safetensors#format. Returns the file's SHA-256.
-    Hashing and syncing run in threads, so that the disk is busy from the first block on.
-    """
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, entry in entries.items():
-        end = offset + entry.nbytes
-        header[name] = {
-            "dtype": entry.letters,
-            "shape": list(entry.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    start = len(text).to_bytes(8, "little") + text
-    digest = hashlib.sha256()
-    with (
-        file.open("wb") as out,
-        ThreadPoolExecutor(1) as hasher,
-        ThreadPoolExecutor(1) as syncer,
-    ):
-        out.write(start)
-        hashed = hasher.submit(digest.update, start)
-        synced, unsynced = syncer.submit(_onto_disk, out.fileno()), 0
-        for values in blocks:
-            data = values.reshape(-1).view(torch.uint8).numpy().data
-            hashed.result()
-            hashed = hasher.submit(digest.update, data)
-            out.write(data)
-            unsynced += len(data)
-            if unsynced >= SYNC_BYTES and synced.done():
-                synced.result()
-                synced, unsynced = syncer.submit(_onto_disk, out.fileno()), 0
-        hashed.result()
-        synced.result()
-        out.flush()
-        os.fsync(out.fileno())
-    return digest.hexdigest()
-
-
-def _onto_disk(file: int) -> None:
-    """Sync what is written of `file` and release its pages, which the next writes can use.
-
-    Otherwise each write needs new pages to cache a file that may exceed memory. In a virtual
-    machine a new page costs several times the write, since the host must find it.
-    """
-    os.fdatasync(file)
-    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
