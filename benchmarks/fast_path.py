@@ -43,7 +43,7 @@ def losses(side: str, project: Path, device: torch.device) -> tuple[list[float],
 
     from stages.quantize import quantize
     from stages.shared.model import load_base
-    from stages.training.trainer import TrainingSet, build_trainer
+    from stages.training.building import TrainingSet, build_trainer
 
     disable_caching()
     prepared = project / "data/prepared"
@@ -107,7 +107,7 @@ def evaluation(device: torch.device) -> dict:
 
     from stages.shared.params import load_params
     from stages.shared.scoring import score
-    from stages.training.trainer import lora_config
+    from stages.training.settings import lora_config
 
     lora = {"r": RANK, "alpha": RANK, "target_modules": "all-linear"}
     params = with_changes(load_params().model_dump(), {"lora": lora})

@@ -106,7 +106,7 @@ def speed(device: torch.device) -> dict:
     from benchmarks.methods import with_changes
     from benchmarks.random_models import build
     from stages.shared.params import load_params
-    from stages.training.trainer import lora_config
+    from stages.training.settings import lora_config
 
     lora = {"r": RANK, "alpha": RANK, "target_modules": "all-linear"}
     params = with_changes(load_params().model_dump(), {"lora": lora})

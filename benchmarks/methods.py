@@ -196,7 +196,7 @@ def strategy_path(
 ) -> tuple[FastPath, Placement]:
     """The training path with parts disabled, and the placement for steps of `tokens`: all weights
     on the GPU, and all layers recomputed or none."""
-    from stages.training.trainer import as_installed
+    from stages.training.building import as_installed
 
     gpu, layers = device.type == "cuda", config.num_hidden_layers
     fast = as_installed(choose_fast_path(params, config, gpu))
@@ -214,7 +214,7 @@ def told(fast: FastPath, placed: Placement) -> str:
 
 def measure_strategy(name: str, device: torch.device) -> dict:
     """Peak and rate of the recipe with one strategy switched off."""
-    from stages.training.trainer import TrainingSet, build_trainer
+    from stages.training.building import TrainingSet, build_trainer
 
     changes, off = STRATEGIES[name]
     params = with_changes(yaml.safe_load(RECIPE.read_text(encoding="utf-8")), ALWAYS)
@@ -252,7 +252,7 @@ def measure_perplexity(name: str, project: Path, device: torch.device) -> dict:
     from stages.shared.model import load_adapter, load_base
     from stages.shared.rows import read_rows
     from stages.shared.scoring import score
-    from stages.training.trainer import TrainingSet, build_trainer
+    from stages.training.building import TrainingSet, build_trainer
 
     changes, off = STRATEGIES[name]
     default = yaml.safe_load((project / PARAMS).read_text(encoding="utf-8"))

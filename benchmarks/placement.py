@@ -138,8 +138,8 @@ def measure_point(name: str) -> tuple[dict, dict]:
     from stages.shared.device import pick_device
     from stages.shared.fast_path import choose_fast_path
     from stages.shared.streaming import stream_layers
+    from stages.training.building import TrainingSet, as_installed, build_trainer
     from stages.training.placing import measured_rates
-    from stages.training.trainer import TrainingSet, as_installed, build_trainer
 
     class Clock(TrainerCallback):
         def __init__(self):

@@ -321,8 +321,8 @@ def profile(work: Path, side: str, steps: int) -> None:
     from stages.shared.fast_path import choose_fast_path
     from stages.shared.params import load_params
     from stages.shared.workload import read_lengths
+    from stages.training.building import TrainingSet, as_installed, build_trainer
     from stages.training.placing import load_placed, place
-    from stages.training.trainer import TrainingSet, as_installed, build_trainer
 
     disable_caching()
     os.chdir(work)

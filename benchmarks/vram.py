@@ -144,7 +144,8 @@ def full_trainer(model, rows, params: Params, folder: Path, fast, placed: Placem
     """Full fine-tuning: all weights and moments in bf16."""
     from trl import SFTConfig
 
-    from stages.training.trainer import Trainer, apply_liger
+    from stages.training.adjusting import apply_liger
+    from stages.training.trainer import Trainer
 
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -173,7 +174,7 @@ def full_trainer(model, rows, params: Params, folder: Path, fast, placed: Placem
 
 def prepare(point: Point, device: torch.device, rows):
     """(trainer, fast path, placement) for `point`."""
-    from stages.training.trainer import TrainingSet, as_installed, build_trainer
+    from stages.training.building import TrainingSet, as_installed, build_trainer
 
     params, config = params_of(point), config_of(point.shape)
     fast = as_installed(choose_fast_path(params, config, device.type == "cuda"))

@@ -35,6 +35,7 @@ from stages.shared.provenance import device_name, provenance
 from stages.shared.ranks import ALONE, World, host, put
 from stages.shared.rows import read_rows
 from stages.shared.workload import read_lengths
+from stages.training.building import TrainingSet, as_installed, build_trainer
 from stages.training.checkpoints import (
     Checkpoints,
     checkpoint_folder,
@@ -49,14 +50,9 @@ from stages.training.paged import state_bytes
 from stages.training.placing import load_placed, place, tighter, try_tighter
 from stages.training.probe import Probe, needs_probe
 from stages.training.progress import Progress, mean_loss, write_curve
+from stages.training.settings import optimizer_steps
 from stages.training.tracking import check_installed, trackers
-from stages.training.trainer import (
-    Trainer,
-    TrainingSet,
-    as_installed,
-    build_trainer,
-    optimizer_steps,
-)
+from stages.training.trainer import Trainer
 from stages.training.validation import Validation
 from stages.training.worker import work
 

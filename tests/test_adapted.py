@@ -26,7 +26,8 @@ from stages.shared.process import StageError
 from stages.shared.text_model import find_backbone
 from stages.shared.workload import match_targets, shape_of
 from stages.training import trainer as trainer_module
-from stages.training.trainer import TrainingSet, build_trainer, lora_config
+from stages.training.building import TrainingSet, build_trainer
+from stages.training.settings import lora_config
 
 pytestmark = pytest.mark.slow
 

@@ -29,7 +29,7 @@ from stages.shared.scored_model import decoder_in
 from stages.shared.text_model import find_backbone, kept_in_float32
 from stages.shared.weights import model_weights
 from stages.shared.workload import read_model
-from stages.training.trainer import apply_liger
+from stages.training.adjusting import apply_liger
 
 pytestmark = pytest.mark.slow
 

@@ -24,7 +24,7 @@ from stages.shared.process import StageError
 from stages.shared.text_model import find_backbone, key_mapping, language_config, read_config
 from stages.shared.weights import Weights, other_names
 from stages.shared.workload import match_targets, shape_of
-from stages.training.trainer import lora_config
+from stages.training.settings import lora_config
 from stages.verifying.folder_check import without_old_names
 
 pytestmark = pytest.mark.slow

@@ -12,8 +12,8 @@ from stages.quantize import quantize
 from stages.shared.model import load_base
 from stages.shared.placement import Placement
 from stages.training import fused_lora
+from stages.training.adjusting import remember_parameters
 from stages.training.fused_lora import fuse_lora
-from stages.training.trainer import remember_parameters
 from tests.tiny import SHAPE, make_model
 
 CPU = torch.device("cpu")

@@ -31,11 +31,11 @@ from stages.shared.placement import Placement
 from stages.shared.process import StageError, sha256
 from stages.shared.scoring import scored_logits
 from stages.shared.streaming import stream_layers
+from stages.training.adjusting import apply_liger
 from stages.training.checkpoints import SIGNALS, Checkpoints
 from stages.training.fused_lora import fuse_lora
 from stages.training.offload import HostStash
 from stages.training.paged import page_again, state_bytes
-from stages.training.trainer import apply_liger
 from stages.verifying.merged_model import load_merged
 from tests.tiny import make_model
 

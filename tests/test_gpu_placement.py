@@ -11,9 +11,9 @@ from stages.shared.model import load_base, load_streamed
 from stages.shared.placement import Placement
 from stages.shared.scoring import score
 from stages.shared.streaming import HostCopy, Ring, Streamer, stream_layers
+from stages.training.adjusting import apply_liger
 from stages.training.fused_lora import fuse_lora
 from stages.training.offload import HostStash
-from stages.training.trainer import apply_liger
 from tests.test_gpu import LENGTHS, liger_put_back, rows
 from tests.tiny import make_model
 

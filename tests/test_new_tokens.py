@@ -28,7 +28,7 @@ from stages.shared.placement import Placement
 from stages.shared.process import StageError
 from stages.shared.workload import Lengths
 from stages.training import trainer as trainer_module
-from stages.training.trainer import TrainingSet, build_trainer
+from stages.training.building import TrainingSet, build_trainer
 
 pytestmark = pytest.mark.slow
 

@@ -95,7 +95,7 @@ def train_a_little(world, folder: str, rows: int, fused: bool, changes: dict) ->
     from stages.shared.fast_path import FastPath
     from stages.shared.model import load_base
     from stages.shared.placement import Placement
-    from stages.training.trainer import TrainingSet, build_trainer
+    from stages.training.building import TrainingSet, build_trainer
 
     params = load_params()
     whole = params.train.model_copy(update=changes | {"max_grad_norm": 1.0, "epochs": 2.0})
@@ -198,7 +198,7 @@ def test_dropout_drops_other_values_on_each_rank(tmp_path):
 
 def drawn(world):
     """The weights that a rank trains, which began otherwise on each, and what it draws then."""
-    from stages.training.trainer import train_together
+    from stages.training.adjusting import train_together
 
     torch.manual_seed(world.rank)
     model = torch.nn.Linear(2, 2)

@@ -24,9 +24,9 @@ from stages.shared.rows import read_rows
 from stages.shared.scoring import TOKENS_PER_BATCH, Scores, score
 from stages.shared.workload import Lengths
 from stages.training import progress
+from stages.training.building import TrainingSet, build_trainer, largest_pass
 from stages.training.placing import place
 from stages.training.probe import Probe, needs_probe
-from stages.training.trainer import TrainingSet, build_trainer, largest_pass
 from tests.tiny import make_model
 
 pytestmark = pytest.mark.slow

@@ -25,8 +25,8 @@ from stages.shared.placement import Placement
 from stages.shared.ranks import ALONE
 from stages.shared.scoring import Scores
 from stages.training import progress
+from stages.training.building import TrainingSet, as_installed, build_trainer
 from stages.training.progress import WARM_STEPS, Progress
-from stages.training.trainer import TrainingSet, as_installed, build_trainer
 from tests.tiny import PARAMS, make_model, make_tokenizer
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from stages.shared.placement import Placement
 from stages.shared.process import StageError
 from stages.training import attention, fused_lora
 from stages.training import trainer as trainer_module
-from stages.training.trainer import TrainingSet, build_trainer
+from stages.training.building import TrainingSet, build_trainer
 from tests.test_attention import reference
 from tests.tiny import PARAMS, make_model, make_tokenizer
 
