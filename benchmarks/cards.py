@@ -5,8 +5,8 @@
 
 Each process is limited to a card's size: torch.cuda.set_per_process_memory_fraction limits its
 allocator to the card's memory (24e9 bytes for 24 GB) minus the CUDA context (as measured for
-vram.py, with offloading) and minus a paged optimizer's managed memory, which the allocator does
-not count.
+placement.py, with offloading) and minus a paged optimizer's managed memory, which the allocator
+does not count.
 
     mistral-7b-guanaco, mistral-7b-fast, llama-2-7b
             the recipe's own parameters and real stages at its 7B shape: random 16-bit weights and

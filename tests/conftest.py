@@ -1,4 +1,4 @@
-"""Every test runs without a hub, with its caches in a folder of its own."""
+"""Every test runs without the Hub, with its own cache folders."""
 
 import os
 import sys

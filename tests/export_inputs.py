@@ -1,4 +1,4 @@
-"""The inputs of the export stage, made up but of the true shape, for tests of the page alone."""
+"""Invented inputs of the export stage in the real format, for tests of the page alone."""
 
 import csv
 import json

@@ -26,7 +26,7 @@ from tiny import MARKS, SHAPE, make_tokenizer, make_workspace
 
 DOCS = Path(__file__).parent.parent / "docs/models.md"
 BEGIN, END = "<!-- families: python -m tests.families -->", "<!-- /families -->"
-# What all families have in common here.
+# Settings of all families.
 TEXT = SHAPE | MARKS | {"vocab_size": 264}
 IMAGE = {
     "hidden_size": 64,
@@ -95,7 +95,7 @@ class Family:
 
 WIDTH = frozenset({"head_dim"})
 
-# They need nothing else.
+# They need no settings.
 # fmt: off
 USUAL = (
     "apertus", "arcee", "cwm", "ernie4_5", "exaone4", "gemma", "gemma2", "glm", "glm4", "helium",
@@ -363,7 +363,7 @@ FAMILIES["dbrx"] = Family(
     },
     says="code of its own",
 )
-# In every test run: family and setting.
+# For every test run: family and setting.
 HANDFUL = {"gemma3": "NF4", "granite": "16 bit", "qwen3_moe": "NF4", "deepseek_v3": "NF4"}
 
 
@@ -390,7 +390,7 @@ def model_of(family: Family, dtype=None):
 
 
 def make_checkpoint(folder: Path, family: Family) -> None:
-    """As on the Hub: names of the files' own, and the files of a processor."""
+    """Like on the Hub: with the files' own names, and a processor's files."""
     shutil.rmtree(folder, ignore_errors=True)
     make_tokenizer(folder)
     model_of(family).save_pretrained(folder)
@@ -410,7 +410,7 @@ STAGES = ("fetch_model", "plan", "quantize", "train", "evaluate", "merge", "veri
 
 
 def prepared(folder: Path) -> Path:
-    """A workspace in which the rows are there, for all families."""
+    """A workspace with prepared rows, for all families."""
     make_workspace(folder)
     for stage in ("fetch_model", "fetch_data", "fetch_retention", "prepare"):
         quick.run(stage, folder)
@@ -429,7 +429,7 @@ def set_params(folder: Path, family: Family, settings: dict, packing: bool) -> N
 
 
 def run_stages(folder: Path) -> str | None:
-    """What the first stage that fails says; None when all are through."""
+    """The message of the first stage that fails; None if all succeed."""
     for stage in STAGES:
         if quick.Stage(stage, folder).wait():
             lines = (folder / f"{stage}.log").read_text().strip().splitlines()
@@ -470,7 +470,7 @@ def check_results(folder: Path, family: Family) -> None:
 
 
 def check_towers(folder: Path, model) -> None:
-    """All but the language model is in the merge as in the base, to the bit."""
+    """All tensors but the language model's are bit-identical to the base's."""
     import torch
     from safetensors.torch import load_file
 

@@ -40,13 +40,13 @@ class Hostile:
     kind: str
     name: str
     run: Callable[[Path], object]
-    # Whether it has to be refused; None where both are right.
+    # Whether it must be refused; None if both are correct.
     refused: bool | None = None
 
 
 @dataclass
 class Outcome:
-    """What came of a case: `fault` is None where it was taken or refused as it should be."""
+    """The outcome of a case: `fault` is None if it was correct."""
 
     said: str
     fault: str | None
@@ -70,7 +70,7 @@ def attempt(case: Hostile, folder: Path) -> Outcome:
     except BaseException as error:
         return Outcome("", f"{type(error).__name__}: {on_screen(error, 300)}")
     odd = [c for line in printed.split("\n") for c in line if not c.isprintable()]
-    # A line of the screen that data has written begins as a line of ours.
+    # A line written by data must not look like one of ours.
     if odd or "\nprepare: all is well" in printed:
         return Outcome(refusal, f"steers the screen by {odd[:5]!r}")
     if "\n" in refusal or len(refusal) > 2100:

@@ -25,7 +25,7 @@ from mutmut.stats import status_by_exit_code
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/mutants.json"
-# Module -> the tests that hold it, all of which run in one process.
+# Module -> its tests, all of which run in one process.
 MODULES = {
     "tools/gate.py": ["test_gate_rules.py"],
     "stages/preparing/splitting.py": ["test_splitting.py"],

@@ -1,4 +1,4 @@
-"""A folder in which `stages.prepare` runs by itself, without the pipeline around it."""
+"""A folder in which `stages.prepare` runs alone, without the pipeline."""
 
 import json
 from pathlib import Path

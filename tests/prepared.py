@@ -1,4 +1,4 @@
-"""What prepare and fetch_* make, by hand, so that train can be tested without the stages before."""
+"""The outputs of prepare and fetch_*, made directly, to test train without the earlier stages."""
 
 import json
 import shutil

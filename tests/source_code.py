@@ -1,4 +1,4 @@
-"""The code as `ast` sees it: what a file imports, and what a stage runs through others."""
+"""The code by `ast`: the imports of a file, and all code of a stage."""
 
 import ast
 from functools import cache

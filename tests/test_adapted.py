@@ -1,4 +1,4 @@
-"""The modules that get an adapter are those that were asked for, whatever PEFT makes of names."""
+"""The adapted modules are those that were asked for, whatever PEFT matches by their names."""
 
 import json
 from contextlib import nullcontext
@@ -36,7 +36,7 @@ IDS = torch.arange(3, 40)[None]
 LORA = {"new_tokens": [], "r": 4, "alpha": 8, "scaling": "standard", "dropout": 0.0}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
-# What lies beside the experts of each, and so what all-linear is.
+# Layers beside the experts of each family, which all-linear therefore adapts.
 ADAPTED = {
     "deepseek_v3": MLP | {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"},
     "ernie4_5_moe": ATTENTION | MLP,

@@ -1,4 +1,4 @@
-"""KL, agreement and perplexity of one model against another, on logits that are written down."""
+"""KL divergence, agreement and perplexity of two models, on given logits."""
 
 import io
 import math
@@ -22,7 +22,7 @@ STREAMER = object()
 
 
 class Model:
-    """Its logits of every scored token [8, 5], which are a little like those of any other."""
+    """Logits of every scored token [8, 5], similar to those of other seeds."""
 
     def __init__(self, seed):
         common, own = (
@@ -87,7 +87,7 @@ def test_figures_are_those_of_a_plain_loop():
     assert 0 < same < 8
     assert found.token_agreement == same / 8
     assert found.nonfinite == 0
-    # The other way round it is another number.
+    # With the models exchanged it is another number.
     assert found.max_kl != pytest.approx(compare(second, first)[1].max_kl, rel=0.01)
 
 
@@ -153,14 +153,14 @@ def test_sums_of_what_is_not_finite():
 
 
 def test_losses_are_summed_in_float64():
-    """A large one would else swallow the others."""
+    """Otherwise a large term would absorb the others."""
     logits = torch.tensor([[0.0, -(2.0**24)], *[[0.0, 0.0]] * 8])
     total = agreement._nll(logits, torch.ones(9, dtype=torch.long))
     assert total == pytest.approx(2**24 + 8 * math.log(2), rel=1e-9)
 
 
 class Rank:
-    """One of two that run as threads."""
+    """Run two of them in threads."""
 
     size = 2
 

@@ -1,4 +1,4 @@
-"""Rows flattened into one batch are to each other as if they were alone."""
+"""Rows flattened into one batch give the logits of each row alone."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from stages.training import attention
 
 LENGTHS = (20, 13, 30)
 LOCAL = SHAPE | {"sliding_window": 8, "pad_token_id": 2}
-# What a tiny one of a family needs.
+# Settings that a tiny model of a family needs.
 # fmt: off
 PECULIAR = (
     "codegen", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "gemma3n_text", "gemma4_text",
@@ -114,7 +114,7 @@ def test_a_family_that_mixes_rows_without_a_mask_is_given_one(family):
 
 
 def test_gpt_oss_mixes_rows_and_is_padded():
-    """Its model gives no positions to its masks."""
+    """Its model passes no positions to its masks."""
     assert mixing("gpt_oss", None) > 1e-2
     config = AutoConfig.for_model("gpt_oss")
     assert choose_attention(Train(**TRAIN), config, gpu=True) == "eager"
@@ -141,7 +141,7 @@ def test_a_family_that_mixes_rows_is_noticed_and_not_flattened(family):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "xglm"])
 def test_without_varlen_auto_is_what_transformers_takes(family):
-    """sdpa caps no logits (gemma2) and is unknown to old code (xglm): plan must know it too."""
+    """sdpa cannot cap logits (gemma2), and old code lacks it (xglm); plan must know both."""
     model = make(family, None)
     kind = model.config._attn_implementation
     assert choose_attention(Train(**TRAIN), AutoConfig.for_model(family), gpu=False) == kind

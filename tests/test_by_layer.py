@@ -1,4 +1,4 @@
-"""A model that does not fit is scored layer by layer: in one pass, to the same digits."""
+"""A model that does not fit is scored layer by layer, in one pass and with equal digits."""
 
 from types import SimpleNamespace
 
@@ -69,7 +69,7 @@ def test_one_pass_over_the_weights_gives_the_same_digits(family, tmp_path):
         streamer.room = room
         assert score(model, ROWS, TOKENS, streamer=streamer) == expected
         assert streamer.sent == LAYERS
-    # And batch after batch, as some must be.
+    # Also batch by batch, as some families require.
     assert score(model, ROWS, TOKENS) == expected
     assert streamer.sent == LAYERS * (1 + len(length_batches(ROWS, TOKENS)))
 
@@ -185,7 +185,7 @@ def test_a_family_without_a_list_of_layers_is_one_layer(folders, monkeypatch, ca
 @pytest.mark.parametrize("shift", [1, 2, 4, 32])
 @pytest.mark.parametrize("kind", ["base", "nf4"])
 def test_where_a_file_has_its_tensors_changes_no_digit(folders, kind, shift, tmp_path):
-    """Mapped, they begin at any byte."""
+    """A mapped tensor may begin at any byte."""
     for file in (folders / kind).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     data = (folders / kind / SINGLE).read_bytes()
@@ -200,7 +200,7 @@ def test_where_a_file_has_its_tensors_changes_no_digit(folders, kind, shift, tmp
 
 
 def test_weights_stay_in_their_files(tmp_path):
-    """Of 16 layers, memory holds one."""
+    """Memory holds 1 of 16 layers."""
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16}
     make_model(tmp_path, **shape)
     layer = 4 * (3 * 512 * 2048)
@@ -258,7 +258,7 @@ def test_what_fewer_samples_would_save_is_said(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["base", "nf4"])
 def test_files_and_configuration_tell_the_same_of_a_model(folders, kind):
-    """What a stage reads off the weights, plan counts before there are any."""
+    """plan predicts from the config what a stage reads from the weights."""
     _, shape = read_model(folders / kind)
     assert decoder_in(Weights(folders / kind)) == decoder_of(shape)
 

@@ -1,4 +1,4 @@
-"""The benchmark of cards, on a tiny shape: its workspaces run through every stage."""
+"""The benchmark of cards on a tiny shape: its workspaces run through every stage."""
 
 import json
 import math
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("recipe", ["mistral-7b-guanaco", "mistral-7b-fast"])
 def test_a_recipe_runs_its_stages(tmp_path, monkeypatch, recipe):
-    """In five steps of the twenty, and with short answers."""
+    """With five of the twenty steps, and short answers."""
     source, folder = tmp_path / "tiny", tmp_path / recipe
     for name in ("ROWS", "LONG_ROWS", "HELD_OUT_ROWS"):
         monkeypatch.setattr(cards, name, getattr(cards, name) // 4)

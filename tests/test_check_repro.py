@@ -1,4 +1,4 @@
-"""A fresh run is held to what is committed: what must be equal, what close, and what may differ."""
+"""A fresh run is compared with the committed one: what must be equal, close, or may differ."""
 
 import copy
 import json
@@ -63,7 +63,7 @@ def revision(name, metrics=METRICS, lock=LOCK):
         ("eval", "eval_set_sha256", "bbbb", False),
         ("eval", "more", 1, False),
         ("verify", "merged_perplexity", 12.9, False),
-        # Near zero a share says nothing.
+        # Near zero, a relative difference is meaningless.
         ("verify", "perplexity_change_percent", 0.1, True),
         ("verify", "perplexity_change_percent", -1.78, False),
         ("verify", "mean_kl", 1.5e-3, True),
@@ -102,7 +102,7 @@ def test_a_missing_file_is_a_difference(file):
         (lambda stage: stage["deps"][0].update(md5=MD5["two"]), ["prepare: stages/prepare.py"]),
         (lambda stage: stage["outs"][0].update(md5=MD5["two"]), ["prepare: data/prepared"]),
         (lambda stage: stage["outs"][1].update(md5=MD5["two"]), ["prepare: metrics/lengths.csv"]),
-        # Another CPU rounds otherwise.
+        # Another CPU rounds differently.
         (lambda stage: stage["outs"][2].update(md5=MD5["two"]), []),
         (lambda stage: stage["outs"].pop(), ["prepare: models/adapter"]),
     ],

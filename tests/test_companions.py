@@ -1,4 +1,4 @@
-"""What lies beside the merged weights: the base's own files, and what was settled since."""
+"""The files beside the merged weights: the base's own, with the final settings."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.tiny import CHATML, make_tokenizer
 TOOLS = "{{ tools }}"
 TOKEN = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
 TOKEN |= {"special": True}
-# As transformers 4 saved it, and as most bases have it.
+# As saved by transformers 4, like most bases.
 OLD = {
     "added_tokens_decoder": {
         str(i): TOKEN | {"content": text}
@@ -39,7 +39,7 @@ FILES = {
 
 @pytest.fixture
 def base(tmp_path) -> Path:
-    """A base as the Hub has many, whose answers do not end with its EOS."""
+    """Like many bases of the Hub, whose answers do not end with the EOS."""
     folder = tmp_path / "base"
     make_tokenizer(folder, chat_template=None)
     (folder / "tokenizer_config.json").write_text(json.dumps(OLD))
@@ -58,7 +58,7 @@ def written(base: Path, settled: Path, out: Path) -> dict:
 
 
 def settle(base: Path, folder: Path, template: str = CHATML, **tokens: str) -> Path:
-    """What prepare makes of the base's tokenizer."""
+    """What prepare writes from the base's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<pad>"
     for key, token in tokens.items():
@@ -130,7 +130,7 @@ def test_what_transformers_5_saved_is_written_for_4(tmp_path):
 
 
 def test_another_tokenizer_is_taken_as_it_is(base, tmp_path):
-    """That of an adapter from elsewhere, which verify judges."""
+    """As of a foreign adapter, which verify judges."""
     other = settle(base, tmp_path / "other")
     content = json.loads((other / "tokenizer.json").read_text())
     content["normalizer"] = {"type": "Lowercase"}

@@ -1,4 +1,4 @@
-"""The comparison over real revisions, and the noise it weighs changes by."""
+"""tools.compare over real revisions, and the noise by which it weighs changes."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def repository(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compared(repository):
-    """The comparison with main of a workspace, not committed, where much has changed."""
+    """A comparison with main of an uncommitted workspace in which much has changed."""
     stub.branch(
         repository,
         "changed",
@@ -36,7 +36,7 @@ def compared(repository):
 
 
 def write_noise(repository):
-    """noise.json as of main: 0.1 % for the groups, and more of the time."""
+    """noise.json as on main: 0.1 % for the groups, and more for times."""
     with chdir(repository):
         measured_on = conditions(Revision("main")).model_dump()
     noise = {
@@ -126,7 +126,7 @@ ALL, NONE = 3, 0
             r"of data.train\_tokens.",
         ),
         ({"eval": {"eval_set_sha256": "b"}}, {}, NONE, r"values of eval.eval\_set\_sha256."),
-        # What decides no result, and what is counted since.
+        # Metrics that decide no result, and metrics added since.
         ({"plan": {"vram_limit_gb": 8}}, {}, ALL, "Within noise"),
         ({"data": {"more": 1}}, {"data": {"more": 1}}, ALL, "Within noise"),
         (
@@ -161,7 +161,7 @@ def test_a_loss_of_other_data_is_neither_better_nor_worse(other):
 
 
 def test_the_table_of_cards_and_the_limit_fill_no_comparison(repository):
-    """plan.json says of every size of card what lies where; what matters is in its plain keys."""
+    """plan.json lists placements for all card sizes; only its plain keys are compared."""
     placed = {"streamed_layers": 1, "predicted_device_gb": 3.5}
 
     def plan(limit, layers):
@@ -213,7 +213,7 @@ def test_no_name_and_no_value_can_make_a_heading_or_a_link():
     tokens = MarkdownIt("commonmark").enable("table").parse(text)
     pieces = [child for token in tokens for child in token.children or []]
     assert {child.type for child in pieces} == {"text", "code_inline"}
-    # GitHub makes links of bare addresses where they are no code.
+    # GitHub turns bare addresses into links unless they are code.
     [said] = [line for line in text.splitlines() if line.startswith("The noise is unknown")]
     assert "evil" in said
     assert not re.search(r"(?<!\\)://|www\.|@\w", said)
@@ -312,7 +312,7 @@ def test_spread_of_three_runs():
 def test_noise_repeats_the_commit_with_other_seeds(repository):
     must(repository, "git", "checkout", "-q", "-f", "main")
     must(repository, "dvc", "checkout", "-q")
-    # What an interrupted measurement of another commit left.
+    # Left by an interrupted measurement of another commit.
     old = f"refs/exps/00/{'0' * 38}/noise-142"
     must(repository, "git", "update-ref", old, "no-metrics")
     assert tool(repository, "noise", "--seeds", "142", "242").returncode == 0

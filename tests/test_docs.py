@@ -1,4 +1,4 @@
-"""What the pages for people name is there: files, commands, and constants in the files named."""
+"""Pages for people: the files, commands and constants that they name exist."""
 
 import csv
 import io
@@ -82,7 +82,7 @@ def test_constants_are_where_contributing_says():
     named = re.findall(r"`(\w[\w.]*)`\s+in\s+`([\w/]+\.py)`", text("CONTRIBUTING.md"))
     assert len(named) > 5
     for name, file in named:
-        # `Prepare.format` is a class and what stands in it.
+        # `Prepare.format` names a class and one of its fields.
         for part in name.split("."):
             assert re.search(rf"\b{part}\b", text(file)), f"{file} has no {name}"
 

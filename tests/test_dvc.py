@@ -1,4 +1,4 @@
-"""What DVC runs, keeps and restores, asked of DVC itself over the real dvc.yaml."""
+"""What DVC runs, keeps and restores with the real dvc.yaml."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 ALL = list(PIPELINE)
 AFTER_TRAIN = ["train", "evaluate", "merge", "verify", "export"]
 AFTER_MODEL = [name for name in ALL if name not in ("fetch_data", "fetch_retention")]
-# What was changed -> the stages that run for it, in order.
+# A change -> the stages that run for it, in order.
 STALE = {
     "seed": AFTER_TRAIN,
     "model": AFTER_MODEL,
@@ -32,7 +32,7 @@ STALE = {
     # It fetches, prepares and trains nothing else.
     "retention": ["fetch_retention", "evaluate", "export"],
     "prepare": ["prepare", "plan", *AFTER_TRAIN],
-    # A better estimate, or a limit set later, never trains a model again.
+    # A better estimate, or a limit set later, never retrains a model.
     "plan": ["plan", "export"],
     "quantize": ["plan", "quantize", *AFTER_TRAIN],
     "lora": ["plan", *AFTER_TRAIN],
@@ -64,7 +64,7 @@ STALE = {
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory):
-    """The file in which every stub that runs writes its name."""
+    """The file to which every stub appends its name."""
     path = tmp_path_factory.mktemp("stubs") / "log"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STUB_LOG", str(path))
@@ -117,7 +117,7 @@ PARAMS = yaml.safe_load(stubs.PARAMS.read_text())
 
 @pytest.fixture(scope="module")
 def changing(repository, log, tmp_path_factory):
-    """One copy of the finished run that the rows of the table change in turn."""
+    """One copy of the finished run, to which the rows of the table are applied in turn."""
     folder = tmp_path_factory.mktemp("changing") / "repository"
     shutil.copytree(repository, folder, symlinks=True)
     reproduce(folder, log)
@@ -154,7 +154,7 @@ def test_experiment_changes_numbers_and_its_metrics_are_shown(fresh, log):
     assert "learning_rate: 1e-05\n" in (fresh / "params.yaml").read_text()
     # The stub writes what load_params gave it: a number, where PyYAML reads text.
     assert json.loads((fresh / "metrics/train.json").read_text())["rate"] == 1e-5
-    # Typed wrongly, nothing runs at all.
+    # With a wrong type, nothing runs.
     typo = run(fresh, "dvc", "exp", "run", "-S", "lora.rank=3")
     assert typo.returncode == 255
     assert "Could not override 'lora.rank'" in typo.stderr
@@ -194,7 +194,7 @@ def test_clone_without_a_remote_compares_its_metrics(fresh, log, tmp_path):
 
 def start(folder: Path, *command: str, **env: str) -> subprocess.Popen:
     return subprocess.Popen(
-        # nohup, and a shell's `&`, leave signals ignored in all that they start.
+        # nohup and a shell's `&` ignore signals in all processes that they start.
         ("env", "--default-signal", *command),
         cwd=folder,
         env=os.environ | env,
@@ -245,7 +245,7 @@ EDITS = {
 
 @pytest.mark.parametrize("edited", EDITS)
 def test_nothing_is_recorded_under_a_false_name(fresh, log, edited):
-    """DVC reads parameters and code after the command, and would take these for the cause."""
+    """DVC reads parameters and code after the command, and would record these."""
     change(fresh, "stages/train.py", 1)
     name, old, new = EDITS[edited]
     lock, cached = (fresh / "dvc.lock").read_bytes(), runs(fresh)
@@ -261,7 +261,7 @@ def test_nothing_is_recorded_under_a_false_name(fresh, log, edited):
     assert not (fresh / "models/adapter").exists()
     assert must(fresh, "git", "ls-files", "--others", "--exclude-standard") == ""
     if edited == "params.yaml: lora":
-        # Run again, it is made from what is there now, and nothing is taken from a cache.
+        # The rerun uses the current files, and takes nothing from a cache.
         assert reproduce(fresh, log) == STALE["lora"]
 
 
@@ -315,13 +315,13 @@ def test_stage_ends_with_dvc(fresh, log, number, shell):
         process.wait()
         ends(stage)
     assert not (fresh / "models/adapter").exists()
-    # Nothing is in the way of the next run.
+    # Nothing prevents the next run.
     assert reproduce(fresh, log) == AFTER_TRAIN
 
 
 @pytest.mark.parametrize("where", ["Python's own end", "what a library does at exit"])
 def test_interrupt_at_the_end_of_a_stage_is_heard(fresh, log, where):
-    """Ctrl-C when all is written: it is recorded, nothing follows, and nothing is run again."""
+    """Ctrl-C after all is written: it is recorded, no stage follows, and nothing runs again."""
     change(fresh, "stages/train.py", 1)
     gate = Path(f"{log}.train.end")
     gate.touch()
@@ -402,7 +402,7 @@ def test_experiment_killed_in_the_queue_ends_like_an_undisturbed_one(fresh, log,
 
 
 def checkpoints_lie_in(folder: Path, pid: int) -> bool:
-    """Whether DVC tells a stage that runs in a copy where the project is; the copy is deleted."""
+    """Whether DVC tells a stage in a temporary copy where the project is."""
     environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return f"DVC_ROOT={folder}".encode() in environment
 
@@ -458,7 +458,7 @@ def test_repair_throws_the_damaged_file_out_of_the_cache(fresh, log, seen):
         os.utime(file, ns=times)
     file.chmod(0o444)
     change(fresh, "stages/train.py", 1)
-    # What a user would try first: DVC puts the damaged file back.
+    # What a user would try first; DVC restores the damaged file.
     must(fresh, "dvc", "repro", "-q", "--force", "--single-item", "quantize", STUB_GUARDED="1")
     assert file.read_text() != whole
     must(fresh, "python", "-m", "tools.repair", "quantize", STUB_GUARDED="1")
@@ -498,7 +498,7 @@ def test_what_is_computed_is_kept_where_only_code_moved(fresh, log):
 
 
 def test_added_data_is_content_of_the_project(fresh):
-    """What DVC does not see it neither pushes nor puts into the copy of an experiment."""
+    """DVC neither pushes files that it does not track nor copies them for an experiment."""
     data = fresh / "data/source/mine.jsonl"
     data.write_text("{}\n")
     must(fresh, "dvc", "add", "-q", "data/source/mine.jsonl")
@@ -515,7 +515,7 @@ def recover(folder: Path) -> str:
 
 
 DEAD = {"pid": 2**22 + 1, "cmd": "dvc repro"}
-# A number that somebody else has by now: this process runs another command.
+# The PID belongs to another program by now: this process.
 TAKEN = {"pid": os.getpid(), "cmd": "dvc repro"}
 RWLOCKS = {
     "empty": ("", "was broken, removed"),
@@ -533,7 +533,7 @@ RWLOCKS = {
 
 
 def test_list_of_busy_paths_is_mended(fresh, log):
-    """Each as a kill of dvc, or an end of its container, leaves it."""
+    """A kill of dvc, or the end of its container, leaves each of these."""
     change(fresh, "seed", 3)
     for content, said in RWLOCKS.values():
         (fresh / ".dvc/tmp/rwlock").write_text(content)
@@ -554,7 +554,7 @@ def test_list_of_busy_paths_of_a_living_dvc_stays(fresh, log):
 
 @pytest.mark.parametrize(("cut", "committed"), [(True, True), (False, False)])
 def test_work_that_a_broken_lock_file_recorded_is_not_done_again(fresh, log, cut, committed):
-    """DVC writes dvc.lock in place: killed meanwhile, it leaves it empty or cut off."""
+    """DVC writes dvc.lock in place, so a kill leaves it empty or truncated."""
     if not committed:
         must(fresh, "git", "rm", "-q", "--cached", "dvc.lock")
     change(fresh, "lora", 5)
@@ -619,7 +619,7 @@ def test_repair_of_no_stage(fresh):
 
 
 def test_repair_of_what_was_never_made(fresh):
-    """A stage run by hand in a fresh clone advises it."""
+    """A stage that runs by itself in a fresh clone recommends it."""
     for made in ("models/base", "models/quantized"):
         shutil.rmtree(fresh / made)
     done = run(fresh, "python", "-m", "tools.repair", "quantize")
@@ -637,7 +637,7 @@ def test_second_run_changes_nothing(fresh, log):
 
 
 def test_pull_with_what_a_remote_lacks(fresh, log, tmp_path):
-    """Merged and released models are not pushed; a clone makes them, and nothing else, again."""
+    """Merged and released models are not pushed; a clone recreates only these."""
     must(fresh, "dvc", "remote", "add", "-d", "store", str(tmp_path / "store"))
     commit(fresh, "remote")
     must(fresh, "dvc", "push", "-q")

@@ -1,4 +1,4 @@
-"""The metrics of a held-out set, answers to prompts of unlike length, and what they score."""
+"""The metrics of a held-out set, and answers to prompts of different lengths."""
 
 import math
 import random
@@ -82,7 +82,7 @@ def prompts_of(rows):
 
 @pytest.mark.parametrize("most", [1, 2**20])
 def test_a_batch_does_not_change_an_answer(tuned, monkeypatch, most):
-    """Against generate row by row, without padding and without a batch."""
+    """Compared with generate, row by row, without padding or batches."""
     model, tokenizer = tuned
     prompts = prompts_of(rows_of(tokenizer))
     monkeypatch.setattr("stages.evaluating.generation._cached_tokens", lambda model: most)
@@ -102,7 +102,7 @@ def test_a_batch_does_not_change_an_answer(tuned, monkeypatch, most):
         assert answer.tokens == len(alone)
 
 
-# What a base's generation_config.json may say: some change greedy answers, some cannot be obeyed.
+# Settings of a base's generation_config.json: some change greedy answers, some are invalid.
 SETTINGS = [
     {"num_beams": 4},
     {"repetition_penalty": 5.0},
@@ -201,7 +201,7 @@ def test_no_answers_make_no_metrics():
 
 
 def longest_common(a, b):
-    """The textbook's table."""
+    """The example of a textbook."""
     table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
     for i, x in enumerate(a):
         for j, y in enumerate(b):
@@ -285,7 +285,7 @@ def test_p_is_small_where_rows_agree_and_large_where_they_do_not():
     assert p_value([1.0] * 50) < 0.01
     assert p_value([-1.0] * 50) == p_value([1.0] * 50)
     assert p_value([1.0, -1.0] * 25) > 0.5
-    # Three rows cannot say much, however much they agree.
+    # Three rows are too few for a small p, even if all agree.
     assert p_value([1.0, 2.0, 3.0]) == 0.25
 
 

@@ -1,4 +1,4 @@
-"""What the README says of experiments: sweep, table, apply, branch, and freeing their disk."""
+"""What README says about experiments: sweep, table, apply, branch, and freeing their disk space."""
 
 import json
 import re
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """Three experiments beside the committed run, made by a sweep as for CI: a plain loop."""
+    """Three experiments beside the committed run, made by a plain loop as in CI."""
     folder = stub.make(tmp_path_factory.mktemp("experiments"))
     for rate in ("1e-3", "1e-4", "1e-5"):
         must(
@@ -81,7 +81,7 @@ def test_freeing_keeps_what_was_added_and_what_another_project_made(tmp_path):
     """They share the cache, where the same content is one file."""
     project = stub.make(tmp_path / "project", top=tmp_path)
     must(project, "git", "branch", "earlier")
-    # A tag may name anything; this one names no commit.
+    # A tag may point to any object; this one points to no commit.
     must(project, "git", "tag", "a-file", "HEAD:project/params.yaml")
     for folder, name in (("added", "mine"), ("made", "theirs")):
         (tmp_path / folder).mkdir()
@@ -92,7 +92,7 @@ def test_freeing_keeps_what_was_added_and_what_another_project_made(tmp_path):
     stub.edit(project / "params.yaml", "2.0e-3", "1.0e-3")
     stub.reproduce(project, "another model")
     for file, freed in {"added/mine.dvc": 1, "made/dvc.lock": 1, "made/dvc.yaml": 2}.items():
-        # The listing of the earlier merged model alone, as long as one of them names its weights.
+        # Only the listing of the earlier merged model, as long as a commit names its weights.
         assert f" {freed} files of merged models" in tool(project, "free").stdout
         must(tmp_path, "git", "rm", "-q", file)
         must(tmp_path, "git", "commit", "-qm", f"without {file}")
@@ -129,7 +129,7 @@ def test_removing_experiments_frees_theirs_alone(repository):
 
 
 def test_a_remote_serves_what_is_needed(repository, tmp_path):
-    """Push, fresh clone, pull one output, reproduce everything without running a stage."""
+    """Push, clone, pull one output, and reproduce everything without running a stage."""
     clone = tmp_path / "clone"
     must(repository, "git", "checkout", "-q", "-f", "main")
     must(repository, "dvc", "checkout", "-q", "--force")

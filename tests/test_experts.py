@@ -1,4 +1,4 @@
-"""Packed experts compute what dequantized ones do in transformers' own forward passes."""
+"""Packed experts compute the same as dequantized ones in transformers' own forward passes."""
 
 import json
 import math
@@ -38,7 +38,7 @@ IDS = torch.arange(3, 80)[None]
 
 
 def through_nf4(weight: torch.Tensor, double_quant: bool = True) -> torch.Tensor:
-    """As bitsandbytes alone decodes what it encodes, [out, in] in float32."""
+    """Decoded from bitsandbytes' own encoding, [out, in] in float32."""
     codes, state = nf4(weight, double_quant, CPU)
     if double_quant:
         state.absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
@@ -48,7 +48,7 @@ def through_nf4(weight: torch.Tensor, double_quant: bool = True) -> torch.Tensor
 
 
 def dequantized(model, double_quant: bool = True):
-    """`model` in float32 with what NF4 makes of each weight that quantize takes."""
+    """`model` in float32, with the NF4 values of each weight that quantize converts."""
     from stages.shared.linears import quantized_linears
 
     linears = quantized_linears(model)
@@ -78,7 +78,7 @@ def family(request, tmp_path_factory):
     for name in kept_in_float32(model):
         owner, _, key = name.rpartition(".")
         tensor = getattr(model.get_submodule(owner), key)
-        # Rounded to bfloat16 they would choose other experts.
+        # Rounded to bfloat16, they would choose other experts.
         tensor.data = tensor.data.float() + 5 + 0.05 * torch.randn(tensor.shape)
     model.eval().save_pretrained(folder / "base")
     (folder / "out").mkdir()
@@ -208,7 +208,7 @@ def test_what_scoring_takes_is_told_alike_by_files_and_configuration(family):
 
 
 def test_liger_leaves_packed_experts_alone(monkeypatch):
-    """Its own read dense weights."""
+    """Liger's own experts read dense weights."""
     seen = {}
     liger = SimpleNamespace(_apply_liger_kernel_to_instance=lambda **parts: seen.update(parts))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
@@ -220,7 +220,7 @@ def test_liger_leaves_packed_experts_alone(monkeypatch):
 
 
 def test_the_same_experts_compute_a_token_in_a_trial(family):
-    """Of rows that are rounded otherwise a router chooses others, which is no fault of theirs."""
+    """A router may choose other experts for differently rounded rows, which is no error here."""
     model, _ = family
     stacks = [m for m in expert_stacks(model).values() if type(m).__name__ not in OWN_CODE]
     seen = []

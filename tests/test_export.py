@@ -1,4 +1,4 @@
-"""Export: the page says and draws what the files hold, and nothing in the data can break it."""
+"""export: the page shows what the files contain, and no data can break it."""
 
 import csv
 import json
@@ -96,7 +96,7 @@ def test_summary_on_a_gpu_compares_prediction_and_measurement(exported, monkeypa
     found = summary(results(exported, monkeypatch, train_cost=GPU_COST))
     assert "ram_gb" not in found
     assert found["vram_gb"] == 1.84
-    # Of where things lay on that card, not of the least that plan says a card needs.
+    # From the placement on that card, not from plan's minimum.
     assert found["predicted_vram_gb"] == 1.87 != PLAN["predicted_peak_vram_gb"]
     assert found["vram_prediction_error_percent"] == pytest.approx(100 * (1.87 - 1.84) / 1.84)
 
@@ -380,7 +380,7 @@ def test_the_scale_of_the_update_is_that_of_its_kind(exported, monkeypatch):
 
 def test_every_parameter_is_listed_but_the_tracker(exported, html):
     params = yaml.safe_load((exported / "params.yaml").read_text())
-    # Switching it would be another report.
+    # Switching it would give another report.
     assert params.pop("tracking")
     assert "report_to" not in html
     for section, values in params.items():

@@ -1,4 +1,4 @@
-"""A handful of families through what they are known to trouble; all of them: tests/families.py."""
+"""A few families, each with a known difficulty; tests/families.py has all of them."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def test_every_checkpoint_with_towers_is_tried():
 @torch.no_grad()
 @pytest.mark.parametrize("name", TOWERS)
 def test_the_language_model_computes_what_the_whole_does(name, tmp_path):
-    """From the files as the Hub has them, and without the other towers."""
+    """From the Hub's files, without the other towers."""
     family = FAMILIES[name]
     make_checkpoint(tmp_path / "base", family)
     (tmp_path / "out").mkdir()
@@ -53,7 +53,7 @@ def test_the_language_model_computes_what_the_whole_does(name, tmp_path):
     language = load_base(tmp_path / "out", CPU)
     expected = whole(input_ids=IDS, use_cache=False).logits
     assert torch.equal(language(input_ids=IDS, use_cache=False).logits, expected)
-    # The other way: by patterns, as the merged model is loaded.
+    # The reverse: by patterns, as for loading the merged model.
     again, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "base",
         config=read_config(tmp_path / "base"),
@@ -69,14 +69,14 @@ def test_the_language_model_computes_what_the_whole_does(name, tmp_path):
 def test_what_is_scored_counted_and_adapted_is_the_models_own(name):
     config = language_config(config_of(FAMILIES[name]))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    # Far enough from zero for a cap to be felt.
+    # Far enough from zero for a cap to have an effect.
     model.get_output_embeddings().weight.data.mul_(20)
     find_backbone(model)
     check_head(model, IDS.tolist())
     shape = shape_of(config)
     assert shape.parameters == model.num_parameters()
     assert {x.name for x in shape.linears if x.quantized} == quantized_linears(model)
-    # A list names layers that only images reach, too, where their names end alike.
+    # A list also names layers that only process images, if their names have the same ending.
     wanted = "all-linear" if name != "mllama" else ["q_proj", "down_proj"]
     lora = Lora(r=4, alpha=8, scaling="standard", dropout=0.0, target_modules=wanted, new_tokens=[])
     with targets_as_written():
@@ -85,7 +85,7 @@ def test_what_is_scored_counted_and_adapted_is_the_models_own(name):
 
 
 def test_plan_says_what_all_linear_leaves_out(capsys):
-    """PEFT refuses it, in a traceback of train."""
+    """PEFT would refuse it with a traceback in train."""
     shape = shape_of(config_of(FAMILIES["falcon_h1"]))
     tell_left_out(shape, "all-linear")
     said = "all-linear leaves out 2 layers such as model.layers.0.mamba.out_proj, where an adapter"

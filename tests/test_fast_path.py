@@ -1,4 +1,4 @@
-"""The fast path computes what plain PEFT computes: the loss and every adapter gradient."""
+"""The fast path computes the loss and every adapter gradient of plain PEFT."""
 
 import copy
 
@@ -17,7 +17,7 @@ from stages.training.fused_lora import fuse_lora
 from tests.tiny import SHAPE, make_model
 
 CPU = torch.device("cpu")
-# Of two layers: everything kept, and everything computed again.
+# Two layers: everything kept, and everything recomputed.
 PLACEMENTS = {False: Placement(2, 2), True: Placement()}
 
 
@@ -92,7 +92,7 @@ def test_a_pass_that_failed_leaves_nothing_for_the_next(quantized):
     expected = loss_and_gradients(adapted(quantized["qwen2"]))[0]
     model = adapted(quantized["qwen2"])
     fuse_lora(model, liger=False, placement=Placement(2, 2))
-    # As when it ends between the products that are computed together.
+    # As after a failure between products that are computed together.
     model.get_base_model().model.layers[0].self_attn.q_proj(torch.ones(1, 3, 64))
     assert loss_and_gradients(model)[0] == pytest.approx(expected, rel=1e-5)
 
@@ -100,7 +100,7 @@ def test_a_pass_that_failed_leaves_nothing_for_the_next(quantized):
 def test_a_model_that_remembers_its_parameters_behaves_as_before():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Dropout()))
     expected = list(model.parameters())
-    # As the base under a new adapter: the outermost module alone says that it trains.
+    # Like the base under a new adapter: only the outermost module is in training mode.
     model[1].eval()
     remember_parameters(model)
     for _ in range(2):
@@ -116,7 +116,7 @@ def test_a_model_that_remembers_its_parameters_behaves_as_before():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_mlp_of_another_formula_keeps_it(checkpointing):
-    """Falcon-H1 multiplies within an MLP whose parts have the names of Llama's."""
+    """The MLP of Falcon-H1 has multipliers, and parts named like Llama's."""
     shape = SHAPE | {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 1}
     config = AutoConfig.for_model("falcon_h1", mlp_multipliers=[0.5, 0.25], **shape)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""fetch_data: what it takes from each source, what it refuses, and that its bytes are stable."""
+"""fetch_data: what it accepts from each source, what it refuses, and that its bytes are stable."""
 
 import hashlib
 import json

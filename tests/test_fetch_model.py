@@ -1,4 +1,4 @@
-"""fetch_model: what it takes, what it leaves, what it refuses, and that its bytes are stable."""
+"""fetch_model: what it takes, skips and refuses, and that its bytes are stable."""
 
 import json
 import re
@@ -31,7 +31,7 @@ TOKENIZER = [NAMED, "chat_template.jinja", "tokenizer.json", "tokenizer_config.j
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A sharded model with all that repositories hold beside it."""
+    """A sharded model with all other files that repositories contain."""
     folder = tmp_path_factory.mktemp("tiny")
     make_tokenizer(folder)
     make_model(folder, max_shard_size="100KB")
@@ -326,7 +326,7 @@ def test_a_link_out_of_the_folder_is_refused(copy):
 
 
 def test_the_stage_downloads_from_the_hub_and_resumes(tiny, tmp_path):
-    """A branch, out of service at the second shard; what came before is not fetched again."""
+    """A branch, out of service at the second shard; complete files are not fetched again."""
     files = {p.relative_to(tiny).as_posix(): p.read_bytes() for p in tiny.rglob("*") if p.is_file()}
     model = {"source": "hub", "id": "owner/tiny", "revision": "main"}
     workspace = make_workspace(tmp_path / "work", model=model)
@@ -355,7 +355,7 @@ def test_the_stage_downloads_from_the_hub_and_resumes(tiny, tmp_path):
         (workspace / "params.yaml").write_text(params.replace("main", f'"{COMMIT}"'))
         command, env = runs[0].args, environment(hub.url, PYTHONPATH="", HF_TOKEN="hf_secret")
         subprocess.run(command, cwd=workspace, env=env, check=True)
-        # To pin what was fetched changes nothing of it, so nothing that follows runs again.
+        # Pinning the commit that was fetched changes nothing, so no later stage runs again.
         assert contents(workspace / "models") == fetched
     assert "hf_secret" not in str(runs)
     base = workspace / "models/base"

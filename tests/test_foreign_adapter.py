@@ -1,4 +1,4 @@
-"""An adapter trained by PEFT elsewhere and copied in, through every stage after train."""
+"""An adapter trained by PEFT elsewhere goes through every stage after train."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The fused products on a 16-bit model: every placement, tile and stash has one gradient."""
+"""Fused products on a 16-bit model give the same gradients for every placement, tile and stash."""
 
 import copy
 
@@ -44,7 +44,7 @@ def assert_alike(found, expected, tolerance=1e-4):
 
 
 class Stash:
-    """Keeps the inputs of layers, and in which order they came and went."""
+    """Records which layer inputs were put and taken, in order."""
 
     def __init__(self):
         self.slots, self.log = [], []
@@ -68,7 +68,7 @@ class Slot:
 
 
 class Streamer:
-    """Is told which weights are read."""
+    """Records which weights are read."""
 
     def __init__(self):
         self.entered = []
@@ -177,7 +177,7 @@ def test_a_second_pass_computes_in_the_type_of_the_first():
         results.append({n: p.grad for n, p in fused.named_parameters() if p.requires_grad})
     kept, again = results
     assert {gradient.dtype for gradient in again.values()} == {torch.float32}
-    # To the last digit: what is computed again is what was.
+    # Recomputation repeats every digit.
     assert all(torch.equal(again[name], gradient) for name, gradient in kept.items())
 
 

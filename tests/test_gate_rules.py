@@ -1,4 +1,4 @@
-"""What the gate makes of two revisions, line by line: of texts, without a repository."""
+"""The gate's rules, line by line, on revisions given as texts, without a repository."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Where weights and activations lie changes nothing that a GPU computes (pytest -m gpu)."""
+"""The placement of weights and activations does not change results on a GPU (pytest -m gpu)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness gives, as a metrics file that compare and the gate read."""
+"""Results of lm-evaluation-harness as a metrics file that compare and the gate read."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""A part of what `make chaos` tries: what others may write to do harm (tests/hostile.py)."""
+"""A part of `make chaos`: files written to do harm (tests/hostile.py)."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def test_what_others_wrote_is_taken_or_refused_in_one_line(tmp_path):
     assert len(found) > 100
     faults = [f"{c.kind}: {c.name}: {o.fault} {o.said}" for c, o in found if o.fault]
     assert faults == []
-    # Not everything may be refused either.
+    # Not everything may be refused.
     assert any(not outcome.said for _, outcome in found)
 
 

@@ -1,4 +1,4 @@
-"""The Hub through the real huggingface_hub, against a server of our own, in other processes."""
+"""The Hub through the real huggingface_hub, in other processes, with a server of our own."""
 
 import json
 import os
@@ -231,7 +231,7 @@ def test_a_damaged_file_is_not_kept(tmp_path):
 
 @pytest.mark.parametrize("damaged", [b"", b"\1", b"\1\0", b"\0\0\0"])
 def test_a_file_that_a_switched_off_machine_lost_is_fetched_again(tmp_path, damaged):
-    """Its name came to the disk and its bytes did not."""
+    """Its name reached the disk and its bytes did not."""
     files = {"a.json": b"[1, 2]", "x.safetensors": b"\1\2"}
     partial = tmp_path / f".0.partial-{A}"
     partial.mkdir()

@@ -1,4 +1,4 @@
-"""Stages import no more than they use, and what is put off happens when it is called for."""
+"""Stages import no more than they use; deferred imports happen when they are needed."""
 
 import gc
 import json
@@ -35,7 +35,7 @@ for name in sys.argv[1:]:
 """
 HEAVY = ["fetch_model", "plan", "quantize", "evaluate", "verify", "train"]
 NEEDLESS = {"torch._inductor.compile_fx", "scipy.optimize"}
-# In these transformers finds no torch: they load a tokenizer and no model. What each writes.
+# In these, transformers finds no torch: they load a tokenizer but no model.
 MODELLESS = {"merge": "models/merged", "prepare": "data/prepared"}
 
 

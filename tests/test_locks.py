@@ -1,4 +1,4 @@
-"""The lock files are what pyproject.toml asks for, whole, and what this environment has."""
+"""The lock files satisfy pyproject.toml, are complete, and match this environment."""
 
 import importlib.metadata
 import re

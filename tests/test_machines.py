@@ -1,4 +1,4 @@
-"""Two machines train together: two clones on the loopback address, with one local DVC remote."""
+"""Two machines train together: two clones on one machine, with one local DVC remote."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def free_port() -> int:
 
 
 def environment(port: int) -> dict[str, str]:
-    # As where machines see each other by another interface than lo.
+    # As with machines that reach each other by another interface than lo.
     return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
 
 
@@ -106,7 +106,7 @@ def test_two_machines_give_the_bytes_of_one_with_two_devices(first, joiner, undi
         "join: the training has ended",
     ]
     assert results(first) == results(undisturbed)
-    # Nothing is left on the other.
+    # Nothing remains on the other machine.
     assert not (joiner / "models/adapter").exists()
     assert not list((joiner / "checkpoints").glob("*"))
 
@@ -157,7 +157,7 @@ def test_a_machine_that_would_train_something_else_is_refused(
     assert refused.wait() == 1
     last = refused.said.splitlines()[-1]
     assert last.startswith(f"join: {what}")
-    # The first goes on waiting for the right one.
+    # The first continues to wait for a matching machine.
     assert "ranks" not in stage.said
     stage.kill(signal.SIGKILL)
     stage.wait()

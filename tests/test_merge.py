@@ -148,14 +148,14 @@ def test_copied_tensors_keep_their_types(tmp_path):
 
 
 def test_all_that_the_rows_end_with_ends_an_answer_of_the_merged_model(llama, monkeypatch):
-    """prepare leaves the ends beside the tokenizer, and train takes them along."""
+    """prepare saves these tokens beside the tokenizer, and train copies them."""
     adapter = llama / "models/adapter"
     (adapter / "generation_config.json").write_text('{"eos_token_id": [2, 1]}')
     write_sums(adapter)
     run(merge, llama, monkeypatch)
     generation = json.loads((llama / "models/merged/generation_config.json").read_text())
     assert generation["eos_token_id"] == [2, 1]
-    # A token that tokenizer.json lacks is none that a model ends with.
+    # A token that is not in tokenizer.json cannot end an answer.
     edit_json(llama / "models/merged/tokenizer_config.json", eos_token="absent")
     assert end_tokens(llama / "models/merged", 7) == [7, 2, 1]
 
@@ -178,7 +178,7 @@ def test_folder_serves_alone(llama, monkeypatch, capsys):
     record = json.loads((merged / "merge.json").read_text())
     assert (record["base"], record["dtype"]) == ("dequantized", "float16")
     assert (record["tensors"], record["updated_tensors"], record["flushed_to_zero"]) == (20, 14, 0)
-    # What ran it would make the same merge differ from machine to machine.
+    # The command line would make the merge differ between machines.
     assert "device" not in record
     check_sums(merged, "merge")
     model = AutoModelForCausalLM.from_pretrained(merged)
@@ -195,7 +195,7 @@ def test_second_merge_gives_the_same_bytes(llama, monkeypatch):
 
 
 def test_adapter_from_elsewhere(llama, monkeypatch, capsys):
-    """As plain PEFT saves it: in bfloat16, no sums, no tokenizer."""
+    """As saved by plain PEFT: in bfloat16, without checksums or a tokenizer."""
     adapter = llama / "models/adapter"
     for file in adapter.iterdir():
         if not file.name.startswith("adapter_"):
@@ -464,7 +464,7 @@ def test_refuses_damaged_sources(llama, monkeypatch):
     "name", ["config.json", "generation_config.json", "tokenizer.json", "LICENSE"]
 )
 def test_refuses_damaged_companions(name, kind, llama, monkeypatch):
-    """They would go into the merged model as they are."""
+    """They would be copied into the merged model."""
     make_tokenizer(llama / "models/base")
     write_sums(llama / "models/base")
     file = llama / "models/base" / name

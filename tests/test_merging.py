@@ -1,4 +1,4 @@
-"""One merged tensor: its values, their order, and what a 16-bit type cannot hold of them."""
+"""One merged tensor: its values, their order, and values that a 16-bit type cannot hold."""
 
 import os
 from types import SimpleNamespace
@@ -55,11 +55,11 @@ def test_the_update_is_added_in_float32_and_rounded_once(in_blocks, dtype):
     assert found.dtype == dtype
     sums = (update.b @ update.a).double() * update.scaling + tensor.to(dtype).double()
     expected = sums.float().to(dtype)
-    # Float32 rounds, too: a step of the type apart, and seldom.
+    # Float32 rounds too, rarely, by one step of the type.
     assert torch.allclose(found.float(), expected.float(), rtol=0.01)
     assert (found != expected).sum() < 5
     assert {block[1:] for block in blocks} == {(0, 0, 0, 0.0)}
-    # Rounded at the end alone, or before the product as well, there are many others.
+    # Rounding only at the end, or before the product too, gives many other values.
     assert ((update.b @ update.a * update.scaling + tensor).to(dtype) != found).sum() > 20
     twice = (update.b @ update.a * update.scaling).to(dtype) + tensor.to(dtype)
     assert (twice != found).sum() > 20

@@ -1,4 +1,4 @@
-"""The benchmark of methods and strategies, on a tiny shape without a GPU."""
+"""The benchmark of methods and strategies on a tiny shape, without a GPU."""
 
 import os
 
@@ -81,11 +81,11 @@ def test_tables_name_every_strategy(tmp_path, monkeypatch):
 
 def test_the_curve_and_the_evaluation_have_their_sides(tmp_path, monkeypatch):
     monkeypatch.setattr(fast_path, "STEPS", 4)
-    # Another process would not know of four steps.
+    # A separate process would not know about the four steps.
     monkeypatch.setattr(fast_path, "alone", lambda function, *args: function(*args))
     found = fast_path.curve(make_prepared_workspace(tmp_path), CPU)
     assert found["steps"] == 4
-    # Without a GPU all sides are the plain one.
+    # Without a GPU, all sides use the plain path.
     assert found["from_plain"]["largest_nats"] == found["from_itself"]["largest_nats"] == 0
     monkeypatch.setattr(fast_path, "EVALUATED_ROWS", 6)
     monkeypatch.setattr(fast_path, "SHAPE", "tiny")

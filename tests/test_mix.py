@@ -1,4 +1,4 @@
-"""Several sources mixed: shares of the training rows, one owner of each question, counts."""
+"""Several sources mixed: shares of the training rows, one source per prompt, and counts."""
 
 import json
 from pathlib import Path
@@ -119,7 +119,7 @@ def test_the_same_bytes_each_time(mixed, tmp_path, monkeypatch):
 
 
 def test_a_question_belongs_to_the_first_source_that_asks_it(tmp_path, monkeypatch):
-    """Whatever is answered, and whichever set the first source has it in."""
+    """Whatever the answer, and in whichever set the first source has the prompt."""
     asked = [{"prompt": f"question  {i}?", "completion": f"other {i}"} for i in range(30)]
     copies = pairs(5)
     for row in copies:
@@ -152,7 +152,7 @@ def test_nearly_equal_rows_stay_in_the_first_source(tmp_path, monkeypatch):
     words = [f"{'abcdefghij'[i % 10]}{i}" for i in range(600)]
     texts = [" ".join(words[i * 20 : i * 20 + 20]) for i in range(30)]
     first = jsonl([{"text": text} for text in texts])
-    # The last word is another, so none asks what a row of the first does.
+    # The last word differs, so no row has a prompt of the first source.
     second = jsonl([{"text": f"{text} too"} for text in texts[:5]])
     more = jsonl([{"text": f"{i} is a number"} for i in range(20)])
     run(tmp_path, monkeypatch, first, second + more, near_duplicates=True)

@@ -1,4 +1,4 @@
-"""gpt-oss as downloaded: its experts stay in MXFP4, and are what transformers makes of them."""
+"""gpt-oss as downloaded: its experts stay in MXFP4 and equal those of transformers."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def base(tmp_path_factory):
 
 
 def reference(base):
-    """As transformers dequantizes it."""
+    """Dequantized by transformers."""
     return AutoModelForCausalLM.from_pretrained(
         base, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.bfloat16
     ).float()

@@ -1,4 +1,4 @@
-"""lora.new_tokens: a base model without chat tokens, given a template that writes some."""
+"""lora.new_tokens: a base model without chat tokens gets a template that writes some."""
 
 import contextlib
 import json
@@ -118,7 +118,7 @@ def test_the_merge_is_pefts_own(folder):
     model = AutoModelForCausalLM.from_pretrained(folder / f"models/{source}", dtype=dtype)
     if source == "quantized":
         model = model.dequantize(dtype=dtype)
-    # As anybody does who loads such an adapter.
+    # Like any user who loads such an adapter.
     if model.config.vocab_size < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer))
     own = PeftModel.from_pretrained(model.to(dtype), folder / "models/adapter").merge_and_unload()
@@ -135,7 +135,7 @@ def test_a_killed_run_ends_with_the_same_bytes(folder, tmp_path):
     assert stage.until(lambda: any(project.glob(f"checkpoints/*/{seal}")))
     stage.kill(signal.SIGKILL)
     assert stage.wait() != 0
-    # The rows, and not the whole of what was extended.
+    # The rows, not the whole extended matrix.
     [saved, *_] = project.glob("checkpoints/*/checkpoint-5/adapter_model.safetensors")
     assert load_file(saved).keys() == load_file(folder / WEIGHTS).keys()
     again = run("train", project)
@@ -144,7 +144,7 @@ def test_a_killed_run_ends_with_the_same_bytes(folder, tmp_path):
 
 
 def test_trls_head_is_taken(folder):
-    """Or every logit would be there at once."""
+    """Otherwise all logits would be in memory at once."""
     assert "trl's output head" not in (folder / "train.log").read_text()
 
 
@@ -168,7 +168,7 @@ ROWS = [[2 + i, 262, 9, 261, 40 + i, 260] for i in range(4)]
 @pytest.mark.parametrize("head", ["trl's", "its own"])
 @pytest.mark.parametrize(("arch", "tied"), [("gemma", True), ("cohere", True), ("llama", False)])
 def test_gradients_are_those_of_pefts_layers(arch, tied, head, tmp_path, monkeypatch):
-    """Which put the rows into a copy of the whole matrix, and make a gradient of all of it."""
+    """They copy the whole matrix and make a gradient of all of it."""
     make_model(tmp_path / "base", arch, tie_word_embeddings=tied)
     params = Params.model_validate(yaml.safe_load(PARAMS.read_text()))
     rows = Dataset.from_dict({"input_ids": ROWS, "labels": ROWS})

@@ -1,4 +1,4 @@
-"""4-bit weights on the CPU, of any shape, are decoded and multiplied as their definition says."""
+"""4-bit weights of any shape are decoded and multiplied on the CPU as defined."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def by_definition(tensors, shape):
 
 
 def layer(tensors, shape):
-    """As load_base has it on the CPU."""
+    """Like load_base on the CPU."""
     linear = Linear4bit(shape[1], shape[0], bias=True, compute_dtype=torch.float32)
     state = {k.removeprefix("w."): v for k, v in tensors.items() if k != "w"}
     linear.weight = Params4bit.from_prequantized(tensors["w"], state, device=CPU)

@@ -1,4 +1,4 @@
-"""Layer inputs in host memory, with stand-ins for CUDA (tests/test_gpu.py has the real thing)."""
+"""Layer inputs in host memory, with stand-ins for CUDA (tests/test_gpu.py uses a GPU)."""
 
 import itertools
 import threading

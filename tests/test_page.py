@@ -1,4 +1,4 @@
-"""What Markdown makes of any text: the text itself, in its own cell."""
+"""Any text appears in Markdown as itself, in its own cell."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Runs compared row by row: what is paired, what p says, and how compare and gate use it."""
+"""Runs compared row by row: pairs, p values, and their use by compare and the gate."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Every bad params.yaml is refused at once, in a line for each fault, before anything else."""
+"""Every invalid params.yaml is refused first, with one line for each error."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def test_file_that_is_no_text(content, line, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_refuses_before_it_imports_or_writes(stage, tmp_path):
-    """Also what another stage would read: an export setting must not fail after GPU hours."""
+    """Also the sections of other stages: an export setting must not fail after GPU hours."""
     shutil.copytree(ROOT / "stages", tmp_path / "stages", ignore=shutil.ignore_patterns("__py*"))
     shutil.copy(ROOT / "dvc.yaml", tmp_path)
     text = with_value("lora.r", "0", with_value("verify.compare_bases", "maybe"))

@@ -1,4 +1,4 @@
-"""dvc.yaml held to the code: what a stage imports, reads and is governed by, it declares."""
+"""dvc.yaml declares what the code of each stage imports and reads, and its parameters."""
 
 import ast
 from pathlib import PurePosixPath
@@ -17,23 +17,23 @@ SCRIPTS = sorted(file.stem for file in (ROOT / "stages").glob("*.py") if file.st
 SECTIONS = set(Params.model_fields)
 # The schema accepts or refuses and never changes a result (tests/test_params.py).
 SCHEMA = "stages/shared/params.py"
-# What it says dvc.yaml says too, and the tests below hold the two together.
+# dvc.yaml repeats its paths, and the tests below compare the two.
 PATHS = "stages/shared/paths.py"
-# No stage depends on them: a new parameter, or another stage's new path, makes nothing stale.
+# No stage depends on them: a new parameter, or a new path of another stage, makes nothing stale.
 UNDECLARED = {SCHEMA, PATHS}
-# What stages tell each other and dvc while they run; no result depends on it.
+# For communication between stages and dvc during a run; no result depends on them.
 OWN_FILES = {"stages/shared/process.py", "stages/shared/interrupts.py"}
 SHARED_PATHS = {name: path for name, path in vars(shared_paths).items() if name.isupper()}
-# Where training is shown while it runs: no result depends on it, and switching it runs nothing.
+# It shows training while it runs: no result depends on it, and changing it reruns nothing.
 NO_RESULT = {"tracking"}
-# The one key that decides more than its section does: another rank prepares no rows anew.
+# The only key that has more effects than its section: another rank does not rerun prepare.
 LEAF = ("lora", "new_tokens")
-# Only named to the user, by the message that a package is not installed.
+# Only named in the message that a package is not installed.
 PINS = [PurePosixPath("requirements-default.lock")]
 
 
 def paths(entries: list) -> list[str]:
-    """The paths of a list in dvc.yaml, whose entries may carry options."""
+    """The paths in a list of dvc.yaml, whose entries may have options."""
     return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
 
 
@@ -42,7 +42,7 @@ def outs(stage: dict) -> list[str]:
 
 
 def assets(files: set[str]) -> set[str]:
-    """Files beside the code that it names, such as a style sheet."""
+    """Files that the code names besides Python files, such as a style sheet."""
     beside = {
         file.name: file.relative_to(ROOT).as_posix()
         for file in (ROOT / "stages").rglob("*")
@@ -57,7 +57,7 @@ def assets(files: set[str]) -> set[str]:
 
 
 def sections(files: set[str]) -> set[str]:
-    """Sections of params.yaml that this code touches: attributes of what load_params gives."""
+    """Sections of params.yaml that this code reads: attributes of the result of load_params."""
     found = set()
     for file in files - {SCHEMA, "stages/shared/process.py"}:
         for function in ast.walk(tree(file)):
@@ -109,7 +109,7 @@ def is_call(node: ast.AST, name: str) -> bool:
 
 
 def is_whole(node: ast.AST, names: set[str]) -> bool:
-    """Whether an expression is the whole of params.yaml."""
+    """Whether an expression is the whole params object."""
     return is_call(node, "load_params") or (isinstance(node, ast.Name) and node.id in names)
 
 
@@ -133,43 +133,43 @@ def test_code_is_declared_exactly(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_params_are_declared_exactly_as_whole_sections(name):
-    """With single leaves `-S lora.dropout=0.2` would run nothing."""
+    """With single keys, `-S lora.dropout=0.2` might run nothing."""
     assert set(STAGES[name].get("params", [])) == sections(code(name)) - NO_RESULT
 
 
 def test_nothing_but_train_reads_the_tracker():
-    """An output of another stage that names it would be another one than dvc.lock says."""
+    """Otherwise an output of another stage could contain it without dvc.lock knowing."""
     assert [name for name in SCRIPTS if sections(code(name)) & NO_RESULT] == ["train"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_path_constants_are_declared(name):
-    """A stage that reads what it does not declare is not run again when that changes."""
+    """A stage is not rerun if something that it reads without declaring it changes."""
     stage = STAGES[name]
     declared = [PurePosixPath(p) for p in [*stage["deps"], *outs(stage)]]
-    # params.yaml and dvc.yaml are read by every stage: DVC knows by section and by stage.
+    # Every stage reads params.yaml and dvc.yaml; DVC compares their sections and stages.
     for file in code(name) - UNDECLARED - OWN_FILES:
         for path in named_paths(file):
-            # A folder that holds outs of several stages is followed by a name in the code.
+            # The code adds a name to a folder that has outs of several stages.
             known = path.as_posix() in ("metrics", "data", "models") or path in PINS
             # What plan predicted is quoted where memory runs out, and its limit decides where
             # weights and activations lie; no output depends on either.
             placed = name in ("train", "evaluate", "verify")
             known |= placed and path.as_posix() == "metrics/plan.json"
-            # What the machine says of itself is recorded and decides nothing.
+            # Facts about the machine are recorded and decide nothing.
             known |= any(path.is_relative_to(system) for system in ("/proc", "/sys"))
             assert known or any(path == d or d in path.parents for d in declared), path
 
 
 def test_shared_paths_cannot_be_mistaken_for_each_other():
-    """No stage depends on their module, so a name of it says all that its path could become."""
+    """No stage depends on their module, so a name must not change its path."""
     for name, path in SHARED_PATHS.items():
         assert path.name == name.lower()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_lists_are_sorted(name):
-    """One order, so that a change is one line and a merge conflict is seldom."""
+    """One order, so that a change is one line and merge conflicts are rare."""
     stage = STAGES[name]
     for key in ("deps", "params", "outs", "metrics"):
         assert paths(stage.get(key, [])) == sorted(paths(stage.get(key, []))), key
@@ -183,7 +183,7 @@ def test_outs_lie_in_their_folders(name):
 
 
 def test_no_dependency_lies_inside_an_out():
-    """`dvc repro --pull --allow-missing` would pull a part of a folder and run on it."""
+    """`dvc repro --pull --allow-missing` would pull part of a folder and run on it."""
     made = {PurePosixPath(out) for stage in STAGES.values() for out in outs(stage)}
     for name, stage in STAGES.items():
         for dep in map(PurePosixPath, stage["deps"]):
@@ -206,12 +206,12 @@ def test_everything_but_metrics_and_plots_is_cached():
         for kind in ("metrics", "plots"):
             for entry in stage.get(kind, []):
                 assert next(iter(entry.values()))["cache"] is False
-    # CI can make anything else only by pulling it (dvc repro --pull --allow-missing).
+    # Everything else CI can recreate only by pulling it (dvc repro --pull --allow-missing).
     assert unpushed == {"models/merged", "models/release"}
 
 
 def test_plan_comes_before_quantize():
-    """DVC takes the order of dvc.yaml: a run that will not fit must not quantize first."""
+    """DVC follows the order of dvc.yaml: a run that will not fit must not quantize first."""
     order = list(STAGES)
     assert order.index("plan") < order.index("quantize") < order.index("train")
 

@@ -99,7 +99,7 @@ kinds = st.sampled_from(["auto", "none", "all"])
 
 
 def budgets(found: Sizes, kept: str) -> tuple[float, float]:
-    """From what is too little for anything to what is more than enough for everything."""
+    """From too little for anything to more than enough for everything."""
     least = predict(found, placement.tightest(found, kept)).device
     most = predict(found, Placement(found.layers, found.layers)).device
     return 0.9 * least, 1.1 * max(least, most)
@@ -111,7 +111,7 @@ def at(found: Sizes, kept: str, share: float) -> float:
 
 
 def as_long(found: Sizes, placed: Placement, other: Placement, rates: Rates = RATES) -> bool:
-    """Whether `placed` takes no longer than `other`, but for what counts as equal."""
+    """Whether `placed` is not slower than `other`, within the tolerance."""
     mine, theirs = (seconds(found, p, rates) for p in (placed, other))
     return mine <= theirs * (1 + ALIKE) * (1 + 1e-9)
 
@@ -132,7 +132,7 @@ def test_what_is_chosen_fits_and_is_what_was_asked_for(found, kept, share):
         assert placed.kept_mlp == placed.kept_attention == 0
     if kept == "all":
         assert placed.kept_mlp == placed.kept_attention == found.layers
-    # What nothing computes again needs no inputs.
+    # If nothing is recomputed, no inputs are needed.
     assert placement.recomputes(found, placed) or not placed.offload
     if not found.halves:
         # Such families checkpoint by their own method: all layers or none.
@@ -160,7 +160,7 @@ def test_host_memory_is_kept_to(found, kept, share, of_host):
     if placed is not None:
         assert predict(found, placed).host <= host
         assert predict(found, placed).device <= budget
-        # Less to choose from.
+        # Fewer combinations.
         assert as_long(found, free, placed)
 
 
@@ -175,7 +175,7 @@ def test_a_step_that_a_machine_without_spare_memory_cannot_take_is_none(step):
 
 
 def every_placement(found: Sizes, kept: str):
-    """All that the choice is made of; with what is kept in steps, to keep the test short."""
+    """All placements to choose from, with coarser steps of kept layers to save time."""
     layers = found.layers
     amounts = {"none": [0], "all": [layers]}.get(kept, sorted({0, 1, layers // 2, layers}))
     tiles = (0, placement.TILE) if found.halves and found.tokens > placement.TILE else (0,)
@@ -198,7 +198,7 @@ def test_nothing_takes_less_than_the_tightest(step, kept):
     least = predict(found, tightest).device
     assert all(predict(found, placed).device >= least for placed in every_placement(found, kept))
     assert choose(found, 0.999 * least, kept=kept) is None
-    # Nor does any with all weights on the card take less than `resident`.
+    # Nor does any placement with all weights on the card need less than `resident`.
     resident = predict(found, placement.resident(found, kept)).device
     for placed in every_placement(found, kept):
         if not placed.streamed and not placed.tile:
@@ -208,7 +208,7 @@ def test_nothing_takes_less_than_the_tightest(step, kept):
 @pytest.mark.parametrize("step", ["small", "small, in whole layers", "7b", "70b"])
 @pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.8])
 def test_no_other_placement_that_fits_is_faster(step, share):
-    """Within what counts as equal: the choice is a search, and these are all there is."""
+    """Within the tolerance: the choice is a search, and this tries all."""
     name, changes = STEPS[step]
     found = sizes(name, **changes)
     budget = at(found, "auto", share)
@@ -232,23 +232,23 @@ def test_a_70b_model_streams_every_layer_through_a_card_of_12_gb():
 def test_a_7b_model_keeps_everything_on_a_card_of_24_gb():
     found = sizes("7b")
     assert choose(found, 24 * GB) == Placement(32, 32)
-    # And recomputes on one that it fills.
+    # And recomputes on a card that it fills.
     assert placement.recomputes(found, choose(found, 12 * GB))
 
 
 def test_equally_fast_placements_have_few_moving_parts():
-    """A step of few tokens is bound by launching its kernels, so nothing is gained by copies."""
+    """A step with few tokens is limited by launching kernels, so copies gain nothing."""
     found = sizes("7b", tokens=64)
     everything = predict(found, Placement(32, 32)).device
     assert choose(found, everything) == Placement(32, 32)
-    # A little less: a half is computed again, where streaming a layer would do as well.
+    # With a little less, half a layer is recomputed, although streaming a layer would do too.
     placed = choose(found, everything - 1)
     assert placed.moving_parts == 0
     assert min(placed.kept_mlp, placed.kept_attention) < 32
 
 
 def test_weights_are_streamed_where_that_is_faster():
-    """A slow bus makes the copies dearer than computing again, a fast one cheaper."""
+    """With a slow bus, recomputing is cheaper than copying; with a fast one, copying is."""
     found = sizes("7b", tokens=2048)
     budget = predict(found, Placement()).device
     on_fast, on_slow = (choose(found, budget, rates=Rates(bus=rate)) for rate in (400e9, 0.4e9))
@@ -277,7 +277,7 @@ def test_a_copy_hides_where_the_step_computes_for_longer():
         assert placement.copies_hide(found, streamed) == hides
         slow, fast = (seconds(found, p, RATES) for p in (streamed, Placement()))
         assert (slow > fast) == (not hides)
-        # 2 passes, less the buffers that are still there when the pass turns around.
+        # 2 passes, except for buffers that still have their layer when the pass turns around.
         sent, back = placement.sent_bytes(found, streamed)
         assert sent == 2 * (80 - SLOTS) * found.layer_weights
         assert back == 0

@@ -28,7 +28,7 @@ HOST = 64 * GB
 
 
 def forget_attempts(monkeypatch):
-    """Now, and when the test is over."""
+    """Before and after each test."""
     monkeypatch.setenv(TIGHTER, "0")
     monkeypatch.delenv(TIGHTER)
 
@@ -67,13 +67,13 @@ def test_the_limit_is_that_of_plan_json(card):
     assert 79 * GB < whole < 81 * GB
     card(free=80, limit=24)
     assert card_budget() == 24 * GB
-    # A larger limit than there is of the card changes nothing.
+    # A limit larger than the card changes nothing.
     card(free=12, limit=24)
     assert card_budget() < 12.5 * GB
     card(free=80, planned=False)
     card_module.PLAN.unlink()
     assert card_budget() == whole
-    # The allocator is held to the one limit that is smaller than the card.
+    # The allocator gets the limit only if it is below the card's size.
     assert len(held) == 1
     assert 0 < held[0] < 24 / 80
 
@@ -136,7 +136,7 @@ def test_without_room_for_a_copy_weights_are_read_from_their_files(card, capsys)
 
 
 def test_a_card_that_is_too_small_is_tried_all_the_same(card):
-    """The prediction is no promise, and memory that runs out is explained."""
+    """The prediction may be wrong; running out of memory is explained."""
     card(free=3)
     placed = place(*mistral(batch_size=4), ROWS, GPU)
     assert placed.prediction.device > placed.budget
@@ -155,7 +155,7 @@ def test_a_faster_split_of_the_batch_is_said(card, capsys):
     )
     assert size * times == 8
     gain = int(words[words.index("about") + 1])
-    # And taking the advice leaves nothing to say.
+    # After following the advice, there is none.
     train = params.train.model_copy(update={"batch_size": size, "gradient_accumulation": times})
     changed = params.model_copy(update={"train": train})
     taken = place(changed, config, ROWS, GPU)
@@ -181,7 +181,7 @@ def test_a_lack_of_memory_is_answered_once(card, monkeypatch, capsys):
     try_tighter(first)
     assert started == [(sys.executable, [sys.executable, "-m", "stages.train"])]
     assert "retrying" in capsys.readouterr().out
-    # As the new process begins.
+    # As the new process starts.
     second = place(*mistral(batch_size=2), ROWS, GPU, leave=placing.tighter())
     assert second.prediction.device < first.prediction.device
     assert second.budget == pytest.approx(0.9 * first.budget)

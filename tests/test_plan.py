@@ -144,7 +144,7 @@ def sizes_for(model, params, rows=ROWS):
 
 
 def chosen(model, params, limit):
-    """What training would place within `limit` bytes, None where nothing fits."""
+    """The placement that training would choose within `limit` bytes; None if nothing fits."""
     kept = KEPT[params.train.gradient_checkpointing]
     return placement.choose(sizes_for(model, params), limit, kept=kept)
 
@@ -191,7 +191,7 @@ def test_the_advised_change_fits_and_is_the_first_that_does(mistral, settings):
             text = "no single setting"
             assert said.startswith(text)
         advised.add(text)
-    # Or the limits told nothing apart.
+    # Otherwise the limits would make no difference.
     assert len(advised) > 2
 
 
@@ -360,7 +360,7 @@ def test_a_token_beyond_the_embeddings_is_refused_where_it_is_used(
 
 @pytest.fixture
 def project(tokenizer, tmp_path, monkeypatch):
-    """A project in which plan can start."""
+    """A project in which plan can run."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / "models/tokenizer").symlink_to(tokenizer)
@@ -400,7 +400,7 @@ def test_the_stage_writes_the_promised_keys_and_a_constant_verdict(project, caps
 
 
 def test_plan_json_is_the_same_on_every_machine(project, monkeypatch, capsys):
-    """What this machine has or lacks is nowhere in it."""
+    """It contains nothing about this machine."""
     written, said = [], []
     for gpu, free in ((False, 0), (True, 3 * 10**9), (True, 80 * 10**9)):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)

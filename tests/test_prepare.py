@@ -1,4 +1,4 @@
-"""The stage as a whole: which row goes where, what is counted, and bytes that stay the same."""
+"""The whole stage: the set of each row, the counts, and reproducible bytes."""
 
 import json
 import multiprocessing
@@ -56,7 +56,7 @@ def metrics_in(folder: Path) -> dict:
 
 
 def prompts(rows: list[dict], tokenizer) -> set[str]:
-    """What the rows ask, read out of their tokens."""
+    """The prompts of the rows, decoded from their tokens."""
     texts = [tokenizer.decode(row["input_ids"][: row["prompt_tokens"]]) for row in rows]
     return {text.split("user\n")[1].split("<|im_end|>")[0] for text in texts}
 
@@ -95,7 +95,7 @@ def test_rows_hold_what_later_stages_read(tmp_path, monkeypatch):
 
 def test_whole_groups_are_held_out(tmp_path, monkeypatch):
     rows = pairs(100)
-    # The same question in every group: in none of the sets that it would leak between.
+    # The same prompt in every group: it is in no set, since it would leak.
     rows += [{"prompt": "Shared?", "completion": f"c{i}", "group": f"g{i}"} for i in range(10)]
     sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(rows)}, group_by="group", eval_rows=12)
     lines = {n: [int(r["row"].split(":")[1]) - 1 for r in found] for n, found in sets.items()}
@@ -165,7 +165,7 @@ def test_killed_stage_takes_its_workers_along(tmp_path, delay):
 
 
 def ends_by(number):
-    # Without the traceback of pytest's handler.
+    # Without the traceback of pytest's own handler.
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 
@@ -179,7 +179,7 @@ def sends_half(pipe):
 DEATHS = {
     "SIGKILL": lambda pipe: os.kill(os.getpid(), signal.SIGKILL),
     "SIGTERM": lambda pipe: os.kill(os.getpid(), signal.SIGTERM),
-    # What a row can do too, but none does it again.
+    # A row could cause this too, but none does it again.
     "SIGSEGV": lambda pipe: ends_by(signal.SIGSEGV),
     "status 3": lambda pipe: os._exit(3),
     "SIGKILL in a result": sends_half,
@@ -188,7 +188,7 @@ DEATHS = {
 
 @pytest.mark.parametrize("death", DEATHS)
 def test_worker_that_dies_ends_the_stage_in_a_line(tmp_path, monkeypatch, death):
-    """Killed by the system, which is out of memory, or by a fault of the tokenizer's code."""
+    """Killed by the system when memory runs out, or by a crash in the tokenizer's code."""
     begin, encode, pipes = writing._work, writing._encode, []
     monkeypatch.setattr(writing, "_WORTH_WORKERS", 10)
     monkeypatch.setattr(writing, "CHUNK", 8)
@@ -277,7 +277,7 @@ def test_odd_rendered_rows_are_taken_as_they_are(tmp_path, monkeypatch):
     sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(rows)}, loss_on="assistant")
     tokenizer = tokenizer_of(tmp_path)
     texts = {tokenizer.decode(row["input_ids"]) for row in [*sets["train"], *sets["eval"]]}
-    # The tokenizer has no token </s>: its own EOS ends the rows.
+    # The tokenizer has no token </s>, so its own EOS ends the rows.
     assert texts <= {row["text"] + "<|im_end|>" for row in rows}
     assert metrics_in(tmp_path)["dropped_roles_examples"] == 1
     prompt = [{"role": "user", "content": "q1"}]
@@ -302,7 +302,7 @@ def test_what_answers_end_with_is_kept_for_generation(loss_on, tmp_path, monkeyp
     for i in range(20):
         turns = [("user", f"q{i}<|eot_id|>"), ("assistant", f"call {i}<|eom_id|>")]
         turns += [("ipython", f"r{i}<|eot_id|>"), ("assistant", f"a{i}<|eot_id|>")]
-        # The first row, and one more, end in a call: they do not speak for all.
+        # The first row and one more end with a call, but most do not.
         rows.append(rendered(*turns[: 2 if i in (0, 9) else 4]))
     options = {"tokenizer": make_shape("llama-3"), "loss_on": loss_on}
     sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(rows)}, **options)
@@ -405,10 +405,10 @@ def test_rows_that_no_set_needs_are_counted_by_their_reason(given, tmp_path, mon
 
 def test_duplicates_are_equal_to_the_letter(tmp_path, monkeypatch):
     rows = pairs(30)
-    # A row that differs in case or spaces teaches something else, and stays on its side.
+    # A prompt that differs in case or spaces is another one, and stays in its set.
     rows += [{**row, "prompt": row["prompt"].upper().replace(" ", "  ")} for row in rows[:7]]
     rows += [{**row, "completion": "another"} for row in rows[:30]]
-    # What is no part of the example makes no other one.
+    # Columns that are not used do not make rows different.
     rows += [{**row, "group": "x"} for row in rows[:5]]
     sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(rows)}, eval_rows=8)
     assert metrics_in(tmp_path)["duplicate_examples"] == 5
@@ -466,7 +466,7 @@ def test_first_question_may_have_a_name():
     assert prompt_and_rest([named, answer])[0] == "q"
 
 
-# Of 40 runs of three words all but three are the same.
+# Of 40 runs of three words, all but three are equal.
 NEAR = " ".join(f"word{i}" for i in range(40)) + " "
 
 
@@ -537,7 +537,7 @@ MIXED = [
     ],
 )
 def test_every_row_is_accounted_for(too_long, expected, tmp_path, monkeypatch, capsys):
-    # The rows that are held out are looked at first, and must be the same for all three.
+    # Held-out rows are chosen first, and must be the same for all three.
     sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(MIXED)}, too_long=too_long)
     metrics = metrics_in(tmp_path)
     rows = sum(metrics[f"{name}_examples"] for name in SETS)
@@ -568,7 +568,7 @@ def rows_of(sets: dict[str, list[dict]], name: str) -> list[str]:
 @pytest.mark.parametrize("group_by", [None, "group"])
 def test_validation_rows_are_a_third_set_and_move_no_held_out_row(group_by, tmp_path, monkeypatch):
     rows, options = pairs(100), {"group_by": group_by, "eval_rows": 8}
-    # What asks the same stays in one set.
+    # Rows with the same prompt stay in one set.
     rows += [row | {"completion": "another"} for row in rows]
     before = run(tmp_path / "0", monkeypatch, {"a.jsonl": jsonl(rows)}, **options)
     plain = metrics_in(tmp_path / "0")
@@ -747,7 +747,7 @@ def test_stage_in_a_process_of_its_own_fails_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("seed", ["1", "2"])
 def test_rows_are_split_by_a_hash_that_every_process_gives(seed):
-    """Python's own is salted anew in each."""
+    """Python's own hash has another seed in each process."""
     code = "from stages.preparing.splitting import hash64; print(hash64('List all machines'))"
     found = subprocess.run(
         [sys.executable, "-c", code],

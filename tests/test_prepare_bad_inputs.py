@@ -1,4 +1,4 @@
-"""Every kind of bad data: one line that names file, line and remedy; nothing written."""
+"""All kinds of bad data: one line that names file, line and remedy; nothing is written."""
 
 import pytest
 from bad_inputs import BAD_INPUTS

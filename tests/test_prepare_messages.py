@@ -1,4 +1,4 @@
-"""What stands in a row beside role and content: used, mapped or named, never lost in silence."""
+"""Keys of a message besides role and content: used, mapped or reported, never silently lost."""
 
 import io
 import json
@@ -69,7 +69,7 @@ def test_tools_reach_the_template(row, tools):
 
 def test_rows_with_tools_go_through_the_stage(tmp_path, monkeypatch):
     other = [{"type": "function", "function": TOOLS[0]["function"] | {"description": "Rain"}}]
-    # Of three rows two are equal; in the others the tools make the difference.
+    # Two of three rows are equal; the others differ only in their tools.
     rows = [
         {"messages": [ask(f"q{i}"), CALL], "tools": tools}
         for i in range(8)
@@ -154,7 +154,7 @@ def test_template_without_tools_is_named():
         ("llama3_1", '"parameters": {"city": "T0"}}'),
         ("qwen3_5_think", "<parameter=city>\nT0\n</parameter>"),
         ("gptoss", '<|message|>{"city": "T0"}<|call|>'),
-        # Takes text alone.
+        # Accepts only text.
         ("deepseekv3", 'json\n{"city": "T0"}\n'),
     ],
 )

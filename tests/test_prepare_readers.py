@@ -1,4 +1,4 @@
-"""Rows come out of every kind of file as they went in, with their lines; the rest is refused."""
+"""Every kind of file gives its rows with their line numbers, or is refused."""
 
 import bz2
 import csv
@@ -147,7 +147,7 @@ def test_lines_are_those_of_an_editor(name, data, expected, tmp_path):
 @pytest.mark.parametrize("packer", [p for p in PACKERS if p])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
 def test_compression_is_told_by_the_content(name, packer, tmp_path):
-    """Browsers and `curl --output` keep the name that the address had."""
+    """Browsers and `curl --output` keep the name in the URL."""
     rows = [{"prompt": f"p{i}", "completion": "c"} for i in range(3)]
     path = tmp_path / name
     path.write_bytes(PACKERS[packer](WRITERS[name](rows)))
@@ -156,7 +156,7 @@ def test_compression_is_told_by_the_content(name, packer, tmp_path):
 
 @pytest.mark.parametrize("packer", ["", ".gz"])
 def test_parquet_is_not_held_in_memory(packer, tmp_path, monkeypatch):
-    """Not even where all of it is one row group."""
+    """Not even if the file is a single row group."""
     monkeypatch.setattr(parquet_rows, "_BATCH", 10)
     text = "".join(map(chr, range(33, 127))) * 100
     rows = [{"prompt": f"{i}", "completion": text} for i in range(4000)]
@@ -212,7 +212,7 @@ def test_a_row_without_an_end_is_not_read_whole(tmp_path, monkeypatch):
 
 
 def test_many_columns_are_checked_once_each(tmp_path):
-    """With a comparison of each name with all others this takes minutes."""
+    """Comparing each name with all others would take minutes."""
     names = [f"c{i}" for i in range(100_000)]
     path = tmp_path / "a.csv"
     path.write_text(",".join(names) + "\n" + ",".join("x" * len(names)) + "\n")
@@ -325,7 +325,7 @@ SHARDS = ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "test-
         ([*SHARDS[:2], *TESTS], "", {}, "test-*", [*SHARDS[:2], *TESTS]),
         ([*SHARDS[:2], *TESTS], "", HUB, "test-*.parquet", [*SHARDS[:2], *TESTS]),
         (["a[1].csv", "b.csv"], "", {}, "a[1].csv", ["b.csv", "a[1].csv"]),
-        # What fetch_data takes by the card, prepare finds by it.
+        # prepare finds the files that fetch_data chose by the card.
         (["data/a.csv", "data/b.csv"], DEEP, HUB, None, ["data/a.csv"]),
         (["data/a.csv", "b.csv"], UNSPLIT, HUB, None, ["b.csv", "data/a.csv"]),
     ],

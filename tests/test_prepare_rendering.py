@@ -1,4 +1,4 @@
-"""What is learned, token by token, in the template shapes that models come in."""
+"""What is learned, token by token, in the template shapes of known models."""
 
 from functools import cache
 from itertools import groupby
@@ -65,7 +65,7 @@ def words(part: str, shape: str) -> list[str]:
 
 
 def prompt_ids(tokenizer, messages: list[dict]) -> list[int]:
-    """As a person makes a prompt at inference, with transformers alone."""
+    """Like a user who renders a prompt at inference with transformers alone."""
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
 
@@ -135,7 +135,7 @@ def test_prompt_at_inference_is_the_beginning_of_the_row(shape, texts, loss_on):
     if loss_on == "completion":
         assert not row.learned[: len(prompt)].any()
     if loss_on == "assistant":
-        # Never a word of the questions: all that is learned is answers, in their order.
+        # Never a word of a prompt: only answers are learned, in order.
         parts = [words(part, shape) for part in learned_parts(encoder, row)]
         assert parts == [text.split() for text in texts[1::2]]
 
@@ -147,7 +147,7 @@ def test_row_is_tokenized_as_the_whole_text_where_nothing_merges(shape):
     text = encoder.tokenizer.apply_chat_template(chat, tokenize=False)
     whole = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
     ids = encoded(encoder, chat).ids.tolist()
-    # What follows the end token, a newline, is left out: nobody generates it.
+    # The newline after the end token is not learned: nobody generates it.
     assert ids == whole[: len(ids)]
 
 
@@ -223,7 +223,7 @@ def test_template_file_in_another_encoding_is_named(tmp_path, monkeypatch):
 
 
 def test_template_cannot_reach_out_of_its_sandbox(tmp_path, monkeypatch):
-    """A template comes with a model from anywhere. Outside the sandbox this one makes a file."""
+    """Templates come with untrusted models. Outside the sandbox, this one would create a file."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "templates").mkdir()
     reach = "{{ cycler.__init__.__globals__.os.mkdir('reached') }}"
@@ -257,13 +257,13 @@ def test_pad_token_is_settled(shape, pad):
 @pytest.mark.parametrize("shape", CHATS)
 def test_eos_becomes_what_ends_an_answer(shape):
     assert encoder_of(shape).tokenizer.eos_token == SHAPES[shape].end
-    # Raw text is no answer.
+    # Raw text has no answer.
     assert encoder_of(shape, TEXT, "az").tokenizer.eos_token == SHAPES[shape].eos
 
 
 @pytest.mark.parametrize("model", ["phi3", "phi3_5"])
 def test_marks_that_swallow_blanks_are_learned_as_trl_does(model):
-    """Phi 3 has a further end token behind the last answer, which its template writes as EOS."""
+    """Phi 3's template writes another end token after the last answer, as EOS."""
     folder = Path(trl.__file__).parent / "chat_templates"
     chat = [{**m, "content": m["content"].strip()} for m in CHAT * 2]
 
@@ -304,7 +304,7 @@ def test_commonest_end_becomes_eos():
 
 
 def test_eos_that_the_template_writes_stays():
-    """Another would take its place in every answer that does not end in a call."""
+    """Otherwise another token would replace it in every answer that does not end with a call."""
     tokenizer = make_shape("smollm")
     calls_end_otherwise(tokenizer)
     tokenizer.chat_template = tokenizer.chat_template.replace("'] + '<|im_end|>'", "'] + eos_token")
@@ -444,7 +444,7 @@ def test_text_whose_turns_are_clear_is_taken(text):
 
 @pytest.mark.parametrize(("shape", "known"), [("llama-2", True), ("qwen", False)])
 def test_text_rendered_for_another_family_is_said(shape, known):
-    """Its end mark is learned letter by letter, with the model's own behind it."""
+    """Its end marker is learned letter by letter, followed by the model's own."""
     form = recognize("auto", None, {"text": RENDERED["llama-2"]}, "a:1")
     sample = form.example({"text": RENDERED["llama-2"]}, "a:1")
     values = {"template": "chat", "loss_on": "completion", "max_length": 4000, "too_long": "drop"}
@@ -577,7 +577,7 @@ def test_row_that_would_be_wrong_is_dropped(shape, edit, chat, reason, message):
     assert isinstance(unusable, Unusable)
     assert unusable.reason == reason
     assert message in unusable.message
-    # One bad row does not take its neighbours with it.
+    # A bad row does not affect its neighbours.
     assert isinstance(good, list) == (chat is not CHAT)
 
 

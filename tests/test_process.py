@@ -1,4 +1,4 @@
-"""What every stage does alike: outputs whole or not at all, damage named, faults in one line."""
+"""What all stages have in common: complete outputs or none, damage detected, one-line errors."""
 
 import errno
 import os
@@ -158,7 +158,7 @@ def test_name_that_is_no_text_is_refused_with_it(tmp_path):
 
 
 def break_off(out: Path, text: str, key: str | None = None) -> None:
-    """Write a file of `out` and fail before the rest."""
+    """Write a file into `out`, then fail."""
 
     def half() -> None:
         with whole_folder(out, key) as partial:
@@ -250,7 +250,7 @@ def test_space_is_looked_at_before(tmp_path):
 
 
 def test_lock_is_taken_over_from_a_run_that_removed_it(tmp_path, monkeypatch):
-    """The waiting run holds a file without a name then, and a third could hold the next."""
+    """Otherwise the waiting run would hold a deleted file, and a third could hold the next one."""
     path, said = tmp_path / "run/lock", queue.Queue()
     monkeypatch.setattr(process, "print", lambda line, flush: said.put(line), raising=False)
     first = lock(path, "train")
@@ -279,7 +279,7 @@ LARGEST = {
 
 @pytest.mark.parametrize("name", LARGEST)
 def test_disk_that_takes_no_more(workspace, name):
-    """Also in libraries written in Rust and C++, which raise no OSError."""
+    """Also in libraries written in Rust and C++, which do not raise OSError."""
     unmade = [out for out in MAKERS if MAKERS[out] == name]
     for out in unmade:
         path = workspace / out
@@ -297,7 +297,7 @@ def test_disk_that_takes_no_more(workspace, name):
 
 
 def finished_outs(name: str) -> set[str]:
-    """Outputs of a stage that writes several, of which earlier ones may be there."""
+    """Outputs of a stage that writes several, some of which may exist already."""
     kinds = ("outs", "metrics", "plots")
     paths = [out for kind in kinds for out in STAGES[name].get(kind, [])]
     return {out if isinstance(out, str) else next(iter(out)) for out in paths[:-1]}
@@ -310,7 +310,7 @@ def files(folder: Path) -> set[str]:
 
 
 def test_a_folder_on_another_disk_is_refused_before_the_work(tmp_path, monkeypatch):
-    """DVC refuses it too, when the night is over: its path leads out of the repository."""
+    """DVC refuses it too, but only after the run: its path leads out of the repository."""
     project, disk = tmp_path / "project", tmp_path / "disk"
     for folder in (project / "large", disk):
         folder.mkdir(parents=True)
@@ -380,7 +380,7 @@ def test_faults_of_the_surroundings_are_one_line(error, said, capsys):
 
 
 def test_no_fault_in_finding_the_advice_is_shown(tmp_path, monkeypatch, capsys):
-    """dvc.lock, dvc.yaml or the cache may be what is broken."""
+    """dvc.lock, dvc.yaml or the cache may be the broken file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_STAGE", "train")
     for broken in ("", "stages: [", "stages: 3\n", "stages: {train: {outs: [{path: 1}]}}\n"):
@@ -439,7 +439,7 @@ def edit(path: Path, old: str, new: str) -> None:
 
 @pytest.mark.parametrize("changed", CHANGES)
 def test_result_of_other_inputs_is_not_kept(workspace, changed):
-    """DVC would record it under what the files say now."""
+    """DVC would record the result with the new content of the files."""
     shutil.rmtree(workspace / "models/merged")
     stage = quick.Stage("merge", workspace)
     assert stage.until(lambda: (workspace / "models/.merged.partial").exists()), stage.said
@@ -456,7 +456,7 @@ def test_result_of_other_inputs_is_not_kept(workspace, changed):
 
 
 def test_value_that_stands_there_during_the_imports_alone_is_not_computed_with(workspace):
-    """Edited and taken back, it leaves no trace that the end could see."""
+    """Edited and reverted, which a check at the end cannot see."""
     shutil.rmtree(workspace / "models/merged")
     # The stage itself makes the edit where its slow imports begin, and takes it back.
     script, params = workspace / "stages/merge.py", workspace / "params.yaml"
@@ -565,7 +565,7 @@ def test_second_press_of_ctrl_c_ends_what_does_not_stop():
 
 
 def test_arguments_are_refused(workspace):
-    """They would be ignored, and the run taken for what it is not."""
+    """They would be ignored, and the run misunderstood."""
     done = subprocess.run(
         [sys.executable, "-m", "stages.fetch_data", "--revision=2"],
         cwd=workspace,

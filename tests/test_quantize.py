@@ -1,4 +1,4 @@
-"""Quantizing tensor by tensor gives the bytes of transformers' own quantized checkpoint."""
+"""Quantizing tensor by tensor gives the same bytes as transformers' own quantization."""
 
 import hashlib
 import json
@@ -173,7 +173,7 @@ def test_left_over_weights_are_named_where_transformers_would_warn(tmp_path, cap
     assert capsys.readouterr().out == said
 
 
-# Every old checkpoint of Llama holds them.
+# Every old checkpoint of Llama contains them.
 OLD = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
 EXTRA = {"model.extra.weight": torch.ones(8, 8)}
 

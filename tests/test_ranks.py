@@ -1,4 +1,4 @@
-"""Several ranks train what one process trains: every step's loss and gradients, and the adapter."""
+"""Several ranks train like one process: each step's loss and gradients, and the adapter."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from tests.tiny import PARAMS
 
 pytestmark = pytest.mark.slow
 
-# Of the norm of each gradient, and of the loss: sums in another order.
+# Relative to the norm of each gradient, and of the loss, since sums have another order.
 ROUNDING = 1e-6
 
 
@@ -179,7 +179,7 @@ def test_two_ranks_train_what_one_process_does(trained, case):
         # its sign decides.
         assert_close(gradients[0], alone[1][0], ROUNDING)
         assert_close(adapter, alone[2], 1e-4)
-    # To the last bit the same on both.
+    # Bit-identical on both.
     for mine, others in zip(both[0][1], both[1][1], strict=True):
         assert all(torch.equal(mine[name], others[name]) for name in mine)
     assert all(torch.equal(both[0][2][name], both[1][2][name]) for name in alone[2])
@@ -190,14 +190,14 @@ def test_two_ranks_train_what_one_process_does(trained, case):
 
 
 def test_dropout_drops_other_values_on_each_rank(tmp_path):
-    """The same mask on every rank would be half the noise."""
+    """The same mask on every rank would give correlated noise."""
     (first, a), (second, b) = in_ranks(2, tmp_path, drawn)
     assert torch.equal(first, second)
     assert not torch.equal(a, b)
 
 
 def drawn(world):
-    """The weights that a rank trains, which began otherwise on each, and what it draws then."""
+    """The weights that a rank trains, which started different, and its next random numbers."""
     from stages.training.adjusting import train_together
 
     torch.manual_seed(world.rank)
@@ -305,7 +305,7 @@ def test_a_step_of_one_row_leaves_the_second_device_idle(quantized, tmp_path):
 
 @pytest.mark.parametrize("stage", ["evaluate", "verify"])
 def test_figures_of_two_ranks_are_those_of_one(alone, tmp_path, stage):
-    """Of the same batches, in whose order nothing is added up."""
+    """The batches are equal, and their order does not change a sum."""
     found = []
     if stage == "verify":
         shutil.copytree(alone, tmp_path / "merged")

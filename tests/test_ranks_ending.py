@@ -1,4 +1,4 @@
-"""Ranks that fail, die, hang or are stopped: all end, one line says why, and a run goes on."""
+"""Ranks that fail, die, hang or are stopped: all end, with one line, and a run can resume."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tiny import append
 
 pytestmark = pytest.mark.slow
 
-# Longer than any test waits, and shorter than the 300 s of a run.
+# Longer than any test waits, and shorter than the 300 s of a real run.
 LONG = {"batch_size": 2, "epochs": 100.0}
 SECONDS = 15.0
 TIMEOUT = 4.0
@@ -52,7 +52,7 @@ def is_alive(pid: int) -> bool:
 
 
 def end_in_time(ranks: list[int]) -> bool:
-    """Whether ranks that nobody waits for any more have ended within SECONDS."""
+    """Whether all ranks without a parent have ended within SECONDS."""
     deadline = time.monotonic() + SECONDS
     while any(map(is_alive, ranks)) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -70,7 +70,7 @@ def start(folder: Path, **env: str) -> tuple[quick.Stage, list[int]]:
 
 
 def assert_ended(stage: quick.Stage, ranks: list[int], since: float, seconds: float) -> str:
-    """All of it has, in time, with one line, which is returned."""
+    """Wait until all have ended, with one line, which is returned."""
     assert stage.wait() == 1
     assert time.monotonic() - since < seconds
     assert not any(map(is_alive, ranks))
@@ -143,10 +143,10 @@ def test_a_rank_that_fails_ends_all(folder, fault, line):
     since = time.monotonic()
     stage = quick.Stage("train", folder, CPU_RANKS="2")
     assert stage.wait() == 1
-    # With the start of it.
+    # Including the start.
     assert time.monotonic() - since < 60 + SECONDS
     assert stage.said.splitlines()[-1].startswith(line)
-    # A fault of the code is shown whole, one of the machine is not.
+    # A bug is shown with its traceback, a fault of the machine is not.
     assert ("Traceback" in stage.said) == ("ValueError" in fault)
     assert not (folder / "models/adapter").exists()
 
@@ -163,7 +163,7 @@ def test_a_fault_of_the_training_names_the_rows_of_all_ranks(folder):
 
 def test_a_signal_is_one_agreed_checkpoint_and_the_run_goes_on(folder, undisturbed):
     stage, ranks = start(folder)
-    # As from dvc and from the system: twice.
+    # Signals from dvc and from the system: two.
     stage.kill(signal.SIGTERM)
     stage.kill(signal.SIGTERM)
     last = assert_ended(stage, ranks, time.monotonic(), SECONDS)
@@ -181,7 +181,7 @@ def test_a_signal_before_training_ends_the_ranks_too(folder):
     ranks = children(stage.process.pid)
     stage.kill(signal.SIGTERM)
     assert stage.wait() in (1, -signal.SIGTERM)
-    # A rank that has not begun to listen looks for the stage when it does.
+    # A rank that is not listening yet checks for the stage when it starts to.
     assert end_in_time(ranks)
     assert not (folder / "models/adapter").exists()
 

@@ -30,7 +30,7 @@ STAGES = [
 # Families of the models, by how a recipe's name begins where that is not the family's.
 FAMILIES = {"gpt-oss": "gpt_oss", "qwen-3": "qwen3_moe", "qwen": "qwen2", "smollm2": "llama"}
 CHATTY = ("gemma", "gpt-oss", "qwen", "smollm2")
-# What has to be small for the test; everything else is the recipe's own.
+# Values that must be small for the test; all others are the recipe's own.
 SMALL = {
     "model": {"source": "local", "id": "tiny", "revision": None},
     "dataset": {"source": "local", "id": "data/source/rows.jsonl", "revision": None},
@@ -40,7 +40,7 @@ SMALL = {
 
 
 def make_rows(path, form):
-    """As the recipes' data: in Llama-2's template (guanaco), or conversations (FineTome)."""
+    """Like the recipes' data: in Llama-2's template (guanaco), or conversations (FineTome)."""
     asked = [(f"What is item {i}?", f"It stands in box {i % 7}.") for i in range(40)]
     rows = [
         {"text": f"<s>[INST] {question} [/INST] {answer} </s>"}

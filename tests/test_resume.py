@@ -80,7 +80,7 @@ def undamaged(quantized, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def changed(quantized, tmp_path_factory) -> list[str]:
-    """The changes of files of that training (`kill_at` of tests/quick.py)."""
+    """The changes of files during that training (`kill_at` of tests/quick.py)."""
     folder = untrained(quantized, tmp_path_factory.mktemp("changed") / "ws")
     set_params(folder, train=VARIANTS["linear"])
     return quick.changes("train", folder)
@@ -94,7 +94,7 @@ def fresh(undisturbed, tmp_path) -> Path:
 
 @pytest.fixture
 def simple(quantized, tmp_path) -> Path:
-    """One workspace for what does not depend on the variant."""
+    """One workspace for tests that do not depend on the variant."""
     folder = untrained(quantized, tmp_path / "ws")
     set_params(folder, train=VARIANTS["linear"])
     return folder
@@ -184,7 +184,7 @@ def test_signal_before_training_ends_the_stage(simple):
 
 
 def test_ignored_signal_stays_ignored(tmp_path):
-    """nohup means it."""
+    """nohup asks for it."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
@@ -373,7 +373,7 @@ def test_few_checkpoints_are_kept(simple):
 
 
 def break_base(folder: Path, value: float) -> None:
-    """A number in the base's final norm that no model has."""
+    """Set a value in the base's final norm that no model has."""
     file = folder / "models/quantized/model.safetensors"
     tensors = load_file(file)
     tensors["model.norm.weight"][:] = value

@@ -1,4 +1,4 @@
-"""Texts that the task has nothing to do with: where they come from, and what is scored of them."""
+"""Text unrelated to the task: where it comes from, and how it is scored."""
 
 import json
 import re

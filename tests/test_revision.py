@@ -1,4 +1,4 @@
-"""Git as the tools meet it: below the top of a repository, cloned in part, or not there at all."""
+"""Git as the tools find it: below the top of a repository, as a partial clone, or missing."""
 
 import os
 import re

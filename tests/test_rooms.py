@@ -1,11 +1,11 @@
-"""Where a module lies says who uses it: a room is its stage's own, shared/ is several stages'."""
+"""The room of a module says which stages use it: one stage's own, or shared/."""
 
 import pytest
 from source_code import code
 from tiny import ROOT
 
 STAGES = sorted(file.stem for file in (ROOT / "stages").glob("*.py") if file.stem != "__init__")
-# Room -> the stages that may import from it. No room for a stage that does with its script.
+# Room -> the stages that may import from it. A stage with only its script has none.
 ROOMS = {
     "fetching": {"fetch_data", "fetch_model", "fetch_retention"},
     "preparing": {"prepare"},
@@ -37,7 +37,7 @@ def test_a_module_lies_with_those_who_use_it(module):
 
 
 def test_rooms_hold_modules_alone():
-    """What lay deeper, or in a room's __init__.py, would run and no test here would see it."""
+    """Code in subfolders or in a room's __init__.py would run without being checked here."""
     folders = {file.parent.relative_to(ROOT / "stages") for file in (ROOT / "stages").rglob("*.py")}
     assert {folder.as_posix() for folder in folders} <= {".", "shared", *ROOMS}
     markers = [folder / "__init__.py" for folder in map((ROOT / "stages").joinpath, folders)]

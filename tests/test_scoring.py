@@ -95,7 +95,7 @@ def test_scoring_leaves_the_mode_as_it_was(model):
 
 
 MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 1}
-# Families that scale or cap their logits, each by a name of its own.
+# Families that scale or cap their logits, each with its own name for it.
 OWN_LOGITS = {
     "llama": {},
     # Calls the decoder within its backbone.
@@ -122,7 +122,7 @@ def random_model(family, settings):
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **shape)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    # Far enough from zero for a cap to be felt.
+    # Far enough from zero for a cap to have an effect.
     model.get_output_embeddings().weight.data.normal_(0, 0.3)
     return model
 

@@ -1,4 +1,4 @@
-"""What is made of a release for other servers: a GGUF file read back, a Modelfile for Ollama.
+"""Formats for other servers: a GGUF file read back, and a Modelfile for Ollama.
 
 llama.cpp's converter itself runs in tests/serving/check_gguf.py.
 """

@@ -1,4 +1,4 @@
-"""Which row goes where: the rules of splitting.py on numbers that can be checked by hand."""
+"""Which row is in which set: the rules of splitting.py on numbers that can be checked by hand."""
 
 import hashlib
 import json
@@ -203,7 +203,7 @@ def test_groups_take_turns():
     assert in_turn(store, np.array([4, 2, 1, 3])).tolist() == [4, 2, 1, 3]
     assert in_turn(store, np.array([2, 1, 4, 3])).tolist() == [2, 4, 1, 3]
     assert in_turn(store, np.array([], int)).tolist() == []
-    # So many that a sort which is not stable would move them.
+    # So many that an unstable sort would reorder them.
     pairs = columns(groups=np.repeat(np.arange(100), 2))
     assert in_turn(pairs, all_of(pairs)).tolist() == [*range(0, 200, 2), *range(1, 200, 2)]
 
@@ -261,7 +261,7 @@ def test_a_question_belongs_to_the_first_that_asks_it():
     assert asked_before(store, rows, np.array([7]), of).tolist() == [3, 4, 6, 7]
     assert asked_before(store, rows[:3], given, of).tolist() == []
     assert asked_before(store, rows[:0], given, of).tolist() == []
-    # What is not among the rows is no earlier source.
+    # A prompt that is not among the rows belongs to no earlier source.
     assert asked_before(store, rows[1:], given[:0], of).tolist() == [4, 6]
 
 

@@ -1,4 +1,4 @@
-"""docs/scale.md on many runs: over machines with one remote, and one a GPU on one machine."""
+"""Many runs, as in docs/scale.md: on several machines with one remote, and one per GPU."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def ran(log: Path) -> list[str]:
 
 
 def commands(heading: str) -> list[str]:
-    """What docs/scale.md has people type below a heading."""
+    """The commands below a heading of docs/scale.md."""
     section = (ROOT / "docs/scale.md").read_text(encoding="utf-8").split(heading, 1)[1]
     block = section.split("```console\n", 1)[1].split("```", 1)[0]
     return [line.removeprefix("$ ") for line in block.splitlines() if line.startswith("$ ")]

@@ -1,4 +1,4 @@
-"""What gate, compare, check_repro and free make of files that are not what they should be."""
+"""How gate, compare, check_repro and free handle invalid files."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What training must leave as it was, what it must change, and what it writes."""
+"""What training must not change, what it must change, and what it writes."""
 
 import json
 import shutil
@@ -82,7 +82,7 @@ def test_two_runs_on_as_many_threads_write_the_same_bytes(project):
         assert json.loads((project / "metrics/train_cost.json").read_text())["threads"] == threads
     for first, second in sums.values():
         assert first == second
-    # Sums in another order: rounded otherwise.
+    # Sums in another order are rounded differently.
     assert sums[1] != sums[2]
     for name, tensor in tensors[1].items():
         assert torch.allclose(tensor, tensors[2][name], atol=1e-4), name
@@ -133,7 +133,7 @@ def test_checkpointing_changes_nothing_but_memory(project):
 
 
 def test_packed_rows_do_not_see_each_other(project):
-    """One step on packed rows equals one step on the same rows apart: a leak would differ."""
+    """One step on packed rows equals one step on separate rows: a leak would change it."""
     one_step = {"schedule": "constant", "warmup_ratio": 0.0, "gradient_checkpointing": False}
     apart = train(
         project,
@@ -183,7 +183,7 @@ def test_a_probe_of_the_longest_batch_changes_no_byte(project, tmp_path, changes
     for probed in (False, True):
         model = load_base(project / "models/quantized", CPU)
         fast = choose_fast_path(params, model.config, gpu=False)
-        # On the CPU the lengths play no part.
+        # On the CPU, lengths have no effect.
         placed = place(params, model.config, Lengths([], [], 160), CPU).placement
         torch.manual_seed(0)
         data = TrainingSet(rows, tokenizer, 160)

@@ -1,4 +1,4 @@
-"""The trainer's own promises: its batch, what it counts, its first step, and no dropped weights."""
+"""The trainer: its batch, its counts, its first step, and no attention dropout."""
 
 import importlib.util
 from dataclasses import replace
@@ -175,7 +175,7 @@ def gradients(trainer):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("fast", [PLAIN, FUSED], ids=["plain", "fused"])
 def test_attention_drops_nothing_on_any_path(build, capsys, fast, checkpointing):
-    """The base's attention_dropout would be drawn anew for the second pass of fused layers."""
+    """attention_dropout would draw another mask when fused layers are recomputed."""
     expected = gradients(build(lora={"dropout": 0.0}))
     said = "train: the base's attention_dropout (0.3) is switched off\n"
     assert said not in capsys.readouterr().out
@@ -190,7 +190,7 @@ def test_attention_drops_nothing_on_any_path(build, capsys, fast, checkpointing)
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_liger_is_planned_with_everywhere_and_taken_where_it_is(monkeypatch, capsys, installed):
-    """plan.json is the same on every machine."""
+    """plan.json must not depend on the machine."""
     spec = object() if installed else None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     params = Params.model_validate(yaml.safe_load(PARAMS.read_text()))
@@ -220,7 +220,7 @@ def test_no_family_of_the_fast_path_drops_weights(build, family):
     ("size", "times", "fused_head"), [(4, 2, True), (2, 4, True), (2, 4, False)]
 )
 def test_a_step_has_one_gradient_however_it_is_split(build, size, times, fused_head):
-    """Rows are of unlike length: a loss divided by a micro-batch's own tokens would differ."""
+    """Rows have different lengths: a loss divided by a micro-batch's own tokens would differ."""
 
     class First(TrainerCallback):
         def __init__(self):

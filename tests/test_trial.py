@@ -1,4 +1,4 @@
-"""Two rows tried before training: what differs from the model itself is found, mended or told."""
+"""Two rows are tried before training: a difference from the model itself is mended or reported."""
 
 from dataclasses import replace
 
@@ -73,7 +73,7 @@ class NoTrial:
 
 
 def state_of(trainer):
-    """All that a trial might change: random numbers, adapter, modes, and the loss."""
+    """All that the check might change: random states, adapter, modes, and the loss."""
     trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
     modes = [module.training for module in trainer.model.modules()]
     return torch.random.get_rng_state(), trained, modes, loss_of(trainer)
@@ -104,7 +104,7 @@ VARIABLE = FastPath("varlen", padding_free=True, liger=False, fused_lora=False)
 def test_variable_length_attention_is_held_to_that_of_transformers(
     build, arch, capsys, monkeypatch
 ):
-    """stablelm does not tell it where rows begin."""
+    """stablelm does not pass positions to it."""
     monkeypatch.setattr(attention, "varlen_attn", reference)
     trainer = build(VARIABLE, arch)
     assert trainer.model.config._attn_implementation == "varlen"
@@ -134,7 +134,7 @@ def test_batches_whose_rows_see_each_other_are_padded(build, leaking, capsys):
 
 
 def test_gpt_oss_is_seen_to_leak(build, capsys):
-    """Without any list: its rows are padded, and packs of them refused."""
+    """Without a list of families: its rows are padded, and packs are refused."""
     eager = replace(FLAT, attention="eager")
     shape = FAMILIES["gpt_oss"].settings
     with pytest.raises(StageError, match=r"packed rows of gpt_oss .*set group_by_length$"):
@@ -145,7 +145,7 @@ def test_gpt_oss_is_seen_to_leak(build, capsys):
 
 
 def test_a_family_that_raises_is_refused_in_one_line(build):
-    """Its convolutions run over the ends of rows, and say so."""
+    """Its convolutions cross row boundaries, which is reported."""
     shape = {"layer_types": ["conv", "full_attention"], "block_multiple_of": 16}
     with pytest.raises(StageError, match=r"packed rows of lfm2 .*causal_conv1d.*group_by_length$"):
         build(FLAT, "lfm2", shape, batching="packing")

@@ -1,4 +1,4 @@
-"""Validation rows choose the state that is kept and when training stops, and nothing else."""
+"""Validation rows decide which state is kept and when training stops, and nothing else."""
 
 import csv
 import json
@@ -54,7 +54,7 @@ def quantized(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def chosen(quantized, tmp_path_factory) -> Path:
-    """Trained without a disturbance."""
+    """Trained without interruption."""
     folder = tmp_path_factory.mktemp("chosen") / "ws"
     shutil.copytree(quantized, folder)
     quick.run("train", folder)
@@ -75,7 +75,7 @@ def test_the_state_of_the_lowest_validation_loss_is_kept_and_named(chosen):
     assert len(losses) == 10
     assert max(losses) == metrics["steps"] == 12
     kept = metrics["kept_step"]
-    # Else these tests would not tell the best from the last.
+    # Otherwise these tests could not tell the best state from the last.
     assert 2 < kept < 10
     assert losses[kept] == min(losses.values())
     assert metrics["kept_because"] == "lowest of 10 validation losses"
@@ -116,7 +116,7 @@ def test_patience_stops_with_the_same_state(chosen, tmp_path):
 
 
 def test_validation_rows_change_no_step(chosen, tmp_path):
-    """The last state is the one of a run that has none."""
+    """The last state equals that of a run without validation."""
     folder = untrained(chosen, tmp_path / "ws")
     (folder / "data/prepared/validation.arrow").unlink()
     write_sums(folder / "data/prepared")
@@ -159,7 +159,7 @@ def test_the_first_of_equal_losses_is_the_best():
 
 
 def test_an_early_end_is_the_last_step_for_checkpoints(tmp_path):
-    """One that was saved there would go on training."""
+    """A checkpoint saved there would train on."""
     checkpoints, control = Checkpoints(tmp_path), TrainerControl(should_training_stop=True)
     checkpoints.saved_at = -1e9
     checkpoints.on_step_end(None, TrainerState(global_step=2, max_steps=9), control)

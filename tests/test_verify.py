@@ -32,7 +32,7 @@ ATTENTION = "model.layers.0.self_attn"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A merged llama in five shards. Not to be changed."""
+    """A merged llama in five shards; must not be changed."""
     root = make_sources(
         tmp_path_factory.mktemp("whole"), max_shard_size="60KB", tie_word_embeddings=False
     )
@@ -44,7 +44,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def project(whole, tmp_path):
-    """A copy of it, to be changed."""
+    """A copy of it, which may be changed."""
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
@@ -241,7 +241,7 @@ def test_names_what_is_wrong_with_the_folder(plant, message, project, monkeypatc
 
 @pytest.mark.parametrize("name", ["merge.json", SUMS, shard(4), "tokenizer.json", INDEX])
 def test_names_what_the_disk_lost(name, project, monkeypatch):
-    """And not what was merged wrong: DVC's cache may have it whole."""
+    """Not a wrong merge: DVC's cache may have an intact copy."""
     file = project / "models/merged" / name
     repaired = "repair it with: python -m tools.repair merge"
     whole = file.read_bytes()
@@ -254,7 +254,7 @@ def test_names_what_the_disk_lost(name, project, monkeypatch):
 
 
 def test_catches_a_merge_that_computes_wrong(project, monkeypatch):
-    """A fault in merge's own arithmetic, which verify does not share."""
+    """A bug in merge's own arithmetic, which verify does not share."""
     right = adapter._rank_and_scaling
     with monkeypatch.context() as wrong:
         wrong.setattr(adapter, "_rank_and_scaling", lambda *a: (right(*a)[0], 2 * right(*a)[1]))
@@ -293,7 +293,7 @@ def test_fails_on_an_activation_that_float16_cannot_hold(tmp_path, monkeypatch):
 
 
 def permute(tokenizer):
-    """As another model's: the same tokens under other ids."""
+    """Like another model's: the same tokens with other ids."""
     vocabulary = tokenizer["model"]["vocab"]
     a, b = sorted(vocabulary)[40:42]
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
@@ -324,7 +324,7 @@ TOKENIZERS = [
 
 @pytest.mark.parametrize(("change", "message"), TOKENIZERS, ids=[row[1][:9] for row in TOKENIZERS])
 def test_refuses_a_tokenizer_that_says_other_things(change, message, project, monkeypatch):
-    """An adapter from elsewhere brings its own."""
+    """A foreign adapter may have its own tokenizer."""
     file = project / "models/adapter/tokenizer.json"
     (project / "models/adapter" / SUMS).unlink()
     tokenizer = json.loads(file.read_text())
@@ -478,7 +478,7 @@ def test_a_16_bit_base_and_an_adapter_without_sums(tmp_path, monkeypatch, capsys
 
 
 def test_kl_is_that_of_the_reference_to_the_model(project, monkeypatch):
-    """On a spoiled model, where the other direction is another number."""
+    """On a damaged model, where the other direction has another value."""
     monkeypatch.chdir(project)
     rows = verify.read_rows(verify.held_out_sets()[""])
     model = verify.load_adapter(load_base(verify.QUANTIZED, torch.device("cpu")), verify.ADAPTER)

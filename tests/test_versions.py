@@ -1,4 +1,4 @@
-"""tools.versions names what was made with other versions, and what to run."""
+"""tools.versions names results made with other library versions, and the commands to renew them."""
 
 import json
 

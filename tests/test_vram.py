@@ -1,4 +1,4 @@
-"""The VRAM model against what PEFT, bitsandbytes and autograd really keep, on tiny models."""
+"""The memory model against what PEFT, bitsandbytes and autograd really save, on tiny models."""
 
 from dataclasses import asdict, replace
 

@@ -15,7 +15,7 @@ from tiny import ROOT
 from tools.lock import pins
 
 JOBS = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
-# What the gate's job installs.
+# Packages that the gate's job installs.
 INSTALLED = {"annotated-types", "pydantic", "pydantic-core", "ruamel-yaml"}
 INSTALLED |= {"typing-extensions", "typing-inspection"}
 # What it runs, it tells.

@@ -1,4 +1,4 @@
-"""Ranks, or one process alone, on what a test wants computed: each a forked process of quick."""
+"""Computes a test's function in several ranks, or in one process, each forked by tests/quick.py."""
 
 import os
 import sys
