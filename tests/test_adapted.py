@@ -25,7 +25,7 @@ from stages.shared.placement import Placement
 from stages.shared.process import StageError
 from stages.shared.text_model import find_backbone
 from stages.shared.workload import match_targets, shape_of
-from stages.training import trainer as trainer_module
+from stages.training import building
 from stages.training.building import TrainingSet, build_trainer
 from stages.training.settings import lora_config
 
@@ -187,7 +187,7 @@ def build(tmp_path):
 def test_training_begins_with_what_was_asked_or_not_at_all(build, monkeypatch, capsys):
     build("deepseek_v3")
     assert "PEFT alone would skip 6 of the adapter's 16 modules" in capsys.readouterr().out
-    monkeypatch.setattr(trainer_module, "targets_as_written", nullcontext)
+    monkeypatch.setattr(building, "targets_as_written", nullcontext)
     with pytest.raises(StageError, match=r"^lora.target_modules: PEFT does otherwise for deepseek"):
         build("deepseek_v3")
 

@@ -27,7 +27,7 @@ from stages.shared.params import Params, Prepare
 from stages.shared.placement import Placement
 from stages.shared.process import StageError
 from stages.shared.workload import Lengths
-from stages.training import trainer as trainer_module
+from stages.training import building
 from stages.training.building import TrainingSet, build_trainer
 
 pytestmark = pytest.mark.slow
@@ -179,7 +179,7 @@ def test_gradients_are_those_of_pefts_layers(arch, tied, head, tmp_path, monkeyp
         base = load_base(tmp_path / "base", torch.device("cpu"))
         extend(base, 263, (260, 261, 262))
         if not own:
-            monkeypatch.setattr(trainer_module, "train_rows", lambda _: None)
+            monkeypatch.setattr(building, "train_rows", lambda _: None)
         trainer = build_trainer(base, data, params, fast, Placement(2, 2), tmp_path / "out")
         assert trainer.fused_head == own
         trainer.fused_head &= head == "trl's"

@@ -15,8 +15,7 @@ from stages.shared.model import load_base
 from stages.shared.params import Params
 from stages.shared.placement import Placement
 from stages.shared.process import StageError
-from stages.training import attention, fused_lora
-from stages.training import trainer as trainer_module
+from stages.training import attention, building, fused_lora
 from stages.training.building import TrainingSet, build_trainer
 from tests.test_attention import reference
 from tests.tiny import PARAMS, make_model, make_tokenizer
@@ -83,7 +82,7 @@ def state_of(trainer):
 def test_a_trial_leaves_everything_as_it_was_and_says_nothing(build, fast, capsys, monkeypatch):
     draws, adapter, modes, loss = state_of(build(fast))
     assert "they differ" not in capsys.readouterr().out
-    monkeypatch.setattr(trainer_module, "Trial", NoTrial)
+    monkeypatch.setattr(building, "Trial", NoTrial)
     others = state_of(build(fast))
     assert torch.equal(draws, others[0])
     assert all(torch.equal(adapter[name], others[1][name]) for name in adapter)
