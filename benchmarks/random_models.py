@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from bitsandbytes.functional import create_dynamic_map, get_4bit_type
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn import Params4bit
 from safetensors.torch import save_file
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -30,6 +30,7 @@ from stages.shared.experts import expert_tensors
 from stages.shared.model import set_compute_dtype
 from stages.shared.outputs import write_sums
 from stages.shared.packed import Nf4Experts, compute_packed, put_packed
+from stages.shared.packed_model import linear4bit
 from stages.shared.process import sha256
 
 SPREAD = 0.02
@@ -188,14 +189,7 @@ def build(
     head = model.get_output_embeddings()
     for path, module in list(model.named_modules()):
         if quantized and type(module) is torch.nn.Linear and module is not head:
-            replacement = Linear4bit(
-                module.in_features,
-                module.out_features,
-                bias=module.bias is not None,
-                compute_dtype=torch.bfloat16,
-                quant_type="nf4",
-                device="meta",
-            )
+            replacement = linear4bit(module)
             replacement.weight = random_nf4(
                 module.out_features, module.in_features, double_quant, device
             )

@@ -96,10 +96,9 @@ def _tensors(folder: Path) -> dict[str, safe_open]:
     return found
 
 
-def _put_linear(model: PreTrainedModel, name: str, tensors: dict, get) -> None:
-    """Let a Linear4bit of the stored tensors stand for the Linear `name` of `model`."""
-    plain = model.get_submodule(name)
-    module = Linear4bit(
+def linear4bit(plain: torch.nn.Linear) -> Linear4bit:
+    """A Linear4bit of the shape of `plain`, on the meta device."""
+    return Linear4bit(
         plain.in_features,
         plain.out_features,
         bias=plain.bias is not None,
@@ -107,6 +106,11 @@ def _put_linear(model: PreTrainedModel, name: str, tensors: dict, get) -> None:
         quant_type="nf4",
         device="meta",
     )
+
+
+def _put_linear(model: PreTrainedModel, name: str, tensors: dict, get) -> None:
+    """Let a Linear4bit of the stored tensors stand for the Linear `name` of `model`."""
+    module = linear4bit(model.get_submodule(name))
     weight = get(f"{name}.weight")
     stats = {p: get(f"{name}.weight.{p}") for p in NF4_PARTS if f"{name}.weight.{p}" in tensors}
     module.weight = Params4bit.from_prequantized(
