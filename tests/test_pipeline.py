@@ -17,10 +17,11 @@ SCRIPTS = sorted(file.stem for file in (ROOT / "stages").glob("*.py") if file.st
 SECTIONS = set(Params.model_fields)
 # The schema accepts or refuses and never changes a result (tests/test_params.py).
 SCHEMA = "stages/shared/params.py"
+ERRORS = "stages/shared/params_errors.py"
 # dvc.yaml repeats its paths, and the tests below compare the two.
 PATHS = "stages/shared/paths.py"
 # No stage depends on them: a new parameter, or a new path of another stage, makes nothing stale.
-UNDECLARED = {SCHEMA, PATHS}
+UNDECLARED = {SCHEMA, ERRORS, PATHS}
 # For communication between stages and dvc during a run; no result depends on them.
 OWN_FILES = {"stages/shared/process.py", "stages/shared/interrupts.py"}
 SHARED_PATHS = {name: path for name, path in vars(shared_paths).items() if name.isupper()}

@@ -6,15 +6,13 @@ a stage computes with the values in dvc.lock.
 """
 
 import ast
-import difflib
 import functools
-import re
 import sys
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
-from stages.shared.screen import brief, on_screen, rule
+from stages.shared.screen import brief
 
 try:
     from pydantic import (
@@ -25,9 +23,10 @@ try:
         ValidationError,
         model_validator,
     )
-    from pydantic_core import ErrorDetails
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    from stages.shared.params_errors import messages, near
 except ModuleNotFoundError as error:
     # Every stage starts here, so this is where a wrong Python is noticed.
     sys.exit(
@@ -248,8 +247,8 @@ class Evaluate(Section):
             if name in STANDARD_MEASURES:
                 found.append(f"measures: {name} is always taken; leave it out")
             elif name not in there:
-                near = _near(name, dict(zip(there, there, strict=True)), 0.6)
-                found.append(f"measures: no function {brief(name)} in {where}{near}")
+                close = near(name, dict(zip(there, there, strict=True)), 0.6)
+                found.append(f"measures: no function {brief(name)} in {where}{close}")
             elif self.measures.count(name) > 1:
                 found.append(f"measures: {name} is named twice")
         return list(dict.fromkeys(found))
@@ -293,97 +292,6 @@ class Params(Section):
         return [f"train.{rule}, or prepare.validation_rows more than 0" for rule in broken]
 
 
-def known_keys(section: type[Section] = Params, prefix: str = "") -> list[str]:
-    """Every key of the schema in dotted form, such as `lora.r`."""
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        for inside in _sections_of(field.annotation):
-            keys += known_keys(inside, f"{prefix}{name}.")
-    return keys
-
-
-# Keys of other tools in `lora` (part of the key) -> message.
-_OF_LORA = {
-    "rslora": "unknown key; write scaling: rslora",
-    "dora": "DoRA is not supported: it rescales whole columns of the weight, so what it adds is "
-    "not of low rank, and a 4-bit base is dequantized at every step to measure them",
-    "pissa|olora|init": "starts that change the base's own weights (PiSSA, OLoRA and others) are "
-    "not supported: PEFT refuses a 4-bit base, or quantizes it a second time",
-}
-
-
-def _sections_of(kind: Any) -> list[type[Section]]:
-    """The sections in a type, including optional ones and those in lists."""
-    if isinstance(kind, type) and issubclass(kind, Section):
-        return [kind]
-    return [section for each in get_args(kind) for section in _sections_of(each)]
-
-
-# Messages for this file in place of the general ones.
-_RULES = {
-    "model_type": "must be a section with keys",
-    "dict_type": "must be a mapping of column names",
-    "list_type": "must be a list",
-}
-
-
-def _near(word: str, words: dict[str, str], likeness: float) -> str:
-    """The entry of `words` whose key is most similar to `word`, as a question."""
-    close = difflib.get_close_matches(word, words, 1, likeness)
-    return f"; did you mean {words[close[0]]}?" if close else ""
-
-
-def _near_key(key: str) -> str:
-    """The most similar key: of the same section, or with that name in another one."""
-    section, _, name = key.rpartition(".")
-    split = [(k, *k.rpartition(".")[::2]) for k in known_keys()]
-    siblings = {last: full for full, parent, last in split if parent == section}
-    elsewhere = {last: full for full, parent, last in split if parent}
-    return _near(name, siblings, 0.6) or _near(name, elsewhere, 0.8)
-
-
-def _siblings(section: str) -> str:
-    """The keys of `section`, "" for the sections themselves."""
-    split = [key.rpartition(".") for key in known_keys()]
-    names = [name for parent, _, name in split if parent == section]
-    return f"; {section or 'the file'} has {', '.join(names)}"
-
-
-def _without_numbers(place: tuple[int | str, ...]) -> str:
-    """A place in the file in the form of `known_keys`: without list indices."""
-    return ".".join(part for part in place if isinstance(part, str))
-
-
-def _messages(error: ErrorDetails) -> list[str]:
-    """One pydantic error as lines `key: what is wrong (got value)`."""
-    kind, got, context = error["type"], error["input"], error.get("ctx", {})
-    parts = [str(part) for part in error["loc"] if part != "[key]"]
-    key = ".".join(on_screen(part, 60) for part in parts)
-    if kind in ("extra_forbidden", "invalid_key"):
-        if "." in parts[-1] and parts[-1] in known_keys():
-            whose, _, below = parts[-1].partition(".")
-            return [f"{key}: unknown key; write {below} below {whose}"]
-        section = _without_numbers(error["loc"][: len(parts) - 1])
-        for asked, said in _OF_LORA.items() if section == "lora" else ():
-            if re.search(asked, parts[-1].casefold()):
-                return [f"{key}: {said}"]
-        near = _near_key(f"{section}.{parts[-1]}" if section else parts[-1])
-        return [f"{key}: unknown key{near or _siblings(section)}"]
-    sections = {"", *(name.rpartition(".")[0] for name in known_keys())}
-    if kind == "value_error" and _without_numbers(error["loc"]) in sections:
-        prefix = f"{key}." if key else ""
-        return [f"{prefix}{line}" for line in str(context["error"]).split("\n")]
-    said = f"{key}: {_RULES.get(kind) or rule(error)}"
-    if kind == "missing":
-        return [said]
-    near = ""
-    if kind == "literal_error" and isinstance(got, str):
-        options = re.findall(r"'([^']+)'", context["expected"])
-        near = _near(got, dict(zip(options, options, strict=True)), 0.6)
-    return [f"{said} (got {brief(got)}){near}"]
-
-
 @functools.cache
 def read_yaml(text: str) -> Any:
     """Parse YAML 1.2 as DVC does. Cached; the result must not be changed."""
@@ -406,7 +314,7 @@ def faults(text: str) -> list[str]:
     try:
         Params.model_validate(raw)
     except ValidationError as error:
-        return [line for fault in error.errors() for line in _messages(fault)]
+        return [line for fault in error.errors() for line in messages(fault, Params)]
     return []
 
 
