@@ -7,10 +7,11 @@ from peft import LoraConfig, get_peft_model
 from stages.quantize import quantize
 from stages.shared import streaming
 from stages.shared.device import pick_device
+from stages.shared.layer_sources import HostCopy, Ring
 from stages.shared.model import load_base, load_streamed
 from stages.shared.placement import Placement
 from stages.shared.scoring import score
-from stages.shared.streaming import HostCopy, Ring, Streamer, stream_layers
+from stages.shared.streaming import Streamer, stream_layers
 from stages.training.adjusting import apply_liger
 from stages.training.fused_lora import fuse_lora
 from stages.training.offload import HostStash

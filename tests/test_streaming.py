@@ -11,12 +11,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from stages.quantize import quantize
-from stages.shared import streaming
+from stages.shared import layer_sources, streaming
+from stages.shared.layer_sources import HostCopy, Ring
 from stages.shared.model import load_base
 from stages.shared.packed import Packed
 from stages.shared.placement import SLOTS, Placement
 from stages.shared.scoring import score
-from stages.shared.streaming import HostCopy, Ring, Streamer, spread, stream_layers
+from stages.shared.streaming import Streamer, spread, stream_layers
 from stages.training.fused_lora import fuse_lora
 from tests.test_fast_path import with_random_adapter
 from tests.tiny import make_model
@@ -33,7 +34,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 def small_weights(monkeypatch):
     monkeypatch.setattr(streaming, "SMALLEST", 1024)
     # There is no driver to lock memory.
-    monkeypatch.setattr(streaming, "lock", lambda buffer: None)
+    monkeypatch.setattr(layer_sources, "lock", lambda buffer: None)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +169,7 @@ def test_packed_experts_are_what_is_streamed(folders):
 
 
 def test_memory_that_cannot_be_locked_leaves_a_ring(folders, monkeypatch):
-    monkeypatch.setattr(streaming, "lock", lambda buffer: "refused")
+    monkeypatch.setattr(layer_sources, "lock", lambda buffer: "refused")
     for placement in (Placement(streamed=6), Placement(3, 2, streamed=6)):
         same(
             trained(folders["llama", "nf4"], placement, True, ring=True),

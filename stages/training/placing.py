@@ -17,13 +17,14 @@ from stages.shared import placement
 from stages.shared.card import card_budget
 from stages.shared.decoder_shape import Shape
 from stages.shared.host_memory import available_bytes, pinned
+from stages.shared.layer_sources import RING
 from stages.shared.model import load_base, load_streamed
 from stages.shared.outputs import GB
 from stages.shared.params import Params
 from stages.shared.placement import Placement, Prediction, Rates
 from stages.shared.process import StageError
 from stages.shared.ranks import ALONE, World
-from stages.shared.streaming import RING, Streamer
+from stages.shared.streaming import Streamer
 from stages.shared.vram import Sizes, sizes_of
 from stages.shared.workload import KEPT, Lengths, planned_training, shape_of
 

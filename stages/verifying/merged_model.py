@@ -9,10 +9,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from stages.shared.fitting import Scored, tightest
+from stages.shared.layer_sources import Make
 from stages.shared.process import StageError
 from stages.shared.ranks import ALONE, World
 from stages.shared.scored_model import place_scored
-from stages.shared.streaming import Make, Streamer, stream_layers
+from stages.shared.streaming import Streamer, stream_layers
 from stages.shared.text_model import (
     find_backbone,
     is_multimodal,
