@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 import yaml
 
+from benchmarks.cards import status
 from benchmarks.random_models import SHAPES, build, config_of, scratch, tokenizer
 from benchmarks.vram import LIBRARIES, alone, peaks, version
 from stages.shared import placement
-from stages.shared.host_memory import used_bytes
 from stages.shared.outputs import GB
 from stages.shared.params import PARAMS, Params
 from stages.shared.placement import Placement
@@ -192,7 +192,7 @@ def measure_point(name: str) -> tuple[dict, dict]:
     found |= {
         "tokens_per_second": tokens * len(clock.seconds) / sum(clock.seconds),
         "steady_tokens_per_second": tokens / steady,
-        "measured_ram_gb": used_bytes() / GB,
+        "measured_ram_gb": (status("RssAnon") + status("RssShmem")) / GB,
         "host_copy_gb": streamer.source.host_bytes / GB if streamer else 0.0,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "built_seconds": built,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from benchmarks.cards import status
 from benchmarks.random_models import config_of
 from stages.evaluate import evaluate
 from stages.evaluating.answers import answered
@@ -14,7 +15,6 @@ from stages.planning.scoring import decoder_of
 from stages.quantize import quantize
 from stages.shared import by_layer, scored_model, streaming
 from stages.shared.fitting import TOKENS_PER_BATCH, fit, scored, tightest
-from stages.shared.host_memory import used_bytes
 from stages.shared.model import load_base, load_streamed
 from stages.shared.outputs import GB
 from stages.shared.params import Evaluate
@@ -204,10 +204,10 @@ def test_weights_stay_in_their_files(tmp_path):
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16}
     make_model(tmp_path, **shape)
     layer = 4 * (3 * 512 * 2048)
-    before = used_bytes()
+    before = status("RssAnon")
     model, streamer = streamed(tmp_path, 16)
     score(model, ROWS, streamer=streamer)
-    assert used_bytes() - before < 5 * layer
+    assert status("RssAnon") - before < 5 * layer
     assert streamer.bytes > 16 * layer
 
 

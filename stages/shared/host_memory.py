@@ -27,13 +27,6 @@ def available_bytes() -> int:
         return available
 
 
-def used_bytes() -> int:
-    """Bytes of this process's host memory, private and shared, without pages of mapped files."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
-
-
 def lock(buffer: torch.Tensor) -> str | None:
     """Page-lock a contiguous buffer until it is freed; returns the driver's error, if any.
 
