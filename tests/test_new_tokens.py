@@ -157,7 +157,7 @@ def test_the_template_alone_is_refused_with_the_remedy(folder):
     assert stage.said.splitlines()[-1] == (
         "prepare: prepare.template: writes <|stop|>, which the model has no token for; set "
         "lora.new_tokens: ['<|stop|>'], which adds and trains them, or another prepare.template, "
-        "such as plain text with {prompt} in it"
+        "such as plain text that contains {prompt}"
     )
 
 
@@ -232,11 +232,11 @@ def test_only_marks_that_the_template_writes_itself_are_refused(tmp_path):
         with contextlib.suppress(StageError):
             said[template] = settle(tokenizer, params, Format("messages", {}), [chat])
     assert list(said) == ["[INST] {prompt} [/INST] ### Response:"]
-    # The model's own may mean it, and it is said.
+    # The own template of a model may intend it; a message says so.
     tokenizer.chat_template = (
         "{% for m in messages %}<|x|>{{ m['content'] + eos_token }}{% endfor %}"
     )
     own = Prepare.model_validate(PREPARE | {"template": "chat"})
-    assert "; <|x|> is no token of this model and is learned letter by letter" in settle(
+    assert "; not tokens of this model, so learned letter by letter: <|x|>" in settle(
         tokenizer, own, Format("messages", {}), [chat]
     )

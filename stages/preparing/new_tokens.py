@@ -12,21 +12,20 @@ from stages.shared.params import Prepare
 from stages.shared.process import StageError
 from stages.shared.screen import tell
 
-# Of the form that only marks have: what looks like a word, [INST] or ### may be plain text.
+# Only markers have this form; [INST], ### or a word may be plain text.
 MARK = re.compile(r"<[|\uff5c][^\s<>|\uff5c]{1,60}[|\uff5c]>")
 
 
 def add_tokens(tokenizer, tokens: list[str]) -> dict[str, dict[str, int]]:
-    """Give `tokenizer` those of `tokens` that it lacks, as special ones.
+    """Add those of `tokens` that `tokenizer` lacks, as special tokens.
 
-    Returns, for prepared.json, the ids of those that were added and of those that it had; without
-    `tokens`, nothing.
+    Returns the ids of added and of known tokens, for prepared.json; empty without `tokens`.
     """
     before = tokenizer.get_vocab()
     added = [token for token in tokens if token not in before]
     if added:
         marks = [AddedToken(token, special=True, normalized=False) for token in added]
-        # As special tokens by name too: other programs look there for what not to show.
+        # Listed by name too, since other programs hide the tokens that are listed.
         tokenizer.add_special_tokens(
             {"extra_special_tokens": marks}, replace_extra_special_tokens=False
         )
@@ -38,9 +37,8 @@ def add_tokens(tokenizer, tokens: list[str]) -> dict[str, dict[str, int]]:
 
 
 def check_marks(tokenizer, params: Prepare, samples: list[Example]) -> str:
-    """Refuse a template that writes marks which are no tokens: the model would learn them letter
-    by letter. Of the model's own template, which may mean it, that is returned in words.
-    """
+    """Raise StageError if the template writes markers that are not tokens, which would be learned
+    letter by letter. For the model's own template, which may intend this, returns a message."""
     known, missing = tokenizer.get_vocab(), dict[str, None]()
     made = Renderer(tokenizer, params.loss_on).render(samples)
     for sample, row in zip(samples, made, strict=True):
@@ -53,13 +51,13 @@ def check_marks(tokenizer, params: Prepare, samples: list[Example]) -> str:
                 if mark not in known and not any(mark in text for text in words)
             )
     if missing and params.template == "chat":
-        return f"; {', '.join(missing)} is no token of this model and is learned letter by letter"
+        return f"; not tokens of this model, so learned letter by letter: {', '.join(missing)}"
     if missing:
         named = ", ".join(f"'{mark}'" for mark in missing)
         raise StageError(
             f"prepare.template: writes {', '.join(missing)}, which the model has no token for; "
             f"set lora.new_tokens: [{named}], which adds and trains them, or another "
-            "prepare.template, such as plain text with {prompt} in it"
+            "prepare.template, such as plain text that contains {prompt}"
         )
     return ""
 

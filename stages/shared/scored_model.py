@@ -55,13 +55,13 @@ def decoder_in(weights: Weights) -> Decoder:
     packed = weights.nf4 and weights.nf4 | weights.mxfp4
     linears = sorted(packed) or [n for n in matrices if re.search(r"\.\d+\.", n)]
     size = {name: math.prod(shapes[name]) for name in linears}
-    # By the model's tensor: those of experts are one there, of which a chunk is dequantized.
+    # By the model's tensor: a layer's experts are one, of which a chunk is dequantized.
     whole: dict[str, int] = {}
     for name in linears:
         tensor, *_ = part_of(name) or (name,)
         whole[tensor] = whole.get(tensor, 0) + size[name]
     experts = {name for name in linears if part_of(name) or name.endswith(TENSORS)}
-    # What is between an expert's products: the down projection's width beside the stream's.
+    # Values between an expert's products: the down projection's size that is not the stream's.
     down = (shapes[name][-2:] for name in experts if "down_proj" in name)
     row = max((sum(shape) - config.hidden_size for shape in down), default=0)
     rows = chosen_experts(config) * max(row, config.hidden_size // 2) if experts else 0

@@ -120,7 +120,7 @@ def shape_of(config: PretrainedConfig) -> Shape:
 
 
 def more_norms(model: PreTrainedModel, heads: int, head_dim: int) -> float:
-    """What a Shape says of norms: those of q and k read every head, and others a whole stream."""
+    """Shape.more_norms: norms of q and k read every head, others the whole residual stream."""
     text = model.config.get_text_config()
     keys = number_of(text, "num_key_value_heads") or heads
     read = 0
@@ -133,16 +133,16 @@ def more_norms(model: PreTrainedModel, heads: int, head_dim: int) -> float:
 
 
 def in_mxfp4(config: PretrainedConfig) -> bool:
-    """Whether experts are in MXFP4: by a checkpoint's words, or by those of quantize."""
+    """Whether experts are in MXFP4, as the checkpoint's config or quantize's says."""
     said = getattr(config, "quantization_config", None) or {}
     return "mxfp4" in (getattr(config, STORAGE, None), said.get("quant_method"))
 
 
 def experts_shape(model: PreTrainedModel) -> dict[str, int]:
-    """What a Shape says of a mixture of experts, beside their tensors."""
+    """The fields of a Shape that describe a mixture of experts, except their tensors."""
     stacks = expert_stacks(model)
     first, stack = next(iter(stacks.items()))
-    # Rows or columns, whichever the down projection does not share with the stream.
+    # Rows or columns, whichever does not have the width of the residual stream.
     turned = getattr(stack, "is_transposed", type(stack).__name__ in OWN_CODE)
     down = stack.get_parameter("down_proj").shape
     width = down[1] if turned else down[2]
