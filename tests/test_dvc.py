@@ -239,7 +239,7 @@ EDITS = {
     "params.yaml: lora": ("params.yaml", "  alpha: 32", "  alpha: 64"),
     "stages/train.py": ("stages/train.py", "Stub of train", "Edited stub of train"),
     "stages/training/trainer.py": ("stages/training/trainer.py", "\n", "\n# edited\n"),
-    "dvc.yaml: train": ("dvc.yaml", "    desc: Fit a LoRA", "    desc: Fit another LoRA"),
+    "dvc.yaml: train": ("dvc.yaml", "    desc: Train a LoRA", "    desc: Train another LoRA"),
 }
 
 
