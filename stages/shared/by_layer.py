@@ -180,7 +180,8 @@ class _Batch:
             return
         # On the computing stream, like all copies here, so that none comes too early.
         self.host.copy_(hidden, non_blocking=True)
-        self.hidden = hidden[:0]
+        # Not a view, which would keep the whole hidden state on the device.
+        self.hidden = hidden.new_empty(0)
 
     def _hidden(self) -> torch.Tensor:
         """The hidden state on the computing device."""
