@@ -103,15 +103,25 @@ def test_base_and_tuned_stream_once_each(folders, kind):
 
 def test_hidden_states_in_host_memory_leave_the_device(folders):
     """The bytes that the batches keep on the device between two layers."""
-    model, _ = streamed(folders / "base")
+    model, streamer = streamed(folders / "base")
     rows = torch.tensor([row["input_ids"][:4] for row in ROWS[:2]])
     inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
     layers = streaming.decoder_layers(model)
     with torch.no_grad():
         for room, kept in ((GB, 2 * 4 * model.config.hidden_size * 4), (0.0, 0)):
-            batch = by_layer._Batch(model, layers, inputs, room)
+            batch = by_layer._Batch(model, layers, inputs, room, streamer.buffers)
             batch.compute(layers[1], 1)
             assert batch.hidden.untyped_storage().nbytes() == kept
+
+
+def test_buffers_in_host_memory_are_used_again(folders, monkeypatch):
+    expected = score(load_base(folders / "base", CPU), ROWS, TOKENS)
+    model, streamer = streamed(folders / "base")
+    assert score(model, ROWS, TOKENS, streamer=streamer) == expected
+    first = {buffer.data_ptr() for buffer in streamer.buffers}
+    assert len(first) == len(length_batches(ROWS, TOKENS))
+    assert score(model, ROWS, TOKENS, streamer=streamer) == expected
+    assert {buffer.data_ptr() for buffer in streamer.buffers} == first
 
 
 def test_batches_beyond_the_room_take_another_pass(folders, monkeypatch):
