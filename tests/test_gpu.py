@@ -413,7 +413,8 @@ def test_products_of_few_tokens_are_right_and_repeat(shape, tokens):
     """bitsandbytes has kernels of its own for them, without gradients: those of answers, of short
     rows and of the trial before training."""
     torch.manual_seed(tokens)
-    codes, state = nf4(0.02 * torch.randn(shape), True, torch.device("cuda"))
+    weight = (0.02 * torch.randn(shape)).bfloat16().cuda()
+    codes, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     x = torch.randn(tokens, shape[1]).bfloat16().cuda()
     exact = x.float() @ dequantize_4bit(codes, state).float().T
     with torch.no_grad():
