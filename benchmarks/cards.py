@@ -14,8 +14,8 @@ does not count.
             meaningful. mistral-7b-guanaco also at 16 and 12 GB, if plan permits it.
     llama-3-70b-24gb
             the same at 70B's width and 8 layers, limited to 6 GB, where evaluate and verify stream
-            layers, then to 80 GB, where they do not: 100 held-out rows of 2,048 tokens. If it is
-            the only part, nothing runs in parallel.
+            layers, then to 80 GB, where they do not: 100 held-out rows of 2,048 tokens, 8 prompts
+            of 1,920 tokens answered. If it is the only part, nothing runs in parallel.
     70b     a Llama of 80 layers, built as NF4, 5 steps of 2,048 tokens at 48 GB
     load    seconds and host memory: from models/quantized, and quantizing while loading
     oom     training with too little memory: its message, exit status and outputs
@@ -59,8 +59,8 @@ STAGES = ("plan", "train", "evaluate", "merge", "verify")
 # 20 steps of 4 rows, or of 2 packs of 2,048 tokens; so many long rows that a step has only those.
 ROWS, LONG_ROWS, HELD_OUT_ROWS, SEED = 80, 24, 16, 7
 STEPS_70B = 5
-# Tokens that evaluate has the models answer.
-ANSWER = 128
+# Tokens of a row that are no prompt, and the longest answer.
+ANSWER, LONGEST_ANSWER = 128, 32
 # The recipe of `load` and `oom`, and a card that holds its weights and not its first step.
 SEED_RECIPE = "mistral-7b-guanaco"
 OOM_GB = 8
@@ -126,6 +126,7 @@ def make_workspace(recipe: str, source: Path, folder: Path, card: float) -> None
     params["plan"]["vram_limit_gb"] = card
     params["tracking"]["report_to"] = "none"
     params["retention"] = None
+    params["evaluate"]["max_answer_tokens"] = LONGEST_ANSWER
     (folder / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     models, prepared = folder / "models", folder / "data/prepared"
     (models / "tokenizer").mkdir(parents=True)

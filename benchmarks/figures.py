@@ -159,9 +159,12 @@ def cards() -> None:
             cells = [*(f"{value:.1f}" for value in gb), "", "", ""]
             name = "Llama's 70B shape, r = 16, 5 steps of 2,048 tokens"
         elif "evaluate" in train:
-            stages = (train[name]["device_gb"] for name in ("train", "evaluate", "merge", "verify"))
-            cells = [f"{value:.1f}" for value in (part["predicted_device_gb"], *stages)]
-            name = part["part"]
+            cells, name = [f"{part['predicted_device_gb']:.1f}"], part["part"]
+            for stage in ("train", "evaluate", "merge", "verify"):
+                run = train[stage]
+                cells.append("failed" if run["exit"] else f"{run['device_gb']:.1f}")
+            if part["shape"].endswith("8-layers"):
+                name += ", 8 layers"
         else:
             continue
         lines.append([name, str(part["card_gb"]), *cells])
@@ -243,12 +246,28 @@ def ranks() -> None:
         )
     head = ["Mistral-7B's shape", "tokens/s, epoch:", "tokens/s, steady:"]
     table([*head, "peak VRAM a GPU (predicted):", "host memory:"], lines)
+    run = found["7b_run"]
     equal = "equal to the byte" if found["7b_two_runs_equal"] else "**not** equal"
     print(
         f"\nThat is {found['7b_steady_ratio']:.2f} times the steady rate and "
         f"{found['7b_epoch_ratio']:.2f} times that of the epoch of {found['rows']:,} rows. The "
         f"losses of a step differ by at most {found['7b_largest_difference_of_losses']:.4f} nats; "
-        f"two runs on {found['gpus']} GPUs are {equal} ({found['device']}, {found['date']})."
+        f"two runs on {run['gpus']} GPUs are {equal} ({run['device']}, {run['date']})."
+    )
+
+
+def streamed_ranks() -> None:
+    """Several GPUs whose weights come from one copy in host memory."""
+    found = results("scale")
+    runs, run = found["70b"], found["70b_run"]
+    many = f"{run['gpus']} GPUs"
+    one, all_of_them = (runs[name]["host_gb"] for name in ("1 GPUs", many))
+    print(
+        f"With the weights of all layers streamed ({found['70b_shape']}, {found['70b_cap_gb']:g} "
+        f"GB a GPU, one row of 4,096 tokens on each), {many} train "
+        f"{found['70b_steady_ratio']:.2f} times as fast as one, and use {all_of_them:.1f} GB of "
+        f"host memory instead of {one:.1f}: one copy of the weights, and what each process needs "
+        f"({run['device']}, {run['date']})."
     )
 
 

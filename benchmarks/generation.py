@@ -96,6 +96,7 @@ def timed(run: Callable, model, prompts: Answers, ends: list[int], limit: int) -
     found = run(model, prompts, ends, limit)
     seconds = time.monotonic() - started
     rate = sum(map(len, found)) / seconds
+    print(f"generation: {len(prompts)} prompts in {seconds:.1f} s", flush=True)
     peak = {"peak_gb": torch.cuda.max_memory_allocated() / GB} if cuda else {}
     return found, {"seconds": seconds, "tokens_per_second": rate} | peak
 

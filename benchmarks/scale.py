@@ -147,6 +147,8 @@ def seven_b(work: Path, options) -> dict:
         "7b_epoch_ratio": many["tokens_per_second"] / one["tokens_per_second"],
         "7b_largest_difference_of_losses": max(losses),
         "7b_two_runs_equal": sums[0] == sums[1],
+        "shape": options.shape,
+        "rows": options.rows,
     }
 
 
@@ -170,7 +172,12 @@ def seventy_b(work: Path, options) -> dict:
         runs[f"{count} GPUs"] = rates(base) | {"host_gb": peak.stop() - before}
     one, many = runs["1 GPUs"], runs[f"{options.gpus} GPUs"]
     ratio = many["steady_tokens_per_second"] / one["steady_tokens_per_second"]
-    return {"70b": runs, "70b_steady_ratio": ratio, "70b_cap_gb": options.cap_gb}
+    return {
+        "70b": runs,
+        "70b_steady_ratio": ratio,
+        "70b_shape": shape,
+        "70b_cap_gb": options.cap_gb,
+    }
 
 
 def make_quantized(work: Path, shape: str) -> None:
@@ -389,8 +396,7 @@ def machine(options) -> dict:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
     date = datetime.now(UTC).date().isoformat()
-    shape = {"shape": options.shape, "rows": options.rows, "gpus": options.gpus}
-    return {"date": date, "device": device, "versions": versions} | shape
+    return {"date": date, "device": device, "versions": versions, "gpus": options.gpus}
 
 
 def main() -> None:
@@ -412,7 +418,7 @@ def main() -> None:
     functions = {"7b": seven_b, "70b": seventy_b, "kill": kill, "score": score}
     result = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     for part in options.parts:
-        result |= functions[part](work, options) | machine(options)
+        result |= functions[part](work, options) | {f"{part}_run": machine(options)}
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
 

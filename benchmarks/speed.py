@@ -2,6 +2,7 @@
 
     python -m benchmarks.speed make --work DIR               # 7B-shaped random weights, 1,000 rows
     python -m benchmarks.speed run  --work DIR ours-packed unsloth-packed ours-packed …
+    python -m benchmarks.speed run  --work DIR ours-24 unsloth-24 …   # limited to a card's memory
     python -m benchmarks.speed one  --work DIR unsloth-packed   # one side in this process
     python -m benchmarks.speed profile --work DIR ours-packed   # where the time of a step goes
     python -m benchmarks.speed report --out speed.jsonl      # benchmarks/results/speed.json
@@ -13,6 +14,10 @@ metrics/train_cost.json of `python -m stages.train`; the other sides train with 
 Equal on all sides: rows, rank, targets, optimizer (fused AdamW), float32 adapters and moments.
 tokens/s is non-padding tokens over the wall time of the epoch, including warm-up and compilation;
 the peak is the allocator's plus managed memory.
+
+A side with a number of GB is limited to a card of that size: ours by plan.vram_limit_gb, the others
+by their allocator's share of the GPU, with the same memory set aside for CUDA. Unsloth then skips
+checkpointing where that fits (-auto: it chooses the layers itself).
 """
 
 import argparse
@@ -27,6 +32,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,18 +54,41 @@ SHAPE: dict[str, Any] = {
 RANK, ALPHA, MAX_LENGTH, SEED = 64, 16, 2048, 7
 LEARNING_RATE = 2e-4
 OPTIMIZER = "adamw_torch_fused"
-# Side: rows a step, packed, LoRA dropout.
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to train. `batch`: rows, or packs, a step."""
+
+    batch: int
+    packed: bool = True
+    dropout: float = 0.0
+    cap_gb: int | None = None
+    checkpointing: bool | str = True
+
+
 SIDES = {
-    "ours-packed": (8, True, 0.0),
-    "ours-4": (4, False, 0.0),
-    "reference-4": (4, False, 0.1),
-    "unsloth-packed": (8, True, 0.0),
-    "unsloth-packed-2": (2, True, 0.0),
-    "unsloth-4": (4, False, 0.0),
+    "ours-packed": Side(8),
+    "ours-4": Side(4, packed=False),
+    "reference-4": Side(4, packed=False, dropout=0.1),
+    "unsloth-packed": Side(8),
+    "unsloth-packed-2": Side(2),
+    "unsloth-4": Side(4, packed=False),
+    "ours-24": Side(2, cap_gb=24, checkpointing="auto"),
+    "ours-48": Side(4, cap_gb=48, checkpointing="auto"),
+    "ours-80": Side(8, cap_gb=80, checkpointing="auto"),
+    "unsloth-24": Side(2, cap_gb=24, checkpointing=False),
+    "unsloth-48": Side(4, cap_gb=48, checkpointing=False),
+    "unsloth-48-auto": Side(8, cap_gb=48, checkpointing="auto"),
+    "unsloth-80": Side(8, cap_gb=80, checkpointing=False),
+    "unsloth-80-auto": Side(8, cap_gb=80, checkpointing="auto"),
 }
 COMPARED = {
     "ours-packed": ("unsloth-packed", "unsloth-packed-2", "unsloth-4", "reference-4"),
     "ours-4": ("unsloth-4", "reference-4"),
+    "ours-24": ("unsloth-24",),
+    "ours-48": ("unsloth-48", "unsloth-48-auto"),
+    "ours-80": ("unsloth-80", "unsloth-80-auto"),
 }
 # 6 floating-point operations a parameter and token with full checkpointing, at 760 TFLOP/s.
 FLOOR_TOKENS_PER_SECOND = 17_500
@@ -165,29 +194,48 @@ def run_stage(work: Path, stage: str, changes: dict) -> None:
     subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=work, check=True)
 
 
-def train_params(batch: int, packed: bool, dropout: float) -> dict:
+def train_params(side: Side) -> dict:
     """params.yaml sections of one side, with the same numbers as the other sides."""
     return {
-        "lora": {"r": RANK, "alpha": ALPHA, "dropout": dropout, "target_modules": TARGETS},
+        "lora": {"r": RANK, "alpha": ALPHA, "dropout": side.dropout, "target_modules": TARGETS},
         "train": {
-            "batch_size": batch,
+            "batch_size": side.batch,
             "learning_rate": LEARNING_RATE,
             "schedule": "constant",
             "warmup_ratio": 0.0,
             "max_grad_norm": 0.3,
             "optimizer": OPTIMIZER,
-            "gradient_checkpointing": True,
-            "batching": "packing" if packed else "group_by_length",
+            "gradient_checkpointing": side.checkpointing,
+            "batching": "packing" if side.packed else "group_by_length",
         },
     }
 
 
-def ours(work: Path, batch: int, packed: bool, dropout: float) -> dict:
-    run_stage(work, "train", train_params(batch, packed, dropout))
+def ours(work: Path, side: Side) -> dict:
+    plan = work / "metrics/plan.json"
+    plan.parent.mkdir(exist_ok=True)
+    plan.write_text(json.dumps({"vram_limit_gb": side.cap_gb}), encoding="utf-8")
+    run_stage(work, "train", train_params(side))
     return json.loads((work / "metrics/train_cost.json").read_text())
 
 
-def theirs(work: Path, library: str, batch: int, packed: bool, dropout: float) -> dict:
+def limit_to(cap_gb: float) -> None:
+    """Limit this process's allocator to a card of `cap_gb`, also for those who ask for its size."""
+    import torch
+
+    from stages.shared.card import hold_to
+    from stages.shared.outputs import GB
+
+    hold_to(cap_gb * GB)
+    size = torch.cuda.get_per_process_memory_fraction() * torch.cuda.mem_get_info()[1]
+
+    def mem_get_info(device=None) -> tuple[int, int]:
+        return int(size - torch.cuda.memory_reserved()), int(size)
+
+    torch.cuda.mem_get_info = mem_get_info
+
+
+def theirs(work: Path, library: str, side: Side) -> dict:
     """One epoch through trl's SFTTrainer (the reference script) or Unsloth's."""
     if library == "unsloth":
         import unsloth  # must come before trl and transformers
@@ -196,6 +244,8 @@ def theirs(work: Path, library: str, batch: int, packed: bool, dropout: float) -
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
+    if side.cap_gb:
+        limit_to(side.cap_gb)
     count = sum(1 for _ in (work / "rows.txt").open()) if (work / "rows.txt").exists() else 1000
     rows = Dataset.from_dict({"input_ids": random_rows(count)})
     peft_config = None
@@ -210,11 +260,12 @@ def theirs(work: Path, library: str, batch: int, packed: bool, dropout: float) -
             model,
             r=RANK,
             lora_alpha=ALPHA,
-            lora_dropout=dropout,
+            lora_dropout=side.dropout,
             target_modules=TARGETS,
             bias="none",
-            use_gradient_checkpointing="unsloth",
+            use_gradient_checkpointing="unsloth" if side.checkpointing else False,
             random_state=SEED,
+            **({"checkpoint_skip_layers": "auto"} if side.checkpointing == "auto" else {}),
         )
     else:
         from peft import LoraConfig
@@ -236,12 +287,12 @@ def theirs(work: Path, library: str, batch: int, packed: bool, dropout: float) -
         peft_config = LoraConfig(
             r=RANK,
             lora_alpha=ALPHA,
-            lora_dropout=dropout,
+            lora_dropout=side.dropout,
             target_modules=TARGETS,
             bias="none",
             task_type="CAUSAL_LM",
         )
-    grouping: dict[str, Any] = {} if packed else {"train_sampling_strategy": "group_by_length"}
+    grouping: dict[str, Any] = {} if side.packed else {"train_sampling_strategy": "group_by_length"}
     trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,
@@ -250,15 +301,15 @@ def theirs(work: Path, library: str, batch: int, packed: bool, dropout: float) -
         args=SFTConfig(
             output_dir=str(work / "out"),
             num_train_epochs=1,
-            per_device_train_batch_size=batch,
+            per_device_train_batch_size=side.batch,
             gradient_accumulation_steps=1,
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",
             weight_decay=0.001,
             max_grad_norm=0.3,
             optim=OPTIMIZER,
-            gradient_checkpointing=True,
-            packing=packed,
+            gradient_checkpointing=bool(side.checkpointing),
+            packing=side.packed,
             max_length=MAX_LENGTH,
             bf16=True,
             logging_steps=1,
@@ -304,10 +355,10 @@ def theirs(work: Path, library: str, batch: int, packed: bool, dropout: float) -
 
 
 def one(work: Path, side: str) -> dict:
-    library, settings = side.split("-")[0], SIDES[side]
+    library = side.split("-")[0]
     if library == "ours":
-        return ours(work, *settings)
-    return theirs(work, library, *settings)
+        return ours(work, SIDES[side])
+    return theirs(work, library, SIDES[side])
 
 
 def profile(work: Path, side: str, steps: int) -> None:
@@ -329,8 +380,7 @@ def profile(work: Path, side: str, steps: int) -> None:
     import yaml
 
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    batch, packed, dropout = SIDES[side]
-    for section, values in train_params(batch, packed, dropout).items():
+    for section, values in train_params(SIDES[side]).items():
         params[section] |= values
     Path("params.yaml").write_text(yaml.safe_dump(params))
     params = load_params()
@@ -421,19 +471,25 @@ def run(work: Path, sides: list[str], out: Path) -> None:
 
 def ratios(runs: list[dict]) -> list[dict]:
     """Ratios of our rate to the others', by medians over the runs on one machine."""
-    rates: dict[str, list[float]] = {}
+    sides: dict[str, list[dict]] = {}
     for found in runs:
-        rates.setdefault(found["side"], []).append(found["tokens_per_second"])
+        sides.setdefault(found["side"], []).append(found)
+
+    def ratio(ours: str, other: str, key: str) -> float:
+        one, another = (statistics.median(r[key] for r in sides[name]) for name in (ours, other))
+        return one / another
+
     return [
         {
             "gpu": runs[0]["gpu"],
             "sides": [ours, other],
-            "runs": [len(rates[ours]), len(rates[other])],
-            "ratio": statistics.median(rates[ours]) / statistics.median(rates[other]),
+            "runs": [len(sides[ours]), len(sides[other])],
+            "ratio": ratio(ours, other, "tokens_per_second"),
+            "steady_ratio": ratio(ours, other, "steady_tokens_per_second"),
         }
         for ours, others in COMPARED.items()
         for other in others
-        if ours in rates and other in rates
+        if ours in sides and other in sides
     ]
 
 

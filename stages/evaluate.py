@@ -117,7 +117,7 @@ def measure(world: World, task: dict) -> dict:
         metrics, scores, cost = evaluate(model, scored, world, streamer)
         peaks = world.gather(memory_metrics())
         if world.first:
-            room = Room(streamer, sizes) if streamer else None
+            room = Room(streamer, sizes, not base._is_stateful) if streamer else None
             found, answer_cost = answer(model, tokenizer, sets, params.evaluate, room)
             cost |= answer_cost
             peaks[0] = memory_metrics()

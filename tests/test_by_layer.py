@@ -1,5 +1,6 @@
 """A model that does not fit is scored layer by layer, in one pass and with equal digits."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 from benchmarks.cards import status
 from benchmarks.random_models import config_of
 from stages.evaluate import evaluate
+from stages.evaluating import generation
 from stages.evaluating.answers import answered
-from stages.evaluating.generation import Room, forecast
+from stages.evaluating.generation import Room, answers, forecast
 from stages.planning.scoring import decoder_of
 from stages.quantize import quantize
 from stages.shared import by_layer, scored_model, streaming
@@ -97,6 +99,29 @@ def test_base_and_tuned_stream_once_each(folders, kind):
         found.append(evaluate(with_random_adapter(peft), {"": rows}, streamer=streamer)[:2])
     assert found[0] == found[1]
     assert streamer.sent == 2 * LAYERS
+
+
+def test_hidden_states_in_host_memory_leave_the_device(folders):
+    """The bytes that the batches keep on the device between two layers."""
+    model, streamer = streamed(folders / "base")
+    rows = torch.tensor([row["input_ids"][:4] for row in ROWS[:2]])
+    inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+    layers = streaming.decoder_layers(model)
+    with torch.no_grad():
+        for room, kept in ((GB, 2 * 4 * model.config.hidden_size * 4), (0.0, 0)):
+            batch = by_layer._Batch(model, layers, inputs, room, streamer.buffers)
+            batch.compute(layers[1], 1)
+            assert batch.hidden.untyped_storage().nbytes() == kept
+
+
+def test_buffers_in_host_memory_are_used_again(folders, monkeypatch):
+    expected = score(load_base(folders / "base", CPU), ROWS, TOKENS)
+    model, streamer = streamed(folders / "base")
+    assert score(model, ROWS, TOKENS, streamer=streamer) == expected
+    first = {buffer.data_ptr() for buffer in streamer.buffers}
+    assert len(first) == len(length_batches(ROWS, TOKENS))
+    assert score(model, ROWS, TOKENS, streamer=streamer) == expected
+    assert {buffer.data_ptr() for buffer in streamer.buffers} == first
 
 
 def test_batches_beyond_the_room_take_another_pass(folders, monkeypatch):
@@ -246,9 +271,27 @@ def test_streamed_answers_are_the_same_and_their_time_is_said(folders, capsys):
     assert sum(tokens) + 1 <= passes <= sum(tokens) + 3
 
 
+def test_long_prompts_are_read_in_chunks_so_that_all_are_answered_at_once(folders, monkeypatch):
+    tokenizer, limit, width = make_tokenizer(folders / "tokenizer"), 5, 30
+    prompts = [[3 + (7 * i + j) % 40 for j in range(width - i)] for i in range(4)]
+    expected = answers(load_base(folders / "base", CPU), tokenizer, prompts, [2], limit)
+    monkeypatch.setattr(generation, "CHUNK_TOKENS", 8)
+    model, streamer = streamed(folders / "base")
+    # Beside the KV cache there is memory for 4 x 9 tokens.
+    sizes = SimpleNamespace(working=4 * 35 + 4 * 9, dequantized=0, token=1, cached=1)
+    room, before = Room(streamer, sizes), streamer.sent
+    assert answers(model, tokenizer, prompts, [2], limit, room) == expected
+    longest = max(answer.tokens + answer.ended for answer in expected)
+    assert (streamer.sent - before) / LAYERS == math.ceil(width / 9) + longest - 1
+    assert room.passes(4, width, limit) == math.ceil(width / 9) + limit - 1
+    # A model with a state of its own reads a prompt at once: two rows of 35 and 30 tokens fit.
+    whole = Room(streamer, sizes, in_chunks=False)
+    assert [len(batch) for batch in generation._batches(prompts, whole, limit)] == [2, 2]
+
+
 def test_what_fewer_samples_would_save_is_said(monkeypatch):
     streamer = SimpleNamespace(room=0.0, bytes=34.2 * GB, pass_seconds=lambda: 1.5)
-    room = Room(streamer, SimpleNamespace(working=130.0, dequantized=30.0, token=0.5, cached=0.5))
+    room = Room(streamer, SimpleNamespace(working=90.0, dequantized=30.0, token=0.5, cached=0.5))
     said = forecast([[0] * 10] * 6, 40, room)
     # Two rows of 50 tokens at once, in three batches, by two models.
     assert "6 prompts are answered 2 at once; each token streams 34.2 GB in about 1.5 s" in said

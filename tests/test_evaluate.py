@@ -16,7 +16,7 @@ from stages.evaluating import answers as scoring
 from stages.evaluating import measures
 from stages.evaluating.answers import answer_metrics, answered, sample, scores_of
 from stages.evaluating.bootstrap import p_value
-from stages.evaluating.generation import Answer, _batches, answers
+from stages.evaluating.generation import Answer, Resident, _batches, answers
 from stages.evaluating.perplexity import perplexity_interval, set_metrics
 from stages.quantize import quantize
 from stages.shared.model import load_base
@@ -144,13 +144,13 @@ def test_an_enormous_loss_has_a_perplexity():
 
 def test_batches_are_bounded_and_hold_every_prompt_once():
     prompts = [[0] * random.Random(i).randrange(1, 40) for i in range(50)]
-    batches = _batches(prompts, 10, 200)
+    batches = _batches(prompts, Resident(200), 10)
     assert sorted(i for batch in batches for i in batch) == list(range(50))
     assert all(len(b) * (max(len(prompts[i]) for i in b) + 10) <= 200 for b in batches)
     assert 50 / len(batches) > 200 / 50 / 2
-    wide = _batches([[0] * 4096] * 9, 10, 2**40)
+    wide = _batches([[0] * 4096] * 9, Resident(2**40), 10)
     assert [len(batch) for batch in wide] == [4, 4, 1]
-    assert _batches([[0] * 500], 10, 200) == [[0]]
+    assert _batches([[0] * 500], Resident(200), 10) == [[0]]
 
 
 def test_answer_ends_at_each_end_token_or_at_the_limit(tuned):

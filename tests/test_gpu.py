@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from bitsandbytes import matmul_4bit
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import LoraConfig, get_peft_model
 from prepared import make_prepared_workspace
@@ -404,6 +405,40 @@ def test_grouped_products_of_packed_experts_are_those_of_dense_ones(monkeypatch,
         y.backward(dy)
         for found, exact in ((y, expected), (x.grad, expected_dx)):
             assert (found.float() - exact).norm() < 0.005 * exact.norm()
+
+
+@pytest.mark.parametrize("shape", [(512, 2048), (4096, 2048), (1024, 4096), (14336, 4096)])
+@pytest.mark.parametrize("tokens", [1, 4, 8, 17, 24, 32])
+def test_products_of_few_tokens_are_right_and_repeat(shape, tokens):
+    """bitsandbytes has kernels of its own for them, without gradients: those of answers, of short
+    rows and of the trial before training."""
+    torch.manual_seed(tokens)
+    weight = (0.02 * torch.randn(shape)).bfloat16().cuda()
+    codes, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    x = torch.randn(tokens, shape[1]).bfloat16().cuda()
+    exact = x.float() @ dequantize_4bit(codes, state).float().T
+    with torch.no_grad():
+        first = matmul_4bit(x, codes.t(), state)
+        assert (first.float() - exact).norm() < 0.01 * exact.norm()
+        for _ in range(300):
+            assert torch.equal(matmul_4bit(x, codes.t(), state), first)
+
+
+def test_grouped_products_repeat_where_most_experts_have_no_token():
+    """As in the trial before training, where all tokens have the same 8 experts."""
+    torch.manual_seed(0)
+    weights = torch.randn(128, 768, 2048).bfloat16().cuda().mT
+    for tokens in (17, 24, 41):
+        counts = torch.tensor([tokens] * 8 + [0] * 120)
+        ends = counts.cumsum(0).int().cuda()
+        x = torch.randn(8 * tokens, 2048).bfloat16().cuda()
+        exact = torch.cat(
+            [a.float() @ w.float() for a, w in zip(x.split(tokens), weights[:8], strict=True)]
+        )
+        first = torch.nn.functional.grouped_mm(x, weights, offs=ends)
+        assert (first.float() - exact).norm() < 0.01 * exact.norm()
+        for _ in range(300):
+            assert torch.equal(torch.nn.functional.grouped_mm(x, weights, offs=ends), first)
 
 
 def test_a_mixture_of_experts_trains_alike_wherever_it_lies(tmp_path):

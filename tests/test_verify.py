@@ -13,7 +13,7 @@ from stages.shared.model import load_base
 from stages.shared.outputs import SUMS, write_sums
 from stages.shared.process import StageError
 from stages.shared.weights import INDEX, SINGLE
-from stages.verifying import agreement
+from stages.verifying import agreement, tensor_check
 from tests.merging import (
     edit_json,
     edit_tensors,
@@ -499,3 +499,17 @@ def test_kl_is_that_of_the_reference_to_the_model(project, monkeypatch):
     right, wrong = (float(torch.cat(each).mean()) for each in directions)
     assert abs(wrong / right - 1) > 0.01
     assert found.mean_kl == pytest.approx(right, rel=1e-4)
+
+
+@pytest.mark.parametrize("values", [2**24, 64, 1])
+def test_a_tensor_is_compared_some_rows_at_a_time(values, monkeypatch):
+    monkeypatch.setattr(tensor_check, "BLOCK_VALUES", values)
+    for shape in ((40, 8), (3, 5, 8), (7,), ()):
+        expected = torch.ones(shape, dtype=torch.bfloat16)
+        assert tensor_check.difference(expected.clone(), expected, expected, None) is None
+        found = expected.clone()
+        found.view(-1)[-1] = 2
+        said = tensor_check.difference(found, expected, expected, None)
+        assert said == f"1 of {found.numel()} values differ"
+        found.view(-1)[0] = torch.nan
+        assert "1 values are NaN" in tensor_check.difference(found, expected, expected, None)

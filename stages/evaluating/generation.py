@@ -1,9 +1,10 @@
 """Greedy answers to prompts in batches of similar length, with a KV cache of bounded size.
 
 With streamed weights, each new token of a batch streams all of them once, so batches are as large
-as memory allows.
+as memory allows: long prompts are read in chunks, each of which takes another pass.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ from stages.shared.text_model import largest_of, number_of
 CACHE_BYTES = {"cuda": 2**31, "cpu": 2**29}
 # Padded prompt tokens of one batch (prefill).
 PROMPT_TOKENS = 16384
+# Tokens of each prompt in the smallest chunk with streamed weights.
+CHUNK_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,46 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Resident:
+    """A resident model, whose KV cache may have `cached` tokens."""
+
+    cached: int
+
+    def fits(self, rows: int, width: int, limit: int) -> bool:
+        """Whether `rows` prompts of `width` tokens and their answers fit at once."""
+        return rows * width <= PROMPT_TOKENS and rows * (width + limit) <= self.cached
+
+
+@dataclass(frozen=True)
 class Room:
-    """The streamer of a model with `sizes`, and how many tokens fit at once in the memory that
-    scoring used and in what is left beside it."""
+    """The streamer of a model with `sizes`, and what fits in the memory that scoring used and in
+    what is left beside it.
+
+    in_chunks  prompts can be read in chunks: all that a layer remembers is in the KV cache
+    """
 
     streamer: Streamer
     sizes: Scored
+    in_chunks: bool = True
 
-    @property
-    def tokens(self) -> int:
+    def fits(self, rows: int, width: int, limit: int) -> bool:
+        """As of Resident."""
+        smallest = min(width, CHUNK_TOKENS) if self.in_chunks else width
+        return rows * smallest <= self._computed(rows, width, limit)
+
+    def chunk(self, rows: int, width: int, limit: int) -> int:
+        """Tokens of each prompt to read at once."""
+        fitting = int(self._computed(rows, width, limit) / rows)
+        return min(width, max(fitting, CHUNK_TOKENS)) if self.in_chunks else width
+
+    def passes(self, rows: int, width: int, limit: int) -> int:
+        """How often the weights are streamed at most."""
+        return math.ceil(width / self.chunk(rows, width, limit)) + limit - 1
+
+    def _computed(self, rows: int, width: int, limit: int) -> float:
+        """Tokens that can be computed at once beside the KV cache."""
         free = self.streamer.room + self.sizes.working - self.sizes.dequantized
-        return int(free / (self.sizes.token + self.sizes.cached))
+        return (free - rows * (width + limit) * self.sizes.cached) / self.sizes.token
 
 
 def answering_bytes(sizes: Scored, sets: dict[str, list[dict]], params: Evaluate) -> float:
@@ -56,17 +88,21 @@ def answering_bytes(sizes: Scored, sets: dict[str, list[dict]], params: Evaluate
 
 def forecast(prompts: list[list[int]], limit: int, room: Room) -> str:
     """How long answering takes at most with streamed weights, and what would shorten it."""
-    batches = _batches(prompts, limit, room.tokens, room.tokens)
+    batches = _batches(prompts, room, limit)
     seconds = room.streamer.pass_seconds()
-    each = 2 * limit * seconds / 60
+    # Of both models.
+    minutes = [
+        2 * seconds / 60 * room.passes(len(batch), len(prompts[batch[0]]), limit)
+        for batch in batches
+    ]
     size = room.streamer.bytes / GB
     said = (
         f"{len(prompts)} prompts are answered {len(batches[0])} at once; each token streams "
-        f"{size:.1f} GB in about {seconds:.2g} s: at most {len(batches) * each:.3g} minutes for "
+        f"{size:.1f} GB in about {seconds:.2g} s: at most {sum(minutes):.3g} minutes for "
         f"{limit} tokens of both models; "
     )
     if len(batches) > 1:
-        return said + f"evaluate.samples: {len(batches[0])} would take at most {each:.3g}"
+        return said + f"evaluate.samples: {len(batches[0])} would take at most {minutes[0]:.3g}"
     return said + "fewer samples take as long, evaluate.samples: 0 none"
 
 
@@ -86,11 +122,9 @@ def answers(
     # The adapter's layers are inside the base model; PEFT's wrapper adds only its own defaults.
     causal = model.get_base_model() if isinstance(model, PeftModel) else model
     found: dict[int, Answer] = {}
-    cached, most = _cached_tokens(causal), PROMPT_TOKENS
-    if room:
-        cached = most = room.tokens
-    for batch in _batches(prompts, limit, cached, most):
-        written = _generate(causal, [prompts[i] for i in batch], ends, limit)
+    for batch in _batches(prompts, room or Resident(_cached_tokens(causal)), limit):
+        chunk = room.chunk(len(batch), len(prompts[batch[0]]), limit) if room else None
+        written = _generate(causal, [prompts[i] for i in batch], ends, limit, chunk)
         for i, ids in zip(batch, written, strict=True):
             end = next((at for at, token in enumerate(ids) if token in ends), None)
             text = tokenizer.decode(ids[:end], skip_special_tokens=True)
@@ -98,16 +132,13 @@ def answers(
     return [found[i] for i in range(len(prompts))]
 
 
-def _batches(
-    prompts: list[list[int]], limit: int, cached: int, most: int = PROMPT_TOKENS
-) -> list[list[int]]:
-    """Indices of `prompts`, longest first, in batches of at most `most` prompt tokens and at most
-    `cached` tokens including answers. A batch has at least one prompt."""
+def _batches(prompts: list[list[int]], room: Resident | Room, limit: int) -> list[list[int]]:
+    """Indices of `prompts`, longest first, in batches that fit in `room` with answers of `limit`
+    tokens. A batch has at least one prompt."""
     batches: list[list[int]] = []
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-        width = len(prompts[batches[-1][0]]) if batches else 0
         rows = len(batches[-1]) + 1 if batches else 0
-        if not batches or rows * width > most or rows * (width + limit) > cached:
+        if not batches or not room.fits(rows, len(prompts[batches[-1][0]]), limit):
             batches.append([])
         batches[-1].append(i)
     return batches
@@ -124,8 +155,13 @@ def _cached_tokens(model) -> int:
 
 
 @torch.no_grad()
-def _generate(model, prompts: list[list[int]], ends: list[int], limit: int) -> list[list[int]]:
-    """New token ids for each prompt, padded after the end token."""
+def _generate(
+    model, prompts: list[list[int]], ends: list[int], limit: int, chunk: int | None
+) -> list[list[int]]:
+    """New token ids for each prompt, padded after the end token.
+
+    chunk  tokens of each prompt to read at once; None: all
+    """
     width = max(map(len, prompts))
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions:
@@ -141,6 +177,7 @@ def _generate(model, prompts: list[list[int]], ends: list[int], limit: int) -> l
         use_cache=True,
         eos_token_id=ends or None,
         pad_token_id=pad,
+        prefill_chunk_size=chunk if chunk and chunk < width else None,
     )
     # The model's own config would fill in unset options, such as a repetition penalty.
     own, model.generation_config = model.generation_config, GenerationConfig()

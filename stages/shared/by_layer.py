@@ -75,7 +75,8 @@ def _by_layer(
             chunk: list[_Batch] = []
             size = next_size = 0.0
             while rest and size + next_size <= CHUNK_BYTES:
-                batch = _Batch(causal, layers, rest.pop(0), streamer.room - size)
+                room = streamer.room - size
+                batch = _Batch(causal, layers, rest.pop(0), room, streamer.buffers)
                 chunk.append(batch)
                 # Sorted, the longest first.
                 size, next_size = size + batch.size, batch.size
@@ -91,13 +92,21 @@ def _by_layer(
 class _Batch:
     """A batch between two layers.
 
-    room  bytes of the device that it may use while other batches compute
+    room     bytes of the device that it may use while other batches compute
+    buffers  unused host memory, from which it takes and to which it returns its buffer: to lock
+             one takes longer than to copy its bytes several times
     """
 
     def __init__(
-        self, causal: PreTrainedModel, layers: torch.nn.ModuleList, inputs: Inputs, room: float
+        self,
+        causal: PreTrainedModel,
+        layers: torch.nn.ModuleList,
+        inputs: Inputs,
+        room: float,
+        buffers: list[torch.Tensor],
     ):
         self.inputs, self.tokens = inputs, inputs["input_ids"].numel()
+        self.buffers, self.buffer = buffers, None
         # (arguments, named arguments) of each layer, with _HIDDEN for the hidden state.
         self.calls: list[tuple[tuple, dict]] = []
         # The hidden state in host memory, if kept there; other return values, if a tuple.
@@ -141,10 +150,9 @@ class _Batch:
                 (tuple(_changed(x, _to(host), copies) for x in args), _on(host, kwargs, copies))
                 for args, kwargs in self.calls
             ]
-            self.host = torch.empty_like(self.hidden, device=host)
-            if causal.device.type == "cuda":
-                # If locking is refused, copies take longer.
-                lock(self.host)
+            size = self.hidden.nbytes
+            self.buffer = _taken(buffers, size, causal.device.type == "cuda")
+            self.host = self.buffer[:size].view(self.hidden.dtype).view(self.hidden.shape)
             self._take(self._output(self.hidden))
 
     def compute(self, layer: torch.nn.Module, i: int) -> None:
@@ -158,6 +166,10 @@ class _Batch:
     def result(self, causal: PreTrainedModel, layers: torch.nn.ModuleList) -> torch.Tensor:
         """The model's last hidden state, computed from the last layer's output."""
         hidden = self._hidden()
+        if self.buffer is not None:
+            # The next copy into it is of the same stream, hence later than the one out of it.
+            self.buffers.append(self.buffer)
+            self.host = self.buffer = None
         output = self._output(hidden)
         unknown = _changed(output, _unknown)
 
@@ -180,7 +192,8 @@ class _Batch:
             return
         # On the computing stream, like all copies here, so that none comes too early.
         self.host.copy_(hidden, non_blocking=True)
-        self.hidden = hidden[:0]
+        # Not a view, which would keep the whole hidden state on the device.
+        self.hidden = hidden.new_empty(0)
 
     def _hidden(self) -> torch.Tensor:
         """The hidden state on the computing device."""
@@ -219,6 +232,18 @@ def _stand_ins(layers: torch.nn.ModuleList, answer: Callable) -> Iterator[None]:
     finally:
         for number, layer in enumerate(own):
             layers[number] = layer
+
+
+def _taken(buffers: list[torch.Tensor], size: int, gpu: bool) -> torch.Tensor:
+    """A buffer of at least `size` bytes, uint8: the smallest of `buffers`, else a new one."""
+    fitting = [i for i, buffer in enumerate(buffers) if buffer.nbytes >= size]
+    if fitting:
+        return buffers.pop(min(fitting, key=lambda i: buffers[i].nbytes))
+    buffer = torch.empty(size, dtype=torch.uint8)
+    if gpu:
+        # If locking is refused, copies take longer.
+        lock(buffer)
+    return buffer
 
 
 def _changed(value: Any, change: Callable, known: dict | None = None) -> Any:

@@ -46,8 +46,9 @@ class Streamer:
     dtype   type to convert to, except 4-bit weights; None to keep the type
     slots   maximum number of buffers on the device
 
-    Two attributes are for scoring (stages/shared/by_layer.py): `room`, bytes of the device for
-    hidden states, and `by_layer`, whether all batches can pass through one layer before the next.
+    Three attributes are for scoring (stages/shared/by_layer.py): `room`, bytes of the device for
+    hidden states, `by_layer`, whether all batches can pass through one layer before the next, and
+    `buffers`, unused ones in host memory.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Streamer:
     ):
         self.source, self.layers = source, layers
         self.room, self.by_layer = 0.0, True
+        self.buffers: list[torch.Tensor] = []
         self.count = len(layers)
         sizes = [layer_bytes(layer, dtype) for layer in layers]
         self.bytes, size = sum(sizes), max(sizes)

@@ -24,6 +24,9 @@ from stages.shared.streaming import Streamer
 from stages.shared.weights import Weights
 from stages.verifying.folder_check import AGAIN
 
+# Values of a tensor that are compared at once.
+BLOCK_VALUES = 2**24
+
 
 def check_tensors(
     merged: Weights,
@@ -75,8 +78,7 @@ def check_tensors(
             delta = module.get_delta_weight("default") if updated else None
             expected = plain if delta is None else plain.clone().add_(delta)
             if not torch.equal(found, expected):
-                slack = rounding_slack(module) if updated else 0
-                fault = difference(found, expected, plain, slack)
+                fault = difference(found, expected, plain, module if updated else None)
                 wrong += [f"{name} ({fault})"] if fault else []
             bar.update(sizes[name] * dtype.itemsize / 1e9)
     if wrong := sorted(fault for of_rank in world.gather(wrong) for fault in of_rank):
@@ -114,25 +116,38 @@ def with_rows(plain: torch.Tensor, module: Any) -> torch.Tensor:
     return plain.index_copy(0, torch.tensor(ids), values.to(plain))
 
 
-def rounding_slack(module: LoraLayer) -> torch.Tensor:
-    """Bound on the difference of two float32 products B A * scaling, [out, in].
+def rounding_slack(module: LoraLayer, rows: slice) -> torch.Tensor:
+    """Bound on the difference of two float32 products B A * scaling, of some rows of [out, in].
 
     Devices sum the r terms in different orders; the error of each sum is at most r 2^-24 times the
     sum of the terms' magnitudes (Higham, Accuracy and Stability, section 3.1).
     """
     a, b = (half.get_parameter("default.weight") for half in (module.lora_A, module.lora_B))
-    return (b.abs() @ a.abs()).mul_(abs(module.scaling["default"]) * 2 * len(a) * 2**-24)
+    return (b[rows].abs() @ a.abs()).mul_(abs(module.scaling["default"]) * 2 * len(a) * 2**-24)
 
 
 def difference(
-    found: torch.Tensor, expected: torch.Tensor, plain: torch.Tensor, slack: torch.Tensor | float
+    found: torch.Tensor, expected: torch.Tensor, plain: torch.Tensor, updated: LoraLayer | None
 ) -> str | None:
-    """What is wrong with a merged tensor, or None if it is within one rounding of its type."""
+    """What is wrong with a merged tensor, or None if it is within one rounding of its type.
+
+    updated  the module that has `plain` for its weight, and whose product was added
+
+    Some rows at a time, since in float32 the largest tensor takes more memory than scoring.
+    """
     info = torch.finfo(found.dtype)
-    ulp = expected.float().abs().mul_(info.eps).clamp_(min=info.smallest_normal * info.eps)
-    # Written so that NaN counts as a difference.
-    count = int((~((found.float() - expected.float()).abs() <= ulp + slack)).sum())
-    if lost := int((~found.isfinite()).sum()):
+    found, expected, plain = torch.atleast_1d(found, expected, plain)
+    lost = count = 0
+    step = max(1, BLOCK_VALUES * len(found) // found.numel()) if found.ndim > 1 else len(found)
+    for start in range(0, len(found), step):
+        rows = slice(start, start + step)
+        own, exact = found[rows].float(), expected[rows].float()
+        ulp = exact.abs().mul_(info.eps).clamp_(min=info.smallest_normal * info.eps)
+        slack = rounding_slack(updated, rows) if updated else 0
+        # Written so that NaN counts as a difference.
+        count += int((~((own - exact).abs() <= ulp + slack)).sum())
+        lost += int((~own.isfinite()).sum())
+    if lost:
         return f"{lost} values are NaN or infinite"
     if count and torch.equal(found, plain):
         return "the adapter was not added"
