@@ -1,5 +1,6 @@
 """Every test runs without a hub, with its caches in a folder of its own."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -39,6 +40,12 @@ LONGEST = [
 def pytest_collection_modifyitems(items):
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+def pytest_collection_finish():
+    """Or each full collection, also of a fork, would go through all that was imported for tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
