@@ -1,6 +1,7 @@
 """Every test runs without a hub, with its caches in a folder of its own."""
 
 import gc
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -48,10 +49,17 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory):
+    """Names of folders that are not there yet; pytest's own lists all others for each."""
+    folder = tmp_path_factory.mktemp("hf")
+    return (str(folder / str(number)) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def isolated(tmp_path_factory, monkeypatch):
+def isolated(caches, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
+    monkeypatch.setenv("HF_HOME", next(caches))
     monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
 
