@@ -11,6 +11,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 # Before torch is imported. In products of tiny matrices a second thread only waits.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Threads of stages that wait for one another would spin on the cores that other tests need.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 # Stages run as `python -m …` from dvc.yaml: the tests' own interpreter must come first.
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 for _role in ("AUTHOR", "COMMITTER"):
