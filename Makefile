@@ -3,8 +3,8 @@ PYTHON ?= python3
 # The CPU build of torch: make repro TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 BASE ?= main
-# Processes that run tests.
-JOBS ?= 2
+# Processes that run tests: one more than two cores, since tests wait for processes that they start.
+JOBS ?= 3
 UPGRADE ?=
 # A file's tests share what they make. Files begin in the order of tests/conftest.py.
 SIDE_BY_SIDE = pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder

@@ -1,5 +1,7 @@
 """Every test runs without the Hub, with its own cache folders."""
 
+import gc
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))
 # Before torch is imported. In products of tiny matrices a second thread only waits.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Threads of stages that wait for one another would spin on the cores that other tests need.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 # Stages run as `python -m …` from dvc.yaml: the tests' own interpreter must come first.
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 for _role in ("AUTHOR", "COMMITTER"):
@@ -41,10 +45,23 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
+def pytest_collection_finish():
+    """Or each full collection, also of a fork, would go through all that was imported for tests."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory):
+    """Names of folders that are not there yet; pytest's own lists all others for each."""
+    folder = tmp_path_factory.mktemp("hf")
+    return (str(folder / str(number)) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def isolated(tmp_path_factory, monkeypatch):
+def isolated(caches, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hf")))
+    monkeypatch.setenv("HF_HOME", next(caches))
     monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
 

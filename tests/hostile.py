@@ -491,7 +491,8 @@ def ask_hub(folder: Path, answers: list[Callable[[socket.socket], object]]) -> N
         }.items():
             if hasattr(module, name):
                 setattr(module, name, value)
-    hub.STALL_SECONDS = 3
+    # What hangs is waited for in full.
+    hub.STALL_SECONDS, bounded.SECONDS = 3, 1.5
 
     def answer(connection: socket.socket, how: Callable[[socket.socket], object]) -> None:
         with contextlib.suppress(OSError), connection:

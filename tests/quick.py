@@ -1,7 +1,7 @@
 """Real stages in processes that start in a second: forked where the libraries are imported.
 
-Only third-party modules are there beforehand. The stage itself, and all of stages/, is imported
-by the new process from its own folder, as `python -m stages.NAME` does.
+Only third-party modules (tests/warm.py) are there beforehand. The stage itself, and all of stages/,
+is imported by the new process from its own folder, as `python -m stages.NAME` does.
 """
 
 import contextlib
@@ -19,11 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-LIBRARIES = ["torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"]
-# What torch and trl import at their first use.
-LIBRARIES += ["torch._dynamo", "trl.trainer.sft_trainer", "pydantic"]
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(LIBRARIES)
+_processes.set_forkserver_preload(["warm"])
 # One thread: tiny models need no more, and many tests may run side by side.
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -116,7 +113,9 @@ def _ensure_running() -> None:
     """Start the server with ENVIRONMENT, which libraries read when they are imported."""
     before = dict(os.environ)
     os.environ.update(ENVIRONMENT)
-    multiprocessing.forkserver.ensure_running()
+    # Where it finds tests/warm.py.
+    with contextlib.chdir(Path(__file__).parent):
+        multiprocessing.forkserver.ensure_running()
     os.environ.clear()
     os.environ.update(before)
 

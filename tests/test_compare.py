@@ -309,6 +309,7 @@ def test_spread_of_three_runs():
     }
 
 
+@pytest.mark.slow
 def test_noise_repeats_the_commit_with_other_seeds(repository):
     must(repository, "git", "checkout", "-q", "-f", "main")
     must(repository, "dvc", "checkout", "-q")

@@ -169,6 +169,7 @@ def test_the_configuration_chooses_the_files(section_of, configs, config, expect
         assert str(error.value).startswith(expected)
 
 
+@pytest.mark.slow
 def test_the_stage_downloads_a_configuration_from_the_hub(tmp_path):
     readme = (
         b"---\nlicense: mit\nconfigs:\n- config_name: en\n  data_files: data/en-*\n---\n# Rows\n"
@@ -206,6 +207,7 @@ def test_the_stage_downloads_a_configuration_from_the_hub(tmp_path):
     assert (record["commit"], record["license"]) == (COMMIT, "mit")
 
 
+@pytest.mark.slow
 def test_each_source_of_a_mix_has_a_folder_and_what_came_is_not_fetched_again(tmp_path):
     rows = [b'{"text": "%s"}\n' % (b"a" * size) for size in (40, 400_000)]
     entry = {"source": "hub", "config": None, "split": None, "share": 0.1}
@@ -358,6 +360,7 @@ def test_the_examples_of_azure_cli(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_default_is_stable_and_opens_no_socket(tmp_path):
     """The real package: the same bytes in every process, and nothing of it is imported."""
     workspace = make_workspace(

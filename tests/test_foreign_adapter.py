@@ -7,19 +7,16 @@ from pathlib import Path
 import pytest
 from merging import edit_tensors, make_adapter
 from quick import Stage, run
-from tiny import make_workspace
 
 pytestmark = pytest.mark.slow
 
-BEFORE = ["fetch_model", "fetch_data", "fetch_retention", "prepare", "plan", "quantize", "train"]
 AFTER = ["evaluate", "merge", "verify", "export"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = make_workspace(tmp_path_factory.mktemp("foreign") / "project")
-    for name in [*BEFORE, *AFTER]:
-        run(name, folder)
+def folder(finished, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("foreign") / "project"
+    shutil.copytree(finished, folder)
     (folder / "own").mkdir()
     for file in ("metrics/report.md", "metrics/summary.json", "models/release/README.md"):
         shutil.move(folder / file, folder / "own" / Path(file).name)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import quick
@@ -80,10 +81,18 @@ class Target:
         self.finished, self.name, self.folder = finished, name, folder
         self.outs = stages(finished)[name]
         self.whole = contents(finished, self.outs)
+
+    @cached_property
+    def seconds(self) -> float:
+        """What the stage takes undisturbed."""
         started = time.monotonic()
-        quick.run(name, before(finished, name, folder), **ENV)
-        self.seconds = time.monotonic() - started
-        self.changes = quick.changes(name, before(finished, name, folder), **ENV)
+        quick.run(self.name, before(self.finished, self.name, self.folder), **ENV)
+        return time.monotonic() - started
+
+    @cached_property
+    def changes(self) -> list[str]:
+        """The changes of files of a run to its end."""
+        return quick.changes(self.name, before(self.finished, self.name, self.folder), **ENV)
 
     def chosen(self, count: int) -> list[int]:
         """`count` changes of files to kill at: around every rename, and spread over the rest."""
