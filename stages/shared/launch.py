@@ -29,7 +29,16 @@ from stages.shared.interrupts import (
 )
 from stages.shared.libraries import load_libraries
 from stages.shared.process import StageError, fault_line, quiet_libraries
-from stages.shared.ranks import ALONE, TIMEOUT, World, host, is_of_waiting, look, put
+from stages.shared.ranks import (
+    ALONE,
+    TIMEOUT,
+    World,
+    host,
+    is_of_waiting,
+    look,
+    put,
+    whole_number,
+)
 
 # Variables of schedulers and MPI, which would make accelerate wait for other processes.
 FOREIGN = ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD")
@@ -55,7 +64,7 @@ def devices() -> list[str]:
         return [""] * int(os.environ.get("CPU_RANKS", "1"))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",")[:count] if visible else [str(i) for i in range(count)]
-    local = int(os.environ.get("LOCAL_RANK", "-1"))
+    local = whole_number("LOCAL_RANK", -1, -1, 1000)
     return names if local < 0 else [names[local % count]]
 
 
