@@ -410,6 +410,22 @@ def indexes() -> Iterator[Hostile]:
             yield Hostile("index", f"{map_name}: {name}", run, True)
 
 
+def retype(folder: Path, dtype: str) -> None:
+    """Give one factor of an adapter another type."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = min(tensors)
+    save_file(tensors | {name: tensors[name].to(getattr(torch, dtype))}, file)
+
+
+def in_place_of(file: str, make: Callable[[Path], object], folder: Path) -> None:
+    (folder / file).unlink()
+    make(folder / file)
+
+
 CATASTROPHIC = r"(([a-z_.0-9])*)*\1X"
 
 
@@ -446,6 +462,13 @@ def adapters() -> Iterator[Hostile]:
         change = functools.partial(edit_in, "adapter_config.json", changes)
         run = functools.partial(read_adapter, change=change)
         yield Hostile("adapter_config.json", name, run, True)
+    for dtype in ("int8", "int64", "bool", "float8_e4m3fn", "complex64"):
+        run = functools.partial(read_adapter, change=functools.partial(retype, dtype=dtype))
+        yield Hostile("adapter_model.safetensors", dtype, run, True)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        for name, make in (("a FIFO", os.mkfifo), ("a folder", os.mkdir)):
+            change = functools.partial(in_place_of, file, make)
+            yield Hostile(file, name, functools.partial(read_adapter, change=change), True)
     for name, content in RAW.items():
         change = functools.partial(write_in, "adapter_config.json", content)
         run = functools.partial(read_adapter, change=change)
