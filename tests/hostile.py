@@ -133,6 +133,20 @@ def model() -> Path:
 
 
 @functools.cache
+def mixture() -> Path:
+    """The same of a mixture of experts."""
+    import torch
+    from moe import moe_config
+    from transformers import AutoModelForCausalLM
+
+    folder = model().parent / "mixture"
+    made = AutoModelForCausalLM.from_config(moe_config("gpt_oss"), dtype=torch.bfloat16)
+    made.save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+@functools.cache
 def adapter():
     """(folder of an adapter, shapes of its base, the base itself)."""
     import torch
@@ -153,12 +167,12 @@ def edit(path: Path, **changes: object) -> None:
 # Each of the following gives a folder to what reads it first.
 
 
-def read_model(folder: Path, change: Callable[[Path], object]) -> None:
+def read_model(folder: Path, change: Callable[[Path], object], of: Path | None = None) -> None:
     from stages.fetching.model_files import check_config, small_files, weight_files
     from stages.fetching.model_sizes import declared_shapes
     from stages.shared.workload import read_model as read_shapes
 
-    shutil.copytree(model(), folder / "m")
+    shutil.copytree(of or model(), folder / "m")
     change(folder / "m")
     files = {f.name: f.stat().st_size for f in (folder / "m").iterdir()}
     small_files(files, "owner/model")
@@ -166,6 +180,21 @@ def read_model(folder: Path, change: Callable[[Path], object]) -> None:
     declared_shapes(folder / "m", "owner/model")
     weight_files(folder / "m", files, "owner/model")
     read_shapes(folder / "m")
+
+
+def read_tensors(folder: Path, name: str, dtype: str) -> None:
+    """A mixture of experts whose files have one tensor more."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from stages.fetching.model_files import check_weights
+    from stages.quantizing.names import check_names
+
+    shutil.copytree(mixture(), folder / "m")
+    file = folder / "m/model.safetensors"
+    save_file(load_file(file) | {name: torch.ones(4).to(getattr(torch, dtype))}, file)
+    check_weights(folder / "m", ["model.safetensors"], "owner/model")
+    check_names(folder / "m")
 
 
 def read_index(folder: Path, content: bytes) -> None:
@@ -319,6 +348,31 @@ def models() -> Iterator[Hostile]:
         yield Hostile("config.json", name, functools.partial(read_model, change=change), True)
 
 
+def mixtures() -> Iterator[Hostile]:
+    for key in ("num_local_experts", "num_experts_per_tok", "quantization_config"):
+        for name, value in {**VALUES, "10^9": 10**9}.items():
+            change = functools.partial(edit_in, "config.json", {key: value})
+            run = functools.partial(read_model, change=change, of=mixture())
+            yield Hostile("mixture", f"{key}: {name}", run)
+    layer = "model.layers.1.mlp.experts"
+    names = {
+        STEERING: False,
+        f"{STEERING}_packed.codes": True,
+        "x_packed.blocks": True,
+        "x.quant_state.bitsandbytes__nf4": True,
+        f"{layer}.gate_up_proj.0.0": True,
+        f"{layer}.{'1' * 5000}.x": True,
+        f"{layer}.{10**400}.gate_proj.weight": None,
+        f"{layer}.gate_up_proj_scales": None,
+        f"{layer}.gate_up_proj": True,
+        "": None,
+    }
+    for name, refused in names.items():
+        for dtype in ("bfloat16", "int8"):
+            run = functools.partial(read_tensors, name=name, dtype=dtype)
+            yield Hostile("mixture", f"{dtype} {name[:60]!r}", run, refused)
+
+
 def tokenizer_changes() -> Iterator[tuple[str, str, Callable[[Path], object]]]:
     """(file, what is done to it, what does it) for the files of a tokenizer."""
     for file in ("tokenizer_config.json", "generation_config.json"):
@@ -354,6 +408,22 @@ def indexes() -> Iterator[Hostile]:
             content = json.dumps({"weight_map": weight_map}).encode()
             run = functools.partial(read_index, content=content)
             yield Hostile("index", f"{map_name}: {name}", run, True)
+
+
+def retype(folder: Path, dtype: str) -> None:
+    """Give one factor of an adapter another type."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = min(tensors)
+    save_file(tensors | {name: tensors[name].to(getattr(torch, dtype))}, file)
+
+
+def in_place_of(file: str, make: Callable[[Path], object], folder: Path) -> None:
+    (folder / file).unlink()
+    make(folder / file)
 
 
 CATASTROPHIC = r"(([a-z_.0-9])*)*\1X"
@@ -392,6 +462,13 @@ def adapters() -> Iterator[Hostile]:
         change = functools.partial(edit_in, "adapter_config.json", changes)
         run = functools.partial(read_adapter, change=change)
         yield Hostile("adapter_config.json", name, run, True)
+    for dtype in ("int8", "int64", "bool", "float8_e4m3fn", "complex64"):
+        run = functools.partial(read_adapter, change=functools.partial(retype, dtype=dtype))
+        yield Hostile("adapter_model.safetensors", dtype, run, True)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        for name, make in (("a FIFO", os.mkfifo), ("a folder", os.mkdir)):
+            change = functools.partial(in_place_of, file, make)
+            yield Hostile(file, name, functools.partial(read_adapter, change=change), True)
     for name, content in RAW.items():
         change = functools.partial(write_in, "adapter_config.json", content)
         run = functools.partial(read_adapter, change=change)
@@ -739,6 +816,7 @@ def screens() -> Iterator[Hostile]:
 
 KINDS = (
     models,
+    mixtures,
     indexes,
     adapters,
     adapters_tokenizers,

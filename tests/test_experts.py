@@ -18,6 +18,7 @@ from transformers.core_model_loading import MergeModulelist
 
 from stages.planning.scoring import decoder_of
 from stages.quantize import link, nf4, quantize
+from stages.quantizing.names import check_names
 from stages.shared import packed
 from stages.shared.base_bytes import weights_bytes
 from stages.shared.experts import OWN_CODE, check_converter, expert_stacks, expert_tensors
@@ -175,6 +176,19 @@ def test_an_expert_that_is_missing_is_refused(tmp_path, form, parts, said):
     with pytest.raises(StageError, match=re.escape(said)):
         form(tmp_path / "base", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64], ids=str)
+def test_an_expert_of_another_type_is_refused(tmp_path, dtype):
+    model = AutoModelForCausalLM.from_config(moe_config("qwen3_moe"), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    file, key = tmp_path / "model.safetensors", "model.layers.0.mlp.experts.3.up_proj.weight"
+    tensors = load_file(file)
+    save_file(tensors | {key: tensors[key].to(dtype)}, file, metadata={"format": "pt"})
+    with pytest.raises(
+        StageError, match=rf"{re.escape(key)} is \w+, not a float type: the weights"
+    ):
+        check_names(tmp_path)
 
 
 def test_a_conversion_that_merge_cannot_undo_is_refused_by_name():

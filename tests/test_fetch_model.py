@@ -136,6 +136,11 @@ def cut(folder):
         file.truncate(1000)
 
 
+def name_long(folder):
+    tensors = load_file(folder / SHARDS[0])
+    save_file(tensors | {f"x.{'1' * 5000}.y": torch.ones(1)}, folder / SHARDS[0])
+
+
 def swap_shards(folder):
     (folder / SHARDS[0]).rename(folder / "x")
     (folder / SHARDS[1]).rename(folder / SHARDS[0])
@@ -247,6 +252,7 @@ REFUSED = {
         edit(INDEX, weight_map={"a": "pytorch_model.bin"}),
         f"tiny: {INDEX} names pytorch_model.bin, which is missing or not safetensors",
     ),
+    "long name": (name_long, f"tiny: {SHARDS[0]} has a tensor whose name has 5004 characters ("),
     "shard truncated": (cut, f"tiny: {SHARDS[1]} is damaged or truncated ("),
     "attention": (
         edit("config.json", attn_implementation="kernels-community/flash-attn2"),

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 # Of each kind; those that refuse only a tokenizer or a template take seconds and have fewer.
 TRIED = 12
-SLOW_KINDS = {"template": 4, "tokenizer.json": 5, "Parquet": 6, "screen": 4}
+SLOW_KINDS = {"mixture": 4, "template": 4, "tokenizer.json": 5, "Parquet": 6, "screen": 4}
 
 
 def chosen() -> list[hostile.Hostile]:

@@ -209,7 +209,7 @@ def test_a_second_machine_that_a_step_does_not_feed_is_sent_home(first, joiner):
 @pytest.mark.parametrize(
     ("env", "line"),
     [
-        ({"MACHINES": "two"}, "MACHINES is 'two' but must be a number of machines"),
+        ({"MACHINES": "two"}, "MACHINES is .two. but must be a whole number from 1"),
         ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK is 1: only the process with RANK 0 runs"),
     ],
 )

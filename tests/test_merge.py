@@ -271,6 +271,10 @@ def add(key, *shape):
     return factors(lambda t: t.update({f"base_model.model.{key}": torch.zeros(*shape)}))
 
 
+def folder_as(name):
+    return lambda adapter: [(adapter / name).unlink(), (adapter / name).mkdir()]
+
+
 def truncate(adapter):
     (adapter / ADAPTER).write_bytes((adapter / ADAPTER).read_bytes()[:-100])
 
@@ -316,6 +320,12 @@ REFUSED = [
     (config(r=8), "model.layers.0.mlp.down_proj: lora_A is 4 x 128 and must be 8 x 128 (rank 8"),
     (factors(other_base), f"{Q}: lora_A is 4 x 96 and must be 4 x 64"),
     (factors(lambda t: t.update({A: t[A].T.contiguous()})), "64 x 4 and must"),
+    (
+        factors(lambda t: t.update({B: t[B].to(torch.int8)})),
+        "lora_B.weight is I8, not a float",
+    ),
+    (folder_as("adapter_config.json"), "adapter_config.json: not a file"),
+    (folder_as(ADAPTER), "adapter_model.safetensors: not a file"),
     (factors(rename), f"self_attn.qq_proj: the base has no such module (nearest: {Q}"),
     (factors(lambda t: t.pop(A)), f"{Q}: lora_A is missing"),
     (factors(lambda t: t.pop(B)), f"{Q}: lora_B is missing"),

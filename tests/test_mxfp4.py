@@ -12,6 +12,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from stages.fetching.model_files import check_config
 from stages.quantize import link, quantize
+from stages.quantizing.names import check_names
 from stages.shared import packed
 from stages.shared.base_bytes import expert_bytes, weights_bytes
 from stages.shared.model import load_base
@@ -117,6 +118,27 @@ def test_blocks_of_another_shape_are_refused(base, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(StageError, match=r"the files lack .*experts.down_proj of the model"):
         quantize(tmp_path, tmp_path / "out", double_quant=True)
+
+
+@pytest.mark.parametrize("part", ["blocks", "scales"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.bfloat16], ids=str)
+def test_parts_of_another_type_are_refused(base, tmp_path, part, dtype):
+    tensors = load_file(base / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
+    key = f"{STACK}.down_proj_{part}"
+    save_file(tensors | {key: tensors[key].to(dtype)}, tmp_path / "model.safetensors")
+    with pytest.raises(StageError, match=rf"down_proj_{part} is \w+ and not U8, as MXFP4 is"):
+        check_names(tmp_path)
+
+
+def test_experts_that_are_there_twice_are_refused(base, tmp_path):
+    tensors = load_file(base / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
+    blocks = tensors[f"{STACK}.down_proj_blocks"]
+    dense = torch.zeros(len(blocks), blocks.shape[2] * 32, blocks.shape[1], dtype=torch.bfloat16)
+    save_file(tensors | {f"{STACK}.down_proj": dense}, tmp_path / "model.safetensors")
+    with pytest.raises(StageError, match=r"have \S+down_proj both as it is and in MXFP4; remove"):
+        check_names(tmp_path)
 
 
 def test_no_other_quantized_model_is_taken(base, tmp_path):

@@ -86,6 +86,14 @@ def renamed(old, new):
     return rename
 
 
+def added(name):
+    return lambda tensors: tensors.update({name: torch.ones(8)})
+
+
+def retyped(name, dtype):
+    return lambda tensors: tensors.update({name: tensors[name].to(dtype)})
+
+
 def cut(tensors):
     tensors["model.norm.weight"] = torch.ones(8)
 
@@ -119,6 +127,31 @@ REFUSED = {
         "the files lack lm_head.weight, model.embed_tokens.weight, model.layers.0.input_layernorm."
         "weight and 18 more of the model; they call model.embed_tokens.weight "
         "language_model.model.embed_tokens.weight: rename the tensors in a copy",
+    ),
+    "a name of packed experts": (
+        added("x_packed.codes"),
+        {},
+        "x_packed.codes has a name that this pipeline gives to quantized weights; remove it from",
+    ),
+    "a name of an expert": (
+        added("model.layers.1.mlp.experts.gate_up_proj.0.0"),
+        {},
+        "model.layers.1.mlp.experts.gate_up_proj.0.0 has a name that this pipeline gives to",
+    ),
+    "a name of NF4": (
+        added("x.quant_state.bitsandbytes__nf4"),
+        {},
+        "x.quant_state.bitsandbytes__nf4 has a name that this pipeline gives to quantized weights",
+    ),
+    "a name that steers a screen": (
+        added("\x1b[2J_packed.codes"),
+        {},
+        "\x1b[2J_packed.codes has a name that this pipeline gives to quantized weights; remove it",
+    ),
+    "whole numbers": (
+        retyped("model.norm.weight", torch.int8),
+        {},
+        "model.norm.weight is I8, not a float type: the weights are quantized in a form that is",
     ),
     "shape": (cut, {}, "model.norm.weight is (8,) in the files and (64,) in config.json; one of"),
 }
@@ -169,13 +202,13 @@ def test_left_over_weights_are_named_where_transformers_would_warn(tmp_path, cap
     edit_tensors(tmp_path / "base", lambda tensors: tensors.update(EXTRA))
     (tmp_path / "out").mkdir()
     link(tmp_path / "base", tmp_path / "out")
-    said = "quantize: not part of the model, and without effect: model.extra.weight\n"
+    said = "quantize: not part of the model, and without effect: \\x1b[2J, model.extra.weight\n"
     assert capsys.readouterr().out == said
 
 
 # Every old checkpoint of Llama contains them.
 OLD = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
-EXTRA = {"model.extra.weight": torch.ones(8, 8)}
+EXTRA = {"model.extra.weight": torch.ones(8, 8), "\x1b[2J": torch.ones(8)}
 
 
 def test_a_model_with_left_over_weights_is_merged_and_verified(tmp_path):

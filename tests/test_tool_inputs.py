@@ -67,7 +67,7 @@ WRONG_YAML = [
     "k: 1 #" + "x" * 2_000_000,
 ]
 # Each file is read by the same function.
-SOME_YAML = ["[1]", "", "a: [", BOMB]
+SOME_YAML = ["[1]", "", "a: [", BOMB, f"a: 0x{'f' * 5000}", f"? 1{'0' * 400}\n: a"]
 WRONG_JSON = ["[1]", "5", '"text"', "null", "NaN", "", "{", "\x00", b"\xff", "[" * 100_000]
 OUT = "stages: {{evaluate: {{outs: [{}]}}}}"
 WRONG = {

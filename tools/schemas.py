@@ -155,8 +155,8 @@ def read_yaml(content: bytes, schema: TypeAdapter[T], where: str) -> T:
         raise StageError(f"{where}: not YAML: {_first_line(error)}") from None
     except RecursionError:
         raise StageError(f"{where}: not YAML: nested too deeply") from None
-    if _is_endless(value):
-        raise StageError(f"{where}: its aliases expand to more than {MOST_VALUES:,} values")
+    if why := _unusable(value):
+        raise StageError(f"{where}: {why}")
     return held_to(schema, value, where)
 
 
@@ -170,15 +170,20 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def _is_endless(value: Any) -> bool:
+def _unusable(value: Any) -> str | None:
+    """Why no tool can use a parsed value; None if nothing is wrong."""
     waiting, seen = [value], 0
     while waiting:
         one = waiting.pop()
         seen += 1
         if seen > MOST_VALUES:
-            return True
+            return f"its aliases expand to more than {MOST_VALUES:,} values"
+        # YAML's hexadecimal ones may have more digits than Python prints.
+        if isinstance(one, int) and one.bit_length() > 64:
+            return "a number has more than 64 bits"
         if isinstance(one, dict):
+            waiting += one
             waiting += one.values()
         elif isinstance(one, list | set | tuple):
             waiting += one
-    return False
+    return None

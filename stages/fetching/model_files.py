@@ -18,6 +18,7 @@ from stages.shared.foreign import Foreign, check_name, held_to, read_object
 from stages.shared.loading import TokenIds, check_tokenizer
 from stages.shared.multimodal import MULTIMODAL
 from stages.shared.process import StageError
+from stages.shared.screen import brief
 
 # Fetched beside the weights: config, tokenizer, templates, processors, licence. No README and no
 # code.
@@ -27,6 +28,8 @@ _TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 ANOTHER = "choose another model"
 AGAIN = "download the whole model again"
 COPY = "fix it in a copy of the model, with model.source: local"
+# Longer than any, and the numbers in it are ones that Python converts.
+LONGEST_NAME = 1000
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 
 
@@ -153,6 +156,11 @@ def check_weights(folder: Path, names: list[str], id: str) -> None:
                 tensors |= dict.fromkeys(file.keys(), name)
         except SafetensorError as error:
             raise StageError(f"{id}: {name} is damaged or truncated ({error}); {AGAIN}") from None
+    if long := [tensor for tensor in tensors if len(tensor) > LONGEST_NAME]:
+        raise StageError(
+            f"{id}: {tensors[long[0]]} has a tensor whose name has {len(long[0])} characters "
+            f"({brief(long[0])}); {ANOTHER}"
+        )
     if names != [SINGLE]:
         for tensor, shard in _weight_map(folder, id).items():
             if tensors.get(tensor) != shard:

@@ -6,10 +6,11 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from stages.shared.experts import expert_tensors, part_of, stored_packed
+from stages.shared.experts import PACKED, expert_tensors, part_of, stored_packed
 from stages.shared.linears import quantized_linears
 from stages.shared.mxfp4 import GROUP
 from stages.shared.process import StageError
+from stages.shared.screen import tell
 from stages.shared.text_model import (
     is_multimodal,
     kept_in_float32,
@@ -17,6 +18,7 @@ from stages.shared.text_model import (
     language_names,
     loading_report,
 )
+from stages.shared.weights import NF4_STATE, TYPES
 
 
 @dataclass(frozen=True)
@@ -62,19 +64,26 @@ def check_names(folder: Path) -> Names:
             f"{folder}: {name} is {tuple(found)} in the files and {tuple(expected)} in "
             "config.json; one of them belongs to another model"
         )
-    keys = {}
+    keys, letters = {}, {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
-                keys[key] = tuple(tensors.get_slice(key).get_shape())
-    packed = packed_parts(folder, model, keys)
+                part = tensors.get_slice(key)
+                keys[key], letters[key] = tuple(part.get_shape()), part.get_dtype()
+    for key in sorted(keys):
+        if f"{PACKED}." in key or key.endswith(NF4_STATE) or part_of(key):
+            raise StageError(
+                f"{folder}: {key} has a name that this pipeline gives to quantized weights; remove "
+                "it from a copy, with model.source: local, or choose another model"
+            )
+    packed = packed_parts(folder, model, keys, letters)
     left = sorted(report["unexpected_keys"] - packed.keys())
     if missing := sorted(
         name for name in report["missing_keys"] if not stored_packed(name).keys() <= packed.keys()
     ):
         raise StageError(_missing(folder, model, missing, left))
     if left:
-        print(f"quantize: not part of the model, and without effect: {_shown(left)}")
+        tell(f"quantize: not part of the model, and without effect: {_shown(left)}")
     of = language_names(model, set(keys)) | packed
     if is_multimodal(model.config):
         language = language_model(model.config)
@@ -83,6 +92,7 @@ def check_names(folder: Path) -> Names:
         language = model
         # Of no module: carried along.
         of |= {key: key for key in keys.keys() - of.keys() if key not in of.values()}
+    check_types(folder, language, of, letters)
     wanted = {f"{name}.weight" for name in quantized_linears(language)}
     if renamed := sorted(wanted - set(of.values())):
         raise StageError(
@@ -96,8 +106,28 @@ def check_names(folder: Path) -> Names:
     return Names(of, wanted, experts, kept, set(packed.values()), apart)
 
 
-def packed_parts(folder: Path, model: PreTrainedModel, shapes: dict[str, tuple]) -> dict[str, str]:
-    """By name in the files, of which `shapes` are, what parts of packed experts are called here.
+def check_types(
+    folder: Path, model: PreTrainedModel, of: dict[str, str], letters: dict[str, str]
+) -> None:
+    """Raise StageError if a tensor that becomes a parameter of `model` is not of a float type.
+
+    of       by name in the files, the names here
+    letters  the types by name in the files, as safetensors calls them
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for key, name in sorted(of.items()):
+        if letters[key] not in TYPES and (name in parameters or part_of(name)):
+            raise StageError(
+                f"{folder}: {key} is {letters[key]}, not a float type: the weights are quantized "
+                "in a form that is not supported; choose their 16-bit original"
+            )
+
+
+def packed_parts(
+    folder: Path, model: PreTrainedModel, shapes: dict[str, tuple], letters: dict[str, str]
+) -> dict[str, str]:
+    """By name in the files, of which `shapes` and types are given, what parts of packed experts are
+    called here.
 
     Raises StageError where they do not make the model's tensors.
     """
@@ -114,6 +144,16 @@ def packed_parts(folder: Path, model: PreTrainedModel, shapes: dict[str, tuple])
                     f"{folder}: {key} is {shapes[key]} in the files and {expected} by config.json; "
                     "one of the two is of another model"
                 )
+            if letters[key] != "U8":
+                raise StageError(
+                    f"{folder}: {key} is {letters[key]} and not U8, as MXFP4 is; download the "
+                    "whole model again, or choose another"
+                )
+        if name in shapes:
+            raise StageError(
+                f"{folder}: the files have {name} both as it is and in MXFP4; remove one of the "
+                "two from a copy, with model.source: local"
+            )
         found |= parts
     return found
 

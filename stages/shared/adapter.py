@@ -27,6 +27,7 @@ from stages.shared.foreign import Foreign, held_to, read_object
 from stages.shared.outputs import SUMS, check_sums
 from stages.shared.process import StageError
 from stages.shared.screen import brief
+from stages.shared.weights import TYPES
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
@@ -292,9 +293,16 @@ def factor_shapes(
     """Shape of every factor by module and half (A or B), and of the trained rows by module. Raises
     StageError."""
     shapes, rows = {}, {}
+    if (folder / WEIGHTS).exists() and not (folder / WEIGHTS).is_file():
+        raise StageError(f"{folder / WEIGHTS}: not a file")
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (safe_open is not a dict)
+                if (letters := tensors.get_slice(key).get_dtype()) not in TYPES:
+                    raise StageError(
+                        f"{folder / WEIGHTS}: {key} is {letters}, not a float type; an adapter "
+                        "that is quantized is not supported"
+                    )
                 if of_rows := ROWS.fullmatch(key):
                     rows[of_rows["module"]] = tuple(tensors.get_slice(key).get_shape())
                     continue

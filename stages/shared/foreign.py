@@ -2,6 +2,7 @@
 
 import json
 import re
+import stat
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -47,8 +48,12 @@ def _parsed(content: bytes, where: str) -> Any:
 def read_object(path: Path, where: str | None = None) -> dict:
     """The JSON object in `path`; `where` names it in errors. Raises StageError."""
     where = where or str(path)
-    if (size := path.stat().st_size) > _LARGEST:
-        raise StageError(f"{where}: {size / 1e6:.0f} MB are too large for this file")
+    found = path.stat()
+    # Opening a FIFO would wait for ever.
+    if not stat.S_ISREG(found.st_mode):
+        raise StageError(f"{where}: not a file")
+    if found.st_size > _LARGEST:
+        raise StageError(f"{where}: {found.st_size / 1e6:.0f} MB are too large for this file")
     return read_json(path.read_bytes(), dict, where)
 
 

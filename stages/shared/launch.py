@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from stages.shared.interrupts import kill_oneself
-from stages.shared.ranks import ALONE, host, put
+from stages.shared.ranks import ALONE, host, put, whole_number
 from stages.shared.watching import Ended, Ranks
 
 # Variables of schedulers and MPI, which would make accelerate wait for other processes.
@@ -34,7 +34,7 @@ def devices() -> list[str]:
         return [""] * int(os.environ.get("CPU_RANKS", "1"))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",")[:count] if visible else [str(i) for i in range(count)]
-    local = int(os.environ.get("LOCAL_RANK", "-1"))
+    local = whole_number("LOCAL_RANK", -1, -1, 1000)
     return names if local < 0 else [names[local % count]]
 
 

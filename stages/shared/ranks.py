@@ -6,6 +6,7 @@ ranks, each with the environment of torchrun.
 
 import json
 import os
+import re
 import socket
 from collections.abc import Iterable
 from datetime import timedelta
@@ -13,6 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from stages.shared.process import StageError
+from stages.shared.screen import brief
 
 # Timeout for other ranks. The variable is for tests of ranks that hang.
 TIMEOUT = timedelta(seconds=float(os.environ.get("RANKS_TIMEOUT", "300")))
@@ -92,6 +96,21 @@ def is_of_waiting(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_WAITING)
+
+
+def whole_number(variable: str, otherwise: int, least: int, most: int) -> int:
+    """The whole number in an environment variable, or `otherwise` where it is unset or empty.
+
+    Raises StageError if it is none from `least` to `most`.
+    """
+    text = os.environ.get(variable) or str(otherwise)
+    # Longer ones Python may refuse to convert.
+    number = int(text) if re.fullmatch("-?[0-9]{1,18}", text) else None
+    if number is None or not least <= number <= most:
+        raise StageError(
+            f"{variable} is {brief(text)} but must be a whole number from {least} to {most:,}"
+        )
+    return number
 
 
 def host(address: str = "127.0.0.1", port: int = 0, everywhere: bool = False) -> dist.TCPStore:

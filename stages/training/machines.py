@@ -12,36 +12,50 @@ import socket
 import subprocess
 import time
 from importlib import metadata
+from typing import Annotated, TypeVar
 
+from pydantic import Field
+
+from stages.shared.foreign import Foreign, held_to
 from stages.shared.outputs import SUMS
 from stages.shared.params import Params, load_params
 from stages.shared.paths import PREPARED, QUANTIZED
 from stages.shared.process import StageError, code_files, recorded, sha256
-from stages.shared.ranks import connect, host, look, put
+from stages.shared.ranks import connect, host, look, put, whole_number
 
 # torchrun's default.
 PORT = 29500
+MOST_RANKS = 100_000
+T = TypeVar("T")
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
+Facts = dict[str, str]
+Devices = Annotated[int, Field(ge=1, le=MOST_RANKS)]
 # Inputs that a joining machine may pull from a DVC remote.
 WEIGHTS_AND_ROWS = (PREPARED, QUANTIZED)
 
 
+class Part(Foreign):
+    """A machine's ranks: `count` from `first` on, of `size`; `key` of the run, a file name."""
+
+    first: Annotated[int, Field(ge=0, le=MOST_RANKS)]
+    count: Annotated[int, Field(ge=0, le=MOST_RANKS)]
+    size: Annotated[int, Field(ge=1, le=MOST_RANKS)]
+    key: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+
+
 def how_many() -> int:
     """Number of machines that train together. Raises StageError if this is not the first."""
-    if int(os.environ.get("RANK", "0")):
+    if whole_number("RANK", 0, 0, MOST_RANKS):
         raise StageError(
             f"RANK is {os.environ['RANK']}: only the process with RANK 0 runs dvc repro; "
             "run python -m tools.join in the others"
         )
-    number = os.environ.get("MACHINES") or os.environ.get("WORLD_SIZE") or "1"
-    if not number.isdecimal() or not int(number):
-        raise StageError(f"MACHINES is {number!r} but must be a number of machines, 1 or more")
-    return int(number)
+    return whole_number("MACHINES", whole_number("WORLD_SIZE", 1, 1, MOST_RANKS), 1, MOST_RANKS)
 
 
 def where() -> tuple[str, int]:
     """Address and port of the first machine."""
-    port = int(os.environ.get("MASTER_PORT") or PORT)
+    port = whole_number("MASTER_PORT", PORT, 1, 65535)
     if address := os.environ.get("MASTER_ADDR"):
         return address, port
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -53,7 +67,16 @@ def where() -> tuple[str, int]:
             return "127.0.0.1", port
 
 
-def describe(params: Params) -> dict[str, str]:
+def said(store, key: str, schema: type[T]) -> T | None:
+    """What another machine put into `store` as `key`; None if nothing yet. Raises StageError."""
+    try:
+        value = look(store, key)
+    except (ValueError, RecursionError):
+        raise StageError(f"the other machine's {key}: not JSON") from None
+    return None if value is None else held_to(schema, value, f"the other machine's {key}")
+
+
+def describe(params: Params) -> Facts:
     """Name -> short text of everything that decides the result, to compare between machines."""
     trained = json.dumps(params.model_dump(include={"seed", "lora", "train"})).encode()
     code = b"".join(path.read_bytes() for path in code_files("train"))
@@ -76,16 +99,16 @@ def _commit() -> str:
     return found.stdout.strip() or "none"
 
 
-def differences(here: dict[str, str], first: dict[str, str]) -> list[str]:
+def differences(here: Facts, first: Facts) -> list[str]:
     """What differs between the two machines."""
     return [
         f"{name} (here {here.get(name, 'missing')[:12]}, there {value[:12]})"
-        for name, value in first.items()
+        for name, value in (dict.fromkeys(here, "missing") | first).items()
         if here.get(name) != value
     ]
 
 
-def wait_for(machines: int, facts: dict[str, str]):
+def wait_for(machines: int, facts: Facts):
     """The store, and the devices of the `machines` - 1 others by their number, once all are here.
 
     Raises StageError where the port is taken.
@@ -112,7 +135,7 @@ def wait_for(machines: int, facts: dict[str, str]):
     while len(joined) < machines - 1:
         time.sleep(0.1)
         for number in range(1, max(machines, store.add("numbers", 0) + 1)):
-            if number not in joined and (devices := look(store, f"machine {number}")):
+            if number not in joined and (devices := said(store, f"machine {number}", Devices)):
                 joined[number] = devices
     return store, joined
 
@@ -132,19 +155,19 @@ def assign(store, joined: dict[int, int], own: int, size: int, key: str) -> list
     return firsts
 
 
-def join(store, devices: int) -> dict:
-    """Join the run of the first machine; returns first, count, size and key."""
-    rank = int(os.environ.get("RANK", "0"))
+def join(store, devices: int) -> Part:
+    """Join the run of the first machine; returns this machine's part in it."""
+    rank = whole_number("RANK", 0, 0, MOST_RANKS)
     number = rank or store.add("numbers", 1)
     put(store, f"machine {number}", devices)
-    while (ranks := look(store, f"ranks of {number}")) is None:
+    while (part := said(store, f"ranks of {number}", Part)) is None:
         time.sleep(0.1)
-    return ranks
+    return part
 
 
-def check_same(store) -> None:
+def check_same(first: Facts) -> None:
     """Raise StageError unless this machine has the same inputs as the first."""
-    if wrong := differences(describe(load_params()), look(store, "facts")):
+    if wrong := differences(describe(load_params()), first):
         raise StageError(
             f"the first machine differs in {', '.join(wrong)}; check out the same commit on "
             "both, with the same params.yaml, and on the first machine: dvc push"
