@@ -8,6 +8,7 @@ import yaml
 from datasets import Dataset
 from families import FAMILIES
 from transformers import masking_utils
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from stages.shared import own_logits
 from stages.shared.fast_path import FastPath
@@ -179,6 +180,18 @@ def test_fused_layers_that_compute_something_else_give_way_to_those_of_peft(
             if "lora_B" in name:
                 parameter.data.fill_(0.05)
     assert loss_of(trainer) == loss_of(plain)
+
+
+def test_fused_layers_are_held_to_those_of_peft_as_they_train(build, capsys, monkeypatch):
+    """Without gradients bitsandbytes computes by kernels that training never uses."""
+    right = LlamaRMSNorm.forward
+    monkeypatch.setattr(
+        LlamaRMSNorm,
+        "forward",
+        lambda self, x: right(self, x) * (1 if torch.is_grad_enabled() and x.requires_grad else 2),
+    )
+    build(FUSED)
+    assert "they differ" not in capsys.readouterr().out
 
 
 def test_scoring_that_has_other_logits_than_the_model_is_refused(tmp_path, monkeypatch):

@@ -96,9 +96,10 @@ class Trial:
         """Fuse the layers of `model`; whether they give what PEFT's do. If not, PEFT's are back."""
         before = {module: vars(module).get("forward") for module in model.modules()}
         with _random_updates(model):
-            expected = logits_alone(model, self.rows)
+            # With gradients too: bitsandbytes has other kernels for products without.
+            expected = _with_gradients(model, self.rows, backward=False)
             fuse()
-            found = self._fault(lambda: _trained_once(model, self.rows), expected)
+            found = self._fault(lambda: _with_gradients(model, self.rows, backward=True), expected)
             model.zero_grad(set_to_none=True)
         if found:
             for module, forward in before.items():
@@ -141,14 +142,24 @@ def _fused_chances(causal: torch.nn.Module, rows: list[list[int]]) -> torch.Tens
     return torch.cat(found)
 
 
-def _trained_once(model: PeftModel, rows: list[list[int]]) -> torch.Tensor:
-    """As logits_alone, with the backward pass, which some code of families does not bear."""
+def _with_gradients(model: PeftModel, rows: list[list[int]], backward: bool) -> torch.Tensor:
+    """As logits_alone, computed as in training; `backward` runs the backward pass too, which some
+    code of families does not bear."""
     found = []
-    for row in rows:
-        with as_trained(model) as device, torch.enable_grad():
-            logits = model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0]
-            logits.float().sum().backward()
-        found.append(logits.detach().float())
+    # As checkpointing has it: otherwise the first products are computed without gradients.
+    learns = model.get_input_embeddings().register_forward_hook(
+        lambda *args: args[2].requires_grad_()
+    )
+    try:
+        for row in rows:
+            with as_trained(model) as device, torch.enable_grad():
+                ids = torch.tensor([row], device=device)
+                logits = model(input_ids=ids, use_cache=False).logits[0]
+                if backward:
+                    logits.float().sum().backward()
+            found.append(logits.detach().float())
+    finally:
+        learns.remove()
     return torch.cat(found)
 
 
