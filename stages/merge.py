@@ -36,8 +36,7 @@ from tqdm import tqdm
 from stages.merging.companions import tokenizer_folder, write_companions
 from stages.shared.adapter import (
     WEIGHTS,
-    Rows,
-    Update,
+    Change,
     check_adapter_sums,
     read_adapter,
     rows_needed,
@@ -69,7 +68,7 @@ class Sources(NamedTuple):
 
     weights: Weights
     shards: dict[str, list[str]]
-    updates: dict[str, Update | Rows]
+    updates: dict[str, Change]
     base: Weights
     copied: set[str]
 

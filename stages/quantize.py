@@ -40,7 +40,7 @@ from transformers import BitsAndBytesConfig
 
 from stages.quantizing.names import Names, check_names
 from stages.shared.device import memory_metrics, pick_device
-from stages.shared.experts import packed_name, part_of
+from stages.shared.experts import packed_name, part_of, width_refused
 from stages.shared.mxfp4 import STORAGE
 from stages.shared.paths import BASE, QUANTIZED
 from stages.shared.provenance import provenance
@@ -125,10 +125,7 @@ class Stacks:
         """The packed form of the model's tensor that `name` completes; nothing before."""
         tensor, expert, piece = part_of(name) or (name, None, 0)
         if weight.shape[-1] % BLOCK:
-            raise StageError(
-                f"{name} has rows of {weight.shape[-1]} values, no multiple of {BLOCK}: experts of "
-                "this width cannot be quantized; set quantize.type: none"
-            )
+            raise StageError(width_refused(name, weight.shape[-1]))
         waiting = self.waiting.setdefault(tensor, {})
         if expert is None:
             waiting |= {(i, 0): self._packed(each) for i, each in enumerate(weight)}

@@ -85,6 +85,14 @@ def part_of(name: str) -> tuple[str, int, int] | None:
     return (match["tensor"], int(match["expert"]), int(match["piece"])) if match else None
 
 
+def width_refused(name: str, width: int) -> str:
+    """The message about experts that NF4 cannot hold."""
+    return (
+        f"{name} has rows of {width} values, no multiple of 64: experts of this width cannot be "
+        "quantized; set quantize.type: none"
+    )
+
+
 def checkpoint_part(tensor: str, key: str, pattern: str, converter: Any) -> str:
     """The name here of a checkpoint's tensor `key`, of which transformers' `converter` makes a part
     of `tensor`; `pattern` is the one that it found. Raises StageError where that is not known."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from stages.shared.adapter import Rows, Update
+from stages.shared.adapter import Change, Rows
 from stages.shared.embeddings import mean_row
 from stages.shared.process import StageError
 from stages.shared.weights import Weights, row_blocks
@@ -39,20 +39,21 @@ class RowBlock(NamedTuple):
 def merged_rows(
     weights: Weights,
     name: str,
-    update: Update | Rows | None,
+    update: Change | None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Iterator[RowBlock]:
     """Yield the tensor `name` with its update in row blocks, computed on all cores.
 
     The order of operations is that of `weight.data += delta` in peft/tuners/lora/layer.py: the
-    weight rounded to `dtype`, plus (B A) * scaling in float32, rounded once.
+    weight rounded to `dtype`, plus (B A) * scaling in float32, rounded once. Of experts PEFT rounds
+    the product to `dtype` as well.
     """
     if isinstance(update, Rows):
         yield from _with_rows(weights, name, update, dtype)
         return
     if update:
-        a, b = update.factors(device)
+        deltas = update.deltas(device)
     elif name not in weights.nf4:
         device = torch.device("cpu")  # Nothing to compute.
     read = weights.reader(name, device)
@@ -60,7 +61,9 @@ def merged_rows(
     def merged(block: slice) -> RowBlock:
         part = read(block)
         if update:
-            exact = (b[block] @ a).mul_(update.scaling)
+            exact = deltas(block)
+            if update.rounded_first:
+                exact = exact.to(dtype).float()
             exact += part.to(dtype)
         else:
             exact = part
@@ -69,7 +72,7 @@ def merged_rows(
     yield from _in_order(merged, row_blocks(weights.shapes[name], device))
 
 
-def merged_shape(weights: Weights, name: str, update: Update | Rows | None) -> tuple[int, ...]:
+def merged_shape(weights: Weights, name: str, update: Change | None) -> tuple[int, ...]:
     """That of the merged tensor: rows of new tokens may come to the base's."""
     rows, *width = weights.shapes[name]
     return (max(rows, update.count) if isinstance(update, Rows) else rows, *width)

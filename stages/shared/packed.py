@@ -15,6 +15,7 @@ addition takes part.
 """
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 from types import MethodType
 from typing import Any
@@ -45,6 +46,12 @@ class Groups:
         """[E + 1]: the first row of each expert, and the number of rows. Waits for the device."""
         return [0, *self.ends.tolist()]
 
+    @property
+    def chosen(self) -> list[tuple[int, int, int]]:
+        """(expert, first row, end) of those that have rows. Waits for the device."""
+        ranges = zip(range(len(self.ends)), self.bounds, self.bounds[1:], strict=False)
+        return [each for each in ranges if each[1] < each[2]]
+
 
 class Packed(nn.Module):
     """The weights of all experts in one product of a layer, of whatever storage.
@@ -58,6 +65,8 @@ class Packed(nn.Module):
     transposed = False
     # Tensors of the checkpoint in an expert's: 2 where gate and up are two.
     pieces = 1
+    # (result, rows, groups) -> the result with an adapter's part (stages/shared/expert_lora.py).
+    added: Callable[[torch.Tensor, torch.Tensor, Groups], torch.Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -68,7 +77,8 @@ class Packed(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor, groups: Groups) -> torch.Tensor:
-        return _Product.apply(x, self, groups)
+        y = _Product.apply(x, self, groups)
+        return self.added(y, x, groups) if self.added else y
 
 
 class Nf4Experts(Packed):
@@ -176,7 +186,7 @@ def _grouped(x: torch.Tensor, packed: Packed, groups: Groups, turned: bool) -> t
     chunk = max(1, CHUNK_BYTES // (a * b * x.dtype.itemsize))
     if fused and chunk >= experts:
         weights = packed.dense(0, experts, x.dtype)
-        return _grouped_mm(x, weights.mT if turned else weights, groups.ends)
+        return grouped_mm(x, weights.mT if turned else weights, groups.ends)
     # Rows of no expert do not exist: every one is written.
     y, bounds = x.new_empty(len(x), a if turned else b), groups.bounds
     for first in range(0, experts, chunk):
@@ -187,7 +197,7 @@ def _grouped(x: torch.Tensor, packed: Packed, groups: Groups, turned: bool) -> t
         weights = packed.dense(first, last, x.dtype)
         weights = weights.mT if turned else weights
         if fused:
-            y[start:end] = _grouped_mm(x[start:end], weights, groups.ends[first:last] - start)
+            y[start:end] = grouped_mm(x[start:end], weights, groups.ends[first:last] - start)
             continue
         for weight, low, high in zip(weights, bounds[first:], bounds[first + 1 :], strict=False):
             if low < high:
@@ -195,7 +205,7 @@ def _grouped(x: torch.Tensor, packed: Packed, groups: Groups, turned: bool) -> t
     return y
 
 
-def _grouped_mm(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def grouped_mm(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     return nn.functional.grouped_mm(x, weights, offs=ends)
 
 

@@ -30,8 +30,10 @@ recomputes the rest.
 Experts. A router gives each token k of E experts of width J, so that their rows are k times the
 tokens. Saved for one token of one layer are the router's scores 10E, and k times what lies
 between the products (of SwiGLU 6J: gate and up 4J, the activated gate 2J; counted by running it)
-and the result before it is weighted, 2H. All experts of a product are in
-16 bit at once, CHUNK_BYTES of them at most (stages/shared/packed.py).
+and the result before it is weighted, 2H; in which order the rows lie, and the choice and the
+weights of the router, 24 for each of k. With adapters on experts (r values more for each row and
+column of every expert) what the two products read is kept too, k (2H + 2J), and x A^T. All
+experts of a product are in 16 bit at once, CHUNK_BYTES of them at most (stages/shared/packed.py).
 
 Output head. trl scores the learned tokens in tiles of 4,096 x 32,768 and never makes the logits of
 all of them (trl/kernels/chunked_logprob.py).
@@ -130,6 +132,7 @@ class Shape:
     shared_width: int = 0
     float32_parameters: int = 0
     sinks: bool = False
+    own_code: bool = False  # its experts, in transformers
     mxfp4: bool = False  # experts come in MXFP4, and stay so
 
     @property
@@ -173,6 +176,7 @@ class Training:
     liger: bool  # Liger's RMSNorm, RoPE and SwiGLU
     fused_lora: bool  # stages/training/fused_lora.py
     token_rows: int = 0  # of the embeddings and the head
+    experts: bool = False  # experts have adapters
 
 
 def adapted(shape: Shape, targets: frozenset[str]) -> list[Linear]:
@@ -185,9 +189,15 @@ def adapter_parameters(shape: Shape, rank: int, targets: frozenset[str]) -> int:
     return sum(rank * (x.inputs + x.outputs) for x in adapted(shape, targets))
 
 
+def expert_adapter_parameters(shape: Shape, rank: int) -> int:
+    """Those of LoRA on all experts (stages/shared/expert_lora.py)."""
+    return sum(rank * x.count * (x.rows + x.columns) for x in shape.experts)
+
+
 def trained_parameters(shape: Shape, run: Training) -> int:
     """Those of the adapter, with rows of the embeddings (stages/training/token_rows.py)."""
-    return adapter_parameters(shape, run.rank, run.targets) + run.token_rows * shape.hidden
+    count = adapter_parameters(shape, run.rank, run.targets) + run.token_rows * shape.hidden
+    return count + (expert_adapter_parameters(shape, run.rank) if run.experts else 0)
 
 
 def weights_bytes(shape: Shape, method: str, double_quant: bool) -> float:
@@ -256,7 +266,9 @@ def experts_saved(shape: Shape, run: Training) -> float:
     h, i = shape.hidden, shape.expert_width
     scores = 10 * max(each.count for each in shape.experts)
     of_16_bit = 0 if run.method == "qlora" else 2 * h + 2 * i
-    each = shape.gate_bytes + 2 * h + of_16_bit
+    ordered = 24
+    adapter = 2 * h + 2 * i + 4 * run.rank if run.experts else 0
+    each = shape.gate_bytes + 2 * h + of_16_bit + ordered + adapter
     shared = 8 * shape.shared_width + (2 * h if shape.shared_width else 0)
     return norm_saved(h, run) + scores + shape.chosen * each + shared
 
@@ -265,13 +277,16 @@ def experts_working(shape: Shape, run: Training) -> float:
     """`mlp_working` of a layer of experts: rows are counted once for each expert of a token."""
     h, i, rows = shape.hidden, shape.expert_width, run.tokens * shape.chosen
     dequantized = dequantized_bytes(shape, run)
+    factors = max((run.rank * x.count * (x.rows + x.columns) for x in shape.experts), default=0)
+    # In 16 bit, with their gradients, beside the gradient of what they read.
+    adapter = 4.0 * factors + 2 * max(h, i) * rows if run.experts else 0.0
     return 2.0 * h * run.tokens + max(
         # Backward through the weighted sum: the results' gradient, weighted, and the weights'.
         6 * h * rows,
         # Through the activation: gradients of all that it kept, and of gate and up.
         (shape.gate_bytes + 4 * i) * rows,
         # Through the products: what comes, what goes, and a chunk of experts.
-        max(2 * h + 2 * i, 4 * i + 2 * h) * rows + dequantized,
+        max(2 * h + 2 * i, 4 * i + 2 * h) * rows + max(dequantized, adapter),
     )
 
 

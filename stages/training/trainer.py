@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from stages.shared.adapted import check_adapted, lost_elsewhere, targets_as_written
 from stages.shared.embeddings import names_of_embeddings
+from stages.shared.expert_lora import stand_ins, target_parameters, use_factors, wrapper_names
 from stages.shared.experts import expert_stacks
 from stages.shared.fast_path import FastPath, plain_layers
 from stages.shared.linears import adaptable_linears, targets_of, unadaptable_linears
@@ -152,6 +153,7 @@ def lora_config(
         use_rslora=lora.scaling == "rslora",
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
+        target_parameters=target_parameters(model) if model and lora.experts else None,
         trainable_token_indices={name: list(trained) for name in names} or None,
         bias="none",
         task_type="CAUSAL_LM",
@@ -205,7 +207,8 @@ def build_trainer(
     if dropped := leave_out_attention_dropout(model):
         print(f"train: the base's attention_dropout ({dropped:g}) is left out")
     targets = targets_of(params.lora.target_modules, adaptable_linears(model))
-    with targets_as_written():
+    experts = wrapper_names(model) if params.lora.experts else set()
+    with targets_as_written(), stand_ins(model):
         trainer = Trainer(
             model=model,
             args=trainer_config(model, data, params, fast, placement, folder),
@@ -214,8 +217,12 @@ def build_trainer(
             peft_config=lora_config(params.lora, model, data.trained),
             world=world,
         )
+    use_factors(trainer.model)
     check_adapted(
-        trainer.model, targets, "lora.target_modules", "name modules that it takes as they are"
+        trainer.model,
+        targets | experts,
+        "lora.target_modules",
+        "name modules that it takes as they are",
     )
     tell_lost(model.config.model_type, targets)
     assert trainer.args.train_batch_size == params.train.batch_size

@@ -4,7 +4,7 @@ The expected values come from the model as loaded by transformers and PEFT, so t
 itself are found.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -23,6 +23,9 @@ from stages.shared.ranks import ALONE, World
 from stages.shared.streaming import Streamer
 from stages.shared.weights import Weights
 from stages.verifying.folder_check import AGAIN
+
+# Values of the experts that are compared at once.
+AT_ONCE = 2**26
 
 
 def check_tensors(
@@ -48,15 +51,15 @@ def check_tensors(
     total = sum(sizes.values()) * dtype.itemsize / 1e9
     with tqdm(total=total, unit="GB", desc="tensors", disable=None) as bar:
         for name in names:
+            if len(merged.shapes[name]) == 3 or packed_of(modules, name):
+                faults = expert_faults(name, merged, modules, source, device, streamer)
+                wrong += [f"{name} ({fault})" for fault in faults][:1]
+                bar.update(sizes[name] * dtype.itemsize / 1e9)
+                continue
             found = merged.read(name).to(device)
             module: Any = modules.get(name.rpartition(".")[0])
             updated = isinstance(module, LoraLayer) and name.endswith(".weight")
-            if experts := packed_of(modules, name):
-                stack, of_name = experts
-                if streamer and (enter := streamer.entrance(next(stack.parameters()))):
-                    enter()
-                plain = of_name(stack).to(dtype)
-            elif name in source.nf4:
+            if name in source.nf4:
                 plain = module.base_layer.weight if updated else module.weight
                 if streamer and (enter := streamer.entrance(plain)):
                     enter()
@@ -86,23 +89,80 @@ def check_tensors(
         )
 
 
-def packed_of(
-    modules: dict[str, torch.nn.Module], name: str
-) -> tuple[Packed, Callable[[Packed], torch.Tensor]] | None:
-    """Of a tensor of experts, the module that has them packed, and how to have it in bfloat16."""
-    tensor, expert, piece = part_of(name) or (name, None, 0)
-    stack: Any = modules.get(packed_name(tensor))
-    if not isinstance(stack, Packed):
-        return None
+def expert_faults(
+    name: str,
+    merged: Weights,
+    modules: dict[str, torch.nn.Module],
+    source: Weights,
+    device: torch.device,
+    streamer: Streamer | None,
+) -> Iterator[str]:
+    """What is wrong with a tensor of experts, of one [out, in] or of all [E, a, b], some of which
+    are compared at a time."""
+    read, shape = merged.reader(name, device), merged.shapes[name]
+    whole = len(shape) == 3
+    _, expert, piece = part_of(name) or (name, 0, 0)
+    packed = packed_of(modules, name)
+    plain_of = None if packed else source.reader(name, device)
+    if packed and streamer and (enter := streamer.entrance(next(packed.parameters()))):
+        enter()
+    experts = shape[0] if whole else 1
+    step = max(1, AT_ONCE // torch.Size(shape[1:] if whole else shape).numel())
+    for first in range(0, experts, step):
+        last = min(first + step, experts)
+        found = read(slice(first, last) if whole else slice(0, shape[0]))
+        if not packed:
+            assert plain_of is not None  # By the same condition.
+            plain, delta = plain_of(slice(first, last)).to(found.dtype), None
+        else:
+            block = (first, last) if whole else (expert, expert + 1)
+            plain = packed.dense(*block, torch.bfloat16).to(found.dtype)
+            delta, slack = expert_delta(packed, *block, found.dtype)
+            if not whole:
+                pieces = (
+                    None if x is None else x[0].chunk(packed.pieces)[piece]
+                    for x in (plain, delta, slack)
+                )
+                plain, delta, slack = pieces
+        expected = plain if delta is None else plain + delta
+        if not torch.equal(found, expected):
+            fault = difference(found, expected, plain, 0 if delta is None else slack)
+            if fault:
+                yield fault
 
-    def found(stack: Packed) -> torch.Tensor:
-        if expert is None:
-            every = range(stack.shape[0])
-            return torch.cat([stack.dense(e, e + 1, torch.bfloat16) for e in every])
-        rows = stack.dense(expert, expert + 1, torch.bfloat16)[0]
-        return rows.chunk(stack.pieces)[piece]
 
-    return stack, found
+def expert_delta(
+    packed: Packed, first: int, last: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """What PEFT adds to experts [first, last), as its ParamWrapper computes it, in the weight's
+    type, and how much another device's may differ from it."""
+    if packed.added is None:
+        return None, None
+    wrapper: Any = packed.added.wrapper  # type: ignore[attr-defined]  # Factors
+    count = wrapper.num_experts
+    a, b = (
+        half.get_parameter("default.weight").detach() for half in (wrapper.lora_A, wrapper.lora_B)
+    )
+    a = a.reshape(count, -1, a.shape[-1])[first:last]
+    b = b.reshape(len(b), -1, count)[..., first:last]
+    form = "o r e, e r i -> e o i" if wrapper._did_swap_in_out_features else "o r e, e r i -> e i o"
+    scaling = wrapper.scaling["default"]
+    delta = (torch.einsum(form, b, a) * scaling).to(dtype)
+    slack = torch.einsum(form, b.abs(), a.abs()) * (abs(scaling) * 2 * a.shape[1] * 2**-24)
+    # Another sum may be rounded to the value beside.
+    return delta, slack.add_(delta.float().abs(), alpha=torch.finfo(dtype).eps)
+
+
+def packed_of(modules: dict[str, torch.nn.Module], name: str) -> Packed | None:
+    """Of a tensor of experts the module that has them packed."""
+    tensor, *_ = part_of(name) or (name,)
+    owner, _, key = packed_name(tensor).rpartition(".")
+    stack: Any = modules.get(owner)
+    if isinstance(stack, LoraLayer):
+        # As PEFT nests those of an adapter around it.
+        stack = stack.get_base_layer()
+    packed = getattr(stack, key, None)
+    return packed if isinstance(packed, Packed) else None
 
 
 def with_rows(plain: torch.Tensor, module: Any) -> torch.Tensor:
