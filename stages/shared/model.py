@@ -13,7 +13,9 @@ from transformers.utils import logging
 from stages.shared.adapted import check_adapted, targets_as_written
 from stages.shared.adapter import factor_shapes
 from stages.shared.expert_lora import stand_ins, use_factors
+from stages.shared.experts import expert_stacks
 from stages.shared.nf4 import unpack_odd_layers
+from stages.shared.packed import pin_experts
 from stages.shared.packed_model import holds_packed, load_packed
 from stages.shared.placement import SLOTS
 from stages.shared.process import StageError
@@ -88,9 +90,12 @@ def _stored(
 ) -> PreTrainedModel:
     if holds_packed(folder):
         return load_packed(folder, device, attention)
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, device_map={"": device}, attn_implementation=attention
     )
+    if expert_stacks(model):
+        pin_experts(model)
+    return model
 
 
 def computed_in(device: torch.device) -> torch.dtype:

@@ -33,6 +33,8 @@ from stages.shared.vram import CHUNK_BYTES
 
 # The name under which transformers knows the forward pass below.
 IMPLEMENTATION = "packed"
+# That of its own grouped products under another name, by which it leaves them in place.
+PINNED = "pinned"
 
 
 class Groups:
@@ -280,6 +282,7 @@ def llama4_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+ALL_EXPERTS_FUNCTIONS.register(PINNED, ALL_EXPERTS_FUNCTIONS["grouped_mm"])
 
 
 def put_packed(model: PreTrainedModel, name: str, packed: Packed) -> None:
@@ -301,6 +304,13 @@ def parameters_of(model: Any) -> tuple[int, int]:
     packed = [module for module in model.modules() if isinstance(module, Packed)]
     stored = sum(parameter.numel() for module in packed for parameter in module.parameters(False))
     return trained, all_of_them + sum(math.prod(module.shape) for module in packed) - stored
+
+
+def pin_experts(model: PreTrainedModel) -> None:
+    """Let experts in 16 bit compute alike wherever they do: transformers would take another code
+    for the answers on a GPU than for scoring."""
+    if getattr(model.config, "_experts_implementation", None) == "grouped_mm":
+        model.set_experts_implementation(PINNED)
 
 
 def compute_packed(model: PreTrainedModel) -> None:

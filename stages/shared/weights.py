@@ -43,6 +43,8 @@ WIDTHS = {letters: dtype.itemsize for letters, dtype in _READ.items()}
 # Values of one block: 1 MB in float32, which stays in the processor's cache. Blocks four times as
 # large took 30 % longer, most of it in page faults.
 BLOCK_VALUES = 2**18
+# Of experts on a GPU, where a block is several: 256 MB in float32.
+EXPERT_VALUES = 2**26
 # With fewer rows a matrix product may take another kernel than the whole and round differently; and
 # NF4 has one scale for 64 values, which begin where a block of so many rows does.
 UNIT_ROWS = 64
@@ -326,13 +328,15 @@ def row_blocks(shape: tuple[int, ...], device: torch.device) -> list[slice]:
     """Row blocks of like size for a tensor of `shape`; on a GPU one, the whole.
 
     cuBLAS picks its kernel by the shape, so a block could differ from the whole product. Of three
-    dimensions the first counts experts, each a block at the most.
+    dimensions the first counts experts, which are multiplied one by one: on a GPU as many make a
+    block as EXPERT_VALUES hold, and at least one.
     """
     rows, values = shape[0] if shape else 1, torch.Size(shape).numel()
     unit = 1 if len(shape) > 2 else UNIT_ROWS
     units, count = rows // unit, 1
     if device.type == "cpu" or unit == 1:
-        count = max(1, min(-(-values // BLOCK_VALUES), units))
+        most = BLOCK_VALUES if device.type == "cpu" else EXPERT_VALUES
+        count = max(1, min(-(-values // most), units))
     bounds = [unit * (units * i // count) for i in range(count)]
     return [slice(a, b) for a, b in pairwise([*bounds, rows])]
 
