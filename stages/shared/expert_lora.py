@@ -1,16 +1,16 @@
-"""LoRA on the experts of a mixture, in the form that PEFT itself loads and merges.
+"""LoRA on packed experts, in PEFT's own format.
 
-PEFT adapts a tensor [E, a, b] of a layer's experts as a bare parameter (its target_parameters). It
-wraps the module that owns the parameter, and keeps A [E r, in], where the r rows of an expert are
-together, and B [out, r E], where the expert changes fastest. In training it would add the product
-B A to the whole tensor, which packed experts do not have. So:
+PEFT adapts the stacked tensor [E, a, b] of a layer's experts as a parameter (target_parameters): it
+wraps the module that owns the parameter and keeps A [E r, in], with the r rows of an expert
+together, and B [out, r E], with the expert as the fastest index. Its forward pass adds B A to the
+whole tensor, which packed experts do not have. So:
 
-- while PEFT places its wrappers, an empty parameter of the right shape stands where the packed
-  experts are (`stand_ins`);
-- afterwards the wrappers only hold the factors, and each product of the packed experts adds
-  scaling * B A x of every row's own expert (`use_factors`).
+- While PEFT adds its wrappers, each packed tensor has a placeholder parameter of its shape without
+  memory (`stand_ins`).
+- Afterwards the wrappers only hold the factors. Each product of the packed experts adds
+  scaling * B A x for every row's own expert (`use_factors`).
 
-Names and shapes in the adapter's file are PEFT's own, since PEFT made them.
+PEFT creates the factors, so the names and shapes in the adapter's file are its own.
 """
 
 from collections.abc import Iterator
@@ -22,15 +22,16 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from stages.shared.experts import PACKED, expert_stacks
+from stages.shared.experts import PACKED, expert_stacks, packed_name
 from stages.shared.packed import Groups, Packed, grouped_mm
+from stages.shared.process import StageError
 
-# Rows of a grouped product on a GPU must begin at multiples of 16 bytes.
+# Rows in a grouped product on a GPU must be aligned to 16 bytes.
 ALIGNED = 8
 
 
 def packed_tensors(model: nn.Module) -> dict[str, Packed]:
-    """By the name of the tensor that each stands for, the packed experts of `model`."""
+    """The packed experts of `model`, by the name of the tensor that each replaces."""
     return {
         f"{name}.{key.removesuffix(PACKED)}_proj": child
         for name, stack in expert_stacks(model).items()
@@ -40,13 +41,12 @@ def packed_tensors(model: nn.Module) -> dict[str, Packed]:
 
 
 def target_parameters(model: nn.Module) -> list[str]:
-    """The tensors of all experts of `model`, in PEFT's words."""
+    """PEFT's target_parameters for all experts of `model`."""
     return sorted({".".join(name.split(".")[-2:]) for name in packed_tensors(model)})
 
 
 def wrapper_names(model: nn.Module) -> set[str]:
-    """What PEFT calls the modules that will hold the factors: one for each tensor of a stack, each
-    around the one before."""
+    """Names of the wrappers that PEFT adds: one for each tensor of a module, nested."""
     stacks = [name.rpartition(".")[0] for name in packed_tensors(model)]
     return {
         stack + ".base_layer" * depth for stack in stacks for depth in range(stacks.count(stack))
@@ -55,8 +55,7 @@ def wrapper_names(model: nn.Module) -> set[str]:
 
 @contextmanager
 def stand_ins(model: nn.Module) -> Iterator[None]:
-    """Within it the packed experts of `model` have a parameter each of the tensor's shape, without
-    memory, for PEFT to find."""
+    """Give each packed tensor of `model` a placeholder parameter of its shape for PEFT to find."""
     placed: list[tuple[nn.Module, str]] = []
     for name, packed in packed_tensors(model).items():
         owner, _, key = name.rpartition(".")
@@ -73,11 +72,19 @@ def stand_ins(model: nn.Module) -> Iterator[None]:
 
 
 def use_factors(model: nn.Module) -> None:
-    """Let the packed experts of `model` add what PEFT's wrappers hold for them."""
+    """Make the packed experts of `model` add the low-rank products of PEFT's wrappers.
+
+    Raises StageError if `model` has LoRA on experts that are not packed.
+    """
     for wrapper in model.modules():
         if isinstance(wrapper, ParamWrapper):
             stack = wrapper.get_base_layer()
-            packed = getattr(stack, f"{wrapper.parameter_name.removesuffix('_proj')}{PACKED}")
+            packed = getattr(stack, packed_name(wrapper.parameter_name), None)
+            if packed is None:
+                raise StageError(
+                    f"the adapter has LoRA on {wrapper.parameter_name} of experts, which needs "
+                    "quantize.type: nf4"
+                )
             packed.added = Factors(wrapper)
             wrapper.forward = MethodType(_pass_on, wrapper)  # type: ignore[method-assign]
 
@@ -87,7 +94,8 @@ def _pass_on(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 class Factors:
-    """What is added to one product of all experts. No module, so that the factors have one name."""
+    """Adds the low-rank part to one product of all experts. Not a module, or PyTorch would list
+    the factors under a second name."""
 
     def __init__(self, wrapper: ParamWrapper):
         self.wrapper = wrapper
@@ -102,15 +110,14 @@ class Factors:
         return a.view(experts, -1, a.shape[1]), b.view(len(b), -1, experts).permute(2, 0, 1)
 
     def __call__(self, y: torch.Tensor, x: torch.Tensor, groups: Groups) -> torch.Tensor:
-        """y [n, out] with the adapter's part for rows x [n, in], sorted by expert."""
+        """y [n, out] plus the low-rank product of rows x [n, in], sorted by expert."""
         if self.wrapper.disable_adapters:
             return y
         return y + _LowRank.apply(x, *self.stacked(), self.wrapper.scaling["default"], groups)
 
 
 class _LowRank(torch.autograd.Function):
-    """scaling * B A x of each row's expert. In the type of the base's product, as autocast has
-    it; sums over a row's terms are float32 within a product."""
+    """scaling * B A x for each row's expert, in autocast's dtype like the base's product."""
 
     @staticmethod
     def forward(ctx, x, a, b, scaling, groups):
@@ -135,12 +142,12 @@ class _LowRank(torch.autograd.Function):
 
 
 def _scaled(b: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:
-    """scaling * B, rounded once, an expert's values together."""
+    """scaling * B, rounded once and contiguous by expert."""
     return (scaling * b).to(dtype).contiguous()
 
 
 def _each(x: torch.Tensor, weights: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """Rows x [n, p] of each expert times its weight [E, p, q]: [n, q]."""
+    """Multiply each expert's rows of x [n, p] by its weight of [E, p, q]: [n, q]."""
     if _fused(x, *weights.shape[1:]):
         return grouped_mm(x, weights, groups.ends)
     y = x.new_empty(len(x), weights.shape[-1])
@@ -153,7 +160,7 @@ def _outer(u: torch.Tensor, v: torch.Tensor, groups: Groups) -> torch.Tensor:
     """u^T v over each expert's rows, of u [n, p] and v [n, q]: [E, p, q], zero without rows."""
     if _fused(u, u.shape[1], v.shape[1]):
         found = grouped_mm(u.mT, v, groups.ends)
-        # torch leaves what it finds in memory there on some cards (pytorch/pytorch#172439).
+        # On some GPUs torch leaves these uninitialized (pytorch/pytorch#172439).
         empty = groups.ends.diff(prepend=groups.ends.new_zeros(1)) == 0
         return found.masked_fill_(empty[:, None, None], 0)
     found = u.new_zeros(len(groups.ends), u.shape[1], v.shape[1])

@@ -1,9 +1,9 @@
-"""LoRA on experts in an adapter's file: which tensor each factor is of, and what is added to it.
+"""Reads LoRA on experts from an adapter's file and computes what merge adds to each tensor.
 
-PEFT nests a wrapper for each adapted tensor of a layer's experts around the module that owns them:
-the first tensor's factors are at the innermost name (experts.base_layer), the last one's at the
-module's own (experts). A is [E r, in], the rows of an expert together, and B [out, r E], where the
-expert changes fastest.
+PEFT nests one wrapper per adapted tensor around the module that owns the experts. The factors of
+the first tensor have the innermost name (experts.base_layer), those of the last the module's own
+(experts). A is [E r, in], with the r rows of an expert together; B is [out, r E], with the expert
+as the fastest index.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,10 +21,10 @@ from stages.shared.text_model import language_model, read_config
 
 @dataclass(frozen=True)
 class Target:
-    """One tensor [count, a, b] of a layer's experts that PEFT adapts, and how the checkpoint has
-    it: in `parts` for each expert, 0 where it is one tensor.
+    """A stacked tensor [count, a, b] of a layer's experts that PEFT adapts.
 
-    turned  it is [count, in, out], not [count, out, in]
+    turned  whether it is [count, in, out] instead of [count, out, in]
+    parts   number of checkpoint tensors per expert; 0 if the checkpoint has the stack
     """
 
     tensor: str
@@ -40,8 +40,8 @@ class Target:
 
 @dataclass(frozen=True)
 class ExpertUpdate:
-    """The low-rank update of one tensor of the checkpoint, still on disk: `rows` of one `expert`,
-    or all experts [E, a, b] where that is None."""
+    """The low-rank update of one checkpoint tensor, still on disk: of `rows` of one `expert`, or of
+    all experts [E, a, b] if `expert` is None."""
 
     file: Path
     module: str
@@ -51,11 +51,11 @@ class ExpertUpdate:
     expert: int | None = None
     rows: tuple[int, int] = (0, 0)
 
-    # PEFT rounds the product to the weight's type before it adds it.
+    # PEFT rounds this product to the weight's dtype before adding it.
     rounded_first = True
 
     def deltas(self, device: torch.device) -> Callable[[slice], torch.Tensor]:
-        """A function that gives scaling * B A for a block of the tensor's rows, float32."""
+        """A function that returns scaling * B A for a block of the tensor's rows, in float32."""
         a, b = (_factor(self.file, self.module, half) for half in "AB")
 
         def of(expert: int, rows: slice) -> torch.Tensor:
@@ -73,7 +73,7 @@ class ExpertUpdate:
 
 @lru_cache(maxsize=4)
 def _factor(file: Path, module: str, half: str) -> torch.Tensor:
-    """A or B of all experts in float32; the tensors of a layer's experts come one after another."""
+    """A or B of all experts in float32. Cached, since the tensors of a layer are merged in turn."""
     with safe_open(file, framework="pt") as tensors:
         return tensors.get_tensor(f"base_model.model.{module}.lora_{half}.weight").float()
 
@@ -81,9 +81,14 @@ def _factor(file: Path, module: str, half: str) -> torch.Tensor:
 def expert_targets(
     wanted: Iterable[str], base: Path | None, shapes: dict[str, tuple[int, ...]], where: str
 ) -> dict[str, Target]:
-    """By the name that PEFT gives its wrapper, the tensors that it adapts for target_parameters
-    `wanted`; `shapes` are those of the checkpoint in `base`. Raises StageError where that is not
-    the experts of every layer, or they have code of their own."""
+    """The tensors that PEFT adapts for target_parameters `wanted`, by the name of its wrapper.
+
+    base    folder of the model's config.json
+    shapes  of the checkpoint's tensors
+
+    Raises StageError for a parameter that is no tensor of experts, and for experts without
+    transformers' experts interface.
+    """
     wanted, found, used = set(wanted), dict[str, Target](), set[str]()
     config = read_config(base) if base else None
     stacks = expert_stacks(language_model(config)) if config else {}
@@ -117,7 +122,7 @@ def expert_targets(
 def expert_updates(
     file: Path, module: str, target: Target, rank: int, scaling: float
 ) -> dict[str, ExpertUpdate]:
-    """The updates of what the checkpoint has of `target`, by name."""
+    """The updates of the checkpoint tensors that make up `target`, by name."""
     if not target.parts:
         return {target.tensor: ExpertUpdate(file, module, scaling, rank, target.turned)}
     rows = target.outputs // target.parts
@@ -131,7 +136,7 @@ def expert_updates(
 
 
 def check_finite(file: Path, module: str, where: str) -> None:
-    """Raise StageError where a factor of the experts has values that are no numbers."""
+    """Raise StageError if a factor has NaN or infinite values."""
     for half in "AB":
         if not _factor(file, module, half).isfinite().all():
             raise StageError(f"{where}: lora_{half} has NaN or infinite values; train it again")
