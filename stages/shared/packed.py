@@ -213,12 +213,14 @@ class _Sort(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, order, chosen):
-        ctx.order, ctx.chosen = order, chosen
+        # Saved, not kept as an attribute, which would outlive the first of two checkpointed passes.
+        ctx.save_for_backward(order)
+        ctx.chosen = chosen
         return x[order // chosen]
 
     @staticmethod
     def backward(ctx, dy):
-        return _back(dy, ctx.order, ctx.chosen), None, None
+        return _back(dy, *ctx.saved_tensors, ctx.chosen), None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -226,12 +228,13 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, order, chosen):
-        ctx.order, ctx.chosen = order, chosen
+        ctx.save_for_backward(order)
+        ctx.chosen = chosen
         return _back(y, order, chosen)
 
     @staticmethod
     def backward(ctx, dx):
-        return dx[ctx.order // ctx.chosen], None, None
+        return dx[ctx.saved_tensors[0] // ctx.chosen], None, None
 
 
 def _back(y: torch.Tensor, order: torch.Tensor, chosen: int) -> torch.Tensor:
