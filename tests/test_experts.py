@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import MergeModulelist
 
 from stages.planning.scoring import decoder_of
-from stages.quantize import link, nf4, quantize
+from stages.quantize import link, quantize
+from stages.quantizing.nf4_tensors import nf4
 from stages.shared import packed
 from stages.shared.experts import (
     OWN_CODE,

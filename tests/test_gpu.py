@@ -22,7 +22,8 @@ from prepared import make_prepared_workspace
 
 from stages import quantize as quantize_stage
 from stages import train as train_stage
-from stages.quantize import nf4, quantize
+from stages.quantize import quantize
+from stages.quantizing.nf4_tensors import nf4
 from stages.shared import packed
 from stages.shared.model import load_base, load_streamed, set_compute_dtype
 from stages.shared.outputs import write_sums
