@@ -182,7 +182,10 @@ REFUSED: dict[str, tuple[Callable, str]] = {
         lambda c, t: t.pop(next(k for k in t if "experts.lora_B" in k)) is None or c,
         "experts: lora_B is missing",
     ),
-    "a rank": (lambda c, _: c | {"r": 2}, r"lora_A is \d+ x 64 and must be"),
+    "a rank": (
+        lambda c, _: c | {"rank_pattern": {"experts.gate_up_proj": 2}},
+        r"experts.base_layer: lora_A is 16 x 64 and must be 8 x 64",
+    ),
 }
 
 
