@@ -30,7 +30,7 @@ from stages.shared.params import Params
 from stages.shared.process import StageError
 from stages.shared.text_model import find_backbone
 from stages.shared.vram import adapter_parameters, expert_adapter_parameters
-from stages.shared.weights import Weights, model_weights
+from stages.shared.weights import Weights, model_weights, other_names
 from stages.shared.workload import check_expert_lora, check_expert_widths, shape_of
 from stages.verifying import tensor_check
 from tests.test_experts import CPU, IDS, dequantized
@@ -145,10 +145,14 @@ def test_the_merge_is_that_of_peft_to_the_bit(family, dtype):
         assert torch.equal(values, of_checkpoint(stock, name)), name
 
 
-def test_verify_sees_an_expert_that_lacks_its_part(family, tmp_path, monkeypatch):
+@pytest.mark.parametrize("base", ["dequantized", "original"])
+def test_verify_sees_an_expert_that_lacks_its_part(family, base, tmp_path, monkeypatch):
     model, folder = family
     source = model_weights(folder / "out")
-    updates = read_adapter(folder / "adapter", source.shapes, folder / "out")
+    shapes = source.shapes
+    if base == "original":
+        source = Weights(folder / "base", other_names(folder / "out"))
+    updates = read_adapter(folder / "adapter", shapes, folder / "out")
     tensors = merged(source, updates, torch.bfloat16)
     # One expert at a time.
     monkeypatch.setattr(tensor_check, "AT_ONCE", 1)

@@ -91,10 +91,11 @@ def expert_targets(
     """
     wanted, found, used = set(wanted), dict[str, Target](), set[str]()
     config = read_config(base) if base else None
-    stacks = expert_stacks(language_model(config)) if config else {}
-    for name, stack in stacks.items():
+    model = language_model(config) if config else None
+    for name, stack in (expert_stacks(model) if model else {}).items():
         if type(stack).__name__ in OWN_CODE:
-            raise StageError(f"{where}: LoRA on experts is not supported for {config.model_type}")
+            code = type(stack).__name__
+            raise StageError(f"{where}: LoRA on experts is not supported for those of {code}")
         own = []
         for key, tensor in stack.named_parameters(recurse=False):
             full = f"{name}.{key}"

@@ -16,7 +16,7 @@ from peft.utils.other import TrainableTokensWrapper
 from tqdm import tqdm
 
 from stages.shared.embeddings import extended
-from stages.shared.experts import packed_name, part_of
+from stages.shared.experts import TENSORS, packed_name, part_of
 from stages.shared.packed import Packed
 from stages.shared.process import StageError
 from stages.shared.ranks import ALONE, World
@@ -24,7 +24,7 @@ from stages.shared.streaming import Streamer
 from stages.shared.weights import Weights
 from stages.verifying.folder_check import AGAIN
 
-# Values of the experts that are compared at once.
+# Values of experts compared at once.
 AT_ONCE = 2**26
 
 
@@ -51,7 +51,8 @@ def check_tensors(
     total = sum(sizes.values()) * dtype.itemsize / 1e9
     with tqdm(total=total, unit="GB", desc="tensors", disable=None) as bar:
         for name in names:
-            if len(merged.shapes[name]) == 3 or packed_of(modules, name):
+            stacked = len(merged.shapes[name]) == 3 and name.endswith(TENSORS)
+            if packed_of(modules, name) or (stacked and name in source.shapes):
                 faults = expert_faults(name, merged, modules, source, device, streamer)
                 wrong += [f"{name} ({fault})" for fault in faults][:1]
                 bar.update(sizes[name] * dtype.itemsize / 1e9)
@@ -97,47 +98,44 @@ def expert_faults(
     device: torch.device,
     streamer: Streamer | None,
 ) -> Iterator[str]:
-    """What is wrong with a tensor of experts, of one [out, in] or of all [E, a, b], some of which
-    are compared at a time."""
+    """Differences in a tensor of one expert [out, in] or of all [E, a, b], compared in chunks."""
     read, shape = merged.reader(name, device), merged.shapes[name]
     whole = len(shape) == 3
     _, expert, piece = part_of(name) or (name, 0, 0)
     packed = packed_of(modules, name)
-    plain_of = None if packed else source.reader(name, device)
     if packed and streamer and (enter := streamer.entrance(next(packed.parameters()))):
         enter()
     experts = shape[0] if whole else 1
     step = max(1, AT_ONCE // torch.Size(shape[1:] if whole else shape).numel())
     for first in range(0, experts, step):
         last = min(first + step, experts)
-        found = read(slice(first, last) if whole else slice(0, shape[0]))
-        if not packed:
-            assert plain_of is not None  # By the same condition.
-            plain, delta = plain_of(slice(first, last)).to(found.dtype), None
+        rows = slice(first, last) if whole else slice(0, shape[0])
+        block = (first, last) if whole else (expert, expert + 1)
+        found = read(rows)
+
+        def own(values: torch.Tensor, pieces: int) -> torch.Tensor:
+            return values if whole else values[0].chunk(pieces)[piece]
+
+        if packed and name in source.nf4 | source.mxfp4:
+            plain = own(packed.dense(*block, torch.bfloat16), packed.pieces)
         else:
-            block = (first, last) if whole else (expert, expert + 1)
-            plain = packed.dense(*block, torch.bfloat16).to(found.dtype)
-            delta, slack = expert_delta(packed, *block, found.dtype)
-            if not whole:
-                pieces = (
-                    None if x is None else x[0].chunk(packed.pieces)[piece]
-                    for x in (plain, delta, slack)
-                )
-                plain, delta, slack = pieces
-        expected = plain if delta is None else plain + delta
+            plain = source.reader(name, device)(rows)
+        plain, expected, slack = plain.to(found.dtype), plain.to(found.dtype), torch.zeros(())
+        if packed and packed.added:
+            deltas = expert_delta(packed, *block, found.dtype)
+            delta, slack = (own(values, packed.pieces) for values in deltas)
+            expected = plain + delta
         if not torch.equal(found, expected):
-            fault = difference(found, expected, plain, 0 if delta is None else slack)
+            fault = difference(found, expected, plain, slack.to(device))
             if fault:
                 yield fault
 
 
 def expert_delta(
     packed: Packed, first: int, last: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """What PEFT adds to experts [first, last), as its ParamWrapper computes it, in the weight's
-    type, and how much another device's may differ from it."""
-    if packed.added is None:
-        return None, None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What PEFT's ParamWrapper adds to experts [first, last), in the weight's dtype, and a bound on
+    the difference of another device's result."""
     wrapper: Any = packed.added.wrapper  # type: ignore[attr-defined]  # Factors
     count = wrapper.num_experts
     a, b = (
@@ -149,17 +147,17 @@ def expert_delta(
     scaling = wrapper.scaling["default"]
     delta = (torch.einsum(form, b, a) * scaling).to(dtype)
     slack = torch.einsum(form, b.abs(), a.abs()) * (abs(scaling) * 2 * a.shape[1] * 2**-24)
-    # Another sum may be rounded to the value beside.
+    # The sum of another device may be rounded to a neighbouring value.
     return delta, slack.add_(delta.float().abs(), alpha=torch.finfo(dtype).eps)
 
 
 def packed_of(modules: dict[str, torch.nn.Module], name: str) -> Packed | None:
-    """Of a tensor of experts the module that has them packed."""
+    """The module with the packed experts of tensor `name`, if it is one."""
     tensor, *_ = part_of(name) or (name,)
     owner, _, key = packed_name(tensor).rpartition(".")
     stack: Any = modules.get(owner)
     if isinstance(stack, LoraLayer):
-        # As PEFT nests those of an adapter around it.
+        # PEFT's wrappers are nested around it.
         stack = stack.get_base_layer()
     packed = getattr(stack, key, None)
     return packed if isinstance(packed, Packed) else None
