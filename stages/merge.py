@@ -37,8 +37,7 @@ from stages.merging.companions import tokenizer_folder, write_companions
 from stages.merging.shards import Entry, copied_entry, write_shard
 from stages.shared.adapter import (
     WEIGHTS,
-    Rows,
-    Update,
+    Change,
     check_adapter_sums,
     read_adapter,
     rows_needed,
@@ -68,7 +67,7 @@ class Sources(NamedTuple):
 
     weights: Weights
     shards: dict[str, list[str]]
-    updates: dict[str, Update | Rows]
+    updates: dict[str, Change]
     base: Weights
     copied: set[str]
 

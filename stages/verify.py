@@ -30,7 +30,7 @@ if __name__ == "__main__":
 
 import torch
 
-from stages.shared.adapter import Rows, Update, check_adapter_sums, read_adapter, rows_needed
+from stages.shared.adapter import Change, check_adapter_sums, read_adapter, rows_needed
 from stages.shared.device import pick_device
 from stages.shared.embeddings import extend
 from stages.shared.launch import on_devices
@@ -94,7 +94,7 @@ def _with_nan(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def merge_onto(source: Weights, updates: dict[str, Update | Rows], dtype, device: torch.device):
+def merge_onto(source: Weights, updates: dict[str, Change], dtype, device: torch.device):
     """A function that gives the weights of the merge on `source` for those of another merge."""
     kept = kept_names(QUANTIZED)
 

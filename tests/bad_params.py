@@ -308,7 +308,7 @@ def _said(key: str, value: str, rule: str) -> str:
 
 _CUT = "'" + "x" * 27 + "..." + "x" * 28 + "'"
 _MISSING = [f"{name}: missing" for name in yaml.safe_load(GOOD)]
-_LORA = "; lora has r, alpha, scaling, dropout, target_modules, new_tokens"
+_LORA = "; lora has r, alpha, scaling, dropout, target_modules, experts, new_tokens"
 _FILE = f"; the file has {', '.join(yaml.safe_load(GOOD))}"
 _TAG = "could not determine a constructor for the tag"
 

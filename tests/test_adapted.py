@@ -33,7 +33,14 @@ pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 40)[None]
-LORA = {"new_tokens": [], "r": 4, "alpha": 8, "scaling": "standard", "dropout": 0.0}
+LORA = {
+    "experts": False,
+    "new_tokens": [],
+    "r": 4,
+    "alpha": 8,
+    "scaling": "standard",
+    "dropout": 0.0,
+}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
 # Layers beside the experts of each family, which all-linear therefore adapts.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import sys
 from types import SimpleNamespace
@@ -17,20 +18,29 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import MergeModulelist
 
 from stages.planning.scoring import decoder_of
-from stages.quantize import link, nf4, quantize
+from stages.quantize import link, quantize
 from stages.quantizing.names import check_names
+from stages.quantizing.nf4_tensors import nf4
 from stages.shared import packed
 from stages.shared.base_bytes import weights_bytes
-from stages.shared.experts import OWN_CODE, check_converter, expert_stacks, expert_tensors
+from stages.shared.experts import (
+    OWN_CODE,
+    check_converter,
+    expert_stacks,
+    expert_tensors,
+    part_of,
+)
+from stages.shared.merging import AHEAD_BYTES, side_by_side
 from stages.shared.model import load_base
 from stages.shared.nf4 import dequantize
-from stages.shared.own_logits import same_experts
+from stages.shared.own_logits import ROUNDING, difference, same_experts
 from stages.shared.process import StageError
-from stages.shared.scored_model import decoder_in
+from stages.shared.scored_model import decoder_in, model_sizes
 from stages.shared.text_model import find_backbone, kept_in_float32
-from stages.shared.weights import model_weights
+from stages.shared.weights import EXPERT_VALUES, model_weights, other_names, row_blocks
 from stages.shared.workload import read_model
 from stages.training.adjusting import apply_liger
+from stages.verifying import merged_model
 
 pytestmark = pytest.mark.slow
 
@@ -217,7 +227,7 @@ def test_what_scoring_takes_is_told_alike_by_files_and_configuration(family):
     _, folder = family
     _, shape = read_model(folder / "out")
     found, planned = decoder_in(model_weights(folder / "out")), decoder_of(shape)
-    for name in ("layers", "hidden", "intermediate", "keys", "largest"):
+    for name in ("layers", "hidden", "intermediate", "keys", "largest", "mxfp4"):
         assert getattr(found, name) == getattr(planned, name), name
 
 
@@ -246,4 +256,72 @@ def test_the_same_experts_compute_a_token_in_a_trial(family):
     assert len(seen) == len(stacks)
     for chosen, weights in seen:
         assert (chosen == torch.arange(2)).all()
-        assert (weights == 0.5).all()
+        if kept_in_float32(model):
+            assert (weights == 0.5).all()
+        else:
+            assert (weights[:, 0] >= weights[:, 1]).all()
+
+
+def test_a_router_that_computes_something_else_is_seen_in_a_trial():
+    """Though its choice is not compared."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(moe_config("qwen3_moe"), dtype=torch.float32).eval()
+
+    def logits():
+        with torch.no_grad(), same_experts(model):
+            return model(input_ids=IDS, use_cache=False).logits[0]
+
+    before = logits()
+    routers = [m for name, m in model.named_modules() if name.endswith("mlp.gate")]
+    for router in routers:
+        router.weight.data += 1e-6 * torch.randn_like(router.weight)
+    assert difference(logits(), before) < ROUNDING[torch.float32]
+    for router in routers:
+        router.weight.data *= 30
+    assert difference(logits(), before) > ROUNDING[torch.float32]
+
+
+def test_merged_experts_are_stacked_layer_by_layer(family, monkeypatch):
+    """transformers would stack those of all layers in host memory."""
+    model, folder = family
+    renamed = other_names(folder / "out")
+    if not any(part_of(name) for name in (renamed or {}).values()):
+        pytest.skip("its checkpoints have stacks")
+    sizes = model_sizes(folder / "out", 80, CPU, dense=True)
+    monkeypatch.setattr(merged_model, "load_merged", None)
+    placed, streamer = merged_model.place_merged(folder / "base", sizes, CPU, renamed=renamed)
+    assert streamer.count == model.config.num_hidden_layers
+    assert all(
+        t.untyped_storage().nbytes() <= 4 for layer in streamer.source.layers for _, t in layer
+    )
+    expected = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = placed(input_ids=IDS, use_cache=False).logits
+        assert torch.equal(found, expected(input_ids=IDS, use_cache=False).logits)
+    other, _ = merged_model.place_merged(
+        folder / "base", sizes, CPU, renamed=renamed, make=lambda name, x: x.zero_()[...]
+    )
+    assert not other(input_ids=IDS, use_cache=False).logits.any()
+
+
+def test_experts_in_16_bit_compute_alike_in_scoring_and_answers(tmp_path):
+    """On a GPU transformers takes another code for answers than this, whose name it knows."""
+    model = AutoModelForCausalLM.from_config(moe_config("mixtral"), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    loaded = load_base(tmp_path, CPU)
+    assert "grouped_mm" not in loaded.get_experts_implementation().values()
+    found = loaded(input_ids=IDS, use_cache=False).logits
+    loaded.set_experts_implementation("grouped_mm")
+    assert torch.equal(loaded(input_ids=IDS, use_cache=False).logits, found)
+
+
+def test_blocks_of_experts_keep_to_a_budget():
+    experts = 16, 2880, 5760
+    every = row_blocks(experts, torch.device("cuda"))
+    assert [b.start for b in every[1:]] == [b.stop for b in every[:-1]]
+    assert every[-1].stop == 16
+    for blocks in (every, row_blocks(experts, CPU)):
+        size = max(b.stop - b.start for b in blocks) * 2880 * 5760
+        assert size <= EXPERT_VALUES
+        assert side_by_side(experts, blocks) * size * 12 <= AHEAD_BYTES
+    assert side_by_side((64, 64), [slice(0, 64)]) == len(os.sched_getaffinity(0))

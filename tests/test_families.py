@@ -78,7 +78,15 @@ def test_what_is_scored_counted_and_adapted_is_the_models_own(name):
     assert {x.name for x in shape.linears if x.quantized} == quantized_linears(model)
     # A list also names layers that only process images, if their names have the same ending.
     wanted = "all-linear" if name != "mllama" else ["q_proj", "down_proj"]
-    lora = Lora(r=4, alpha=8, scaling="standard", dropout=0.0, target_modules=wanted, new_tokens=[])
+    lora = Lora(
+        r=4,
+        alpha=8,
+        scaling="standard",
+        dropout=0.0,
+        target_modules=wanted,
+        experts=False,
+        new_tokens=[],
+    )
     with targets_as_written():
         adapted = get_peft_model(model, lora_config(lora, model))
     check_adapted(adapted, match_targets(shape, wanted), "wanted", "")

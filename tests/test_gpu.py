@@ -12,6 +12,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,8 +24,10 @@ from prepared import make_prepared_workspace
 
 from stages import quantize as quantize_stage
 from stages import train as train_stage
-from stages.quantize import nf4, quantize
+from stages.quantize import quantize
+from stages.quantizing.nf4_tensors import nf4
 from stages.shared import packed
+from stages.shared.expert_lora import Factors, stand_ins, target_parameters, use_factors
 from stages.shared.model import load_base, load_streamed, set_compute_dtype
 from stages.shared.outputs import write_sums
 from stages.shared.packed import Groups, Nf4Experts
@@ -441,8 +444,37 @@ def test_grouped_products_repeat_where_most_experts_have_no_token():
             assert torch.equal(torch.nn.functional.grouped_mm(x, weights, offs=ends), first)
 
 
-def test_a_mixture_of_experts_trains_alike_wherever_it_lies(tmp_path):
-    """Twice the same bytes, resident and streamed."""
+@pytest.mark.parametrize("rank", [8, 6])
+def test_low_rank_products_of_experts_are_those_of_each_expert(rank):
+    """Forward and backward against each expert by itself in float32; the products of a rank that is
+    no multiple of 8 are not grouped."""
+    torch.manual_seed(0)
+    counts = torch.tensor([70, 1, 0, 129, 33])
+    groups = Groups(counts.cumsum(0).cuda())
+    a = torch.randn(5, rank, 256, device="cuda", requires_grad=True)
+    b = torch.randn(5, 384, rank, device="cuda", requires_grad=True)
+    x = torch.randn(int(counts.sum()), 256).bfloat16().cuda().requires_grad_()
+    dy = torch.randn(len(x), 384).bfloat16().cuda()
+    factors = Factors(SimpleNamespace(disable_adapters=False, scaling={"default": 0.5}))
+    factors.stacked = lambda: (a, b)
+    with torch.autocast("cuda", torch.bfloat16):
+        y = factors(torch.zeros(len(x), 384, device="cuda", dtype=torch.bfloat16), x, groups)
+    y.backward(dy)
+    found = y, x.grad, a.grad, b.grad
+    exact = [t.detach().float().requires_grad_() for t in (x, a, b)]
+    rows = exact[0].split(counts.tolist())
+    own = [0.5 * r @ p.T @ q.T for r, p, q in zip(rows, exact[1], exact[2], strict=True)]
+    expected = torch.cat(own)
+    expected.backward(dy.float())
+    for ours, theirs in zip(found, (expected, *(t.grad for t in exact)), strict=True):
+        assert (ours.float() - theirs).norm() < 0.02 * theirs.norm()
+    assert not a.grad[2].any()
+    assert not b.grad[2].any()
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_a_mixture_of_experts_trains_alike_wherever_it_lies(experts, tmp_path):
+    """Twice the same bytes, resident and streamed, with adapters on experts too."""
     settings = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
     shape = {"hidden_size": 256, "head_dim": 64, "num_hidden_layers": 4} | settings
     make_model(tmp_path / "base", "qwen3_moe", **shape)
@@ -456,8 +488,15 @@ def test_a_mixture_of_experts_trains_alike_wherever_it_lies(tmp_path):
         else:
             model = load_base(tmp_path / "nf4", gpu, "sdpa")
         torch.manual_seed(1)
-        config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        model = get_peft_model(model, config).train()
+        config = LoraConfig(
+            r=8,
+            target_modules=["q_proj", "v_proj"],
+            target_parameters=target_parameters(model) if experts else None,
+            init_lora_weights=False,
+        )
+        with stand_ins(model):
+            model = get_peft_model(model, config).train()
+        use_factors(model)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
         with torch.autocast("cuda", torch.bfloat16):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stages import merge
 from stages.merging import shards
 from stages.shared import weights
-from stages.shared.adapter import Config, is_target
+from stages.shared.adapter_config import Config, is_target
 from stages.shared.end_tokens import end_tokens
 from stages.shared.outputs import SUMS, check_sums, write_sums
 from stages.shared.process import StageError, sha256
@@ -341,7 +341,10 @@ REFUSED = [
     (config(modules_to_save=["lm_head"]), "modules_to_save is not supported: whole retrained"),
     (config(bias="all"), "bias: all is not supported"),
     (config(fan_in_fan_out=True), "fan_in_fan_out is not supported"),
-    (config(target_parameters=["experts.gate"]), "target_parameters is not supported: LoRA on"),
+    (
+        config(target_parameters=["experts.gate"]),
+        "experts.gate of target_parameters is no tensor of experts of the base",
+    ),
     (config(trainable_token_indices=[3]), "trainable_token_indices has no rows; it is incomplete"),
     (rows([3, 9], 2, 32), "embed_tokens: has 2 x 32 values of rows and must have 2 x 64"),
     (

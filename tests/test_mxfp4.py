@@ -18,6 +18,7 @@ from stages.shared.base_bytes import expert_bytes, weights_bytes
 from stages.shared.model import load_base
 from stages.shared.mxfp4 import decoded
 from stages.shared.process import StageError
+from stages.shared.scored_model import model_sizes
 from stages.shared.vram import sizes_of
 from stages.shared.weights import Weights, other_names
 from stages.shared.workload import shape_of
@@ -104,6 +105,19 @@ def test_plan_counts_its_bytes(base, kind, method, tmp_path):
     sizes = sizes_of(shape, run_of(shape, method=method))
     # What can be streamed is a part of what is there.
     assert packed_bytes / 2 < sizes.layers * sizes.layer_weights < sizes.weights
+
+
+def test_scoring_counts_its_bytes_without_nf4_too(base, tmp_path):
+    link(base, tmp_path)
+    held = sum(t.nbytes for _, t in load_base(tmp_path, CPU).named_parameters())
+    held += sum(
+        t.nbytes
+        for name, t in load_file(tmp_path / "model.safetensors").items()
+        if name.endswith("scales")
+    )
+    assert model_sizes(tmp_path, 80, CPU).weights == pytest.approx(held, rel=0.01)
+    dense = model_sizes(tmp_path, 80, CPU, dense=True).weights
+    assert dense == 4 * shape_of(AutoConfig.from_pretrained(base)).parameters
 
 
 def test_blocks_of_another_shape_are_refused(base, tmp_path):

@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from stages.quantize import quantize, quantized_tensors
+from stages.quantize import quantize
+from stages.quantizing.nf4_tensors import quantized_tensors
 from stages.shared.model import load_base
 from stages.shared.nf4 import dequantize, unpack_odd_layers
 from stages.shared.weights import Weights, row_blocks

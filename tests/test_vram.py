@@ -9,13 +9,16 @@ from moe import moe_config
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.random_models import build, config_of
+from benchmarks.random_models import build, config_of, random_experts
 from benchmarks.vram import ATTENTION, Point, prepare, random_rows, training_of
 from stages.quantize import quantize
 from stages.shared import placement
 from stages.shared.activations import attention_saved, attention_working, mlp_saved
 from stages.shared.base_bytes import NF4_BYTES, weights_bytes
 from stages.shared.decoder_shape import Linear, Shape, Training, adapter_parameters, in_halves
+from stages.shared.expert_lora import stand_ins, target_parameters, use_factors
+from stages.shared.experts import expert_tensors
+from stages.shared.packed import compute_packed, put_packed
 from stages.shared.placement import Placement
 from stages.shared.workload import match_targets, read_model, shape_of
 from stages.training.fused_lora import fuse_lora
@@ -174,6 +177,39 @@ def test_what_an_experts_activation_keeps_is_counted(family, each):
     shape = shape_of(moe_config(family))
     assert shape.gate_bytes == each * shape.expert_width
     assert shape.sinks == (family == "gpt_oss")
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_what_an_expert_of_a_token_keeps_is_counted(experts):
+    """Its values between the products, the order of rows, and what an adapter reads."""
+    kept, said = [], []
+    for chosen in (2, 4):
+        widths = {"hidden_size": 128, "head_dim": 32, "num_hidden_layers": 1}
+        widths |= {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 64}
+        config = AutoConfig.for_model(
+            "mixtral",
+            vocab_size=260,
+            pad_token_id=0,
+            num_local_experts=8,
+            num_experts_per_tok=chosen,
+            **widths,
+        )
+        shape = shape_of(config)
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        for name, tensor in expert_tensors(base).items():
+            put_packed(base, name, random_experts(tuple(tensor.shape), 1, True, base.device))
+        compute_packed(base)
+        lora = LoraConfig(
+            r=8,
+            target_modules=["q_proj"],
+            target_parameters=target_parameters(base) if experts else None,
+        )
+        with stand_ins(base):
+            model = get_peft_model(base, lora).train()
+        use_factors(model)
+        kept.append(bytes_of_layer(model, base.model.layers[0], shape.hidden))
+        said.append(mlp_saved(shape, run_of(shape, method="qlora", experts=experts)))
+    assert (kept[1] - kept[0]) / TOKENS == pytest.approx(said[1] - said[0], rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """GPU memory of the stages that score a model."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,7 +22,8 @@ def scoring_stages(shape: Shape, run: Training, longest: int) -> dict[str, Score
         adapter += copy_bytes(shape.vocabulary, shape.hidden, on_gpu=True)
     decoder = decoder_of(shape)
     base = scored(decoder, run.method == "qlora", run.double_quant, longest, adapter)
-    return {"evaluate": base, "verify": scored(decoder, False, False, longest, 0.0)}
+    merged = replace(decoder, mxfp4=0)
+    return {"evaluate": base, "verify": scored(merged, False, False, longest, 0.0)}
 
 
 def decoder_of(shape: Shape) -> Decoder:
@@ -33,6 +35,7 @@ def decoder_of(shape: Shape) -> Decoder:
         linears=sum(x.parameters for x in shape.linears) + shape.expert_parameters,
         largest=max(chunk_values(shape), *(x.parameters for x in shape.linears)),
         others=shape.other_parameters,
+        mxfp4=shape.expert_parameters if shape.mxfp4 else 0,
     )
 
 

@@ -18,8 +18,10 @@ tests/test_vram.py.) With checkpointing, a layer or each half of it saves only i
 
 Experts. A router gives each token k of E experts of width J, so there are k rows per token. Saved
 for one token of one layer are the router's scores 10E, and k times what is between the products (of
-SwiGLU 6J: gate and up 4J, the activated gate 2J; counted by running it) and the result before it is
-weighted, 2H.
+SwiGLU 6J: gate and up 4J, the activated gate 2J; counted by running it), the result before it is
+weighted, 2H, and 24 for the order of the rows and the router's choice and weights. With adapters on
+experts (r values more for each row and column of every expert) the inputs of the two products are
+saved too, 2H + 2J, and x A^T.
 
 Working. Beyond that, one layer at a time needs gradients and one dequantized weight.
 """
@@ -82,7 +84,9 @@ def experts_saved(shape: Shape, run: Training) -> float:
     h, i = shape.hidden, shape.expert_width
     scores = 10 * max(each.count for each in shape.experts)
     of_16_bit = 0 if run.method == "qlora" else 2 * h + 2 * i
-    each = shape.gate_bytes + 2 * h + of_16_bit
+    ordered = 24
+    adapter = 2 * h + 2 * i + 4 * run.rank if run.experts else 0
+    each = shape.gate_bytes + 2 * h + of_16_bit + ordered + adapter
     shared = 8 * shape.shared_width + (2 * h if shape.shared_width else 0)
     return norm_saved(h, run) + scores + shape.chosen * each + shared
 
@@ -91,13 +95,16 @@ def experts_working(shape: Shape, run: Training) -> float:
     """`mlp_working` of a layer of experts: rows are counted once for each expert of a token."""
     h, i, rows = shape.hidden, shape.expert_width, run.tokens * shape.chosen
     dequantized = dequantized_bytes(shape, run)
+    factors = max((run.rank * x.count * (x.rows + x.columns) for x in shape.experts), default=0)
+    # In 16 bit, with their gradients, beside the gradient of their input.
+    adapter = 4.0 * factors + 2 * max(h, i) * rows if run.experts else 0.0
     return 2.0 * h * run.tokens + max(
         # Backward through the weighted sum: gradients of the results, weighted, and of the weights.
         6 * h * rows,
         # Through the activation: gradients of all that it saved, and of gate and up.
         (shape.gate_bytes + 4 * i) * rows,
         # Through the products: gradients of results and inputs, and a chunk of experts.
-        max(2 * h + 2 * i, 4 * i + 2 * h) * rows + dequantized,
+        max(2 * h + 2 * i, 4 * i + 2 * h) * rows + max(dequantized, adapter),
     )
 
 

@@ -1,8 +1,8 @@
-"""What PEFT adapts is what was asked for, or training, scoring and verifying do not begin.
+"""Checks that PEFT adapted exactly the modules that were asked for.
 
-PEFT reads the names of one MLP's layers as those of experts, in the families whose experts had
-these names in transformers 4 (Mixtral and relatives of Qwen2-MoE): a dense MLP or a shared expert
-of theirs gets no adapter, by whatever words it is asked for, and only a warning says so.
+In families whose experts were Linears in transformers 4 (Mixtral and relatives of Qwen2-MoE), PEFT
+takes the layers of any MLP for experts. A dense MLP or a shared expert then gets no adapter, with
+only a warning.
 """
 
 from collections.abc import Collection, Iterator
@@ -18,7 +18,7 @@ from stages.shared.process import StageError
 
 @contextmanager
 def targets_as_written() -> Iterator[None]:
-    """Within it PEFT takes target_modules as they are."""
+    """Keep PEFT from rewriting target_modules."""
     mapping = conversion._MOE_TARGET_MODULE_MAPPING
     kept = dict(mapping)
     mapping.clear()
@@ -29,7 +29,7 @@ def targets_as_written() -> Iterator[None]:
 
 
 def lost_elsewhere(family: str, modules: Collection[str]) -> list[str]:
-    """Those of `modules` that PEFT leaves out where it reads their names as those of experts."""
+    """Those of `modules` that PEFT by itself leaves out, since it takes them for experts."""
     names = conversion._MOE_TARGET_MODULE_MAPPING.get(
         conversion._MODEL_TO_CONVERSION_PATTERN.get(family, ""), {}
     )
@@ -37,13 +37,14 @@ def lost_elsewhere(family: str, modules: Collection[str]) -> list[str]:
 
 
 def check_adapted(model: PeftModel, asked: Collection[str], what: str, remedy: str) -> None:
-    """Raise StageError unless the modules of `model` with an adapter are those `asked` for.
+    """Raise StageError unless exactly the modules `asked` for have an adapter.
 
-    what    asks for them
+    what    the parameter or folder that asks for them
+    remedy  what the user can do
     """
     base: Any = model.get_base_model()
     asked = set(asked)
-    # Modules that layers share have several names.
+    # Modules shared by several layers have several names.
     every = {n for n, m in base.named_modules(remove_duplicate=False) if isinstance(m, LoraLayer)}
     found = {n for n, m in base.named_modules() if isinstance(m, LoraLayer)}
     lists = {"no adapter": sorted(asked - every), "one": sorted(found - asked)}

@@ -8,82 +8,45 @@ embeddings and of the output head, of tokens that were trained (PEFT's trainable
 """
 
 import difflib
-import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
+from stages.shared.adapter_config import (
+    CONFIG,
+    Config,
+    indices,
+    is_target,
+    rank_and_scaling,
+    read_config,
+)
 from stages.shared.bounded import bounded
 from stages.shared.embeddings import MOST_NEW_ROWS
-from stages.shared.foreign import Foreign, held_to, read_object
+from stages.shared.expert_updates import (
+    ExpertUpdate,
+    Target,
+    check_finite,
+    expert_targets,
+    expert_updates,
+)
+from stages.shared.foreign import held_to, read_object
 from stages.shared.outputs import SUMS, check_sums
 from stages.shared.process import StageError
-from stages.shared.screen import brief
 from stages.shared.weights import TYPES
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-CONFIG = "adapter_config.json"
-# Beyond it float32 has no digits left for the weight that is added to.
-LARGEST_ALPHA = 1e6
 KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
 ROWS = re.compile(r"base_model\.model\.(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 EMBEDDING = re.compile(r"(^|\.)(lm_head|embed_tokens|embed_out|wte)\.weight$")
 # What lies in one of the layers.
 LAYER = re.compile(r"\.\d+\.")
-# Settings that change only how an adapter is trained or where it was made, never what it adds.
-HARMLESS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "ensure_weight_tying",
-    "eva_config",
-    "exclude_modules",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "lora_dropout",
-    "lora_ga_config",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "task_type",
-}
-READ = {
-    "alpha_pattern",
-    "bias",
-    "init_lora_weights",
-    "lora_alpha",
-    "peft_type",
-    "r",
-    "rank_pattern",
-    "target_modules",
-    "trainable_token_indices",
-    "use_rslora",
-}
-REFUSED = {
-    "megatron_config": "PEFT would import the module that megatron_core names",
-    "use_dora": "DoRA rescales whole columns of the weight",
-    "modules_to_save": "whole retrained modules are not a low-rank update",
-    "target_parameters": "LoRA on bare parameters (fused experts) has another layout",
-    "fan_in_fan_out": "the base's weights are stored transposed",
-    "lora_bias": "the adapter also changes biases",
-    "layer_replication": "the base's layers are repeated",
-    "alora_invocation_tokens": "activated LoRA acts on a part of the tokens only",
-}
-# Starts that leave the base's own weights as they are.
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -93,6 +56,14 @@ class Update:
     file: Path
     module: str
     scaling: float
+
+    # What is added to the weight is not rounded before.
+    rounded_first = False
+
+    def deltas(self, device: torch.device) -> Callable[[slice], torch.Tensor]:
+        """A function that gives scaling * B A for a block of the weight's rows, float32."""
+        a, b = self.factors(device)
+        return lambda block: (b[block] @ a).mul_(self.scaling)
 
     def factors(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """A [r, in] and B [out, r] in float32, as PEFT computes with them."""
@@ -128,6 +99,10 @@ class Rows:
         return max(self.ids) + 1
 
 
+# What is added to a tensor of the base, or takes the place of some of its rows.
+Change = Update | ExpertUpdate | Rows
+
+
 def check_adapter_sums(folder: Path) -> None:
     """Compare the adapter with its SHA256SUMS. One that was copied in may carry none."""
     if (folder / SUMS).exists():
@@ -138,7 +113,7 @@ def check_adapter_sums(folder: Path) -> None:
 
 def read_adapter(
     folder: Path, shapes: dict[str, tuple[int, ...]], base: Path | None = None
-) -> dict[str, Update | Rows]:
+) -> dict[str, Change]:
     """Updates by the name of the weight they are added to, or whose rows they take.
 
     `shapes` are those of the base's tensors, and `base` the folder of its config.json. Every
@@ -146,8 +121,11 @@ def read_adapter(
     weight; PEFT must put an update onto exactly the modules that the file has one for. Raises
     StageError.
     """
-    config, (halves, trained) = _read_config(folder), factor_shapes(folder)
-    modules = sorted({module for module, _ in halves})
+    config, (halves, trained) = read_config(folder), factor_shapes(folder)
+    experts: dict[str, Target] = {}
+    if config.target_parameters:
+        experts = expert_targets(config.target_parameters, base, shapes, str(folder))
+    modules = sorted({module for module, _ in halves} - experts.keys())
     for module in modules:
         _check_module(f"{folder}: {module}", f"{module}.weight", shapes)
     named, settings = bounded(
@@ -156,34 +134,36 @@ def read_adapter(
         "write them as plain names",
     )
     _check_complete(folder, set(modules), named)
-    updates: dict[str, Update | Rows] = {}
+    updates: dict[str, Change] = {}
     for module in modules:
         where, weight = f"{folder}: {module}", f"{module}.weight"
         rank, scaling = settings[module]
         of_module = {half: halves.get((module, half)) for half in "AB"}
-        _check_factors(where, of_module, rank, shapes[weight])
+        out, into = shapes[weight]
+        _check_factors(where, of_module, {"A": (rank, into), "B": (out, rank)}, rank)
         updates[weight] = update = Update(folder / WEIGHTS, module, scaling)
         for half, factor in zip("AB", update.factors(torch.device("cpu")), strict=True):
             if not factor.isfinite().all():
                 raise StageError(f"{where}: lora_{half} has NaN or infinite values; train it again")
+    for module, target in experts.items():
+        where, file = f"{folder}: {module}", folder / WEIGHTS
+        rank, scaling = rank_and_scaling(config, target.tensor)
+        of_module = {half: halves.get((module, half)) for half in "AB"}
+        _check_factors(where, of_module, target.factor_shapes(rank), rank)
+        check_finite(file, module, where)
+        updates |= expert_updates(file, module, target, rank, scaling)
     return updates | _read_rows(folder, config, trained, shapes, base)
 
 
 def rows_needed(folder: Path) -> int:
     """How many rows the embeddings must have for the adapter in `folder`; 0 for any."""
     wanted = held_to(Config, read_object(folder / CONFIG), str(folder / CONFIG))
-    return max((max(ids) + 1 for ids in _indices(wanted).values() if ids), default=0)
-
-
-def _indices(config: "Config") -> dict[str, list[int]]:
-    """Ids of the trained rows by the end of a module's name; "" is the embeddings alone."""
-    wanted = config.trainable_token_indices or {}
-    return {"": wanted} if isinstance(wanted, list) else wanted
+    return max((max(ids) + 1 for ids in indices(wanted).values() if ids), default=0)
 
 
 def _read_rows(
     folder: Path,
-    config: "Config",
+    config: Config,
     trained: dict[str, tuple[int, ...]],
     shapes: dict,
     base: Path | None,
@@ -191,7 +171,7 @@ def _read_rows(
     """`trained` are the shapes of rows by module. Raises StageError where PEFT would not have
     exactly these."""
     found: dict[str, Rows] = {}
-    wanted = _indices(config)
+    wanted = indices(config)
     for module, shape in trained.items():
         where, weight = f"{folder}: {module}", f"{module}.weight"
         ids = next((ids for end, ids in wanted.items() if module.endswith(end)), [])
@@ -240,51 +220,6 @@ def _rows_of_twins(
                     "both"
                 )
     return made
-
-
-Names = str | list[str] | None
-Alpha = Annotated[float, Field(ge=-LARGEST_ALPHA, le=LARGEST_ALPHA)]
-Rank = Annotated[int, Field(ge=1, le=2**16)]
-Id = Annotated[int, Field(ge=0, lt=2**31)]
-
-
-class Config(Foreign):
-    """What decides which modules an adapter changes, and how much."""
-
-    r: Rank
-    lora_alpha: Alpha
-    trainable_token_indices: list[Id] | dict[str, list[Id]] | None = None
-    rank_pattern: dict[str, Rank] | None = None
-    alpha_pattern: dict[str, Alpha] | None = None
-    use_rslora: bool | None = None
-    target_modules: str | Annotated[list[str], Field(min_length=1)]
-    exclude_modules: Names = None
-    layers_to_transform: int | list[int] | None = None
-    layers_pattern: Names = None
-
-
-def _read_config(folder: Path) -> Config:
-    path = folder / CONFIG
-    try:
-        config = read_object(path)
-    except FileNotFoundError:
-        raise StageError(f"{path} is missing; {folder} is no PEFT adapter") from None
-    if config.get("peft_type") != "LORA":
-        raise StageError(f"{path}: peft_type {_bare(config.get('peft_type'))} is not supported")
-    for key, value in sorted(config.items()):
-        if key in HARMLESS or key in READ or not value:
-            continue
-        reason = REFUSED.get(key, "its effect on a merge is not known here")
-        raise StageError(f"{path}: {_bare(key)} is not supported: {reason}")
-    if config.get("bias", "none") != "none":
-        raise StageError(f"{path}: bias: {_bare(config['bias'])} is not supported: only none")
-    start = config.get("init_lora_weights", True)
-    if start not in PLAIN_STARTS:
-        raise StageError(
-            f"{path}: init_lora_weights: {_bare(start)} is not supported: it changes the "
-            "base's weights; convert the adapter with PEFT's save_pretrained first"
-        )
-    return held_to(Config, config, str(path))
 
 
 def factor_shapes(
@@ -339,16 +274,16 @@ def _check_module(where: str, weight: str, shapes: dict) -> None:
         raise StageError(f"{where}: not a Linear of the base but a fused layout, not supported")
 
 
-def _check_factors(where: str, found: dict, rank: int, weight: tuple[int, ...]) -> None:
-    """The shapes `found` of A and B must fit that of the weight, [out, in]."""
-    for half, expected in {"A": (rank, weight[1]), "B": (weight[0], rank)}.items():
+def _check_factors(where: str, found: dict, wanted: dict, rank: int) -> None:
+    """The shapes `found` of A and B must be those `wanted`."""
+    for half, expected in wanted.items():
         if not found[half]:
             raise StageError(f"{where}: lora_{half} is missing; the adapter is incomplete")
         if found[half] != expected:
             raise StageError(
                 f"{where}: lora_{half} is {_by(found[half])} and must be {_by(expected)} (rank "
-                f"{rank}, weight {_by(weight)}); wrong rank, transposed, or made for another base "
-                "model"
+                f"{rank}, weight {_by((wanted['B'][0], wanted['A'][1]))}); wrong rank, transposed, "
+                "or made for another base model"
             )
 
 
@@ -368,50 +303,12 @@ def _as_peft(
             named = set(linears)
         else:
             named = {name for name in linears if is_target(config, name)}
-        return named, {module: _rank_and_scaling(config, module) for module in modules}
+        return named, {module: rank_and_scaling(config, module) for module in modules}
     except (re.error, RecursionError, OverflowError) as error:
         raise StageError(
             f"{CONFIG}: target_modules, exclude_modules or a pattern is no regular expression "
             f"that matches ({error})"
         ) from None
-
-
-def is_target(config: Config, module: str) -> bool:
-    """Whether PEFT puts an update onto `module`, by its check_target_module_exists.
-
-    Not called itself, since importing PEFT takes seconds.
-    """
-    targets, layers = config.target_modules, config.layers_to_transform
-    if _is_named(config.exclude_modules or (), module) or not _is_named(targets, module):
-        return False
-    if isinstance(targets, str) or module in targets or layers in (None, []):
-        return True
-    given = config.layers_pattern or []
-    patterns = [rf"(?:^|.*?\.){p}" for p in ([given] if isinstance(given, str) else given)]
-    patterns = patterns or [r".*?\.[^.]*"]
-    matches = (re.match(rf"{pattern}\.(?P<layer>\d+)\.", module) for pattern in patterns)
-    found = next(filter(None, matches), None)
-    return found is not None and int(found["layer"]) in (
-        [layers] if isinstance(layers, int) else layers
-    )
-
-
-def _is_named(names: str | Iterable[str], module: str) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)
-
-
-def _rank_and_scaling(config: Config, module: str) -> tuple[int, float]:
-    """As PEFT finds them: a pattern's key matches the end of the module's name."""
-
-    def value(patterns: dict | None, default):
-        matching = (v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", module))
-        return next(matching, default)
-
-    rank = value(config.rank_pattern, config.r)
-    alpha = value(config.alpha_pattern, config.lora_alpha)
-    return rank, alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def _check_complete(folder: Path, modules: set[str], named: set[str]) -> None:
@@ -426,10 +323,6 @@ def _check_complete(folder: Path, modules: set[str], named: set[str]) -> None:
             f"{folder}: {unnamed[0]} has tensors and is not among the adapter's target_modules "
             f"(nor are {len(unnamed) - 1} others), so PEFT would leave it out; name it in {CONFIG}"
         )
-
-
-def _bare(value: object) -> str:
-    return brief(value).strip("'")
 
 
 def _by(shape: tuple[int, ...]) -> str:

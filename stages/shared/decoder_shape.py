@@ -78,6 +78,7 @@ class Shape:
     shared_width: int = 0
     float32_parameters: int = 0
     sinks: bool = False
+    own_code: bool = False  # transformers computes the experts by code of the family
     mxfp4: bool = False  # experts are in MXFP4 and stay so
 
     @property
@@ -121,6 +122,7 @@ class Training:
     liger: bool  # Liger's RMSNorm, RoPE and SwiGLU
     fused_lora: bool  # stages/training/fused_lora.py
     token_rows: int = 0  # of the embeddings and the head
+    experts: bool = False  # experts have adapters
 
 
 def adapted(shape: Shape, targets: frozenset[str]) -> list[Linear]:
@@ -133,9 +135,15 @@ def adapter_parameters(shape: Shape, rank: int, targets: frozenset[str]) -> int:
     return sum(rank * (x.inputs + x.outputs) for x in adapted(shape, targets))
 
 
+def expert_adapter_parameters(shape: Shape, rank: int) -> int:
+    """Trainable parameters of LoRA on all experts (stages/shared/expert_lora.py)."""
+    return sum(rank * x.count * (x.rows + x.columns) for x in shape.experts)
+
+
 def trained_parameters(shape: Shape, run: Training) -> int:
     """Parameters of the adapter and of trained rows (stages/training/token_rows.py)."""
-    return adapter_parameters(shape, run.rank, run.targets) + run.token_rows * shape.hidden
+    count = adapter_parameters(shape, run.rank, run.targets) + run.token_rows * shape.hidden
+    return count + (expert_adapter_parameters(shape, run.rank) if run.experts else 0)
 
 
 def adapts(shape: Shape, run: Training, names: frozenset[str]) -> bool:

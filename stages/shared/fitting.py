@@ -10,7 +10,8 @@ head, NF4 constants and one layer buffer.
 import math
 from dataclasses import dataclass
 
-from stages.shared.base_bytes import NF4_BYTES
+from stages.shared.base_bytes import MXFP4_BYTES, NF4_BYTES
+from stages.shared.mxfp4 import lookup_bytes
 from stages.shared.placement import CONTEXT, OFFLOADING_CONTEXT, SLOTS, WORKSPACES
 
 # Padded tokens in one forward pass, and logits in memory at once: 0.2 GB with their float32 copies,
@@ -23,8 +24,8 @@ LOGIT_BYTES = 16
 @dataclass(frozen=True)
 class Decoder:
     """The sizes of a decoder that determine the memory of scoring. Parameter counts: `linears` of
-    its layers, `largest` of the largest of those, `others` of the rest. `keys`: values per token in
-    the KV cache of one layer."""
+    its layers, `largest` of the largest of those, `others` of the rest; `mxfp4` of those of
+    `linears` that are experts in MXFP4. `keys`: values per token in the KV cache of one layer."""
 
     layers: int
     hidden: int
@@ -33,6 +34,7 @@ class Decoder:
     linears: int
     largest: int
     others: int
+    mxfp4: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,16 @@ def scored(
     size = 2 if gpu else 4
     token = size / 2 * (12 * decoder.intermediate + 8 * decoder.hidden)
     dequantized = (size + NF4_BYTES[False] - 0.5) * decoder.largest if nf4 else 0.0
+    if decoder.mxfp4:
+        dequantized = size * decoder.largest + lookup_bytes(decoder.largest)
     each = NF4_BYTES[double_quant] if nf4 else size
+    stored = each * (decoder.linears - decoder.mxfp4) + MXFP4_BYTES * decoder.mxfp4
+    # The codes of NF4; the constants stay.
+    sent = (0.5 if nf4 else size) * (decoder.linears - decoder.mxfp4) + 0.5 * decoder.mxfp4
     return Scored(
         layers=decoder.layers,
-        weights=each * decoder.linears + size * decoder.others + adapter,
-        # The codes of NF4; the constants stay.
-        layer=(0.5 if nf4 else size) * decoder.linears / decoder.layers,
+        weights=stored + size * decoder.others + adapter,
+        layer=sent / decoder.layers,
         dequantized=dequantized,
         working=max(TOKENS_PER_BATCH, longest) * token + dequantized + LOGIT_BYTES * LOGITS,
         token=token,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from stages.shared.adapter import Rows, Update
+from stages.shared.adapter import Change, Rows
 from stages.shared.embeddings import mean_row
 from stages.shared.process import StageError
 from stages.shared.weights import Weights, row_blocks
@@ -22,6 +22,8 @@ from stages.shared.weights import Weights, row_blocks
 # float16 rounds values below 2^-25 to zero. Normally distributed weights of width 0.02 lose one
 # value in a million; a tensor that loses this share is too small for the type.
 MAX_FLUSHED_SHARE = 0.01
+# What the blocks of a tensor take together, with as many float32 copies of each while it is made.
+AHEAD_BYTES, COPIES = 2**30, 3
 # The bits of infinity; those of NaN, without the sign, are larger.
 INFINITY = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
 
@@ -39,20 +41,21 @@ class RowBlock(NamedTuple):
 def merged_rows(
     weights: Weights,
     name: str,
-    update: Update | Rows | None,
+    update: Change | None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Iterator[RowBlock]:
     """Yield the tensor `name` with its update in row blocks, computed on all cores.
 
     The order of operations is that of `weight.data += delta` in peft/tuners/lora/layer.py: the
-    weight rounded to `dtype`, plus (B A) * scaling in float32, rounded once.
+    weight rounded to `dtype`, plus (B A) * scaling in float32, rounded once. Of experts PEFT rounds
+    the product to `dtype` as well.
     """
     if isinstance(update, Rows):
         yield from _with_rows(weights, name, update, dtype)
         return
     if update:
-        a, b = update.factors(device)
+        deltas = update.deltas(device)
     elif name not in weights.nf4:
         device = torch.device("cpu")  # Nothing to compute.
     read = weights.reader(name, device)
@@ -60,16 +63,19 @@ def merged_rows(
     def merged(block: slice) -> RowBlock:
         part = read(block)
         if update:
-            exact = (b[block] @ a).mul_(update.scaling)
+            exact = deltas(block)
+            if update.rounded_first:
+                exact = exact.to(dtype).float()
             exact += part.to(dtype)
         else:
             exact = part
         return _rounded(exact, dtype)
 
-    yield from _in_order(merged, row_blocks(weights.shapes[name], device))
+    blocks = row_blocks(weights.shapes[name], device)
+    yield from _in_order(merged, blocks, side_by_side(weights.shapes[name], blocks))
 
 
-def merged_shape(weights: Weights, name: str, update: Update | Rows | None) -> tuple[int, ...]:
+def merged_shape(weights: Weights, name: str, update: Change | None) -> tuple[int, ...]:
     """That of the merged tensor: rows of new tokens may come to the base's."""
     rows, *width = weights.shapes[name]
     return (max(rows, update.count) if isinstance(update, Rows) else rows, *width)
@@ -91,7 +97,8 @@ def _with_rows(weights: Weights, name: str, update: Rows, dtype: torch.dtype) ->
                 exact[id - block.start] = values[i]
         return _rounded(exact, dtype)
 
-    yield from _in_order(merged, row_blocks(shape, device))
+    blocks = row_blocks(shape, device)
+    yield from _in_order(merged, blocks, side_by_side(shape, blocks))
 
 
 def _rounded(exact: torch.Tensor, dtype: torch.dtype) -> RowBlock:
@@ -110,9 +117,17 @@ def _rounded(exact: torch.Tensor, dtype: torch.dtype) -> RowBlock:
     return RowBlock(values.cpu(), overflowed, broken, flushed, largest)
 
 
-def _in_order(function, items: list) -> Iterator:
-    """function(item) for each, on as many threads as cores, a few ahead of what is consumed."""
-    workers = len(os.sched_getaffinity(0))
+def side_by_side(shape: tuple[int, ...], blocks: list[slice]) -> int:
+    """How many blocks of a tensor are computed at once: one on each core, or as many as AHEAD_BYTES
+    hold (an expert of gpt-oss takes 66 MB in float32)."""
+    row = torch.Size(shape[1:]).numel()
+    largest = max((block.stop - block.start for block in blocks), default=1) * row
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(cores, AHEAD_BYTES // max(1, COPIES * 4 * largest)))
+
+
+def _in_order(function, items: list, workers: int) -> Iterator:
+    """function(item) for each, on so many threads, a few ahead of what is consumed."""
     with ThreadPoolExecutor(workers) as pool:
         ahead: deque = deque()
         for item in items:

@@ -12,7 +12,10 @@ from transformers.utils import logging
 
 from stages.shared.adapted import check_adapted, targets_as_written
 from stages.shared.adapter import factor_shapes
+from stages.shared.expert_lora import stand_ins, use_factors
+from stages.shared.experts import expert_stacks
 from stages.shared.nf4 import unpack_odd_layers
+from stages.shared.packed import pin_experts
 from stages.shared.packed_model import holds_packed, load_packed
 from stages.shared.placement import SLOTS
 from stages.shared.process import StageError
@@ -87,9 +90,12 @@ def _stored(
 ) -> PreTrainedModel:
     if holds_packed(folder):
         return load_packed(folder, device, attention)
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, device_map={"": device}, attn_implementation=attention
     )
+    if expert_stacks(model):
+        pin_experts(model)
+    return model
 
 
 def computed_in(device: torch.device) -> torch.dtype:
@@ -129,7 +135,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     Raises StageError where PEFT refuses its configuration, or would leave a part of it out.
     """
     try:
-        with targets_as_written():
+        with targets_as_written(), stand_ins(model):
             adapted = PeftModel.from_pretrained(model, folder, is_trainable=False).eval()
     except torch.OutOfMemoryError:
         raise
@@ -138,5 +144,6 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise StageError(f"{folder}: PEFT does not load it: {reason}") from None
     factors, _ = factor_shapes(folder)
     asked = {module for module, _ in factors}
+    use_factors(adapted)
     check_adapted(adapted, asked, str(folder), "name its modules in full in adapter_config.json")
     return adapted

@@ -1,4 +1,4 @@
-"""MXFP4 as gpt-oss comes in it: 32 values of four bits and the power of two that scales them.
+"""MXFP4, the format of gpt-oss: blocks of 32 four-bit values with a power of two as scale.
 
 The format: OCP Microscaling Formats (MX) v1.0, E2M1 elements with E8M0 scales.
 """
@@ -8,33 +8,34 @@ from functools import cache
 
 import torch
 
-# What the codes 0 to 15 stand for.
+# The values of the codes 0 to 15.
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 VALUES = (*_POSITIVE, *(-value for value in _POSITIVE))
 GROUP = 32
 _BIAS = 127
-# The key of config.json in models/quantized by which it is said that experts are in MXFP4.
+# Key of models/quantized/config.json that says that the experts are in MXFP4.
 STORAGE = "expert_storage"
 
-
-# Values that are looked up at once, where few calls matter more than memory.
+# Values looked up at once: large, so that there are few calls.
 _AT_ONCE = 2**26
 
 
 def experts_at_once(values: int) -> int:
-    """Of so many values each."""
+    """Number of experts with so many `values` each to decode at once."""
     return max(1, _AT_ONCE // values)
 
 
 def lookup_bytes(values: int) -> float:
-    """What looking up bfloat16 `values` takes beside them: an index of 4 bytes for each two, and
-    the values before they are where they belong."""
+    """Memory for decoding bfloat16 `values` besides the result: an index of 4 bytes for every two,
+    and a temporary copy of the values."""
     return 4.0 * min(values, _AT_ONCE)
 
 
 def decoded(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The values [..., 32 n] of uint8 `blocks` [..., n, 16], the first of two in the low bits, and
-    uint8 `scales` [..., n]. Exact in bfloat16 and float32."""
+    """Decode uint8 `blocks` [..., n, 16] with uint8 `scales` [..., n] to values [..., 32 n].
+
+    The low four bits of a byte come first. Exact in bfloat16 and float32.
+    """
     pairs, powers = _tables(dtype, blocks.device)
     found = pairs[blocks.int()].flatten(-2)
     found *= powers[scales.int()].unsqueeze(-1)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from stages.shared.experts import OWN_CODE, expert_stacks
 from stages.shared.process import StageError
 from stages.shared.scoring import head
+from stages.shared.text_model import kept_in_float32
 
 # Tokens of the two rows, different so that one is padded.
 LENGTHS = (24, 17)
@@ -31,7 +32,7 @@ def as_trained(model: torch.nn.Module) -> Iterator[torch.device]:
     """No gradients, and products in the type that training has them in; gives the device.
 
     On a GPU every token has the same experts: rounded otherwise, a router chooses others, and what
-    is compared here is everything but that.
+    is compared here is everything but its choice.
     """
     device = next(model.parameters()).device
     gpu = device.type == "cuda"
@@ -45,12 +46,19 @@ def as_trained(model: torch.nn.Module) -> Iterator[torch.device]:
 
 @contextmanager
 def same_experts(model: torch.nn.Module) -> Iterator[None]:
-    """Let the first experts of every layer of `model`, with equal weights, compute each token."""
+    """Let the first experts of every layer of `model` compute each token, the first with the
+    largest weight that the router gave any: that changes little with rounding.
+
+    With equal weights where a bias takes part in the choice: the largest of the biased scores are
+    not the largest weights.
+    """
+    biased = bool(kept_in_float32(model))  # type: ignore[arg-type]  # asked for attributes alone
 
     def choose(_module, args):
         hidden, chosen, weights, *rest = args
         first = torch.arange(chosen.shape[-1], device=chosen.device).expand_as(chosen)
-        return hidden, first, torch.full_like(weights, 1 / chosen.shape[-1]), *rest
+        equal = torch.full_like(weights, 1 / chosen.shape[-1])
+        return hidden, first, equal if biased else weights.sort(-1, descending=True)[0], *rest
 
     routed = [m for m in expert_stacks(model).values() if type(m).__name__ not in OWN_CODE]
     hooks = [module.register_forward_pre_hook(choose) for module in routed]

@@ -1,20 +1,20 @@
-"""The experts of a layer, packed: dequantized where they compute, a few at a time.
+"""Experts stored in 4 bit and dequantized a few at a time where they compute.
 
-transformers keeps all experts of a layer in two tensors of three dimensions, which no quantizer of
-Linears takes. Here a module stands for each such tensor. It holds packed bytes and constants, and
-gives experts [first, last) in full. Several storages can do that: a class below Packed, with its
-tensors and `dense`.
+transformers keeps all experts of a layer in two three-dimensional tensors, which quantizers of
+Linears do not handle. Here a module replaces each such tensor. It holds packed bytes and constants
+and returns experts [first, last) dequantized (`dense`). Each storage format is a subclass of
+Packed.
 
-The product of a layer's tokens with its experts keeps the module alone for the backward pass, and
-dequantizes again there: nothing as large as a dense expert outlives its product. Experts come in
-chunks of at most CHUNK_BYTES of values, so that what is alive at once is bounded by that and not by
-the size of a layer.
+The product of tokens and experts saves no weight for the backward pass, which dequantizes again. So
+no dense expert outlives its product. Experts are dequantized in chunks of at most CHUNK_BYTES,
+which bounds memory independently of the size of a layer.
 
-Sums over the experts of a token run in the order of the router's choice, on every device: no atomic
-addition takes part.
+The results of a token's experts are summed in the order in which the router chose them, without
+atomic additions, so that results are deterministic on every device.
 """
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 from types import MethodType
 from typing import Any
@@ -30,55 +30,64 @@ from stages.shared.experts import OWN_CODE, PACKED, expert_stacks, packed_name
 from stages.shared.mxfp4 import GROUP, decoded, experts_at_once
 from stages.shared.nf4 import unnested, unpacked
 
-# The name under which transformers knows the forward pass below.
+# Name of the forward pass below in transformers' registry.
 IMPLEMENTATION = "packed"
+# transformers' own grouped_mm under another name, since generate() replaces it by that name.
+PINNED = "pinned"
 
 
 class Groups:
-    """Rows that are sorted by expert. `ends` [E] int32: the row after the last of each."""
+    """Bounds of rows sorted by expert. `ends` [E] int32: the end of each expert's rows."""
 
     def __init__(self, ends: torch.Tensor):
         self.ends = ends.to(torch.int32)
 
     @cached_property
     def bounds(self) -> list[int]:
-        """[E + 1]: the first row of each expert, and the number of rows. Waits for the device."""
+        """[E + 1]: the first row of each expert and the number of rows. Synchronizes the device."""
         return [0, *self.ends.tolist()]
+
+    @property
+    def chosen(self) -> list[tuple[int, int, int]]:
+        """(expert, first row, end) of the experts that have rows. Synchronizes the device."""
+        ranges = zip(range(len(self.ends)), self.bounds, self.bounds[1:], strict=False)
+        return [each for each in ranges if each[1] < each[2]]
 
 
 class Packed(nn.Module):
-    """The weights of all experts in one product of a layer, of whatever storage.
+    """The weights of all experts of a layer for one product, in some storage format.
 
-    shape       [E, a, b] of the dense tensor, as transformers has it
-    transposed  it is [E, in, out], not [E, out, in]
+    shape       [E, a, b] of the dense tensor in transformers
+    transposed  whether that is [E, in, out] instead of [E, out, in]
 
-    Called with rows [n, in], sorted by expert, and their Groups it gives [n, out].
+    Called with rows [n, in] sorted by expert and their Groups, it returns [n, out].
     """
 
     transposed = False
-    # Tensors of the checkpoint in an expert's: 2 where gate and up are two.
+    # Number of checkpoint tensors per expert: 2 if gate and up are separate.
     pieces = 1
+    # (result, rows, groups) -> the result plus that of an adapter (stages/shared/expert_lora.py).
+    added: Callable[[torch.Tensor, torch.Tensor, Groups], torch.Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         raise NotImplementedError
 
     def dense(self, first: int, last: int, dtype: torch.dtype) -> torch.Tensor:
-        """Experts [first, last) in full: [last - first, a, b]."""
+        """Experts [first, last), dequantized: [last - first, a, b]."""
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor, groups: Groups) -> torch.Tensor:
-        return _Product.apply(x, self, groups)
+        y = _Product.apply(x, self, groups)
+        return self.added(y, x, groups) if self.added else y
 
 
 class Nf4Experts(Packed):
-    """NF4, each tensor of the checkpoint quantized by itself: the bytes are those of a Linear4bit.
+    """NF4. Each checkpoint tensor is quantized separately, to the bytes that a Linear4bit has.
 
-    codes   uint8: [E, a, b / 2] where the checkpoint has all experts in one tensor, and
-            [E, pieces, a / pieces, b / 2] where it has one for each expert, or for each of gate
-            and up
-    absmax  a scale for each 64 values, [E, (pieces,) n]: uint8 with `nested` and `offset`, float32
-            without
+    codes   uint8: [E, a, b / 2] if the checkpoint stores all experts in one tensor, else
+            [E, pieces, a / pieces, b / 2]
+    absmax  one scale per 64 values, [E, (pieces,) n]: uint8 with double quantization, else float32
     nested  float32 [E, (pieces,) n / 256, rounded up]
     offset  float32 [E(, pieces)]
     """
@@ -119,7 +128,7 @@ class Nf4Experts(Packed):
 
 
 class Mxfp4Experts(Packed):
-    """MXFP4, the bytes of the checkpoint: blocks uint8 [E, b, a / 32, 16], scales uint8
+    """MXFP4, unchanged from the checkpoint: blocks uint8 [E, b, a / 32, 16], scales uint8
     [E, b, a / 32]."""
 
     FIRST = "blocks"
@@ -147,12 +156,12 @@ class Mxfp4Experts(Packed):
         return values.mT
 
 
-# By the name of the tensor that each has and no other.
+# Storage formats by the name of a tensor that only they have.
 STORAGES: dict[str, type[Packed]] = {kind.FIRST: kind for kind in (Nf4Experts, Mxfp4Experts)}
 
 
 class _Product(torch.autograd.Function):
-    """Each row times its expert's weight. Keeps the module, no weight."""
+    """Multiplies each row by its expert's weight. Saves no tensor for the backward pass."""
 
     @staticmethod
     def forward(ctx, x, packed, groups):
@@ -170,14 +179,14 @@ class _Product(torch.autograd.Function):
 
 
 def _grouped(x: torch.Tensor, packed: Packed, groups: Groups, turned: bool) -> torch.Tensor:
-    """Rows x of each expert times its weight [a, b], or `turned` times its [b, a]."""
+    """Multiply each expert's rows of x by its weight [a, b], or if `turned` by the transpose."""
     experts, a, b = packed.shape
     fused = x.is_cuda and x.dtype == torch.bfloat16
     chunk = max(1, CHUNK_BYTES // (a * b * x.dtype.itemsize))
     if fused and chunk >= experts:
         weights = packed.dense(0, experts, x.dtype)
-        return _grouped_mm(x, weights.mT if turned else weights, groups.ends)
-    # Rows of no expert do not exist: every one is written.
+        return grouped_mm(x, weights.mT if turned else weights, groups.ends)
+    # Every row belongs to an expert, so all of y is written.
     y, bounds = x.new_empty(len(x), a if turned else b), groups.bounds
     for first in range(0, experts, chunk):
         last = min(first + chunk, experts)
@@ -187,7 +196,7 @@ def _grouped(x: torch.Tensor, packed: Packed, groups: Groups, turned: bool) -> t
         weights = packed.dense(first, last, x.dtype)
         weights = weights.mT if turned else weights
         if fused:
-            y[start:end] = _grouped_mm(x[start:end], weights, groups.ends[first:last] - start)
+            y[start:end] = grouped_mm(x[start:end], weights, groups.ends[first:last] - start)
             continue
         for weight, low, high in zip(weights, bounds[first:], bounds[first + 1 :], strict=False):
             if low < high:
@@ -195,34 +204,37 @@ def _grouped(x: torch.Tensor, packed: Packed, groups: Groups, turned: bool) -> t
     return y
 
 
-def _grouped_mm(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def grouped_mm(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     return nn.functional.grouped_mm(x, weights, offs=ends)
 
 
 class _Sort(torch.autograd.Function):
-    """Rows [n, width], each as often as experts were chosen for it, in the order of the experts."""
+    """Repeats rows [n, width] once per chosen expert and sorts them by expert."""
 
     @staticmethod
     def forward(ctx, x, order, chosen):
-        ctx.order, ctx.chosen = order, chosen
+        # Saved, not kept as an attribute, which would outlive the first of two checkpointed passes.
+        ctx.save_for_backward(order)
+        ctx.chosen = chosen
         return x[order // chosen]
 
     @staticmethod
     def backward(ctx, dy):
-        return _back(dy, ctx.order, ctx.chosen), None, None
+        return _back(dy, *ctx.saved_tensors, ctx.chosen), None, None
 
 
 class _Sum(torch.autograd.Function):
-    """What _Sort undoes: sums of the rows that belong to one token."""
+    """The inverse of _Sort: sums the rows of each token."""
 
     @staticmethod
     def forward(ctx, y, order, chosen):
-        ctx.order, ctx.chosen = order, chosen
+        ctx.save_for_backward(order)
+        ctx.chosen = chosen
         return _back(y, order, chosen)
 
     @staticmethod
     def backward(ctx, dx):
-        return dx[ctx.order // ctx.chosen], None, None
+        return dx[ctx.saved_tensors[0] // ctx.chosen], None, None
 
 
 def _back(y: torch.Tensor, order: torch.Tensor, chosen: int) -> torch.Tensor:
@@ -237,7 +249,7 @@ def experts_forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """What transformers' own forward passes of experts compute, for `self` with packed experts.
+    """transformers' forward pass of experts, for a module `self` whose experts are packed.
 
     hidden_states [n, H]; top_k_index and top_k_weights [n, k]
     """
@@ -261,7 +273,7 @@ def experts_forward(
 
 
 def llama4_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """Of Llama4TextExperts: every token comes once for each expert, sorted by it."""
+    """That of Llama4TextExperts, whose input has every token once per expert, sorted by expert."""
     rows = len(hidden_states) // self.num_experts
     every = torch.arange(1, self.num_experts + 1, device=hidden_states.device)
     groups = Groups(rows * every)
@@ -270,11 +282,12 @@ def llama4_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+ALL_EXPERTS_FUNCTIONS.register(PINNED, ALL_EXPERTS_FUNCTIONS["grouped_mm"])
 
 
 def put_packed(model: PreTrainedModel, name: str, packed: Packed) -> None:
-    """Let `packed` stand for the parameter `name` of `model`. Raises ValueError where it does not
-    have its shape."""
+    """Replace the parameter `name` of `model` by `packed`. Raises ValueError if their shapes
+    differ."""
     owner, _, key = name.rpartition(".")
     experts = model.get_submodule(owner)
     if tuple(experts.get_parameter(key).shape) != packed.shape:
@@ -286,15 +299,22 @@ def put_packed(model: PreTrainedModel, name: str, packed: Packed) -> None:
 
 
 def parameters_of(model: Any) -> tuple[int, int]:
-    """(trained, all) of a model of PEFT's, which counts the bytes of packed experts."""
+    """(trained, all) parameters of a PEFT model; PEFT itself counts packed experts as bytes."""
     trained, all_of_them = model.get_nb_trainable_parameters()
     packed = [module for module in model.modules() if isinstance(module, Packed)]
     stored = sum(parameter.numel() for module in packed for parameter in module.parameters(False))
     return trained, all_of_them + sum(math.prod(module.shape) for module in packed) - stored
 
 
+def pin_experts(model: PreTrainedModel) -> None:
+    """Use one implementation of 16-bit experts throughout: on a GPU, generate() of transformers
+    would switch to another one, so that answers and scores could differ."""
+    if getattr(model.config, "_experts_implementation", None) == "grouped_mm":
+        model.set_experts_implementation(PINNED)
+
+
 def compute_packed(model: PreTrainedModel) -> None:
-    """Let the experts of `model`, all of them packed, compute as above."""
+    """Make the experts of `model`, which are all packed, use the forward passes above."""
     stacks = expert_stacks(model).values()
     for module in stacks:
         if type(module).__name__ in OWN_CODE:

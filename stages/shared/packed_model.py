@@ -1,7 +1,7 @@
-"""Loading a model whose experts are packed, which transformers' own from_pretrained cannot.
+"""Loads a model with packed experts, which transformers' from_pretrained cannot.
 
-The folder is what quantize wrote: tensors by the names of the modules that hold them here. Nothing
-is read before it is copied to where it belongs: tensors are mapped from their files.
+The folder was written by quantize, with tensor names of the modules used here. Tensors are
+memory-mapped, so that nothing is read before it is copied to its place.
 """
 
 from pathlib import Path
@@ -29,8 +29,8 @@ def holds_packed(folder: Path) -> bool:
 def load_packed(
     folder: Path, device: torch.device, attention: str | None = None
 ) -> PreTrainedModel:
-    """The model of `folder` on `device`, its experts packed. Raises StageError for a tensor that is
-    missing or of another shape."""
+    """The model of `folder` on `device`, with packed experts. Raises StageError if a tensor is
+    missing or has another shape."""
     tensors = _tensors(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with init_empty_weights(include_buffers=False):
@@ -42,7 +42,7 @@ def load_packed(
         return tensors[key].get_tensor(key).to(device)
 
     def under(name: str) -> dict[str, torch.Tensor]:
-        """Those whose names go on behind `name`, by the rest."""
+        """Tensors whose names start with `name`, by the rest of the name."""
         start = f"{name}."
         return {key.removeprefix(start): get(key) for key in of_stack.get(name, ())}
 
@@ -82,7 +82,7 @@ def load_packed(
             setattr(module, key, buffer.to(device))
     if (folder / GENERATION).exists():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    # By it PEFT knows what adapters it makes of.
+    # Makes PEFT use its LoRA layers for Linear4bit.
     model.is_loaded_in_4bit = True
     return model.eval()
 
@@ -109,8 +109,9 @@ def linear4bit(plain: torch.nn.Linear) -> Linear4bit:
 
 
 def _put_linear(model: PreTrainedModel, name: str, tensors: dict, get) -> None:
-    """Let a Linear4bit of the stored tensors stand for the Linear `name` of `model`."""
-    module = linear4bit(model.get_submodule(name))
+    """Replace the Linear `name` of `model` by a Linear4bit with the stored tensors."""
+    plain: Any = model.get_submodule(name)  # a Linear
+    module = linear4bit(plain)
     weight = get(f"{name}.weight")
     stats = {p: get(f"{name}.weight.{p}") for p in NF4_PARTS if f"{name}.weight.{p}" in tensors}
     module.weight = Params4bit.from_prequantized(

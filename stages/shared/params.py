@@ -194,11 +194,15 @@ class Lora(Section):
     scaling: Literal["standard", "rslora"]
     dropout: Share
     target_modules: Annotated[str | list[str], BeforeValidator(_target_modules)]
+    experts: bool
     new_tokens: list[Text]
 
     def conflicts(self) -> list[str]:
         twice = {token for token in self.new_tokens if self.new_tokens.count(token) > 1}
-        return [f"new_tokens: {brief(token)} is named twice" for token in sorted(twice)]
+        found = [f"new_tokens: {brief(token)} is named twice" for token in sorted(twice)]
+        if self.experts and self.dropout:
+            found.append("dropout: must be 0 with experts: true, where PEFT has none")
+        return found
 
 
 class Train(Section):
@@ -285,11 +289,14 @@ class Params(Section):
     export: Export
 
     def conflicts(self) -> list[str]:
+        found = []
+        if self.lora.experts and self.quantize.type != "nf4":
+            found.append("lora.experts: true needs quantize.type: nf4")
         if self.prepare.validation_rows:
-            return []
+            return found
         broken = ["keep: must be last"] * (self.train.keep == "best")
         broken += ["patience: must be null"] * (self.train.patience is not None)
-        return [f"train.{rule}, or prepare.validation_rows more than 0" for rule in broken]
+        return found + [f"train.{rule}, or prepare.validation_rows more than 0" for rule in broken]
 
 
 @functools.cache

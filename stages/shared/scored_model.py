@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -42,6 +43,8 @@ def model_sizes(
         own = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
         beside += copy_bytes(max(rows, own.vocab_size), decoder.hidden, on_gpu)
     nf4 = bool(weights.nf4) and not dense
+    if dense:
+        decoder = replace(decoder, mxfp4=0)
     return scored(decoder, nf4, double_quant, longest, beside, on_gpu)
 
 
@@ -76,6 +79,7 @@ def decoder_in(weights: Weights) -> Decoder:
             for t, n in whole.items()
         ),
         others=sum(math.prod(shape) for shape in shapes.values()) - sum(size.values()),
+        mxfp4=sum(math.prod(shapes[name]) for name in weights.mxfp4),
     )
 
 

@@ -37,6 +37,8 @@ READ |= {"I32": torch.int32, "I64": torch.int64}
 # Values of one block: 1 MB in float32, which stays in the processor's cache. Blocks four times as
 # large took 30 % longer, most of it in page faults.
 BLOCK_VALUES = 2**18
+# Of experts on a GPU, where a block is several: 256 MB in float32.
+EXPERT_VALUES = 2**26
 # With fewer rows a matrix product may use another kernel than the whole, and round differently.
 # A multiple of 64 also begins at a block of NF4, which has one scale for 64 values.
 UNIT_ROWS = 64
@@ -302,12 +304,14 @@ def row_blocks(shape: tuple[int, ...], device: torch.device) -> list[slice]:
     """Row blocks of similar size for a tensor of `shape`; on a GPU one block.
 
     cuBLAS chooses its kernel by the shape, so a block's product could differ from the whole one's.
-    Tensors of experts, which have three dimensions, are split between experts on any device.
+    Tensors of experts, which have three dimensions, are multiplied expert by expert: on a GPU as
+    many make a block as EXPERT_VALUES hold, and at least one.
     """
     rows, values = shape[0] if shape else 1, torch.Size(shape).numel()
     unit = 1 if len(shape) > 2 else UNIT_ROWS
     units, count = rows // unit, 1
     if device.type == "cpu" or unit == 1:
-        count = max(1, min(-(-values // BLOCK_VALUES), units))
+        most = BLOCK_VALUES if device.type == "cpu" else EXPERT_VALUES
+        count = max(1, min(-(-values // most), units))
     bounds = [unit * (units * i // count) for i in range(count)]
     return [slice(a, b) for a, b in pairwise([*bounds, rows])]

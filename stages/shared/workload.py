@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from stages.shared.decoder_shape import Experts, Linear, Shape, Training
 from stages.shared.embeddings import set_vocabulary
-from stages.shared.experts import OWN_CODE, expert_stacks, expert_tensors
+from stages.shared.experts import OWN_CODE, expert_stacks, expert_tensors, width_refused
 from stages.shared.fast_path import choose_fast_path, plain_layers
 from stages.shared.linears import adaptable_linears, quantized_linears, targets_of
 from stages.shared.mxfp4 import STORAGE
+from stages.shared.nf4 import BLOCK
 from stages.shared.outputs import read_json
 from stages.shared.params import Params, Train
 from stages.shared.process import StageError
@@ -151,6 +152,7 @@ def experts_shape(model: PreTrainedModel) -> dict[str, int]:
         "chosen": chosen_experts(model.config.get_text_config()),
         "expert_width": width,
         "gate_bytes": gate_bytes(stack, width),
+        "own_code": type(stack).__name__ in OWN_CODE,
         "shared_width": sum(
             module.in_features
             for name, module in beside.named_modules()
@@ -182,6 +184,22 @@ def gate_bytes(stack: Any, width: int) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
+def check_expert_lora(config: PretrainedConfig, shape: Shape) -> None:
+    """Raise StageError where `lora.experts` cannot be had."""
+    if not shape.experts or shape.own_code:
+        reason = "computes its experts by code of its own" if shape.experts else "has no experts"
+        raise StageError(
+            f"params.yaml: lora.experts: {config.model_type} {reason}; set lora.experts: false"
+        )
+
+
+def check_expert_widths(shape: Shape) -> None:
+    """Raise StageError for experts that quantize would refuse."""
+    for each in () if shape.mxfp4 else shape.experts:
+        if each.columns % BLOCK:
+            raise StageError(width_refused(each.name, each.columns))
+
+
 def match_targets(shape: Shape, wanted: str | list[str]) -> frozenset[str]:
     """Names of the Linears that get an adapter. Raises StageError as targets_of does."""
     names = (linear.name for linear in shape.linears if linear.adaptable)
@@ -210,6 +228,10 @@ def planned_training(
 ) -> Training:
     """The settings of training on an NVIDIA GPU, with a base in NF4 or 16 bit. Raises StageError as
     training would."""
+    if params.lora.experts:
+        check_expert_lora(config, shape)
+    if nf4:
+        check_expert_widths(shape)
     fast = choose_fast_path(params, config, gpu=True)
     count, tokens, learned = largest_step(rows, params.train, fast.padding_free)
     return Training(
@@ -231,6 +253,7 @@ def planned_training(
         liger=fast.liger,
         fused_lora=fast.fused_lora,
         token_rows=len(rows.trained) * (1 if config.tie_word_embeddings else 2),
+        experts=params.lora.experts,
     )
 
 

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.shared.adapted import check_adapted, lost_elsewhere, targets_as_written
+from stages.shared.expert_lora import stand_ins, use_factors, wrapper_names
 from stages.shared.fast_path import FastPath, plain_layers
 from stages.shared.linears import adaptable_linears, targets_of
 from stages.shared.params import Params
@@ -69,7 +70,8 @@ def build_trainer(
     if dropped := leave_out_attention_dropout(model):
         print(f"train: the base's attention_dropout ({dropped:g}) is switched off")
     targets = targets_of(params.lora.target_modules, adaptable_linears(model))
-    with targets_as_written():
+    experts = wrapper_names(model) if params.lora.experts else set()
+    with targets_as_written(), stand_ins(model):
         trainer = Trainer(
             model=model,
             args=trainer_config(model, data.max_length, params, fast, placement, folder),
@@ -78,8 +80,12 @@ def build_trainer(
             peft_config=lora_config(params.lora, model, data.trained),
             world=world,
         )
+    use_factors(trainer.model)
     check_adapted(
-        trainer.model, targets, "lora.target_modules", "name modules that it takes as they are"
+        trainer.model,
+        targets | experts,
+        "lora.target_modules",
+        "name modules that it takes as they are",
     )
     tell_lost(model.config.model_type, targets)
     assert trainer.args.train_batch_size == params.train.batch_size

@@ -24,6 +24,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Params4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from stages.shared.fast_path import plain_layers
@@ -280,7 +281,8 @@ def fuse_lora(
 
         swiglu = LigerSwiglu
     modules = list(model.modules())
-    layers = [m for m in modules if isinstance(m, LoraLayer)]
+    # Those around experts only hold factors (stages/shared/expert_lora.py).
+    layers = [m for m in modules if isinstance(m, LoraLayer) and not isinstance(m, ParamWrapper)]
     plain: list[Any] = plain_layers(model)
     ends = {end for m in plain for end in (m.self_attn.o_proj, m.mlp.down_proj)}
     groups = [[getattr(m.self_attn, name) for name in ATTENTION_INPUTS] for m in plain]

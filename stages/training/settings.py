@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from trl import SFTConfig
 
 from stages.shared.embeddings import names_of_embeddings
+from stages.shared.expert_lora import target_parameters
 from stages.shared.fast_path import FastPath, plain_layers
 from stages.shared.linears import unadaptable_linears
 from stages.shared.params import Lora, Params, Train
@@ -30,6 +31,7 @@ def lora_config(
         use_rslora=lora.scaling == "rslora",
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
+        target_parameters=target_parameters(model) if model and lora.experts else None,
         trainable_token_indices={name: list(trained) for name in names} or None,
         bias="none",
         task_type="CAUSAL_LM",

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from stages.shared.adapter import WEIGHTS, Rows, Update
+from stages.shared.adapter import WEIGHTS, Change
 from stages.shared.embeddings import with_vocabulary
 from stages.shared.merging import merged_shape
 from stages.shared.outputs import read_json
@@ -77,7 +77,7 @@ def check_headers(
     quantized: Weights,
     base: Weights,
     dtype: torch.dtype,
-    updates: Mapping[str, Update | Rows] = {},
+    updates: Mapping[str, Change] = {},
 ) -> None:
     """Names, shapes, files and types against the base's. Raises StageError naming a tensor."""
     whole = other_names(quantized.folder) is not None

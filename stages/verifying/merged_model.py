@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from stages.shared.experts import part_of
 from stages.shared.fitting import Scored, tightest
 from stages.shared.layer_sources import Make
 from stages.shared.process import StageError
@@ -22,6 +24,7 @@ from stages.shared.text_model import (
     read_config,
     without_tables,
 )
+from stages.shared.weights import Weights
 from stages.verifying.folder_check import AGAIN
 
 
@@ -52,13 +55,56 @@ def place_merged(
             for name, parameter in model.named_parameters():
                 parameter.data.copy_(make(name, parameter.data))
         return model, None
-    model = load_merged(folder, torch.device("cpu"), renamed)
+    if any(part_of(name) for name in (renamed or {}).values()):
+        # transformers would stack the experts of all layers in host memory.
+        weights = Weights(folder, renamed)
+        model, make = empty_merged(weights), stacked(weights, make)
+    else:
+        model = load_merged(folder, torch.device("cpu"), renamed)
     kind = "files" if make or device.type == "cpu" else "ring"
     streamer = stream_layers(
         model, device, found.streamed, kind, dtype=dtype, slots=found.slots, make=make
     )
     streamer.room = room
     return model, streamer
+
+
+def empty_merged(weights: Weights) -> PreTrainedModel:
+    """The language model of a merged folder. Its parameters have a shape and no memory: `stacked`
+    gives their values. check_whole has compared their names and shapes."""
+    config = read_config(weights.folder)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    for name, parameter in list(model.named_parameters()):
+        owner, _, key = name.rpartition(".")
+        empty = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+        setattr(model.get_submodule(owner), key, torch.nn.Parameter(empty, requires_grad=False))
+    model.tie_weights()
+    for name, buffer in model.named_buffers():
+        if name in weights.shapes:
+            buffer.data = weights.read(name)
+    find_backbone(model)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def stacked(weights: Weights, make: Make | None) -> Make:
+    """A Make that reads each tensor when it is needed, of its parts where the files have those of
+    single experts; `make` gives another one instead, where it does not return what it is given."""
+
+    def of(name: str, empty: torch.Tensor) -> torch.Tensor:
+        # Memory that is not written takes none.
+        whole = torch.empty(empty.shape, dtype=empty.dtype)
+        if make and (other := make(name, whole)) is not whole:
+            return other
+        parts = weights.parts(name)
+        if len(parts) == 1:
+            return weights.read(parts[0])
+        for place, part in zip(whole.view(len(parts), -1), parts, strict=True):
+            place.copy_(weights.read(part).flatten())
+        return whole
+
+    return of
 
 
 def check_whole(folder: Path) -> None:

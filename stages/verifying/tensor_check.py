@@ -4,7 +4,8 @@ The expected values come from the model as loaded by transformers and PEFT, so t
 itself are found.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -16,7 +17,7 @@ from peft.utils.other import TrainableTokensWrapper
 from tqdm import tqdm
 
 from stages.shared.embeddings import extended
-from stages.shared.experts import packed_name, part_of
+from stages.shared.experts import TENSORS, packed_name, part_of
 from stages.shared.packed import Packed
 from stages.shared.process import StageError
 from stages.shared.ranks import ALONE, World
@@ -24,8 +25,8 @@ from stages.shared.streaming import Streamer
 from stages.shared.weights import Weights
 from stages.verifying.folder_check import AGAIN
 
-# Values of a tensor that are compared at once.
-BLOCK_VALUES = 2**24
+# Values compared at once: of a tensor in float32, and of experts.
+BLOCK_VALUES, AT_ONCE = 2**24, 2**26
 
 
 def check_tensors(
@@ -51,15 +52,16 @@ def check_tensors(
     total = sum(sizes.values()) * dtype.itemsize / 1e9
     with tqdm(total=total, unit="GB", desc="tensors", disable=None) as bar:
         for name in names:
+            stacked = len(merged.shapes[name]) == 3 and name.endswith(TENSORS)
+            if packed_of(modules, name) or (stacked and name in source.shapes):
+                faults = expert_faults(name, merged, modules, source, device, streamer)
+                wrong += [f"{name} ({fault})" for fault in faults][:1]
+                bar.update(sizes[name] * dtype.itemsize / 1e9)
+                continue
             found = merged.read(name).to(device)
             module: Any = modules.get(name.rpartition(".")[0])
             updated = isinstance(module, LoraLayer) and name.endswith(".weight")
-            if experts := packed_of(modules, name):
-                stack, of_name = experts
-                if streamer and (enter := streamer.entrance(next(stack.parameters()))):
-                    enter()
-                plain = of_name(stack).to(dtype)
-            elif name in source.nf4:
+            if name in source.nf4:
                 plain = module.base_layer.weight if updated else module.weight
                 if streamer and (enter := streamer.entrance(plain)):
                     enter()
@@ -78,7 +80,8 @@ def check_tensors(
             delta = module.get_delta_weight("default") if updated else None
             expected = plain if delta is None else plain.clone().add_(delta)
             if not torch.equal(found, expected):
-                fault = difference(found, expected, plain, module if updated else None)
+                slack = partial(rounding_slack, module) if updated else None
+                fault = difference(found, expected, plain, slack)
                 wrong += [f"{name} ({fault})"] if fault else []
             bar.update(sizes[name] * dtype.itemsize / 1e9)
     if wrong := sorted(fault for of_rank in world.gather(wrong) for fault in of_rank):
@@ -88,23 +91,77 @@ def check_tensors(
         )
 
 
-def packed_of(
-    modules: dict[str, torch.nn.Module], name: str
-) -> tuple[Packed, Callable[[Packed], torch.Tensor]] | None:
-    """Of a tensor of experts, the module that has them packed, and how to have it in bfloat16."""
-    tensor, expert, piece = part_of(name) or (name, None, 0)
-    stack: Any = modules.get(packed_name(tensor))
-    if not isinstance(stack, Packed):
-        return None
+def expert_faults(
+    name: str,
+    merged: Weights,
+    modules: dict[str, torch.nn.Module],
+    source: Weights,
+    device: torch.device,
+    streamer: Streamer | None,
+) -> Iterator[str]:
+    """Differences in a tensor of one expert [out, in] or of all [E, a, b], compared in chunks."""
+    read, shape = merged.reader(name, device), merged.shapes[name]
+    whole = len(shape) == 3
+    _, expert, piece = part_of(name) or (name, 0, 0)
+    packed = packed_of(modules, name)
+    if packed and streamer and (enter := streamer.entrance(next(packed.parameters()))):
+        enter()
+    experts = shape[0] if whole else 1
+    step = max(1, AT_ONCE // torch.Size(shape[1:] if whole else shape).numel())
+    for first in range(0, experts, step):
+        last = min(first + step, experts)
+        rows = slice(first, last) if whole else slice(0, shape[0])
+        block = (first, last) if whole else (expert, expert + 1)
+        found = read(rows)
 
-    def found(stack: Packed) -> torch.Tensor:
-        if expert is None:
-            every = range(stack.shape[0])
-            return torch.cat([stack.dense(e, e + 1, torch.bfloat16) for e in every])
-        rows = stack.dense(expert, expert + 1, torch.bfloat16)[0]
-        return rows.chunk(stack.pieces)[piece]
+        def own(values: torch.Tensor, pieces: int) -> torch.Tensor:
+            return values if whole else values[0].chunk(pieces)[piece]
 
-    return stack, found
+        if packed and name in source.nf4 | source.mxfp4:
+            plain = own(packed.dense(*block, torch.bfloat16), packed.pieces)
+        else:
+            plain = source.reader(name, device)(rows)
+        plain, expected, slack = plain.to(found.dtype), plain.to(found.dtype), None
+        if packed and packed.added:
+            deltas = expert_delta(packed, *block, found.dtype)
+            delta, bound = (own(values, packed.pieces) for values in deltas)
+            expected, slack = plain + delta, bound.__getitem__
+        if not torch.equal(found, expected):
+            fault = difference(found, expected, plain, slack)
+            if fault:
+                yield fault
+
+
+def expert_delta(
+    packed: Packed, first: int, last: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What PEFT's ParamWrapper adds to experts [first, last), in the weight's dtype, and a bound on
+    the difference of another device's result."""
+    wrapper: Any = packed.added.wrapper  # type: ignore[attr-defined]  # Factors
+    count = wrapper.num_experts
+    a, b = (
+        half.get_parameter("default.weight").detach() for half in (wrapper.lora_A, wrapper.lora_B)
+    )
+    a = a.reshape(count, -1, a.shape[-1])[first:last]
+    b = b.reshape(len(b), -1, count)[..., first:last]
+    form = "o r e, e r i -> e o i" if wrapper._did_swap_in_out_features else "o r e, e r i -> e i o"
+    scaling = wrapper.scaling["default"]
+    delta = (torch.einsum(form, b, a) * scaling).to(dtype)
+    slack = torch.einsum(form, b.abs(), a.abs()) * (abs(scaling) * 2 * a.shape[1] * 2**-24)
+    # The sum of another device may be rounded to a neighbouring value.
+    return delta, slack.add_(delta.float().abs(), alpha=torch.finfo(dtype).eps)
+
+
+def packed_of(modules: dict[str, torch.nn.Module], name: str) -> Packed | None:
+    """The module with the packed experts of tensor `name`, if it is one."""
+    tensor, *_ = part_of(name) or (name,)
+    owner, _, key = packed_name(tensor).rpartition(".")
+    stack: Any = modules.get(owner)
+    if isinstance(stack, LoraLayer):
+        # PEFT's wrappers are nested around it.
+        stack = stack.get_base_layer()
+    packed = getattr(stack, key, None)
+    return packed if isinstance(packed, Packed) else None
 
 
 def with_rows(plain: torch.Tensor, module: Any) -> torch.Tensor:
@@ -127,11 +184,14 @@ def rounding_slack(module: LoraLayer, rows: slice) -> torch.Tensor:
 
 
 def difference(
-    found: torch.Tensor, expected: torch.Tensor, plain: torch.Tensor, updated: LoraLayer | None
+    found: torch.Tensor,
+    expected: torch.Tensor,
+    plain: torch.Tensor,
+    slack: Callable[[slice], torch.Tensor] | None = None,
 ) -> str | None:
     """What is wrong with a merged tensor, or None if it is within one rounding of its type.
 
-    updated  the module that has `plain` for its weight, and whose product was added
+    slack  gives the difference that is allowed in addition, of some rows
 
     Some rows at a time, since in float32 the largest tensor takes more memory than scoring.
     """
@@ -143,9 +203,8 @@ def difference(
         rows = slice(start, start + step)
         own, exact = found[rows].float(), expected[rows].float()
         ulp = exact.abs().mul_(info.eps).clamp_(min=info.smallest_normal * info.eps)
-        slack = rounding_slack(updated, rows) if updated else 0
         # Written so that NaN counts as a difference.
-        count += int((~((own - exact).abs() <= ulp + slack)).sum())
+        count += int((~((own - exact).abs() <= ulp + (slack(rows) if slack else 0))).sum())
         lost += int((~own.isfinite()).sum())
     if lost:
         return f"{lost} values are NaN or infinite"
