@@ -141,7 +141,7 @@ def in_mxfp4(config: PretrainedConfig) -> bool:
     return "mxfp4" in (getattr(config, STORAGE, None), said.get("quant_method"))
 
 
-def experts_shape(model: PreTrainedModel) -> dict[str, int]:
+def experts_shape(model: PreTrainedModel) -> dict[str, Any]:
     """What a Shape says of a mixture of experts, beside their tensors."""
     stacks = expert_stacks(model)
     first, stack = next(iter(stacks.items()))
