@@ -144,6 +144,6 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         raise StageError(f"{folder}: PEFT does not load it: {reason}") from None
     factors, _ = factor_shapes(folder)
     asked = {module for module, _ in factors}
-    use_factors(adapted)
     check_adapted(adapted, asked, str(folder), "name its modules in full in adapter_config.json")
+    use_factors(adapted)
     return adapted

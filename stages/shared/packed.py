@@ -220,7 +220,7 @@ class _Sort(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return _back(dy, *ctx.saved_tensors, ctx.chosen), None, None
+        return _back(dy, ctx.saved_tensors[0], ctx.chosen), None, None
 
 
 class _Sum(torch.autograd.Function):

@@ -139,7 +139,7 @@ def in_mxfp4(config: PretrainedConfig) -> bool:
     return "mxfp4" in (getattr(config, STORAGE, None), said.get("quant_method"))
 
 
-def experts_shape(model: PreTrainedModel) -> dict[str, int]:
+def experts_shape(model: PreTrainedModel) -> dict[str, Any]:
     """The fields of a Shape that describe a mixture of experts, except their tensors."""
     stacks = expert_stacks(model)
     first, stack = next(iter(stacks.items()))

@@ -80,13 +80,13 @@ def build_trainer(
             peft_config=lora_config(params.lora, model, data.trained),
             world=world,
         )
-    use_factors(trainer.model)
     check_adapted(
         trainer.model,
         targets | experts,
         "lora.target_modules",
         "name modules that it takes as they are",
     )
+    use_factors(trainer.model)
     tell_lost(model.config.model_type, targets)
     assert trainer.args.train_batch_size == params.train.batch_size
     if optimizer_steps(len(trainer.train_dataset), params.train) == 1:

@@ -17,6 +17,7 @@ from peft.utils.other import TrainableTokensWrapper
 from tqdm import tqdm
 
 from stages.shared.embeddings import extended
+from stages.shared.expert_lora import Factors
 from stages.shared.experts import TENSORS, packed_name, part_of
 from stages.shared.packed import Packed
 from stages.shared.process import StageError
@@ -137,7 +138,8 @@ def expert_delta(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What PEFT's ParamWrapper adds to experts [first, last), in the weight's dtype, and a bound on
     the difference of another device's result."""
-    wrapper: Any = packed.added.wrapper  # type: ignore[attr-defined]  # Factors
+    assert isinstance(packed.added, Factors)  # Nothing else is added.
+    wrapper: Any = packed.added.wrapper
     count = wrapper.num_experts
     a, b = (
         half.get_parameter("default.weight").detach() for half in (wrapper.lora_A, wrapper.lora_B)
