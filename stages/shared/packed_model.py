@@ -5,6 +5,7 @@ memory-mapped, so that nothing is read before it is copied to its place.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights

@@ -280,7 +280,7 @@ def fuse_lora(
         from stages.training.kernels import LigerSwiglu, dequantize
 
         swiglu = LigerSwiglu
-    modules = list(model.modules())
+    modules: list[Any] = list(model.modules())
     # Those around experts only hold factors (stages/shared/expert_lora.py).
     held = {m for m in modules if isinstance(m, ParamWrapper)}
     layers = [m for m in modules if isinstance(m, LoraLayer) and m not in held]
