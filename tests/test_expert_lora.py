@@ -29,7 +29,7 @@ from stages.shared.packed import Groups, Packed
 from stages.shared.params import Params
 from stages.shared.process import StageError
 from stages.shared.text_model import find_backbone
-from stages.shared.vram import adapter_parameters, expert_adapter_parameters
+from stages.shared.decoder_shape import adapter_parameters, expert_adapter_parameters
 from stages.shared.weights import Weights, model_weights, other_names
 from stages.shared.workload import check_expert_lora, check_expert_widths, shape_of
 from stages.verifying import tensor_check
