@@ -192,11 +192,13 @@ def placements() -> None:
                 str(placed["streamed"]),
                 kept,
                 f"{point['steady_tokens_per_second']:,.0f}",
+                f"{100 * point['share_of_operations']:.0f} %",
                 *gb,
             ]
         )
     head = ["shape", "tokens a step:", "limit:", "streamed layers:", "kept MLP/attention:"]
-    table([*head, "tokens/s:", "peak GB (predicted):", "card GB:", "host GB:"], lines)
+    head += ["tokens/s:", "of operations:"]
+    table([*head, "peak GB (predicted):", "card GB:", "host GB:"], lines)
 
 
 def streaming() -> None:
