@@ -282,7 +282,7 @@ def fuse_lora(
         swiglu = LigerSwiglu
     modules: list[Any] = list(model.modules())
     # Those around experts only hold factors (stages/shared/expert_lora.py).
-    held = {m for m in modules if isinstance(m, ParamWrapper)}
+    held: set[Any] = {m for m in modules if isinstance(m, ParamWrapper)}
     layers = [m for m in modules if isinstance(m, LoraLayer) and m not in held]
     plain: list[Any] = plain_layers(model)
     ends = {end for m in plain for end in (m.self_attn.o_proj, m.mlp.down_proj)}
