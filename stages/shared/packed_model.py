@@ -5,6 +5,7 @@ is read before it is copied to where it belongs: tensors are mapped from their f
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -110,7 +111,8 @@ def linear4bit(plain: torch.nn.Linear) -> Linear4bit:
 
 def _put_linear(model: PreTrainedModel, name: str, tensors: dict, get) -> None:
     """Let a Linear4bit of the stored tensors stand for the Linear `name` of `model`."""
-    module = linear4bit(model.get_submodule(name))
+    plain: Any = model.get_submodule(name)
+    module = linear4bit(plain)
     weight = get(f"{name}.weight")
     stats = {p: get(f"{name}.weight.{p}") for p in NF4_PARTS if f"{name}.weight.{p}" in tensors}
     module.weight = Params4bit.from_prequantized(
