@@ -25,6 +25,7 @@ from stages.shared.hub import Repository
 from stages.shared.opening import MAX_ROW_BYTES, check_data, lines_of, too_big
 from stages.shared.paths import RETENTION
 from stages.shared.readers import files_to_read, kind_of, read_file
+from stages.shared.screen import brief
 from stages.shared.sources import Folder, copy_license, open_source, package, write_source
 
 TEXTS = "texts.jsonl"
@@ -73,6 +74,8 @@ def paragraphs(path: Path) -> Iterator[str]:
 def text_of(row: dict, where: str) -> str:
     """The column `text` of a row. Raises StageError if it cannot be scored."""
     text = row.get("text")
+    if "text" in row and not isinstance(text, str):
+        raise StageError(f"{where}: `text` is {brief(text)} and must be text")
     if not isinstance(text, str):
         raise StageError(
             f"{where}: retention needs text in a column `text`; the row has "

@@ -75,6 +75,7 @@ def test_a_text_has_a_largest_size(fetched, monkeypatch, files):
     ("files", "said"),
     [
         ({"a.csv": "body\nx\n"}, "a.csv:2: retention needs text in a column `text`"),
+        ({"a.jsonl": '{"text": 5}\n'}, "a.jsonl:1: `text` is 5 and must be text"),
         ({"a.txt": " \n\n "}, "retention.id: data/source contains no text"),
         ({"a.zip": ""}, "a.zip is an archive; unpack it into data/source and set retention.source"),
         ({"a.txt": "a\0b"}, "a.txt:1: a NUL byte; remove it"),
