@@ -20,6 +20,7 @@ from stages.quantize import quantize
 from stages.shared import expert_lora
 from stages.shared.adapted import targets_as_written
 from stages.shared.adapter import read_adapter
+from stages.shared.decoder_shape import adapter_parameters, expert_adapter_parameters
 from stages.shared.expert_lora import stand_ins, target_parameters, use_factors, wrapper_names
 from stages.shared.experts import expert_tensors, part_of
 from stages.shared.linears import targets_of
@@ -29,7 +30,6 @@ from stages.shared.packed import Groups, Packed
 from stages.shared.params import Params
 from stages.shared.process import StageError
 from stages.shared.text_model import find_backbone
-from stages.shared.decoder_shape import adapter_parameters, expert_adapter_parameters
 from stages.shared.weights import Weights, model_weights, other_names
 from stages.shared.workload import check_expert_lora, check_expert_widths, shape_of
 from stages.verifying import tensor_check
