@@ -181,7 +181,8 @@ def test_fused_layers_that_compute_something_else_give_way_to_those_of_peft(
     assert loss_of(trainer) == loss_of(plain)
 
 
-def test_fused_layers_are_held_to_those_of_peft_as_they_train(build, capsys, monkeypatch):
+@pytest.mark.parametrize("fast", [PLAIN, FLAT, FUSED])
+def test_everything_is_tried_as_it_trains(build, fast, capsys, monkeypatch):
     """Without gradients bitsandbytes computes by kernels that training never uses."""
     right = LlamaRMSNorm.forward
     monkeypatch.setattr(
@@ -189,7 +190,7 @@ def test_fused_layers_are_held_to_those_of_peft_as_they_train(build, capsys, mon
         "forward",
         lambda self, x: right(self, x) * (1 if torch.is_grad_enabled() and x.requires_grad else 2),
     )
-    build(FUSED)
+    build(fast)
     assert "they differ" not in capsys.readouterr().out
 
 

@@ -1,8 +1,9 @@
 """The model's own logits of two short rows, the reference for every faster path."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from itertools import cycle, islice
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -28,19 +29,27 @@ def short_rows(rows: list[list[int]]) -> list[list[int]]:
 
 
 @contextmanager
-def as_trained(model: torch.nn.Module) -> Iterator[torch.device]:
-    """No gradients, and products in the type that training has them in; gives the device.
+def as_trained(model: torch.nn.Module, gradients: bool = False) -> Iterator[torch.device]:
+    """Products in the type that training has them in; gives the device.
 
     On a GPU every token has the same experts: rounded otherwise, a router chooses others, and what
     is compared here is everything but its choice.
+
+    gradients  from the embeddings on, as with checkpointing: for products without, bitsandbytes
+               has other kernels, which training does not use
     """
     device = next(model.parameters()).device
     gpu = device.type == "cuda"
-    with (
-        torch.no_grad(),
-        torch.autocast(device.type, torch.bfloat16, enabled=gpu),
-        same_experts(model) if gpu else nullcontext(),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=gpu))
+        if gpu:
+            stack.enter_context(same_experts(model))
+        if gradients:
+            embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+            stack.enter_context(
+                embeddings.register_forward_hook(lambda *args: args[2].requires_grad_())
+            )
         yield device
 
 
@@ -69,11 +78,17 @@ def same_experts(model: torch.nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def logits_alone(model: torch.nn.Module, rows: list[list[int]]) -> torch.Tensor:
-    """The model's own logits of each row by itself, concatenated: [tokens, vocabulary]."""
-    with as_trained(model) as device:
+def logits_alone(
+    model: torch.nn.Module, rows: list[list[int]], gradients: bool = False
+) -> torch.Tensor:
+    """The model's own logits of each row by itself, concatenated: [tokens, vocabulary].
+
+    gradients  as of as_trained
+    """
+    with as_trained(model, gradients) as device:
         ids = [torch.tensor([row], device=device) for row in rows]
-        return torch.cat([model(input_ids=x, use_cache=False).logits[0].float() for x in ids])
+        logits = [model(input_ids=x, use_cache=False).logits[0].detach().float() for x in ids]
+    return torch.cat(logits)
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:

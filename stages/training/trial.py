@@ -42,10 +42,10 @@ class Trial:
         attention = model.config._attn_implementation
         if attention == VARLEN:
             model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-        self.own = logits_alone(model, self.rows)
+        self.own = logits_alone(model, self.rows, gradients=True)
         if attention == VARLEN:
             model.set_attn_implementation(VARLEN)
-            if found := self._fault(lambda: logits_alone(model, self.rows), self.own):
+            if found := self._fault(lambda: logits_alone(model, self.rows, True), self.own):
                 raise StageError(
                     f"train.attention: with varlen, {self.family} does not give the logits that it "
                     f"has with transformers' attention ({found}); set sdpa"
@@ -97,10 +97,9 @@ class Trial:
         not, those are restored."""
         before = {module: vars(module).get("forward") for module in model.modules()}
         with _random_updates(model):
-            # With gradients too: bitsandbytes has other kernels for products without.
-            expected = _with_gradients(model, self.rows, backward=False)
+            expected = logits_alone(model, self.rows, gradients=True)
             fuse()
-            found = self._fault(lambda: _with_gradients(model, self.rows, backward=True), expected)
+            found = self._fault(lambda: _trained_once(model, self.rows), expected)
             model.zero_grad(set_to_none=True)
         if found:
             for module, forward in before.items():
@@ -124,9 +123,9 @@ def _together(model: PreTrainedModel, rows: list[list[int]], flat: bool) -> torc
         [{"input_ids": row} for row in rows]
     )
     del batch["labels"]
-    with as_trained(model) as device:
+    with as_trained(model, gradients=True) as device:
         inputs = {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
-        logits = model(**inputs, use_cache=False).logits
+        logits = model(**inputs, use_cache=False).logits.detach()
     if flat:
         return logits[0].float()
     return torch.cat([of_row[: len(row)] for of_row, row in zip(logits, rows, strict=True)]).float()
@@ -135,32 +134,22 @@ def _together(model: PreTrainedModel, rows: list[list[int]], flat: bool) -> torc
 def _fused_chances(causal: torch.nn.Module, rows: list[list[int]]) -> torch.Tensor:
     """Log-probabilities, by trl's head, of all tokens of the rows but the first of each."""
     found = []
-    with as_trained(causal) as device:
+    with as_trained(causal, gradients=True) as device:
         for row in rows:
             ids = torch.tensor([row], device=device)
             output: Any = causal(input_ids=ids, labels=ids, use_cache=False, fused_lm_head=True)
-            found.append(output.log_probs[0].float())
+            found.append(output.log_probs[0].detach().float())
     return torch.cat(found)
 
 
-def _with_gradients(model: PeftModel, rows: list[list[int]], backward: bool) -> torch.Tensor:
-    """Like logits_alone, computed as in training; `backward` runs a backward pass too, which fails
-    in the code of some families."""
+def _trained_once(model: PeftModel, rows: list[list[int]]) -> torch.Tensor:
+    """Like logits_alone, with a backward pass, which fails in the code of some families."""
     found = []
-    # As with checkpointing: otherwise the first products are computed without gradients.
-    learns = model.get_input_embeddings().register_forward_hook(
-        lambda *args: args[2].requires_grad_()
-    )
-    try:
+    with as_trained(model, gradients=True) as device:
         for row in rows:
-            with as_trained(model) as device, torch.enable_grad():
-                ids = torch.tensor([row], device=device)
-                logits = model(input_ids=ids, use_cache=False).logits[0]
-                if backward:
-                    logits.float().sum().backward()
+            logits = model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0]
+            logits.float().sum().backward()
             found.append(logits.detach().float())
-    finally:
-        learns.remove()
     return torch.cat(found)
 
 
