@@ -21,8 +21,16 @@ from ruamel.yaml import YAML, YAMLError
 
 TMP = Path(".dvc/tmp")
 RWLOCK, DVC_LOCK, DVC_YAML = TMP / "rwlock", Path("dvc.lock"), Path("dvc.yaml")
-DAMAGED = (YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError, ValueError)
-DAMAGED += (RecursionError, StopIteration)
+# What reading another structure than DVC's raises. A UnicodeDecodeError is a ValueError.
+DAMAGED = (
+    YAMLError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ValueError,
+    RecursionError,
+    StopIteration,
+)
 HASH = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
