@@ -17,7 +17,7 @@ from dvc.repo import Repo
 from stubs import PIPELINE, commit, must, run
 from tiny import ROOT, append
 
-from tools.recover import broken
+from tools.recover import broken, declared_outs, recover_dvc_lock
 
 pytestmark = pytest.mark.slow
 
@@ -523,6 +523,8 @@ RWLOCKS = {
     "empty": ("", "was broken, removed"),
     "cut": (json.dumps({"write": {"models/adapter": DEAD}})[:-9], "was broken, removed"),
     "odd": ('{"write": {"models/adapter": 3}}', "was broken, removed"),
+    "infinite": ('{"write": {"a": {"pid": 1e400, "cmd": "x"}}}', "was broken, removed"),
+    "deep": ("[" * 10**5, "was broken, removed"),
     "dead": (
         json.dumps({"read": {"stages/train.py": [DEAD]}}),
         "processes that are gone; removed those entries",
@@ -577,11 +579,12 @@ def test_work_that_a_broken_lock_file_recorded_is_not_done_again(fresh, log, cut
 def test_lock_file_cut_at_any_byte_is_noticed_or_says_nothing_false(repository, monkeypatch):
     monkeypatch.chdir(repository)
     whole = (repository / "dvc.lock").read_bytes()
-    assert broken(whole, whole) is None
+    stages = declared_outs()
+    assert broken(whole, whole, stages) is None
     full = yaml.safe_load(whole)["stages"]
     ends = [i + 1 for i, byte in enumerate(whole) if byte == 10]
     for size in {*range(0, len(whole), 997), *ends[-40:-1]}:
-        if broken(whole[:size], whole):
+        if broken(whole[:size], whole, stages):
             continue
         for name, stage in yaml.safe_load(whole[:size])["stages"].items():
             pairs = zip(stage["outs"], full[name]["outs"], strict=True)
@@ -603,6 +606,16 @@ def test_what_dvc_left_half_written_is_no_obstacle(fresh, log):
         assert recover(fresh) != ""
     assert reproduce(fresh, log) == ["export"]
     assert must(fresh, "git", "status", "--porcelain", "--", "models", "data") == ""
+
+
+@pytest.mark.parametrize("content", ["", "[", "stages: 5", "stages: {plan: {outs: 5}}", "[" * 9999])
+def test_a_lock_file_stays_where_dvc_yaml_says_nothing_of_it(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dvc.yaml").write_text(content)
+    (tmp_path / "dvc.lock").write_text("cut")
+    with pytest.raises(SystemExit, match=r"^recover: dvc.yaml cannot be read; mend it first"):
+        recover_dvc_lock()
+    assert (tmp_path / "dvc.lock").read_text() == "cut"
 
 
 def test_conflict_in_the_lock_file_is_for_its_owner(fresh):

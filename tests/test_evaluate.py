@@ -266,6 +266,7 @@ def test_the_default_measure_looks_at_command_and_flags(answer, score):
     [
         ("    return answer.index('x')\n", 2, "ValueError: substring not found"),
         ("    return None\n", 1, "TypeError: float() argument must be a string or a real num"),
+        ("    raise SystemExit\n", 2, "SystemExit: "),
         ("    x = 0\n    return float('nan')\n", 1, "returned nan, not a finite number"),
     ],
 )

@@ -23,6 +23,7 @@ from stages.shared.outputs import (
     SUMS,
     check_space,
     check_sums,
+    read_json,
     whole_folder,
     write_metrics,
     write_sums,
@@ -227,6 +228,13 @@ def test_text_does_not_go_through_a_link_into_the_cache(tmp_path):
     path.symlink_to(kept)
     write_text(path, "new")
     assert (kept.read_text(), path.read_text()) == ("old", "new")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"<<<<<<< HEAD\n{}", b"\xff", b"[" * 10**5, b"5"])
+def test_a_damaged_file_of_the_pipeline_is_told_in_a_line(tmp_path, content):
+    (tmp_path / "eval.json").write_bytes(content)
+    with pytest.raises(StageError, match=r"eval.json: not a JSON object, by an edit or a conflict"):
+        read_json(tmp_path / "eval.json")
 
 
 def test_metrics_are_json_that_any_tool_reads(tmp_path):

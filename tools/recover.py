@@ -21,6 +21,16 @@ from ruamel.yaml import YAML, YAMLError
 
 TMP = Path(".dvc/tmp")
 RWLOCK, DVC_LOCK, DVC_YAML = TMP / "rwlock", Path("dvc.lock"), Path("dvc.yaml")
+# What reading another structure than DVC's raises. A UnicodeDecodeError is a ValueError.
+DAMAGED = (
+    YAMLError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    ValueError,
+    RecursionError,
+    StopIteration,
+)
 HASH = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 
@@ -46,7 +56,7 @@ def recover_rwlock() -> None:
         alive = {"write": {path: by for path, by in writers.items() if lives(by)}}
         reading = {path: [by for by in all_ if lives(by)] for path, all_ in readers.items()}
         alive["read"] = {path: all_ for path, all_ in reading.items() if all_}
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         print(f"recover: {RWLOCK} was broken, removed", flush=True)
         RWLOCK.unlink()
         return
@@ -72,27 +82,44 @@ def recover_dvc_lock() -> None:
     """Replace a broken dvc.lock by Git's, or remove it if Git has none."""
     if not DVC_LOCK.exists():
         return
-    content, kept = DVC_LOCK.read_bytes(), in_git()
+    content, kept, stages = DVC_LOCK.read_bytes(), in_git(), declared_outs()
     if b"\n<<<<<<< " in content:
         sys.exit(
             "recover: dvc.lock has a merge conflict; take one side, and dvc repro does the rest: "
             "git checkout --theirs dvc.lock"
         )
-    if not (why := broken(content, kept)):
+    if not (why := broken(content, kept, stages)):
         return
     aside = TMP / "dvc.lock.broken"
     os.replace(DVC_LOCK, aside)
     done = f"moved to {aside}"
-    if kept is not None and not broken(kept, None):
+    if kept is not None and not broken(kept, None, stages):
         replace(DVC_LOCK, kept)
         done += ", Git's is in its place"
     print(f"recover: dvc.lock {why}; {done}; dvc repro restores later results from its cache")
 
 
-def broken(content: bytes, kept: bytes | None) -> str | None:
+def declared_outs() -> dict[str, set[str]]:
+    """Stage -> outputs in dvc.yaml. Exits if it cannot be read, since a lock is then no use."""
+    try:
+        stages = YAML(typ="safe").load(DVC_YAML)["stages"]
+        return {
+            name: {
+                out if isinstance(out, str) else next(iter(out))
+                for kind in ("outs", "metrics", "plots")
+                for out in stage.get(kind, [])
+            }
+            for name, stage in stages.items()
+        }
+    except DAMAGED:
+        sys.exit("recover: dvc.yaml cannot be read; mend it first: git diff dvc.yaml")
+
+
+def broken(content: bytes, kept: bytes | None, stages: dict[str, set[str]]) -> str | None:
     """What is wrong with a dvc.lock that may be truncated anywhere; None if nothing is.
 
-    kept  Git's version, whose stages and outputs must be present as far as dvc.yaml has them
+    kept    Git's version, whose stages and outputs must be present as far as dvc.yaml has them
+    stages  those of dvc.yaml with their outputs
     """
     if not content.strip():
         return "is empty"
@@ -101,16 +128,10 @@ def broken(content: bytes, kept: bytes | None) -> str | None:
     try:
         recorded = outs_of(content)
         before = outs_of(kept) if kept else {}
-        stages = YAML(typ="safe").load(DVC_YAML)["stages"]
-    except (YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError, ValueError):
+    except DAMAGED:
         return "is broken"
     for name in before.keys() & stages.keys():
-        declared = {
-            out if isinstance(out, str) else next(iter(out))
-            for kind in ("outs", "metrics", "plots")
-            for out in stages[name].get(kind, [])
-        }
-        if name not in recorded or (before[name] & declared) - recorded[name]:
+        if name not in recorded or (before[name] & stages[name]) - recorded[name]:
             return f"is cut off before the end of {name}"
     return None
 

@@ -105,7 +105,7 @@ def _own_score(measure: Callable, row: str, texts: tuple[str, str, str]) -> floa
     try:
         value = float(measure(*texts))
         reason = "" if math.isfinite(value) else f"returned {value}, not a finite number"
-    except Exception as error:  # a user's code may raise anything
+    except (Exception, SystemExit) as error:  # a user's code may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         inside = [frame.lineno for frame in frames if frame.filename == measures.__file__]
         line = next((number for number in reversed(inside) if number), line)

@@ -100,7 +100,16 @@ def write_metrics(path: Path, metrics: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The JSON object in a file of this pipeline. Raises StageError if somebody damaged it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise StageError(
+            f"{path}: not a JSON object, by an edit or a conflict in Git; dvc repro makes it again"
+        )
+    return content
 
 
 def write_json(path: Path, content: dict, **options) -> None:
