@@ -255,9 +255,9 @@ def test_names_what_the_disk_lost(name, project, monkeypatch):
 
 def test_catches_a_merge_that_computes_wrong(project, monkeypatch):
     """A bug in merge's own arithmetic, which verify does not share."""
-    right = adapter._rank_and_scaling
+    right = adapter.rank_and_scaling
     with monkeypatch.context() as wrong:
-        wrong.setattr(adapter, "_rank_and_scaling", lambda *a: (right(*a)[0], 2 * right(*a)[1]))
+        wrong.setattr(adapter, "rank_and_scaling", lambda *a: (right(*a)[0], 2 * right(*a)[1]))
         run(merge, project, monkeypatch)
     message = refusal(project, monkeypatch)
     assert f"{DIFFERS}model.layers.0.mlp.down_proj.weight" in message

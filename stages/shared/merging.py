@@ -126,8 +126,12 @@ def side_by_side(shape: tuple[int, ...], blocks: list[slice]) -> int:
     return max(1, min(cores, AHEAD_BYTES // max(1, COPIES * 4 * largest)))
 
 
-def _in_order(function, items: list, workers: int) -> Iterator:
-    """function(item) for each, on so many threads, a few ahead of what is consumed."""
+def _in_order(function, items: list, workers: int | None = None) -> Iterator:
+    """function(item) for each, a few ahead of what is consumed.
+
+    workers  threads; None for as many as cores
+    """
+    workers = workers or len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(workers) as pool:
         ahead: deque = deque()
         for item in items:
