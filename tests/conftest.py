@@ -1,5 +1,6 @@
 """Every test runs without the Hub, with its own cache folders."""
 
+import fcntl
 import gc
 import itertools
 import os
@@ -20,13 +21,13 @@ for _role in ("AUTHOR", "COMMITTER"):
     os.environ[f"GIT_{_role}_EMAIL"] = "test@example.com"
 
 
-# Files of more than half a minute of CPU, the longest first: one that began last would be waited
-# for, and pytest-xdist puts those with few tests there.
+# Files of more than half a minute, the longest first: one that began last would be waited for, and
+# pytest-xdist puts those with few tests there.
 LONGEST = [
     "test_dvc.py",
-    "test_resume.py",
-    "test_recipes.py",
     "test_sweep.py",
+    "test_recipes.py",
+    "test_resume.py",
     "test_hostile.py",
     "test_ranks.py",
     "test_machines.py",
@@ -67,13 +68,20 @@ def isolated(caches, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory) -> Path:
-    """A tiny workspace in which every stage has run. Copy it; it is shared."""
+def finished(tmp_path_factory, worker_id) -> Path:
+    """A tiny workspace in which every stage has run. Copy it; it is shared, by all workers."""
     import quick
     import yaml
     from tiny import make_workspace
 
-    folder = make_workspace(tmp_path_factory.mktemp("finished") / "ws")
-    for name in yaml.safe_load((folder / "dvc.yaml").read_text())["stages"]:
-        quick.run(name, folder)
-    return folder
+    place = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        place = place.parent
+    with (place / "finished.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.fstat(lock.fileno()).st_size:
+            folder = make_workspace(place / "finished/ws")
+            for name in yaml.safe_load((folder / "dvc.yaml").read_text())["stages"]:
+                quick.run(name, folder)
+            lock.write("made")
+    return place / "finished/ws"
