@@ -618,6 +618,13 @@ def test_a_lock_file_stays_where_dvc_yaml_says_nothing_of_it(tmp_path, monkeypat
     assert (tmp_path / "dvc.lock").read_text() == "cut"
 
 
+def test_a_lock_file_that_is_no_file_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("dvc.lock")
+    with pytest.raises(SystemExit, match=r"^recover: dvc\.lock is not a file"):
+        recover_dvc_lock()
+
+
 def test_conflict_in_the_lock_file_is_for_its_owner(fresh):
     lock = fresh / "dvc.lock"
     lock.write_text(lock.read_text().replace("stages:\n", "<<<<<<< HEAD\nstages:\n", 1))

@@ -2,7 +2,11 @@
 
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -160,3 +164,18 @@ def test_only_numbers_of_devices_count(store, monkeypatch):
     store.set("machine 1", json.dumps(10**400))
     with pytest.raises(StageError, match=r"^the other machine's machine 1: "):
         machines.wait_for(2, {})
+
+
+def test_ctrl_c_while_libraries_load_is_one_line():
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.join", "localhost:1"],
+        cwd=root,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == "join: interrupted\n"
+    assert process.returncode == 1

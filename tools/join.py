@@ -12,6 +12,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +27,8 @@ if __name__ == "__main__":
     # torch would print stack traces while it waits.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     quiet_libraries()
+    # Ctrl-C while the libraries load.
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("join: interrupted"))
 
 from stages.shared.launch import devices, run_ranks
 from stages.shared.ranks import connect
@@ -48,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.join", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("address", nargs="?", metavar="HOST:PORT")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         take_part(parser.parse_args().address)
     except (StageError, ConnectionError) as error:

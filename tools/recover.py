@@ -82,6 +82,8 @@ def recover_dvc_lock() -> None:
     """Replace a broken dvc.lock by Git's, or remove it if Git has none."""
     if not DVC_LOCK.exists():
         return
+    if not DVC_LOCK.is_file():
+        sys.exit("recover: dvc.lock is not a file; remove it: git checkout dvc.lock")
     content, kept, stages = DVC_LOCK.read_bytes(), in_git(), declared_outs()
     if b"\n<<<<<<< " in content:
         sys.exit(
