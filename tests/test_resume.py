@@ -23,6 +23,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from stages.shared.interrupts import NOTE, interrupted_before
 from stages.shared.outputs import write_sums
 from stages.shared.process import StageError
+from stages.training import checkpoints
 from stages.training.checkpoints import SIGNALS, Checkpoints, newest_complete
 from stages.training.faults import EXPLODED_STEPS, MOVED_BY_STEP, Faults, row_names
 
@@ -519,3 +520,11 @@ def test_rows_are_named_table_by_table(ids, name, read):
 )
 def test_loss_that_does_not_explode_goes_on(faults, losses):
     train_with(faults, losses, [PADDED])
+
+
+def test_files_that_another_run_removes_meanwhile_do_not_matter(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("1234")
+    walked = [(str(tmp_path), [], ["a", "b", "gone"])]
+    monkeypatch.setattr(checkpoints.os, "walk", lambda folder: walked)
+    assert checkpoints._bytes_of(tmp_path) == 8

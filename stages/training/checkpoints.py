@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -87,7 +87,7 @@ def checkpoint_folder(key: str):
     with lock(folder / "lock", "train"):
         others = [other for other in root.iterdir() if other != folder and any(_numbered(other))]
         if others:
-            size = sum(f.stat().st_size for other in others for f in other.rglob("*"))
+            size = sum(map(_bytes_of, others))
             print(
                 f"train: {len(others)} unfinished runs with other parameters take "
                 f"{size / 1e9:.2f} GB in {root}; delete those that you will not resume",
@@ -95,6 +95,16 @@ def checkpoint_folder(key: str):
             )
         yield folder
         shutil.rmtree(folder)
+
+
+def _bytes_of(folder: Path) -> int:
+    """Bytes of the files in `folder`, whose run may be going on and remove some meanwhile."""
+    found = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                found += (Path(parent) / name).stat().st_size
+    return found
 
 
 def newest_complete(folder: Path, ranks: int = 1) -> Path | None:

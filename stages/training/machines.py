@@ -22,12 +22,12 @@ from stages.shared.params import Params, load_params
 from stages.shared.paths import PREPARED, QUANTIZED
 from stages.shared.process import StageError, code_files, recorded, sha256
 from stages.shared.ranks import connect, host, look, put, whole_number
+from stages.training.checkpoints import LIBRARIES
 
 # torchrun's default.
 PORT = 29500
 MOST_RANKS = 100_000
 T = TypeVar("T")
-LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 Facts = dict[str, str]
 Devices = Annotated[int, Field(ge=1, le=MOST_RANKS)]
 # Inputs that a joining machine may pull from a DVC remote.
