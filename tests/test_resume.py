@@ -23,8 +23,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from stages.shared.interrupts import NOTE, interrupted_before
 from stages.shared.outputs import write_sums
 from stages.shared.process import StageError
-from stages.training import checkpoints
-from stages.training.checkpoints import SIGNALS, Checkpoints, newest_complete
+from stages.training.checkpoints import SIGNALS, Checkpoints, _bytes_of, newest_complete
 from stages.training.faults import EXPLODED_STEPS, MOVED_BY_STEP, Faults, row_names
 
 pytestmark = pytest.mark.slow
@@ -526,5 +525,5 @@ def test_files_that_another_run_removes_meanwhile_do_not_matter(tmp_path, monkey
     for name in ("a", "b"):
         (tmp_path / name).write_text("1234")
     walked = [(str(tmp_path), [], ["a", "b", "gone"])]
-    monkeypatch.setattr(checkpoints.os, "walk", lambda folder: walked)
-    assert checkpoints._bytes_of(tmp_path) == 8
+    monkeypatch.setattr(os, "walk", lambda folder: walked)
+    assert _bytes_of(tmp_path) == 8
