@@ -210,7 +210,7 @@ def test_factors_that_do_not_fit_are_refused(family, change, said, tmp_path):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("llama4_text", "code of its own; set lora.experts: false"),
+        ("llama4_text", "llama4_text computes its experts by code of its own; set lora.experts: f"),
         ("llama", "llama has no experts"),
     ],
 )

@@ -24,9 +24,10 @@ class Update:
         torch.manual_seed(1)
         self.a, self.b = torch.randn(3, 8), torch.randn(rows, 3)
 
-    def factors(self, device):
-        assert device == CPU
-        return self.a, self.b
+    rounded_first = False
+
+    def deltas(self, device):
+        return lambda block: (self.b[block] @ self.a) * self.scaling
 
 
 def weights_of(tensor, nf4=()):
