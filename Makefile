@@ -10,7 +10,8 @@ UPGRADE ?=
 SIDE_BY_SIDE = pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 BIN := $(CURDIR)/.venv/bin
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Without bytecode: Python compiles a module when it first imports it, and most it never does.
+PIP = $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check
 # Packages without a wheel are built with the lock's setuptools.
 HASHED = $(PIP) --no-deps --require-hashes --no-build-isolation --use-pep517
 TORCH_FROM = $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
