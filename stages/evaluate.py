@@ -46,7 +46,7 @@ from stages.shared.scored_model import load_to_score, model_sizes
 from stages.shared.scoring import Scores, batch_count, score
 from stages.shared.sets import held_out_sets, set_name, stem_of
 from stages.shared.streaming import Streamer
-from stages.shared.weights import Weights
+from stages.shared.weights import model_weights
 
 METRICS = Path("metrics")
 INPUTS = {PREPARED: "prepare", QUANTIZED: "quantize", RETENTION: "fetch_retention"}
@@ -59,7 +59,7 @@ def main() -> None:
         check_sums(folder, stage)
     check_adapter_sums(ADAPTER)
     # Named here what PEFT would load in part or fail on.
-    read_adapter(ADAPTER, Weights(QUANTIZED).shapes, QUANTIZED)
+    read_adapter(ADAPTER, model_weights(QUANTIZED).shapes, QUANTIZED)
     check_named_base(ADAPTER, QUANTIZED)
     made = on_devices("evaluate", measure, max(map(batch_count, held_out().values())))
     lines = (json.dumps(one) + "\n" for one in made["samples"])
@@ -117,7 +117,8 @@ def measure(world: World, task: dict) -> dict:
         metrics, scores, cost = evaluate(model, scored, world, streamer)
         peaks = world.gather(memory_metrics())
         if world.first:
-            room = Room(streamer, sizes, not base._is_stateful) if streamer else None
+            chunks = not base._is_stateful and base._supports_default_dynamic_cache()
+            room = Room(streamer, sizes, chunks) if streamer else None
             found, answer_cost = answer(model, tokenizer, sets, params.evaluate, room)
             cost |= answer_cost
             peaks[0] = memory_metrics()

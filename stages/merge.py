@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from stages.shared.adapter_config import adapts_parameters
 from stages.shared.libraries import load_libraries
 from stages.shared.outputs import (
     check_space,
@@ -22,12 +23,13 @@ from stages.shared.outputs import (
     write_metrics,
 )
 from stages.shared.params import load_params
+from stages.shared.paths import ADAPTER, BASE, MERGED, PREPARED, QUANTIZED
 from stages.shared.process import StageError, begin, sha256
 
 if __name__ == "__main__":
     begin("merge")
-    # Only a tokenizer is asked of it.
-    load_libraries("transformers", without=["torch"])
+    # Only a tokenizer is asked of it, but for LoRA on experts the names of their tensors.
+    load_libraries("transformers", without=[] if adapts_parameters(ADAPTER) else ["torch"])
     load_libraries("bitsandbytes")
 
 import torch
@@ -45,7 +47,6 @@ from stages.shared.adapter import (
 from stages.shared.device import memory_metrics, pick_device
 from stages.shared.merging import check_rounding, merged_rows, merged_shape
 from stages.shared.named_base import check_named_base
-from stages.shared.paths import ADAPTER, BASE, MERGED, PREPARED, QUANTIZED
 from stages.shared.provenance import provenance
 from stages.shared.weights import (
     INDEX,

@@ -47,14 +47,14 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Or each full collection, also of a fork, would go through all that was imported for tests."""
+    """Otherwise every full collection, also of a fork, would scan all that tests import."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session")
 def caches(tmp_path_factory):
-    """Names of folders that are not there yet; pytest's own lists all others for each."""
+    """Names of folders that do not exist yet: mktemp lists all earlier folders on each call."""
     folder = tmp_path_factory.mktemp("hf")
     return (str(folder / str(number)) for number in itertools.count())
 
@@ -80,6 +80,7 @@ def finished(tmp_path_factory, worker_id) -> Path:
     with (place / "finished.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not os.fstat(lock.fileno()).st_size:
+            shutil.rmtree(place / "finished", ignore_errors=True)
             folder = make_workspace(place / "finished/ws")
             for name in yaml.safe_load((folder / "dvc.yaml").read_text())["stages"]:
                 quick.run(name, folder)

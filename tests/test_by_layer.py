@@ -124,6 +124,13 @@ def test_buffers_in_host_memory_are_used_again(folders, monkeypatch):
     assert {buffer.data_ptr() for buffer in streamer.buffers} == first
 
 
+def test_a_larger_buffer_takes_the_place_of_a_smaller_one():
+    buffers = [torch.empty(4, dtype=torch.uint8), torch.empty(16, dtype=torch.uint8)]
+    assert by_layer._taken(buffers, 8, gpu=False).nbytes == 16
+    assert by_layer._taken(buffers, 8, gpu=False).nbytes == 8
+    assert buffers == []
+
+
 def test_batches_beyond_the_room_take_another_pass(folders, monkeypatch):
     expected = score(load_base(folders / "base", CPU), ROWS, TOKENS)
     model, streamer = streamed(folders / "base")

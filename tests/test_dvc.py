@@ -430,7 +430,7 @@ def ends(pid: int) -> None:
 
 
 def wait_for(folder: Path, status: str, count: int = 1) -> None:
-    """Wait until so many tasks of the queue have a status; by no process, which takes a second."""
+    """Wait until so many tasks of the queue have a status, without starting `dvc` each time."""
     deadline, shown = time.monotonic() + 120, []
     while [task["status"] for task in shown].count(status) < count:
         assert time.monotonic() < deadline, shown

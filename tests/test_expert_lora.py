@@ -45,7 +45,11 @@ TARGETS = ["q_proj", "q_b_proj", "o_proj"]
 def adapted(base):
     """`base` with adapters on attention and on experts, all at random values."""
     config = LoraConfig(
-        r=4, lora_alpha=8, target_modules=TARGETS, target_parameters=target_parameters(base)
+        r=4,
+        lora_alpha=8,
+        use_rslora=True,
+        target_modules=TARGETS,
+        target_parameters=target_parameters(base),
     )
     with targets_as_written(), stand_ins(base):
         model = get_peft_model(base, config)
@@ -181,6 +185,10 @@ def test_plan_counts_the_parameters_that_train(family):
 
 
 REFUSED: dict[str, tuple[Callable, str]] = {
+    "a bias": (
+        lambda c, _: c | {"target_parameters": ["experts.gate_up_proj_bias"]},
+        "experts.gate_up_proj_bias of target_",
+    ),
     "a part": (lambda c, _: c | {"target_parameters": ["experts.gate"]}, "experts.gate of target_"),
     "a half": (
         lambda c, t: t.pop(next(k for k in t if "experts.lora_B" in k)) is None or c,

@@ -175,7 +175,8 @@ def test_ctrl_c_while_libraries_load_is_one_line():
         text=True,
     )
     while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    assert process.communicate()[1] == "join: interrupted\n"
+    assert process.communicate(timeout=60)[1] == "join: interrupted\n"
     assert process.returncode == 1

@@ -433,7 +433,7 @@ def test_outputs_of_before_can_be_had_back(tmp_path, monkeypatch, capsys):
 CHANGES = {
     "params.yaml: merge": lambda ws: edit(ws / "params.yaml", "dtype: float16", "dtype: bfloat16"),
     "stages/shared/merging.py": lambda ws: append(ws / "stages/shared/merging.py", "#\n"),
-    "dvc.yaml: merge": lambda ws: edit(ws / "dvc.yaml", "Add the adapter", "Put the adapter"),
+    "dvc.yaml: merge": lambda ws: edit(ws / "dvc.yaml", "Merge the adapter", "Put the adapter"),
     "models/adapter": lambda ws: os.utime(ws / "models/adapter/adapter_config.json"),
     "an input": lambda ws: (ws / "params.yaml").write_text("merge: [\n"),
 }

@@ -124,6 +124,7 @@ def results(folder: Path) -> dict[str, bytes]:
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = (folder / "checkpoints").glob("*/checkpoint-*/SHA256SUMS")
+    found = (sums for sums in found if sums.stat().st_size)
     return sorted((sums.parent for sums in found), key=lambda p: int(p.name.split("-")[1]))
 
 

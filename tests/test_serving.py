@@ -1,6 +1,6 @@
 """Formats for other servers: a GGUF file read back, and a Modelfile for Ollama.
 
-llama.cpp's converter itself runs in tests/serving/check_gguf.py.
+llama.cpp's converter itself runs in tests/serving/check_release.py.
 """
 
 import json

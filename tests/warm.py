@@ -13,6 +13,6 @@ for name in LIBRARIES:
     import_module(name)
 # A thousand regular expressions, which transformers compiles when it first loads a model.
 import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
-# Or every full collection of a fork would go through all of them, and copy their memory.
+# Otherwise every full collection of a fork would scan all of them, and copy their memory.
 gc.collect()
 gc.freeze()

@@ -136,15 +136,21 @@ def pull(store, first: Facts) -> None:
         # It names the results.
         Path("dvc.lock").write_text(lock, encoding="utf-8")
     print(f"join: pulling {' and '.join(names)}", flush=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "pull", "--quiet", *names],
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        if before:
+    failed = True
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", "pull", "--quiet", *names],
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        failed = bool(done.returncode)
+    finally:
+        if failed and before:
             Path("dvc.lock").write_text(before, encoding="utf-8")
+        elif failed:
+            Path("dvc.lock").unlink(missing_ok=True)
+    if failed:
         last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
         raise StageError(
             f"{' and '.join(names)} cannot be pulled ({''.join(last)}); push them on the first "

@@ -6,6 +6,7 @@ as memory allows: long prompts are read in chunks, each of which takes another p
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from peft import PeftModel
@@ -40,9 +41,18 @@ class Resident:
 
     cached: int
 
-    def fits(self, rows: int, width: int, limit: int) -> bool:
-        """Whether `rows` prompts of `width` tokens and their answers fit at once."""
-        return rows * width <= PROMPT_TOKENS and rows * (width + limit) <= self.cached
+    def batches(self, lengths: list[int], limit: int) -> list[int]:
+        """Sizes of batches of prompts, whose lengths fall, with answers of `limit` tokens. A batch
+        has at least one prompt."""
+        found, longest = list[int](), 0
+        for length in lengths:
+            rows = found[-1] + 1 if found else 0
+            if rows and rows * longest <= PROMPT_TOKENS and rows * (longest + limit) <= self.cached:
+                found[-1] = rows
+            else:
+                found.append(1)
+                longest = length
+        return found
 
 
 @dataclass(frozen=True)
@@ -57,8 +67,20 @@ class Room:
     sizes: Scored
     in_chunks: bool = True
 
-    def fits(self, rows: int, width: int, limit: int) -> bool:
-        """As of Resident."""
+    def batches(self, lengths: list[int], limit: int) -> list[int]:
+        """Like Resident.batches: the sizes that stream the weights least often."""
+        splits, count = [], len(lengths)
+        for parts in range(1, count + 1):
+            bounds = [count * i // parts for i in range(parts + 1)]
+            sizes = [b - a for a, b in pairwise(bounds)]
+            widths = [lengths[a] for a in bounds[:-1]]
+            rows = list(zip(sizes, widths, strict=True))
+            if parts == count or all(self._fits(*each, limit) for each in rows):
+                splits.append((sum(self.passes(*each, limit) for each in rows), parts, sizes))
+        return min(splits)[2] if splits else []
+
+    def _fits(self, rows: int, width: int, limit: int) -> bool:
+        """Whether `rows` prompts of `width` tokens and their answers fit at once."""
         smallest = min(width, CHUNK_TOKENS) if self.in_chunks else width
         return rows * smallest <= self._computed(rows, width, limit)
 
@@ -90,19 +112,23 @@ def forecast(prompts: list[list[int]], limit: int, room: Room) -> str:
     """How long answering takes at most with streamed weights, and what would shorten it."""
     batches = _batches(prompts, room, limit)
     seconds = room.streamer.pass_seconds()
-    # Of both models.
-    minutes = [
-        2 * seconds / 60 * room.passes(len(batch), len(prompts[batch[0]]), limit)
-        for batch in batches
-    ]
+
+    def minutes(rows: int, width: int) -> float:
+        """For the answers of both models."""
+        return 2 * seconds / 60 * room.passes(rows, width, limit)
+
+    each = [minutes(len(batch), len(prompts[batch[0]])) for batch in batches]
+    one = minutes(1, len(prompts[batches[0][0]]))
     size = room.streamer.bytes / GB
     said = (
         f"{len(prompts)} prompts are answered {len(batches[0])} at once; each token streams "
-        f"{size:.1f} GB in about {seconds:.2g} s: at most {sum(minutes):.3g} minutes for "
+        f"{size:.1f} GB in about {seconds:.2g} s: at most {sum(each):.3g} minutes for "
         f"{limit} tokens of both models; "
     )
     if len(batches) > 1:
-        return said + f"evaluate.samples: {len(batches[0])} would take at most {minutes[0]:.3g}"
+        return said + f"evaluate.samples: {len(batches[0])} would take at most {each[0]:.3g}"
+    if one < each[0]:
+        return said + f"evaluate.samples: 1 would take at most {one:.3g}"
     return said + "fewer samples take as long, evaluate.samples: 0 none"
 
 
@@ -133,15 +159,11 @@ def answers(
 
 
 def _batches(prompts: list[list[int]], room: Resident | Room, limit: int) -> list[list[int]]:
-    """Indices of `prompts`, longest first, in batches that fit in `room` with answers of `limit`
-    tokens. A batch has at least one prompt."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-        rows = len(batches[-1]) + 1 if batches else 0
-        if not batches or not room.fits(rows, len(prompts[batches[-1][0]]), limit):
-            batches.append([])
-        batches[-1].append(i)
-    return batches
+    """Indices of `prompts` in batches, longest first."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    sizes = room.batches([len(prompts[i]) for i in order], limit)
+    ends = list(accumulate(sizes))
+    return [order[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
 def _cached_tokens(model) -> int:

@@ -8,10 +8,10 @@ import torch
 from bitsandbytes import functional as bnb
 
 from stages.quantizing.names import Names
+from stages.shared.base_bytes import BLOCK
 from stages.shared.experts import packed_name, part_of, width_refused
 from stages.shared.process import StageError
 
-BLOCK = 64
 # NF4's code of zero, twice.
 TWO_ZEROS = 0x77
 

@@ -129,7 +129,7 @@ def read_adapter(
     for module in modules:
         _check_module(f"{folder}: {module}", f"{module}.weight", shapes)
     named, settings = bounded(
-        partial(_as_peft, config, modules, shapes),
+        partial(_as_peft, config, modules, [x.tensor for x in experts.values()], shapes),
         f"{folder / CONFIG}: target_modules, exclude_modules or a pattern",
         "write them as plain names",
     )
@@ -147,7 +147,7 @@ def read_adapter(
                 raise StageError(f"{where}: lora_{half} has NaN or infinite values; train it again")
     for module, target in experts.items():
         where, file = f"{folder}: {module}", folder / WEIGHTS
-        rank, scaling = rank_and_scaling(config, target.tensor)
+        rank, scaling = settings[target.tensor]
         of_module = {half: halves.get((module, half)) for half in "AB"}
         _check_factors(where, of_module, target.factor_shapes(rank), rank)
         check_finite(file, module, where)

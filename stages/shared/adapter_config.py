@@ -81,11 +81,20 @@ class Config(Foreign):
     rank_pattern: dict[str, Rank] | None = None
     alpha_pattern: dict[str, Alpha] | None = None
     use_rslora: bool | None = None
-    target_modules: str | Annotated[list[str], Field(min_length=1)]
+    target_modules: str | list[str]
     target_parameters: list[str] | None = None
     exclude_modules: Names = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: Names = None
+
+
+def adapts_parameters(folder: Path) -> bool:
+    """Whether the adapter in `folder` has LoRA on parameters, those of experts. False if its
+    configuration cannot be read."""
+    try:
+        return bool(read_config(folder).target_parameters)
+    except StageError:
+        return False
 
 
 def read_config(folder: Path) -> Config:
@@ -109,7 +118,10 @@ def read_config(folder: Path) -> Config:
             f"{path}: init_lora_weights: {bare(start)} is not supported: it changes the "
             "base's weights; convert the adapter with PEFT's save_pretrained first"
         )
-    return held_to(Config, config, str(path))
+    found = held_to(Config, config, str(path))
+    if not found.target_modules and not found.target_parameters:
+        raise StageError(f"{path}: target_modules is empty, so the adapter changes nothing")
+    return found
 
 
 def indices(config: Config) -> dict[str, list[int]]:

@@ -14,8 +14,10 @@ from stages.shared.mxfp4 import lookup_bytes
 # where a chunk's rows begin. Larger layers (Mixtral 8x7B 1.9 GB, DeepSeek-V3 15 GB) are split.
 CHUNK_BYTES = 2**30
 
+# Values of NF4 that share a scale, and scales that share a second one.
+BLOCK, NESTED_BLOCK = 64, 256
 MXFP4_BYTES = 0.5 + 1 / 32
-NF4_BYTES = {True: 0.5 + 1 / 64 + 4 / 16384, False: 0.5 + 4 / 64}
+NF4_BYTES = {True: 0.5 + 1 / BLOCK + 4 / (BLOCK * NESTED_BLOCK), False: 0.5 + 4 / BLOCK}
 
 
 def weights_bytes(shape: Shape, method: str, double_quant: bool) -> float:

@@ -235,10 +235,14 @@ def _stand_ins(layers: torch.nn.ModuleList, answer: Callable) -> Iterator[None]:
 
 
 def _taken(buffers: list[torch.Tensor], size: int, gpu: bool) -> torch.Tensor:
-    """A buffer of at least `size` bytes, uint8: the smallest of `buffers`, else a new one."""
+    """A buffer of at least `size` bytes, uint8: the smallest of `buffers`, else a new one in place
+    of one of them."""
     fitting = [i for i, buffer in enumerate(buffers) if buffer.nbytes >= size]
     if fitting:
         return buffers.pop(min(fitting, key=lambda i: buffers[i].nbytes))
+    if buffers:
+        # Or smaller ones would stay beside it, and the memory of all would grow.
+        buffers.pop()
     buffer = torch.empty(size, dtype=torch.uint8)
     if gpu:
         # If locking is refused, copies take longer.

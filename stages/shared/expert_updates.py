@@ -16,7 +16,6 @@ from safetensors import safe_open
 
 from stages.shared.experts import OWN_CODE, TENSORS, expert_stacks, part_name
 from stages.shared.process import StageError
-from stages.shared.text_model import language_model, read_config
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class ExpertUpdate:
 
     def deltas(self, device: torch.device) -> Callable[[slice], torch.Tensor]:
         """A function that returns scaling * B A for a block of the tensor's rows, in float32."""
-        a, b = (_factor(self.file, self.module, half) for half in "AB")
+        a, b = (_factor(self.file.resolve(), self.module, half) for half in "AB")
 
         def of(expert: int, rows: slice) -> torch.Tensor:
             own_a = a[expert * self.rank : (expert + 1) * self.rank].to(device)
@@ -89,6 +88,9 @@ def expert_targets(
     Raises StageError for a parameter that is no tensor of experts, and for experts without
     transformers' experts interface.
     """
+    # merge loads transformers without models if it does not come here.
+    from stages.shared.text_model import language_model, read_config
+
     wanted, found, used = set(wanted), dict[str, Target](), set[str]()
     config = read_config(base) if base else None
     model = language_model(config) if config else None
@@ -97,7 +99,9 @@ def expert_targets(
             code = type(stack).__name__
             raise StageError(f"{where}: LoRA on experts is not supported for those of {code}")
         own = []
-        for key, tensor in stack.named_parameters(recurse=False):
+        tensors = dict(stack.named_parameters(recurse=False))
+        # Biases are no tensors of experts.
+        for key, tensor in ((key, tensors[key]) for key in tensors if key in TENSORS):
             full = f"{name}.{key}"
             if matched := {x for x in wanted if full == x or full.endswith(f".{x}")}:
                 own.append((full, tuple(tensor.shape)))
@@ -139,5 +143,5 @@ def expert_updates(
 def check_finite(file: Path, module: str, where: str) -> None:
     """Raise StageError if a factor has NaN or infinite values."""
     for half in "AB":
-        if not _factor(file, module, half).isfinite().all():
+        if not _factor(file.resolve(), module, half).isfinite().all():
             raise StageError(f"{where}: lora_{half} has NaN or infinite values; train it again")

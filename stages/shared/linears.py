@@ -85,7 +85,7 @@ def targets_of(wanted: str | list[str], names: Iterable[str], experts: bool = Fa
             raise StageError(
                 f"params.yaml: lora.target_modules: {target} is no linear layer of the base "
                 f"that can be adapted; {hint}It has {', '.join(short)}"
-                f"{', and experts, which get none' if experts else ''}"
+                f"{'; its experts get adapters by lora.experts: true' if experts else ''}"
             )
         found.update(matches)
     return found

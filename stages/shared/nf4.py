@@ -7,8 +7,7 @@ import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Linear4bit
 
-# Values that share a scale, and scales that share a second one.
-BLOCK, NESTED_BLOCK = 64, 256
+from stages.shared.base_bytes import BLOCK, NESTED_BLOCK
 
 
 def dequantize(packed: torch.Tensor, state: bnb.QuantState) -> torch.Tensor:

@@ -107,7 +107,8 @@ def read_json(path: Path) -> dict:
         content = None
     if not isinstance(content, dict):
         raise StageError(
-            f"{path}: not a JSON object, by an edit or a conflict in Git; dvc repro makes it again"
+            f"{path}: not a JSON object: it was edited or damaged, or has a merge conflict; run "
+            "its stage again"
         )
     return content
 

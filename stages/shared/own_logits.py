@@ -48,7 +48,8 @@ def as_trained(model: torch.nn.Module, gradients: bool = False) -> Iterator[torc
         if gradients:
             embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
             stack.enter_context(
-                embeddings.register_forward_hook(lambda *args: args[2].requires_grad_())
+                # A copy, since some families change it in place.
+                embeddings.register_forward_hook(lambda *args: args[2].requires_grad_().clone())
             )
         yield device
 

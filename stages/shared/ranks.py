@@ -101,7 +101,7 @@ def is_of_waiting(error: BaseException) -> bool:
 def whole_number(variable: str, otherwise: int, least: int, most: int) -> int:
     """The whole number in an environment variable, or `otherwise` where it is unset or empty.
 
-    Raises StageError if it is none from `least` to `most`.
+    Raises StageError if it is not a whole number from `least` to `most`.
     """
     text = os.environ.get(variable) or str(otherwise)
     # Longer ones Python may refuse to convert.

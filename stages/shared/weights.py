@@ -15,9 +15,10 @@ from huggingface_hub.constants import SAFETENSORS_INDEX_FILE as INDEX
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE as SINGLE
 from safetensors import SafetensorError, safe_open
 
+from stages.shared.base_bytes import BLOCK, NESTED_BLOCK
 from stages.shared.experts import PACKED, part_name, part_of
 from stages.shared.mxfp4 import GROUP, decoded
-from stages.shared.nf4 import BLOCK, NESTED_BLOCK, dequantize, unnested, unpacked
+from stages.shared.nf4 import dequantize, unnested, unpacked
 from stages.shared.outputs import read_json
 from stages.shared.process import StageError
 

@@ -10,13 +10,13 @@ import pyarrow.ipc
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from stages.shared.base_bytes import BLOCK
 from stages.shared.decoder_shape import Experts, Linear, Shape, Training
 from stages.shared.embeddings import set_vocabulary
 from stages.shared.experts import OWN_CODE, expert_stacks, expert_tensors, width_refused
 from stages.shared.fast_path import choose_fast_path, plain_layers
 from stages.shared.linears import adaptable_linears, quantized_linears, targets_of
 from stages.shared.mxfp4 import STORAGE
-from stages.shared.nf4 import BLOCK
 from stages.shared.outputs import read_json
 from stages.shared.params import Params, Train
 from stages.shared.process import StageError

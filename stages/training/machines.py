@@ -50,7 +50,9 @@ def how_many() -> int:
             f"RANK is {os.environ['RANK']}: only the process with RANK 0 runs dvc repro; "
             "run python -m tools.join in the others"
         )
-    return whole_number("MACHINES", whole_number("WORLD_SIZE", 1, 1, MOST_RANKS), 1, MOST_RANKS)
+    return whole_number(
+        "MACHINES" if os.environ.get("MACHINES") else "WORLD_SIZE", 1, 1, MOST_RANKS
+    )
 
 
 def where() -> tuple[str, int]:

@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -159,7 +160,10 @@ def _random_updates(model: PeftModel) -> Iterator[None]:
 
     PEFT initializes B with zeros, which are restored.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    every = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    # Experts are not fused, so their adapters are left as they are.
+    wrappers = [module for module in every if isinstance(module, ParamWrapper)]
+    layers = [module for module in every if module not in wrappers]
     halves = [(m.lora_B.get_parameter("default.weight"), m.scaling["default"]) for m in layers]
     for b, scaling in halves:
         draw = torch.Generator(b.device).manual_seed(0)

@@ -27,7 +27,7 @@ from stages.shared.weights import Weights
 from stages.verifying.folder_check import AGAIN
 
 # Values compared at once: of a tensor in float32, and of experts.
-BLOCK_VALUES, AT_ONCE = 2**24, 2**26
+BLOCK_VALUES, AT_ONCE = 2**24, 2**25
 
 
 def check_tensors(
@@ -118,7 +118,7 @@ def expert_faults(
         def own(values: torch.Tensor, pieces: int) -> torch.Tensor:
             return values if whole else values[0].chunk(pieces)[piece]
 
-        if packed and name in source.nf4 | source.mxfp4:
+        if packed and (name in source.nf4 or name in source.mxfp4):
             plain = own(packed.dense(*block, torch.bfloat16), packed.pieces)
         else:
             plain = source.reader(name, device)(rows)
