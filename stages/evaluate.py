@@ -12,6 +12,7 @@ import math
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from stages.shared.libraries import load_libraries
 from stages.shared.outputs import GB, check_sums, read_json, write_metrics, write_text
@@ -117,7 +118,8 @@ def measure(world: World, task: dict) -> dict:
         metrics, scores, cost = evaluate(model, scored, world, streamer)
         peaks = world.gather(memory_metrics())
         if world.first:
-            chunks = not base._is_stateful and base._supports_default_dynamic_cache()
+            kind: Any = type(base)
+            chunks = not base._is_stateful and kind._supports_default_dynamic_cache()
             room = Room(streamer, sizes, chunks) if streamer else None
             found, answer_cost = answer(model, tokenizer, sets, params.evaluate, room)
             cost |= answer_cost

@@ -4,6 +4,7 @@ import fcntl
 import gc
 import itertools
 import os
+import shutil
 import sys
 from pathlib import Path
 

@@ -288,9 +288,10 @@ def _check_factors(where: str, found: dict, wanted: dict, rank: int) -> None:
 
 
 def _as_peft(
-    config: Config, modules: list[str], shapes: dict
+    config: Config, modules: list[str], tensors: list[str], shapes: dict
 ) -> tuple[set[str], dict[str, tuple[int, float]]]:
-    """The Linears that PEFT puts an update onto, and rank and scaling of `modules`.
+    """The Linears that PEFT puts an update onto, and rank and scaling of `modules` and of `tensors`
+    of experts.
 
     Both come from regular expressions in the configuration, so call it with `bounded`.
     """
@@ -303,7 +304,7 @@ def _as_peft(
             named = set(linears)
         else:
             named = {name for name in linears if is_target(config, name)}
-        return named, {module: rank_and_scaling(config, module) for module in modules}
+        return named, {name: rank_and_scaling(config, name) for name in [*modules, *tensors]}
     except (re.error, RecursionError, OverflowError) as error:
         raise StageError(
             f"{CONFIG}: target_modules, exclude_modules or a pattern is no regular expression "

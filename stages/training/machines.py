@@ -50,9 +50,8 @@ def how_many() -> int:
             f"RANK is {os.environ['RANK']}: only the process with RANK 0 runs dvc repro; "
             "run python -m tools.join in the others"
         )
-    return whole_number(
-        "MACHINES" if os.environ.get("MACHINES") else "WORLD_SIZE", 1, 1, MOST_RANKS
-    )
+    variable = "MACHINES" if os.environ.get("MACHINES") else "WORLD_SIZE"
+    return whole_number(variable, 1, 1, MOST_RANKS)
 
 
 def where() -> tuple[str, int]:

@@ -160,10 +160,10 @@ def _random_updates(model: PeftModel) -> Iterator[None]:
 
     PEFT initializes B with zeros, which are restored.
     """
-    every = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    modules: list[Any] = list(model.modules())
     # Experts are not fused, so their adapters are left as they are.
-    wrappers = [module for module in every if isinstance(module, ParamWrapper)]
-    layers = [module for module in every if module not in wrappers]
+    wrappers = {module for module in modules if isinstance(module, ParamWrapper)}
+    layers = [m for m in modules if isinstance(m, LoraLayer) and m not in wrappers]
     halves = [(m.lora_B.get_parameter("default.weight"), m.scaling["default"]) for m in layers]
     for b, scaling in halves:
         draw = torch.Generator(b.device).manual_seed(0)
