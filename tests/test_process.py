@@ -233,7 +233,7 @@ def test_text_does_not_go_through_a_link_into_the_cache(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"[]", b"<<<<<<< HEAD\n{}", b"\xff", b"[" * 10**5, b"5"])
 def test_a_damaged_file_of_the_pipeline_is_told_in_a_line(tmp_path, content):
     (tmp_path / "eval.json").write_bytes(content)
-    with pytest.raises(StageError, match=r"eval.json: not a JSON object, by an edit or a conflict"):
+    with pytest.raises(StageError, match=r"eval.json: not a JSON object: it was edited or damaged"):
         read_json(tmp_path / "eval.json")
 
 
