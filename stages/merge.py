@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from stages.shared.adapter_config import adapts_parameters
 from stages.shared.libraries import load_libraries
 from stages.shared.outputs import (
     check_space,
@@ -28,6 +27,8 @@ from stages.shared.process import StageError, begin, sha256
 
 if __name__ == "__main__":
     begin("merge")
+    from stages.shared.adapter_config import adapts_parameters
+
     # Only a tokenizer is asked of it, but for LoRA on experts the names of their tensors.
     load_libraries("transformers", without=[] if adapts_parameters(ADAPTER) else ["torch"])
     load_libraries("bitsandbytes")
