@@ -166,7 +166,7 @@ def check_positions(config: PretrainedConfig, rows: Lengths) -> None:
 
 
 def tell_experts(shape: Shape, run: Training) -> None:
-    """Say what a mixture of experts has, and what of it computes."""
+    """Print the parameters of a mixture of experts: all, and those that compute a token."""
     if not shape.experts:
         return
     packed, at_once = expert_bytes(shape, run.method, run.double_quant), ""

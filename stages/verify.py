@@ -90,7 +90,7 @@ def scores(model, rows: list[dict], ref: Reference, streamer: Streamer | None = 
 
 
 def _with_nan(value: float) -> float:
-    """NaN is the largest activation of all."""
+    """The larger activation; NaN counts as the largest."""
     return math.inf if math.isnan(value) else value
 
 
@@ -183,7 +183,7 @@ def verify(params, rows: list[dict], device: torch.device, world: World = ALONE)
 
 
 def free_memory() -> None:
-    """Of models that are no longer needed."""
+    """Free the memory of models that are no longer used."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Can the model have rows for tokens that it lacks, and train them? Refused here if not."""
+"""Checks that the model can get and train rows for tokens that it lacks."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from stages.shared.workload import Lengths
 
 
 def check_new_rows(folder: Path, rows: Lengths) -> None:
-    """Raise StageError where PEFT's trainable_token_indices is not what is trained, served and
-    merged: of the model of `folder`/config.json, for the tokens of `rows`."""
+    """Raise StageError if PEFT could not train, or transformers could not serve, the new tokens of
+    `rows` in the model of `folder`/config.json."""
     if not rows.trained:
         return
     model = language_model(read_config(folder))

@@ -1,4 +1,4 @@
-"""Does every token id have a row in the embeddings? If not, training would crash at once."""
+"""Checks that every token id has a row in the embeddings; otherwise training would crash."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from stages.shared.process import StageError
 def check_token_ids(
     config: PretrainedConfig, prepared: Path, trained: tuple[int, ...] = ()
 ) -> None:
-    """Refuse rows with a token beyond the embeddings; say which tokens nobody may use, and which
-    of those whose rows are `trained` no training row has.
+    """Refuse rows with a token beyond the embeddings. Print tokens of the tokenizer without a row,
+    and tokens of `trained` that occur in no training row.
 
     Raises StageError naming the first such row.
     """
@@ -53,7 +53,7 @@ def check_token_ids(
 
 
 def tell_unseen(tokenizer, trained: tuple[int, ...], seen: pa.Array) -> None:
-    """Say which rows nothing would train."""
+    """Print the trained tokens that occur in no training row."""
     unseen = set(trained) - set(seen.to_pylist())
     if unseen:
         names = ", ".join(map(str, tokenizer.convert_ids_to_tokens(sorted(unseen))))

@@ -47,8 +47,8 @@ class Names:
 
 
 def check_names(folder: Path) -> Names:
-    """Names what the files of `folder` hold beside the model. Raises StageError where they lack a
-    weight of it, or have it in another shape: transformers would make up its values.
+    """Print what the files of `folder` contain beside the model. Raise StageError if they lack a
+    weight of it or have it in another shape: transformers would initialize it at random.
     """
     try:
         model, report = loading_report(folder)
@@ -126,8 +126,8 @@ def check_types(
 def packed_parts(
     folder: Path, model: PreTrainedModel, shapes: dict[str, tuple], letters: dict[str, str]
 ) -> dict[str, str]:
-    """By name in the files, of which `shapes` and types are given, what parts of packed experts are
-    called here.
+    """Names here of the parts of packed experts, by their names in the files, whose `shapes` and
+    types are given.
 
     Raises StageError where they do not make the model's tensors.
     """

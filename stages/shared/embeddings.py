@@ -1,7 +1,7 @@
 """Further rows for the embeddings and the output head, of tokens that a base model lacks.
 
-Each is the mean of the model's own, as transformers' resize_token_embeddings draws them but for a
-noise of a billionth; here it is the same each time.
+Each is the mean of the model's own rows. transformers' resize_token_embeddings adds a noise of a
+billionth to it; here it is the same each time.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,12 +36,12 @@ def extended(weight: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def copy_bytes(vocabulary: int, width: int, on_gpu: bool) -> float:
-    """Of the copy of the embeddings that PEFT makes in each pass to put an adapter's rows in."""
+    """Bytes of the copy of the embeddings that PEFT makes in each pass for an adapter's rows."""
     return (2.0 if on_gpu else 4.0) * vocabulary * width
 
 
 def set_vocabulary(config: PretrainedConfig, count: int) -> None:
-    """Let `config` be that of a model extended to `count` rows."""
+    """Set `config` to a model extended to `count` rows."""
     text = config.get_text_config()
     text.vocab_size = max(text.vocab_size, count)
 
@@ -83,7 +83,7 @@ def names_of_embeddings(model: PreTrainedModel) -> list[str]:
 
 
 def with_vocabulary(config: dict, base: Path, count: int) -> dict:
-    """`config`, a config.json of the model of `base`, with `count` rows if that has fewer."""
+    """`config` (a config.json of the model of `base`) with at least `count` rows."""
     if not count or AutoConfig.from_pretrained(base).get_text_config().vocab_size >= count:
         return config
     rows = {"vocab_size": count}

@@ -76,13 +76,13 @@ def merged_rows(
 
 
 def merged_shape(weights: Weights, name: str, update: Change | None) -> tuple[int, ...]:
-    """That of the merged tensor: rows of new tokens may come to the base's."""
+    """Shape of the merged tensor, which may have rows of new tokens beyond the base's."""
     rows, *width = weights.shapes[name]
     return (max(rows, update.count) if isinstance(update, Rows) else rows, *width)
 
 
 def _with_rows(weights: Weights, name: str, update: Rows, dtype: torch.dtype) -> Iterator[RowBlock]:
-    """The base's rows but those of `update`, and between the two what `extended` gives."""
+    """The base's rows with those of `update` in place; rows between are filled by `extended`."""
     device, own = torch.device("cpu"), weights.shapes[name][0]
     read, values = weights.reader(name, device), update.values()
     shape = merged_shape(weights, name, update)

@@ -1,9 +1,9 @@
-"""Rows of the embeddings and the output head that are trained, at the cost of the rows alone.
+"""Trains single rows of the embeddings and the output head, with memory for those rows alone.
 
-PEFT puts them into a copy of the whole matrix in each pass, and autograd makes a gradient of all of
-it: several times the matrix. Here the frozen matrix holds the rows as they are now, so every
-product is the model's own; what the rows did is added once more as zero, `x - x.detach()`, whose
-gradient is theirs.
+PEFT inserts them into a copy of the whole matrix in each pass, and autograd makes a gradient of all
+of it: several times the matrix. Here the frozen matrix contains the current rows, so that every
+product is the model's own. The rows' contribution is added once more as zero, `x - x.detach()`,
+which has their gradient.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ LogProbs = trl.trainer.utils._ChunkedLogProbFunction
 
 
 class Rows:
-    """Those of one matrix. `wrapper` is PEFT's module around the embeddings or the head."""
+    """The trained rows of one matrix. `wrapper`: PEFT's module around embeddings or head."""
 
     def __init__(self, wrapper: Any):
         self.adapter, self.module = wrapper.token_adapter, wrapper.original_module
@@ -35,15 +35,15 @@ class Rows:
 
     @property
     def values(self) -> torch.Tensor:
-        """What is trained, [rows, width] in float32."""
+        """The trained rows, [rows, width] in float32."""
         return self.adapter.trainable_tokens_delta["default"]
 
     def settle(self) -> None:
-        """Put the rows as they are now into the matrix."""
+        """Copy the current rows into the matrix."""
         self.weight.data.index_copy_(0, self.ids, self.values.detach().to(self.weight.dtype))
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the embeddings give for `tokens`."""
+        """The embeddings of `tokens`."""
         found, at = self.module(tokens), self.place[tokens]
         own = functional.embedding(at.clamp(min=0), self.values)
         if (scale := self.adapter._get_embed_scale()) is not None:
@@ -57,7 +57,7 @@ class Rows:
         return logits.index_add(-1, self.ids, (own - own.detach()).to(logits.dtype))
 
     def products(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Of hidden states and the rows, [..., rows]; with a gradient for the rows alone."""
+        """Products of hidden states and rows, [..., rows], with a gradient for the rows."""
         return functional.linear(hidden.detach(), self.values.to(hidden.dtype))
 
 
@@ -66,7 +66,7 @@ class LogProbsOfRows:
 
     @staticmethod
     def apply(hidden, weight, bias, targets, temperature, chunk, cap, scale, outputs):
-        """As trl calls it: hidden states [N, width], targets [N]."""
+        """trl's arguments: hidden states [N, width], targets [N]."""
         options = (temperature, chunk, cap, scale, outputs)
         found, *others = LogProbs.apply(hidden, weight, bias, targets, *options)
         rows: Rows | None = getattr(weight, "rows", None)
@@ -88,7 +88,7 @@ class LogProbsOfRows:
 
 
 def train_rows(model: PeftModel) -> None:
-    """Let the wrappers of PEFT in `model` compute as above, if it has any."""
+    """Make PEFT's wrappers in `model`, if any, compute as above."""
     causal: Any = model.get_base_model()
     wrappers = [causal.get_input_embeddings(), causal.get_output_embeddings()]
     if not isinstance(wrappers[0], TrainableTokensWrapper):

@@ -107,12 +107,12 @@ def agreement(
 
 
 def _all(world: World, values: list[float]) -> list[float]:
-    """Those of every rank."""
+    """The values of all ranks, in order."""
     return [value for of_rank in world.gather(values) for value in of_rank]
 
 
 def _sum(values: list[float]) -> float:
-    """The exact sum in any order; unlike math.fsum, also of infinities."""
+    """The exact sum, whatever the order; unlike math.fsum, infinities are allowed."""
     try:
         return math.fsum(values)
     except (OverflowError, ValueError):

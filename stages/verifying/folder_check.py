@@ -33,8 +33,8 @@ def check_record(folder: Path, adapter: Path, kind: str, dtype: str) -> None:
 
 
 def check_companions(folder: Path, base: Path, dtype: str, vocabulary: int = 0) -> None:
-    """What serving reads beside the weights is there and says what the base's says, in `dtype` and
-    of a `vocabulary` that is as large at the least.
+    """Check that the files that serving reads beside the weights exist and match the base's, with
+    `dtype` and at least `vocabulary` rows.
 
     Raises StageError.
     """
@@ -55,8 +55,8 @@ def check_companions(folder: Path, base: Path, dtype: str, vocabulary: int = 0) 
 
 
 def without_old_names(found: dict, expected: dict) -> dict:
-    """`found` without what merge wrote for transformers 4 (rotary embeddings, which `expected` has
-    in rope_parameters) and 5 keeps as it is where a family does not read it."""
+    """`found` without keys that merge wrote for transformers 4: the rotary embeddings, which
+    `expected` has in rope_parameters. Families that do not read them keep them unchanged."""
     made = {k: v for k, v in found.items() if k in expected or k not in OF_4}
     for key, value in expected.items():
         if key.endswith("_config") and isinstance(value, dict) and isinstance(made.get(key), dict):
