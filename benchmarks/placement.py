@@ -53,6 +53,7 @@ class Point:
     steps: int = STEPS
     held_out: bool = True
     targets: str = "all-linear"
+    experts: bool = False
 
 
 ATTENTION = "q_proj,k_proj,v_proj,o_proj"
@@ -84,6 +85,7 @@ POINTS = {
     "30b a3b 24 GB": Point("qwen-3-30b-a3b", 16, 4 * K, cap_gb=24, targets=ATTENTION),
     "30b a3b 8 GB": Point("qwen-3-30b-a3b", 16, 4 * K, cap_gb=8, targets=ATTENTION),
     "30b a3b recomputed": Point("qwen-3-30b-a3b", 16, 4 * K, checkpointing=True, targets=ATTENTION),
+    "30b a3b experts": Point("qwen-3-30b-a3b", 16, 4 * K, targets=ATTENTION, experts=True),
     "gpt-oss 20b resident": Point("gpt-oss-20b", 16, 4 * K, rows=8, targets=ATTENTION),
     "gpt-oss 20b 12 GB": Point("gpt-oss-20b", 16, 4 * K, rows=8, cap_gb=12, targets=ATTENTION),
     "gpt-oss 20b 8 GB": Point("gpt-oss-20b", 16, 2 * K, rows=8, cap_gb=8, targets=ATTENTION),
@@ -97,7 +99,7 @@ def params_of(point: Point) -> Params:
     params["quantize"]["type"] = point.quantize
     targets = point.targets if point.targets == "all-linear" else point.targets.split(",")
     params["lora"] |= {"r": point.rank, "alpha": point.rank, "dropout": 0.0}
-    params["lora"]["target_modules"] = targets
+    params["lora"] |= {"target_modules": targets, "experts": point.experts}
     params["train"] |= {
         "epochs": 1.0,
         "batch_size": point.rows,

@@ -78,6 +78,8 @@ SIDES = {
     "ours-48": Side(4, cap_gb=48, checkpointing="auto"),
     "ours-80": Side(8, cap_gb=80, checkpointing="auto"),
     "unsloth-24": Side(2, cap_gb=24, checkpointing=False),
+    "unsloth-24-1": Side(1, cap_gb=24, checkpointing=False),
+    "unsloth-24-auto": Side(2, cap_gb=24, checkpointing="auto"),
     "unsloth-48": Side(4, cap_gb=48, checkpointing=False),
     "unsloth-48-auto": Side(8, cap_gb=48, checkpointing="auto"),
     "unsloth-80": Side(8, cap_gb=80, checkpointing=False),
@@ -86,7 +88,7 @@ SIDES = {
 COMPARED = {
     "ours-packed": ("unsloth-packed", "unsloth-packed-2", "unsloth-4", "reference-4"),
     "ours-4": ("unsloth-4", "reference-4"),
-    "ours-24": ("unsloth-24",),
+    "ours-24": ("unsloth-24", "unsloth-24-1", "unsloth-24-auto"),
     "ours-48": ("unsloth-48", "unsloth-48-auto"),
     "ours-80": ("unsloth-80", "unsloth-80-auto"),
 }
