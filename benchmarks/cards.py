@@ -249,7 +249,7 @@ def in_process(call: str, folder: Path, log: Path) -> int:
     known = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, known))}
     # train's second attempt would be a process without the limit.
-    environment["TRAIN_TIGHTER_BYTES"] = "0"
+    environment["TRAIN_TIGHTER"] = "0"
     command = [sys.executable, "-c", f"from benchmarks import cards; cards.{call}"]
     with log.open("w") as out:
         return subprocess.run(

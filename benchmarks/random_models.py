@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from bitsandbytes.functional import create_dynamic_map, get_4bit_type
+from bitsandbytes.functional import create_dynamic_map, get_4bit_type, quantize_4bit
 from bitsandbytes.nn import Params4bit
 from safetensors.torch import save_file
 from transformers import (
@@ -113,21 +113,31 @@ def config_of(name: str) -> PretrainedConfig:
 
 
 @functools.cache
-def _host_codes(count: int) -> torch.Tensor:
-    return torch.randint(0, 256, (count // 2, 1), dtype=torch.uint8)
+def _some_codes(device: torch.device) -> torch.Tensor:
+    """Pairs of codes of normally distributed weights, uint8 [n]. Equally frequent codes have a mean
+    that is not 0: every token then ends near the same direction, on one of its two sides, and small
+    differences decide which."""
+    values = torch.randn(2**22, generator=torch.Generator().manual_seed(0))
+    return quantize_4bit(values, blocksize=64, quant_type="nf4")[0].flatten().to(device)
+
+
+def _codes(count: int, device: torch.device) -> torch.Tensor:
+    some = _some_codes(device)
+    drawn = torch.randint(0, len(some), (count // 2,), dtype=torch.int32, device=device)
+    return some[drawn][:, None]
+
+
+_host_codes = functools.cache(functools.partial(_codes, device=torch.device("cpu")))
 
 
 def random_nf4(outputs: int, inputs: int, double_quant: bool, device: torch.device) -> Params4bit:
-    """A weight [outputs, inputs] of random NF4 codes in [-SPREAD, SPREAD].
+    """A weight [outputs, inputs] of random NF4 codes, in [-SPREAD, SPREAD].
 
     In host memory all weights of the same size share their codes, so that a 70B shape is built at
     once.
     """
     count = outputs * inputs
-    if device.type == "cpu":
-        codes = _host_codes(count)
-    else:
-        codes = torch.randint(0, 256, (count // 2, 1), dtype=torch.uint8, device=device)
+    codes = _host_codes(count) if device.type == "cpu" else _codes(count, device)
     stats = {
         "quant_type": "nf4",
         "blocksize": 64,

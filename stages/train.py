@@ -32,7 +32,7 @@ from stages.shared.launch import devices, run_ranks, see_one
 from stages.shared.packed import parameters_of
 from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
 from stages.shared.provenance import device_name, provenance
-from stages.shared.ranks import ALONE, World, host, put
+from stages.shared.ranks import ALONE, World, host, look, put
 from stages.shared.rows import read_rows
 from stages.shared.workload import read_lengths
 from stages.training.building import TrainingSet, as_installed, build_trainer
@@ -47,7 +47,7 @@ from stages.training.faults import Faults
 from stages.training.machines import assign, describe, how_many, wait_for
 from stages.training.out_of_memory import no_memory_for_base, no_memory_for_step
 from stages.training.paged import state_bytes
-from stages.training.placing import load_placed, place, tighter, try_tighter
+from stages.training.placing import OUT_OF_MEMORY, load_placed, place, tighter, try_tighter
 from stages.training.probe import Probe, needs_probe
 from stages.training.progress import Progress, mean_loss, write_curve
 from stages.training.settings import optimizer_steps
@@ -97,8 +97,11 @@ def train(whole: Params, device: torch.device, folder: Path, world: World = ALON
     try:
         fit(trainer, shown, validation, watchers, folder)
     except torch.cuda.OutOfMemoryError:
-        if world.size == 1:
-            try_tighter(placed)
+        if world.store:
+            # The stage tries again, once all ranks have ended.
+            put(world.store, OUT_OF_MEMORY, True)
+        elif placed.budget:
+            try_tighter()
         raise no_memory_for_step(trainer, base_bytes, whole, placed.prediction) from None
     return outcome(trainer, validation, progress, placed.metrics(), folder)
 
@@ -231,7 +234,12 @@ def train_on(devices: list[str], params: Params, folder: Path) -> dict[str, Any]
         return train(params, pick_device(), folder)
     store = store or host()
     put(store, "task", {"key": folder.name})
-    return run_ranks("train", work, own, store, size=size, others=others, stoppable=True)
+    try:
+        return run_ranks("train", work, own, store, size=size, others=others, stoppable=True)
+    except StageError:
+        if own[0] and machines == 1 and look(store, OUT_OF_MEMORY):
+            try_tighter()
+        raise
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from stages.quantize import quantize
-from stages.shared import streaming
+from stages.shared import by_layer, streaming
 from stages.shared.device import pick_device
 from stages.shared.layer_sources import HostCopy, Ring
 from stages.shared.model import load_base, load_streamed
@@ -137,6 +137,28 @@ def test_scores_are_equal_to_the_last_digit(folder, kind, count):
         streamer.room = room
         assert score(model, scored, 64, streamer=streamer) == expected
         assert streamer.sent == count
+
+
+def test_hidden_states_that_move_while_others_compute_are_the_same(folder, monkeypatch):
+    """Of many batches in host memory, on a GPU that lags behind; without waiting they differ."""
+    device, length = pick_device(), 64
+    each = [[(7 * i + j) % 250 + 3 for j in range(length)] for i in range(16)]
+    scored = [{"input_ids": row, "labels": row} for row in each]
+    expected = score(load_base(folder, device), scored, length)
+    compute = by_layer._Batch.compute
+
+    def lagging(self, layer, i):
+        torch.cuda._sleep(1_000_000)
+        compute(self, layer, i)
+        assert self.host is None or self.copies
+
+    monkeypatch.setattr(by_layer._Batch, "compute", lagging)
+    model, streamer = load_streamed(folder, device, LAYERS, "copy", slots=1)
+    # Room for the two on their way, and for none that stays.
+    streamer.room = 2.5 * length * HIDDEN * 2
+    assert score(model, scored, length, streamer=streamer) == expected
+    monkeypatch.setattr(torch.cuda.Stream, "wait_stream", lambda *_: None)
+    assert score(model, scored, length, streamer=streamer) != expected
 
 
 def test_a_buffer_that_is_overwritten_too_early_would_be_seen(folder, monkeypatch):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import stages.train
 from benchmarks.random_models import config_of
 from stages.shared import card as card_module
 from stages.shared import placement
@@ -17,9 +18,10 @@ from stages.shared.card import card_budget
 from stages.shared.outputs import GB
 from stages.shared.placement import RATES, Placement
 from stages.shared.process import StageError
+from stages.shared.ranks import ALONE, host, put
 from stages.shared.workload import KEPT, Lengths, shape_of
 from stages.training import placing
-from stages.training.placing import TIGHTER, place, try_tighter
+from stages.training.placing import OUT_OF_MEMORY, TIGHTER, place, try_tighter
 from tests.test_plan import params_of
 
 CPU, GPU = torch.device("cpu"), SimpleNamespace(type="cuda")
@@ -178,23 +180,47 @@ def test_a_lack_of_memory_is_answered_once(card, monkeypatch, capsys):
     monkeypatch.setattr("os.execv", lambda *command: started.append(command))
     card(free=24)
     first = place(*mistral(batch_size=2), ROWS, GPU, leave=placing.tighter())
-    try_tighter(first)
+    try_tighter()
     assert started == [(sys.executable, [sys.executable, "-m", "stages.train"])]
     assert "retrying" in capsys.readouterr().out
     # As the new process starts.
     second = place(*mistral(batch_size=2), ROWS, GPU, leave=placing.tighter())
     assert second.prediction.device < first.prediction.device
     assert second.budget == pytest.approx(0.9 * first.budget)
-    try_tighter(second)
+    try_tighter()
     assert len(started) == 1
-
-
-def test_nothing_is_tried_again_without_a_gpu(monkeypatch):
-    forget_attempts(monkeypatch)
-    monkeypatch.setattr("os.execv", None)
-    try_tighter(place(*mistral(), ROWS, CPU))
 
 
 def test_every_setting_has_its_placement():
     assert set(KEPT) == {"auto", True, False}
     assert len(set(KEPT.values())) == 3
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_ranks_that_lack_memory_are_started_again_once(machines, monkeypatch, tmp_path):
+    """By the stage. On several machines the others would not hear of it."""
+    forget_attempts(monkeypatch)
+    started, params = [], params_of(train={"batch_size": 4})
+    monkeypatch.setattr("os.execv", lambda *command: started.append(command))
+    monkeypatch.setattr(stages.train, "how_many", lambda: machines)
+    monkeypatch.setattr(stages.train, "wait_for", lambda *_: (host(), {}))
+
+    def run_ranks(stage, function, devices, store, **_):
+        put(store, OUT_OF_MEMORY, True)
+        raise StageError("out of GPU memory")
+
+    monkeypatch.setattr(stages.train, "run_ranks", run_ranks)
+    for _ in range(2):
+        with pytest.raises(StageError, match="out of GPU memory"):
+            stages.train.train_on(["0", "1"], params, tmp_path)
+        assert len(started) == (machines == 1)
+
+
+def test_buckets_of_several_gpus_are_counted(card, monkeypatch):
+    card(free=24)
+    world = SimpleNamespace(size=2, gather=lambda x: [x, x], same=lambda x: x)
+    alone, ranked = (place(*mistral(), ROWS, GPU, at) for at in (ALONE, world))
+    gradients = sizes_of_run(*mistral()).gradients
+    assert ranked.placement == alone.placement
+    added = ranked.prediction.peak - alone.prediction.peak
+    assert added == pytest.approx(gradients, rel=0.02)

@@ -7,7 +7,8 @@ the result from the last layer's hidden state. In between each layer computes as
 batches; only the order differs, so every value is the same.
 
 The hidden states are kept on the device if they fit, else in host memory, at most CHUNK_BYTES; more
-batches need further passes.
+batches need further passes. They go to host memory and back on a stream of their own, while other
+batches are computed.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -68,21 +69,24 @@ def _by_layer(
     except ValueError as reason:
         raise NotByLayer(str(reason)) from None
     tokens = sum(inputs["input_ids"].numel() for inputs in batches)
+    copies = torch.cuda.Stream(causal.device) if causal.device.type == "cuda" else None
     with tqdm(
         total=len(layers) * tokens, unit=" tokens", desc="layers", leave=False, disable=None
     ) as bar:
         while rest:
             chunk: list[_Batch] = []
-            size = next_size = 0.0
+            size = next_size = held = 0.0
             while rest and size + next_size <= CHUNK_BYTES:
-                room = streamer.room - size
-                batch = _Batch(causal, layers, rest.pop(0), room, streamer.buffers)
+                room = streamer.room - held
+                batch = _Batch(causal, layers, rest.pop(0), room, streamer.buffers, copies)
                 chunk.append(batch)
+                held += batch.size if batch.host is None else 0.0
                 # Sorted, the longest first.
                 size, next_size = size + batch.size, batch.size
                 bar.update(batch.tokens)
             for i in range(1, len(layers)):
-                for batch in chunk:
+                for batch, following in zip(chunk, chunk[1:] + chunk[:1], strict=True):
+                    following.fetch()
                     batch.compute(layers[i], i)
                     bar.update(batch.tokens)
             while chunk:
@@ -95,6 +99,8 @@ class _Batch:
     room     bytes of the device that it may use while other batches compute
     buffers  unused host memory, from which it takes and to which it returns its buffer: to lock
              one takes longer than to copy its bytes several times
+    copies   on a GPU, a stream for copies. Two more hidden states are then on the device, one on
+             its way out and one on its way in; without room for them it is not used
     """
 
     def __init__(
@@ -104,6 +110,7 @@ class _Batch:
         inputs: Inputs,
         room: float,
         buffers: list[torch.Tensor],
+        copies: torch.cuda.Stream | None = None,
     ):
         self.inputs, self.tokens = inputs, inputs["input_ids"].numel()
         self.buffers, self.buffer = buffers, None
@@ -112,6 +119,9 @@ class _Batch:
         # The hidden state in host memory, if kept there; other return values, if a tuple.
         self.host: torch.Tensor | None = None
         self.rest: tuple | None = None
+        # The hidden state on its way to the device, and the end of that copy.
+        self.copies: torch.cuda.Stream | None = None
+        self.coming: tuple[torch.Tensor, torch.cuda.Event] | None = None
         first, known = layers[0], set[int]()
         passed: Any = None
 
@@ -144,16 +154,25 @@ class _Batch:
             raise NotByLayer(f"its forward runs {len(self.calls)} of {len(layers)} layers")
         others = [x for args, kwargs in self.calls for x in (*args, *kwargs.values())]
         self.size = sum(x.nbytes for x in _tensors([self.hidden, *others]))
-        if self.size > room:
-            host, copies = torch.device("cpu"), dict[int, Any]()
+        moving = 2 * self.hidden.nbytes if copies else 0
+        if self.size > room - moving:
+            self.copies = copies if moving <= room else None
+            host, moved = torch.device("cpu"), dict[int, Any]()
             self.calls = [
-                (tuple(_changed(x, _to(host), copies) for x in args), _on(host, kwargs, copies))
+                (tuple(_changed(x, _to(host), moved) for x in args), _on(host, kwargs, moved))
                 for args, kwargs in self.calls
             ]
             size = self.hidden.nbytes
             self.buffer = _taken(buffers, size, causal.device.type == "cuda")
             self.host = self.buffer[:size].view(self.hidden.dtype).view(self.hidden.shape)
             self._take(self._output(self.hidden))
+
+    def fetch(self) -> None:
+        """Begin to copy the hidden state to the device, while others compute."""
+        if self.copies and self.host is not None and self.coming is None:
+            with torch.cuda.stream(self.copies):
+                hidden = self.host.to(self.hidden.device, non_blocking=True)
+            self.coming = hidden, self.copies.record_event()
 
     def compute(self, layer: torch.nn.Module, i: int) -> None:
         """Go through `layer`, number i."""
@@ -167,7 +186,7 @@ class _Batch:
         """The model's last hidden state, computed from the last layer's output."""
         hidden = self._hidden()
         if self.buffer is not None:
-            # The next copy into it is of the same stream, hence later than the one out of it.
+            # The next copy into it must be of the same stream, hence later than the one out of it.
             self.buffers.append(self.buffer)
             self.host = self.buffer = None
         output = self._output(hidden)
@@ -190,8 +209,13 @@ class _Batch:
         if self.host is None:
             self.hidden = hidden
             return
-        # On the computing stream, like all copies here, so that none comes too early.
-        self.host.copy_(hidden, non_blocking=True)
+        if self.copies:
+            self.copies.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.copies):
+                self.host.copy_(hidden, non_blocking=True)
+            hidden.record_stream(self.copies)
+        else:
+            self.host.copy_(hidden, non_blocking=True)
         # Not a view, which would keep the whole hidden state on the device.
         self.hidden = hidden.new_empty(0)
 
@@ -199,7 +223,15 @@ class _Batch:
         """The hidden state on the computing device."""
         if self.host is None:
             return self.hidden
-        return self.host.to(self.hidden.device, non_blocking=True)
+        if not self.copies:
+            return self.host.to(self.hidden.device, non_blocking=True)
+        self.fetch()
+        assert self.coming
+        (hidden, copied), self.coming = self.coming, None
+        current = torch.cuda.current_stream()
+        current.wait_event(copied)
+        hidden.record_stream(current)
+        return hidden
 
     def _output(self, hidden: torch.Tensor) -> Any:
         """The stored output in a layer's form."""

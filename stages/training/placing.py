@@ -28,8 +28,10 @@ from stages.shared.streaming import Streamer
 from stages.shared.vram import Sizes, sizes_of
 from stages.shared.workload import KEPT, Lengths, planned_training, shape_of
 
-# Environment variable: bytes to leave free, after an attempt that did not fit.
-TIGHTER, TIGHTER_SHARE = "TRAIN_TIGHTER_BYTES", 0.1
+# Environment variable: share of the card to leave free, after an attempt that did not fit.
+TIGHTER, TIGHTER_SHARE = "TRAIN_TIGHTER", 0.1
+# A rank writes this key into the store when it runs out of GPU memory.
+OUT_OF_MEMORY = "out of memory"
 # Size of the copies and of the square products that measure the rates.
 PROBE_BYTES, PROBE_SIZE, PROBE_RUNS = 2**26, 4096, 8
 
@@ -73,16 +75,17 @@ def place(
 ) -> Placed:
     """The fastest placement that fits the device now, printed.
 
-    leave  bytes to leave free in addition, after an attempt that did not fit
+    params  of one rank
+    leave   share of the free memory to leave, after an attempt that did not fit
     """
     layers = config.get_text_config().num_hidden_layers
     if device.type == "cpu":
         kept = 0 if params.train.gradient_checkpointing is True else layers
         return Placed(Placement(kept, kept))
     shape = shape_of(config)
-    sizes = run_sizes(config, shape, params, rows)
+    sizes = run_sizes(config, shape, params, rows, world.size)
     # All ranks choose the same: for the smallest budget, with the first rank's rates.
-    budget = min(world.gather(card_budget() - leave))
+    budget = min(world.gather(card_budget() * (1 - leave)))
     host = available_bytes() + placement.PROCESS
     rates, kept = world.same(measured_rates(device)), KEPT[params.train.gradient_checkpointing]
     placed = placement.choose(sizes, budget, host, rates, kept)
@@ -104,18 +107,23 @@ def place(
             "train: streamed weights are read from their files, since host memory is too small",
             flush=True,
         )
-    if hint := faster(config, shape, params, rows, budget, host, rates):
+    if hint := faster(config, shape, params, rows, world.size, budget, host, rates):
         print(f"train: {hint}", flush=True)
     return Placed(placed, prediction, budget, rates, ring)
 
 
-def run_sizes(config: PretrainedConfig, shape: Shape, params: Params, rows: Lengths) -> Sizes:
-    """The sizes of this run, with its base and the installed kernels."""
+def run_sizes(
+    config: PretrainedConfig, shape: Shape, params: Params, rows: Lengths, ranks: int = 1
+) -> Sizes:
+    """The sizes of this run on each of `ranks` GPUs, with its base and the installed kernels."""
     quantization = getattr(config, "quantization_config", None) or {}
     double_quant = bool(quantization.get("bnb_4bit_use_double_quant"))
     run = planned_training(config, shape, params, rows, bool(quantization), double_quant)
     installed = importlib.util.find_spec("liger_kernel") is not None
-    return sizes_of(shape, replace(run, liger=run.liger and installed))
+    sizes = sizes_of(shape, replace(run, liger=run.liger and installed))
+    # DDP's buckets hold a second copy of the gradients.
+    buckets = sizes.gradients if ranks > 1 else 0.0
+    return replace(sizes, always=sizes.always + buckets)
 
 
 def describe(placed: Placement, sizes: Sizes) -> str:
@@ -162,6 +170,7 @@ def faster(
     shape: Shape,
     params: Params,
     rows: Lengths,
+    ranks: int,
     budget: float,
     host: float,
     rates: Rates,
@@ -173,7 +182,7 @@ def faster(
         times = effective // size
         changed = train.model_copy(update={"batch_size": size, "gradient_accumulation": times})
         other = params.model_copy(update={"train": changed})
-        sizes = run_sizes(config, shape, other, rows)
+        sizes = run_sizes(config, shape, other, rows, ranks)
         kept = KEPT[train.gradient_checkpointing]
         if placed := placement.choose(sizes, budget, host, rates, kept):
             found[size] = times * placement.seconds(sizes, placed, rates)
@@ -216,18 +225,18 @@ def load_placed(
 
 
 def tighter() -> float:
-    """Bytes of the card to leave free after an earlier attempt ran out of memory."""
+    """The share of the card to leave free after an earlier attempt ran out of memory."""
     return float(os.environ.get(TIGHTER, "0"))
 
 
-def try_tighter(placed: Placed) -> None:
-    """After the GPU ran out of memory: restart the stage once, with less on the card.
+def try_tighter() -> None:
+    """After a GPU ran out of memory: restart the stage once, with less on the card.
 
     In the same process, so that DVC and its locks do not notice, and from the last checkpoint.
-    Returns if that has already been tried, or if there is no GPU.
+    Returns if that has already been tried.
     """
-    if TIGHTER in os.environ or placed.budget is None:
+    if TIGHTER in os.environ:
         return
     print("train: out of GPU memory; retrying with less on the card", flush=True)
-    os.environ[TIGHTER] = str(TIGHTER_SHARE * placed.budget)
+    os.environ[TIGHTER] = str(TIGHTER_SHARE)
     os.execv(sys.executable, [sys.executable, "-m", "stages.train"])
