@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pyarrow as pa
-from tiny import TEXTS, make_rows, make_tokenizer, make_workspace
+from moe import MOE
+from tiny import TEXTS, make_model, make_rows, make_tokenizer, make_workspace
 
 from stages.shared.outputs import write_sums
 from stages.shared.rows import IGNORED, SCHEMA, set_sha256
@@ -43,6 +44,14 @@ def make_prepared_workspace(folder: Path, **sections: dict) -> Path:
     (folder / "models/base/source.json").write_text(json.dumps(SOURCE))
     write_sums(folder / "models/base")
     (folder / "models/plan.ok").write_text("ok")
+    return folder
+
+
+def make_mixture_workspace(folder: Path) -> Path:
+    """The same with a mixture, whose experts are trained too."""
+    make_prepared_workspace(folder, lora={"experts": True})
+    make_model(folder / "models/base", "qwen3_moe", **MOE["qwen3_moe"])
+    write_sums(folder / "models/base")
     return folder
 
 

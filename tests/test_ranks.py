@@ -13,7 +13,7 @@ import quick
 import torch
 import yaml
 from datasets import Dataset
-from prepared import make_prepared_workspace
+from prepared import make_mixture_workspace, make_prepared_workspace
 from safetensors.torch import load_file
 from test_resume import set_params
 from transformers import AutoTokenizer, TrainerCallback
@@ -33,6 +33,14 @@ ROUNDING = 1e-6
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory) -> Path:
     folder = make_prepared_workspace(tmp_path_factory.mktemp("ranks") / "ws")
+    quick.run("quantize", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Path:
+    """The same of a mixture, whose experts are trained too."""
+    folder = make_mixture_workspace(tmp_path_factory.mktemp("mixture") / "ws")
     quick.run("quantize", folder)
     return folder
 
@@ -154,23 +162,28 @@ CASES = {
         },
     ),
     "checkpointed": (41, False, {"batching": "shuffle", "gradient_checkpointing": True}),
+    "experts": (41, True, {"batching": "shuffle", "gradient_checkpointing": True}),
 }
 
 
-def train_all(world, folder: str) -> dict[str, tuple]:
-    return {case: train_a_little(world, folder, *what) for case, what in CASES.items()}
+def train_all(world, dense: str, mixture: str) -> dict[str, tuple]:
+    return {
+        case: train_a_little(world, mixture if case == "experts" else dense, *what)
+        for case, what in CASES.items()
+    }
 
 
 @pytest.fixture(scope="module")
-def trained(quantized, tmp_path_factory) -> list[list[dict]]:
+def trained(quantized, mixture, tmp_path_factory) -> list[list[dict]]:
     """Every case by one process, and by two ranks."""
     folder = tmp_path_factory.mktemp("trained")
-    return [in_ranks(n, folder / str(n), train_all, str(quantized)) for n in (1, 2)]
+    return [in_ranks(n, folder / str(n), train_all, str(quantized), str(mixture)) for n in (1, 2)]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_train_what_one_process_does(trained, case):
     (alone,), both = ([results[case] for results in ranks] for ranks in trained)
+    assert any("experts" in name for name in alone[2]) == (case == "experts")
     assert len(alone[0]) >= 4
     for losses, gradients, adapter, _, _ in both:
         assert losses == pytest.approx(alone[0], rel=ROUNDING, abs=ROUNDING)
@@ -268,6 +281,16 @@ def test_the_stage_on_two_ranks_trains_the_adapter_of_one(alone, together):
     assert len(peaks) == 2
     assert max(peaks) == pytest.approx(cost["peak_ram_gb"])
     assert not list((together / "checkpoints").iterdir())
+
+
+def test_the_stage_on_two_ranks_trains_the_experts_of_one(mixture, tmp_path):
+    for ranks in ("1", "2"):
+        shutil.copytree(mixture, tmp_path / ranks)
+        said = quick.run("train", tmp_path / ranks, CPU_RANKS=ranks).said
+        assert ("train: uses 2 ranks" in said) == (ranks == "2")
+    one, two = (adapter_of(tmp_path / ranks) for ranks in ("1", "2"))
+    assert sum("experts" in name for name in one) == 8
+    assert_close(two, one, 1e-4)
 
 
 def test_rank_0_speaks_for_all(together):

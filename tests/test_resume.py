@@ -13,7 +13,7 @@ import pytest
 import quick
 import torch
 from datasets import Dataset
-from prepared import make_prepared_workspace
+from prepared import make_mixture_workspace, make_prepared_workspace
 from ruamel.yaml import YAML
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -44,6 +44,7 @@ VARIANTS = {
         "epochs": 1.5,
         "gradient_checkpointing": True,
     },
+    "experts": {"batch_size": 4},
 }
 
 
@@ -55,16 +56,28 @@ def quantized(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Path:
+    """The same of a mixture, whose experts are trained too."""
+    folder = make_mixture_workspace(tmp_path_factory.mktemp("mixture") / "ws")
+    quick.run("quantize", folder)
+    return folder
+
+
 @pytest.fixture(scope="module", params=VARIANTS)
-def undisturbed(request, quantized, tmp_path_factory) -> Path:
+def undisturbed(request, tmp_path_factory) -> Path:
     """A workspace of one variant, trained without a disturbance."""
     if request.param == "linear":
         return request.getfixturevalue("undamaged")
-    folder = untrained(quantized, tmp_path_factory.mktemp(request.param) / "ws")
+    source = request.getfixturevalue("mixture" if request.param == "experts" else "quantized")
+    folder = untrained(source, tmp_path_factory.mktemp(request.param) / "ws")
     set_params(folder, train=VARIANTS[request.param])
     if request.param == "accumulation":
         set_params(folder, lora={"dropout": 0.1})
     quick.run("train", folder)
+    if request.param == "experts":
+        adapter = load_file(folder / "models/adapter/adapter_model.safetensors")
+        assert sum("experts" in name and tensor.any() for name, tensor in adapter.items()) == 8
     return folder
 
 

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from stages.quantize import quantize
 from stages.shared import layer_sources, streaming
+from stages.shared.expert_lora import stand_ins, target_parameters, use_factors
 from stages.shared.layer_sources import HostCopy, Ring
 from stages.shared.model import load_base
 from stages.shared.packed import Packed
@@ -51,15 +52,18 @@ def folders(tmp_path_factory):
     return made
 
 
-def trained(folder, placement, fused, steps=3, targets="all-linear", ring=False):
+def trained(folder, placement, fused, steps=3, targets="all-linear", ring=False, experts=False):
     """Losses, gradients of the first step and the adapter after some steps."""
     # In float32 RMSNorm reads its input twice, and three gradients add up in another order.
     model, streamer = load_base(folder, CPU, None, torch.bfloat16), None
     if placement.streamed:
         streamer = stream_layers(model, CPU, placement.streamed)
         assert isinstance(streamer.source, Ring if ring else HostCopy)
-    config = LoraConfig(r=4, lora_alpha=12, target_modules=targets)
-    peft = with_random_adapter(get_peft_model(model, config).train())
+    parameters = target_parameters(model) if experts else None
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=targets, target_parameters=parameters)
+    with stand_ins(model):
+        peft = with_random_adapter(get_peft_model(model, config).train())
+    use_factors(peft)
     if fused:
         fuse_lora(peft, liger=False, placement=placement, streamer=streamer)
     elif placement.kept_mlp < LAYERS:
@@ -158,6 +162,20 @@ def test_experts_stream_as_the_rest(folders, kind, placement):
         trained(folder, placement, False, targets=targets),
         trained(folder, resident, False, targets=targets),
     )
+
+
+@pytest.mark.parametrize("placement", [Placement(streamed=6), Placement(6, 6, streamed=5)], ids=str)
+@pytest.mark.parametrize("fused", [True, False])
+def test_adapters_of_streamed_experts_learn_as_those_of_resident_ones(folders, fused, placement):
+    folder, targets = folders["qwen3_moe", "nf4"], ["q_proj", "v_proj"]
+    resident = Placement(placement.kept_mlp, placement.kept_attention)
+    found, expected = (
+        trained(folder, where, fused, targets=targets, experts=True)
+        for where in (placement, resident)
+    )
+    # A and B of both tensors of every layer.
+    assert sum("experts" in name and grad.any() for name, grad in expected[1].items()) == 4 * LAYERS
+    same(found, expected)
 
 
 def test_packed_experts_are_what_is_streamed(folders):
