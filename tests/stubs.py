@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import yaml
@@ -144,6 +145,11 @@ def must(folder: Path, *command: str, **env: str) -> str:
 
 
 def run(folder: Path, *command: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, check=False, env=os.environ | env
-    )
+    """As with pipes, which the worker of DVC's queue would keep open until it ends."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        done = subprocess.run(
+            command, cwd=folder, stdout=out, stderr=err, check=False, env=os.environ | env
+        )
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(command, done.returncode, out.read(), err.read())
