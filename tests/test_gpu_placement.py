@@ -157,7 +157,15 @@ def test_hidden_states_that_move_while_others_compute_are_the_same(folder, monke
     # Room for the two on their way, and for none that stays.
     streamer.room = 2.5 * length * HIDDEN * 2
     assert score(model, scored, length, streamer=streamer) == expected
-    monkeypatch.setattr(torch.cuda.Stream, "wait_stream", lambda *_: None)
+    fetch = by_layer._Batch.fetch
+
+    def late(self):
+        with torch.cuda.stream(self.copies):
+            torch.cuda._sleep(5_000_000)
+        fetch(self)
+
+    monkeypatch.setattr(by_layer._Batch, "fetch", late)
+    monkeypatch.setattr(torch.cuda.Stream, "wait_event", lambda *_: None)
     assert score(model, scored, length, streamer=streamer) != expected
 
 

@@ -2,9 +2,11 @@ import json
 import shutil
 import tempfile
 from collections import Counter
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
+from peft.tuners.lora.bnb import Linear4bit
 from transformers import AutoModelForCausalLM
 
 from stages import merge, verify
@@ -12,7 +14,7 @@ from stages.shared import adapter, scored_model, scoring, streaming
 from stages.shared.model import load_base
 from stages.shared.outputs import SUMS, write_sums
 from stages.shared.process import StageError
-from stages.shared.weights import INDEX, SINGLE
+from stages.shared.weights import INDEX, SINGLE, Weights
 from stages.verifying import agreement, tensor_check
 from tests.merging import (
     edit_json,
@@ -499,6 +501,29 @@ def test_kl_is_that_of_the_reference_to_the_model(project, monkeypatch):
     right, wrong = (float(torch.cat(each).mean()) for each in directions)
     assert abs(wrong / right - 1) > 0.01
     assert found.mean_kl == pytest.approx(right, rel=1e-4)
+
+
+def test_one_tensor_is_compared_at_a_time(project, monkeypatch):
+    """Nothing of another tensor, nor of this one, is in memory while PEFT computes an update, which
+    takes twice its size in float32: on a card of 6 GB there was no room for more."""
+    read, computed, alive = Weights.read, Linear4bit.get_delta_weight, WeakValueDictionary()
+    seen = []
+
+    def noted(self, name):
+        tensor = read(self, name)
+        if self.folder.name == "merged":
+            alive[name] = tensor
+        return tensor
+
+    def compute(self, adapter):
+        seen.append(sorted(alive))
+        return computed(self, adapter)
+
+    monkeypatch.setattr(Weights, "read", noted)
+    monkeypatch.setattr(Linear4bit, "get_delta_weight", compute)
+    run(verify, project, monkeypatch)
+    assert seen
+    assert not any(seen)
 
 
 @pytest.mark.parametrize("values", [2**24, 64, 1])

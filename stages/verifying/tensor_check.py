@@ -59,37 +59,53 @@ def check_tensors(
                 wrong += [f"{name} ({fault})" for fault in faults][:1]
                 bar.update(sizes[name] * dtype.itemsize / 1e9)
                 continue
-            found = merged.read(name).to(device)
-            module: Any = modules.get(name.rpartition(".")[0])
-            updated = isinstance(module, LoraLayer) and name.endswith(".weight")
-            if name in source.nf4:
-                plain = module.base_layer.weight if updated else module.weight
-                if streamer and (enter := streamer.entrance(plain)):
-                    enter()
-                if isinstance(plain, Params4bit):
-                    plain = bnb.dequantize_4bit(plain.data, plain.quant_state)
-                # As it is stored: load_base lets the CPU compute in float32.
-                plain = plain.data.to(torch.bfloat16).to(dtype)
-            else:
-                # Of other towers, as it is.
-                weights = source if name in source.shapes else base
-                plain = weights.read(name)
-                if isinstance(module, TrainableTokensWrapper):
-                    plain = with_rows(plain, module)
-                plain = plain.to(device, found.dtype)
-            # In place, as PEFT merges: the sum is rounded once.
-            delta = module.get_delta_weight("default") if updated else None
-            expected = plain if delta is None else plain.clone().add_(delta)
-            if not torch.equal(found, expected):
-                slack = partial(rounding_slack, module) if updated else None
-                fault = difference(found, expected, plain, slack)
-                wrong += [f"{name} ({fault})"] if fault else []
+            module = modules.get(name.rpartition(".")[0])
+            if fault := tensor_fault(name, merged, module, source, base, dtype, device, streamer):
+                wrong.append(f"{name} ({fault})")
             bar.update(sizes[name] * dtype.itemsize / 1e9)
     if wrong := sorted(fault for of_rank in world.gather(wrong) for fault in of_rank):
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise StageError(
             f"{merged.folder}: not the base plus the adapter: {', '.join(wrong[:3])}{more}; {AGAIN}"
         )
+
+
+def tensor_fault(
+    name: str,
+    merged: Weights,
+    module: Any,
+    source: Weights,
+    base: Weights,
+    dtype: torch.dtype,
+    device: torch.device,
+    streamer: Streamer | None,
+) -> str | None:
+    """What is wrong with the merged tensor `name` of the base's `module` (None in other towers)."""
+    updated = isinstance(module, LoraLayer) and name.endswith(".weight")
+    # First, since PEFT needs twice its memory, in float32, to compute it.
+    delta = module.get_delta_weight("default") if updated else None
+    found = merged.read(name).to(device)
+    if name in source.nf4:
+        plain = module.base_layer.weight if updated else module.weight
+        if streamer and (enter := streamer.entrance(plain)):
+            enter()
+        if isinstance(plain, Params4bit):
+            plain = bnb.dequantize_4bit(plain.data, plain.quant_state)
+        # As it is stored: load_base lets the CPU compute in float32.
+        plain = plain.data.to(torch.bfloat16).to(dtype)
+    else:
+        # Of other towers, as it is.
+        weights = source if name in source.shapes else base
+        plain = weights.read(name)
+        if isinstance(module, TrainableTokensWrapper):
+            plain = with_rows(plain, module)
+        plain = plain.to(device, found.dtype)
+    # In place, as PEFT merges: the sum is rounded once.
+    expected = plain if delta is None else plain.clone().add_(delta)
+    del delta
+    if torch.equal(found, expected):
+        return None
+    return difference(found, expected, plain, partial(rounding_slack, module) if updated else None)
 
 
 def expert_faults(
