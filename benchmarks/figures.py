@@ -22,6 +22,13 @@ SIDES = {
     "unsloth-packed-2": ("Unsloth 2026.10.9", "2 x 2,048 packed"),
     "unsloth-4": ("Unsloth 2026.10.9", "4 rows"),
     "reference-4": ("TRL and PEFT, the usual script", "4 rows, dropout 0.1"),
+    "ours-24": ("this pipeline", "2 x 2,048 packed, 24 GB"),
+    "unsloth-24-auto": ("Unsloth 2026.10.9", "2 x 2,048 packed, 24 GB, auto"),
+    "ours-48": ("this pipeline", "4 x 2,048 packed, 48 GB"),
+    "unsloth-48": ("Unsloth 2026.10.9", "4 x 2,048 packed, 48 GB, no checkpointing"),
+    "unsloth-48-auto": ("Unsloth 2026.10.9", "8 x 2,048 packed, 48 GB, auto"),
+    "ours-80": ("this pipeline", "8 x 2,048 packed, 80 GB"),
+    "unsloth-80": ("Unsloth 2026.10.9", "8 x 2,048 packed, 80 GB, no checkpointing"),
 }
 DEFAULT = {
     "perplexity, {eval_examples} held-out rows": "{}_perplexity",
@@ -121,11 +128,13 @@ def speed_ratios() -> None:
             f"{SIDES[other][0]}, {SIDES[other][1]}",
             " and ".join(map(str, found["runs"])),
             f"{found['ratio']:.2f}",
+            f"{found['steady_ratio']:.2f}" if "steady_ratio" in found else "",
         ]
         for found in results("speed")["ratios"]
         for ours, other in [found["sides"]]
     ]
-    table(["on one GPU", "against", "runs:", "ratio:"], sorted(lines))
+    head = ["on one GPU", "against", "runs:", "whole epochs:", "steady:"]
+    table(head, sorted(lines))
 
 
 def share_of_floor() -> None:
@@ -172,6 +181,18 @@ def cards() -> None:
     table(head, sorted(lines))
 
 
+def streamed_scores() -> None:
+    """Seconds of evaluate at 70B's width, streamed and resident."""
+    parts = [p for p in results("cards")["parts"] if p["part"] == "llama-3-70b-24gb"]
+    streamed, resident = sorted(parts, key=lambda part: part["card_gb"])
+    small, large = streamed["eval_seconds"], resident["eval_seconds"]
+    print(
+        f"evaluate takes {small:.1f} s for 100 rows of 2,048 tokens and 8 answers with all layers "
+        f"streamed in {streamed['card_gb']} GB, and {large:.1f} s with the model on the card: "
+        f"{small / large:.2f} times."
+    )
+
+
 def placements() -> None:
     """Every point of benchmarks/placement.py with its prediction."""
     lines = []
@@ -186,7 +207,7 @@ def placements() -> None:
         cap = f"{point['cap_gb']} GB" if point["cap_gb"] else "whole card"
         lines.append(
             [
-                f"{point['shape']}, r = {point['rank']}",
+                f"{point['shape']}, r = {point['rank']}" + ", experts too" * point.get("experts", False),
                 f"{point['tokens_per_step']:,}",
                 cap,
                 str(placed["streamed"]),
@@ -270,6 +291,33 @@ def streamed_ranks() -> None:
         f"{found['70b_steady_ratio']:.2f} times as fast as one, and use {all_of_them:.1f} GB of "
         f"host memory instead of {one:.1f}: one copy of the weights, and what each process needs "
         f"({run['device']}, {run['date']})."
+    )
+
+
+def killed_ranks() -> None:
+    """A rank that is killed, and one that hangs, on several GPUs."""
+    found = results("scale")
+    kill, hang, run = found["kill"], found["hang"], found["kill_run"]
+    bytes_after = "the same bytes" if found["kill_same_bytes"] else "**other** bytes"
+    print(
+        f"On {run['gpus']} GPUs ({found['kill_shape']}), all had ended "
+        f"{kill['seconds_until_all_ended']:.1f} s after rank 1 was killed, and "
+        f"{hang['seconds_until_all_ended']:.1f} s after it was stopped, with a timeout of "
+        f"{hang['timeout_seconds']} s; the run that went on wrote {bytes_after} ({run['device']}, "
+        f"{run['date']})."
+    )
+
+
+def answers_speed() -> None:
+    """Answers in batches and row by row."""
+    found = results("generation")["speed"]
+    ours, plain = found["stage"], found["row by row"]
+    print(
+        f"On a 7B shape in NF4 with its adapter, {ours['prompts']} prompts are answered in batches "
+        f"at {ours['tokens_per_second']:.0f} tokens/s, row by row at "
+        f"{plain['tokens_per_second']:.0f}: {found['times']:.0f} times; "
+        f"{found['different']['differ']} of {found['different']['answers']} answers differ "
+        f"({found['device']}, {found['date']})."
     )
 
 
