@@ -198,6 +198,8 @@ def measure_point(name: str) -> tuple[dict, dict]:
         "host_copy_gb": streamer.source.host_bytes / GB if streamer else 0.0,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "built_seconds": built,
+        # Of this GPU, in this minute.
+        "tflops": rates.operations / 1e12,
     }
     print(
         f"placement: {name}: {placed}: {found['steady_tokens_per_second']:.0f} tokens/s, "
@@ -214,7 +216,6 @@ def measure_point(name: str) -> tuple[dict, dict]:
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {name: version(name) for name in LIBRARIES},
         "bus_gb_per_second": rates.bus / GB,
-        "tflops": rates.operations / 1e12,
     }
 
 
@@ -250,11 +251,10 @@ def with_predictions(results: dict) -> dict:
             "predicted_device_gb": prediction.device / GB,
             "predicted_ram_gb": prediction.host / GB,
         }
-        if rate := results.get("tflops"):
-            # Of the time of a step, what its operations take at the rate of a square product.
-            computing = placement.operations(sizes, placed) / (rate * 1e12)
-            steps = found["steady_tokens_per_second"] / found["tokens"]
-            found["share_of_operations"] = computing * steps
+        # Of the time of a step, what its operations take at the rate of a square product.
+        computing = placement.operations(sizes, placed) / (found["tflops"] * 1e12)
+        steps = found["steady_tokens_per_second"] / found["tokens"]
+        found["share_of_operations"] = computing * steps
     return results | {"ratios": results.get("ratios", {}) | ratios(results["points"])}
 
 
