@@ -204,10 +204,11 @@ def placements() -> None:
             f"({100 * (point[f'predicted_{key}'] / point[f'measured_{key}'] - 1):+.1f} %)"
             for key in ("gb", "device_gb", "ram_gb")
         ]
+        experts = ", experts too" if point.get("experts") else ""
         cap = f"{point['cap_gb']} GB" if point["cap_gb"] else "whole card"
         lines.append(
             [
-                f"{point['shape']}, r = {point['rank']}" + ", experts too" * point.get("experts", False),
+                f"{point['shape']}, r = {point['rank']}{experts}",
                 f"{point['tokens_per_step']:,}",
                 cap,
                 str(placed["streamed"]),
