@@ -84,10 +84,15 @@ def _by_layer(
                 # Sorted, the longest first.
                 size, next_size = size + batch.size, batch.size
                 bar.update(batch.tokens)
+            left = None
             for i in range(1, len(layers)):
                 for batch, following in zip(chunk, chunk[1:] + chunk[:1], strict=True):
                     following.fetch()
                     batch.compute(layers[i], i)
+                    if left:
+                        # Or copies not yet made would hold the memory of many hidden states.
+                        left.synchronize()
+                    left = batch.left
                     bar.update(batch.tokens)
             while chunk:
                 yield chunk.pop(0).result(causal, layers)
@@ -122,6 +127,8 @@ class _Batch:
         # The hidden state on its way to the device, and the end of that copy.
         self.copies: torch.cuda.Stream | None = None
         self.coming: tuple[torch.Tensor, torch.cuda.Event] | None = None
+        # The end of the last copy to host memory.
+        self.left: torch.cuda.Event | None = None
         first, known = layers[0], set[int]()
         passed: Any = None
 
@@ -214,6 +221,7 @@ class _Batch:
             with torch.cuda.stream(self.copies):
                 self.host.copy_(hidden, non_blocking=True)
             hidden.record_stream(self.copies)
+            self.left = self.copies.record_event()
         else:
             self.host.copy_(hidden, non_blocking=True)
         # Not a view, which would keep the whole hidden state on the device.
