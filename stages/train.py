@@ -34,6 +34,7 @@ from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
 from stages.shared.provenance import device_name, provenance
 from stages.shared.ranks import ALONE, World, host, look, put
 from stages.shared.rows import read_rows
+from stages.shared.watching import SIGNALED
 from stages.shared.workload import read_lengths
 from stages.training.building import TrainingSet, as_installed, build_trainer
 from stages.training.checkpoints import (
@@ -237,7 +238,8 @@ def train_on(devices: list[str], params: Params, folder: Path) -> dict[str, Any]
     try:
         return run_ranks("train", work, own, store, size=size, others=others, stoppable=True)
     except StageError:
-        if own[0] and machines == 1 and look(store, OUT_OF_MEMORY):
+        out = look(store, OUT_OF_MEMORY) and not look(store, SIGNALED)
+        if own[0] and machines == 1 and out:
             try_tighter()
         raise
 

@@ -19,8 +19,10 @@ from stages.shared.outputs import GB
 from stages.shared.placement import RATES, Placement
 from stages.shared.process import StageError
 from stages.shared.ranks import ALONE, host, put
+from stages.shared.watching import SIGNALED
 from stages.shared.workload import KEPT, Lengths, shape_of
 from stages.training import placing
+from stages.training.dealing import share
 from stages.training.placing import OUT_OF_MEMORY, TIGHTER, place, try_tighter
 from tests.test_plan import params_of
 
@@ -167,6 +169,19 @@ def test_a_faster_split_of_the_batch_is_said(card, capsys):
     assert 100 * (before / after - 1) == pytest.approx(gain, abs=0.6)
 
 
+def test_a_faster_split_is_said_for_the_rows_of_all_gpus(card, capsys):
+    card(free=24)
+    params, config = mistral(batch_size=16)
+    one = params.model_copy(update={"train": share(params.train, 2)})
+    world = SimpleNamespace(size=2, gather=lambda x: [x, x], same=lambda x: x)
+    place(one, config, ROWS, GPU, world)
+    said = next(x for x in capsys.readouterr().out.splitlines() if "would be about" in x).split()
+    size, times = (
+        int(said[said.index(name) + 1]) for name in ("batch_size", "gradient_accumulation")
+    )
+    assert size * times == 16
+
+
 def sizes_of_run(params, config):
     return placing.run_sizes(config, shape_of(config), params, ROWS)
 
@@ -196,9 +211,10 @@ def test_every_setting_has_its_placement():
     assert len(set(KEPT.values())) == 3
 
 
-@pytest.mark.parametrize("machines", [1, 2])
-def test_ranks_that_lack_memory_are_started_again_once(machines, monkeypatch, tmp_path):
-    """By the stage. On several machines the others would not hear of it."""
+@pytest.mark.parametrize(("machines", "signaled"), [(1, False), (2, False), (1, True)])
+def test_ranks_that_lack_memory_are_started_again_once(machines, signaled, monkeypatch, tmp_path):
+    """By the stage. On several machines the others would not hear of it, and after a signal the
+    run is to end."""
     forget_attempts(monkeypatch)
     started, params = [], params_of(train={"batch_size": 4})
     monkeypatch.setattr("os.execv", lambda *command: started.append(command))
@@ -207,13 +223,15 @@ def test_ranks_that_lack_memory_are_started_again_once(machines, monkeypatch, tm
 
     def run_ranks(stage, function, devices, store, **_):
         put(store, OUT_OF_MEMORY, True)
+        if signaled:
+            put(store, SIGNALED, True)
         raise StageError("out of GPU memory")
 
     monkeypatch.setattr(stages.train, "run_ranks", run_ranks)
     for _ in range(2):
         with pytest.raises(StageError, match="out of GPU memory"):
             stages.train.train_on(["0", "1"], params, tmp_path)
-        assert len(started) == (machines == 1)
+        assert len(started) == (machines == 1 and not signaled)
 
 
 def test_buckets_of_several_gpus_are_counted(card, monkeypatch):

@@ -236,14 +236,18 @@ class _Batch:
         self.fetch()
         assert self.coming
         (hidden, copied), self.coming = self.coming, None
-        current = torch.cuda.current_stream()
-        current.wait_event(copied)
-        hidden.record_stream(current)
+        wait_for(copied)
+        hidden.record_stream(torch.cuda.current_stream())
         return hidden
 
     def _output(self, hidden: torch.Tensor) -> Any:
         """The stored output in a layer's form."""
         return hidden if self.rest is None else (hidden, *self.rest)
+
+
+def wait_for(event: torch.cuda.Event) -> None:
+    """Let the computing stream wait."""
+    torch.cuda.current_stream().wait_event(event)
 
 
 class _StandIn(torch.nn.Module):

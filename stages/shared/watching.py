@@ -21,6 +21,8 @@ from stages.shared.ranks import TIMEOUT, look, put
 CAUSE_SECONDS, AGREED_SECONDS = 3.0, 0.5
 # Seconds without a sign of life, sent every second, after which a machine counts as lost.
 SILENCE_SECONDS = 10.0
+# A key of the store, after a signal that the ranks were to end with.
+SIGNALED = "signaled"
 # Seconds to exit after rank 0 has returned its result.
 PARTING_SECONDS = 15.0
 
@@ -80,6 +82,8 @@ class Ranks:
             result = self._wait()
         except BaseException as error:
             if not self.first:
+                if self.signaled:
+                    put(self.store, SIGNALED, True)
                 # Others must read it before the store ends with this process.
                 put(self.store, "over", str(error))
                 time.sleep(2.0 if self.others else 0.0)

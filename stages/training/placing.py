@@ -175,7 +175,10 @@ def faster(
     host: float,
     rates: Rates,
 ) -> str | None:
-    """Another split of the same effective batch that would be faster on this card."""
+    """Another split of the same effective batch that would be faster on these cards.
+
+    params  of one rank; the answer is for the whole step
+    """
     train, found = params.train, {}
     effective = train.batch_size * train.gradient_accumulation
     for size in (n for n in range(1, effective + 1) if effective % n == 0):
@@ -193,7 +196,7 @@ def faster(
     if gain < 2 * placement.ALIKE:
         return None
     return (
-        f"batch_size {best} with gradient_accumulation {effective // best} would be about "
+        f"batch_size {best} with gradient_accumulation {effective * ranks // best} would be about "
         f"{100 * gain:.0f} % faster on this card"
     )
 
