@@ -74,8 +74,12 @@ class Streamer:
         # Number of layers sent so far.
         self.sent = 0
         self._layers = {id(p): i for i, layer in enumerate(layers) for p in layer}
+        # Of each layer: where what the source returns is copied to.
+        self._targets: list[list[torch.Tensor]] = []
         for i, layer in enumerate(layers):
-            places = places_in(self.slots[i % slots], layer, dtype)
+            slot = self.slots[i % slots]
+            places = places_in(slot, layer, dtype)
+            self._targets.append([slot[: sizes[i]]] if source.whole else places)
             for place, parameter in zip(places, layer, strict=True):
                 parameter.data = place
 
@@ -125,17 +129,17 @@ class Streamer:
         slot = i % len(self.slots)
         self.held[slot] = i
         self.sent += 1
-        pairs = zip(self.layers[i], self.source.take(i), strict=True)
+        pairs = zip(self._targets[i], self.source.take(i), strict=True)
         if self.stream is None:
-            for parameter, tensor in pairs:
-                parameter.data.copy_(tensor)
+            for target, tensor in pairs:
+                target.copy_(tensor)
             self.source.sent(i, None)
             return
         # Computation with the slot's previous layer must have finished.
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            for parameter, tensor in pairs:
-                parameter.data.copy_(tensor, non_blocking=True)
+            for target, tensor in pairs:
+                target.copy_(tensor, non_blocking=True)
             self.arrived[slot] = self.stream.record_event()
         self.source.sent(i, self.arrived[slot])
 
