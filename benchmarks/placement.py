@@ -18,6 +18,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -131,7 +132,7 @@ def placed_for(point: Point, sizes: Sizes, budget: float, rates: placement.Rates
     return found if point.streamed is None else replace(found, streamed=point.streamed)
 
 
-def measure_point(name: str) -> tuple[dict, dict]:
+def measure_point(name: str, *callbacks: Any) -> tuple[dict, dict]:
     """Train a few steps. Returns the point with its measurements, and the environment."""
     from datasets import Dataset, disable_caching
     from transformers import TrainerCallback
@@ -183,7 +184,8 @@ def measure_point(name: str) -> tuple[dict, dict]:
         streamer=streamer,
     )
     clock = Clock()
-    trainer.add_callback(clock)
+    for callback in (clock, *callbacks):
+        trainer.add_callback(callback)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     built = time.monotonic() - started
