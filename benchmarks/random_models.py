@@ -70,6 +70,7 @@ SHAPES = {
     "tiny-tied": Family("qwen2", 64, 128, 2, 4, 2, 260, True),
     "tiny-gemma3": Family("gemma3_text", 64, 128, 2, 4, 2, 260, True, 16, 16),
     "small": Family("llama", 1024, 1024, 4, 16, 4, 32000, False),
+    "llama-3.2-1b": Family("llama", 2048, 8192, 16, 32, 8, 128256, True),
     "qwen2-1.5b": Family("qwen2", 1536, 8960, 28, 12, 2, 151936, True),
     "mistral-7b": Family("mistral", 4096, 14336, 32, 32, 8, 32000, False),
     "llama-2-7b": Family("llama", 4096, 11008, 32, 32, 32, 32000, False),

@@ -3,6 +3,7 @@
     python -m benchmarks.scale --work DIR                      # every part, on 2 or more GPUs
     python -m benchmarks.scale --work DIR 7b kill              # some of them
     python -m benchmarks.scale --work DIR --shape tiny --rows 200 7b kill score   # on a CPU
+    python -m benchmarks.scale --work DIR --shape llama-3.2-1b score   # shorter
 
     7b      Mistral-7B's shape, packed, r = 64, batch_size 8 x gradient_accumulation 2: an epoch of
             1,000 rows on one GPU, and two on all: rates, both loss curves, adapters' bytes
