@@ -175,8 +175,9 @@ def cards() -> None:
         elif "evaluate" in train:
             cells, name = [f"{part['predicted_device_gb']:.1f}"], part["part"]
             for stage in ("train", "evaluate", "merge", "verify"):
-                run = train[stage]
-                cells.append("failed" if run["exit"] else f"{run['device_gb']:.1f}")
+                run = train.get(stage, {"exit": None})
+                said = {0: f"{run.get('device_gb', 0):.1f}", None: "not run"}
+                cells.append(said.get(run["exit"], "failed"))
             if part["shape"].endswith("8-layers"):
                 name += ", 8 layers"
         else:
@@ -225,6 +226,19 @@ def placements() -> None:
     head = ["shape", "tokens a step:", "limit:", "streamed layers:", "kept MLP/attention:"]
     head += ["tokens/s:", "of operations:"]
     table([*head, "peak GB (predicted):", "card GB:", "host GB:"], lines)
+
+
+def step_profile() -> None:
+    """Where the time of a step goes, in percent of it."""
+    lines = []
+    for point in results("profile")["points"]:
+        placed, step = point["placement"], point["step_seconds"]
+        shares = [*point["seconds"].values(), point["idle_seconds"]]
+        name = f"{point['name']}, {placed['streamed']} layers streamed"
+        shares = [f"{100 * seconds / step:.1f}" for seconds in shares]
+        lines.append([name, f"{1000 * step:.0f}", *shares])
+    groups = [f"{group}:" for group in results("profile")["points"][0]["seconds"]]
+    table(["point", "step in ms:", *groups, "GPU idle:"], lines)
 
 
 def streaming() -> None:
