@@ -47,18 +47,21 @@ def kernel(monkeypatch):
     monkeypatch.setattr(attention, "varlen_attn", reference)
 
 
-def reference(q, k, v, bounds, _, longest, __, scale, window_size, enable_gqa=False):
-    assert longest == bounds.diff().max()
-    out = torch.empty_like(q)
-    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        row = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
-        back = torch.arange(end - start)[:, None] - torch.arange(end - start)
-        seen = (back >= 0) & (back <= (window_size[0] if window_size[0] >= 0 else end))
+def reference(q, k, v, bounds, key_bounds, *longest, scale, window_size, enable_gqa=False):
+    assert longest == (bounds.diff().max(), key_bounds.diff().max())
+    parts = []
+    ends = zip(bounds.tolist(), bounds.tolist()[1:], key_bounds.tolist(), key_bounds.tolist()[1:])
+    for start, end, first, last in ends:
+        row = (x.transpose(0, 1)[None] for x in (q[start:end], k[first:last], v[first:last]))
+        # The last query is aligned with the last key.
+        queries = torch.arange(end - start) + (last - first) - (end - start)
+        back = queries[:, None] - torch.arange(last - first)
+        seen = (back >= 0) & (back <= (window_size[0] if window_size[0] >= 0 else last))
         result = torch.nn.functional.scaled_dot_product_attention(
             *row, attn_mask=seen, scale=scale, enable_gqa=True
         )
-        out[start:end] = result[0].transpose(0, 1)
-    return out
+        parts.append(result[0].transpose(0, 1))
+    return torch.cat(parts)
 
 
 def make(family, kind):
@@ -173,3 +176,30 @@ def test_float32_is_cast_as_autocast_would(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         attention.varlen_attention(None, x, x, x.bfloat16(), None)
     assert taken == [torch.bfloat16] * 3
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_long_row_is_computed_in_parts(monkeypatch, window):
+    torch.manual_seed(0)
+    heads = {"query": 4, "key": 2, "value": 2}
+    given = {name: torch.randn(1, n, 30, 8, dtype=torch.float64) for name, n in heads.items()}
+    queries = []
+
+    def noted(q, *rest, **options):
+        queries.append(len(q))
+        return reference(q, *rest, **options)
+
+    def attended():
+        leaves = {name: x.clone().requires_grad_() for name, x in given.items()}
+        out, _ = attention.varlen_attention(
+            None, **leaves, attention_mask=None, sliding_window=window
+        )
+        (out * torch.arange(8)).sum().backward()
+        return out, *(x.grad for x in leaves.values())
+
+    monkeypatch.setattr(attention, "varlen_attn", noted)
+    whole = attended()
+    monkeypatch.setattr(attention, "QUERIES", 8)
+    for found, expected in zip(attended(), whole, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert queries == [30, 8, 8, 8, 6]

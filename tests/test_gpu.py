@@ -35,6 +35,7 @@ from stages.shared.placement import Placement
 from stages.shared.process import StageError, sha256
 from stages.shared.scoring import scored_logits
 from stages.shared.streaming import stream_layers
+from stages.training import attention
 from stages.training.adjusting import apply_liger
 from stages.training.checkpoints import SIGNALS, Checkpoints
 from stages.training.fused_lora import fuse_lora
@@ -158,6 +159,25 @@ def test_attention_across_rows_would_be_seen(folder):
     leaking = torch.tensor([0, sum(LENGTHS)])
     _, found = fast(folder, leaking)
     assert max(errors(found, reference).values()) > 0.2
+
+
+def test_a_long_row_in_parts_is_as_a_whole(monkeypatch):
+    torch.manual_seed(0)
+    shape = {"query": 8, "key": 2, "value": 2}
+    given = {
+        name: torch.randn(1, heads, 1000, 64, device="cuda", dtype=torch.bfloat16)
+        for name, heads in shape.items()
+    }
+
+    def attended():
+        leaves = {name: x.clone().requires_grad_() for name, x in given.items()}
+        out, _ = attention.varlen_attention(None, **leaves, attention_mask=None)
+        (out * torch.linspace(-1, 1, 64, device="cuda")).sum().backward()
+        return {"out": out, **{name: x.grad for name, x in leaves.items()}}
+
+    whole = attended()
+    monkeypatch.setattr(attention, "QUERIES", 256)
+    assert max(errors(attended(), whole).values()) < 1e-2
 
 
 def test_offloading_gives_back_what_it_took():

@@ -42,6 +42,8 @@ from stages.shared.decoder_shape import (
 
 # Of an H100 or H200. Most consumer cards have fewer and need less than predicted.
 MULTIPROCESSORS = 132
+# Attention of a single longer row is computed for so many queries at a time, on every GPU.
+QUERIES = 16384
 # Linears that make q, k and v at once.
 FUSED_INPUTS = frozenset({"qkv_proj", "query_key_value", "Wqkv", "c_attn"})
 

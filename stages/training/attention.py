@@ -11,6 +11,7 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from stages.shared.activations import QUERIES
 from stages.shared.fast_path import VARLEN
 from stages.shared.process import StageError
 
@@ -55,9 +56,29 @@ def varlen_attention(
         options["enable_gqa"] = True
     assert max_length_q is not None  # transformers passes it with cu_seq_lens_q.
     length = int(max_length_q)
-    out = varlen_attn(q, k, v, bounds, bounds, length, length, **options)
+    if len(bounds) > 2 or length <= QUERIES:
+        out = varlen_attn(q, k, v, bounds, bounds, length, length, **options)
+    else:
+        out = _in_parts(q, k, v, options)
     assert isinstance(out, torch.Tensor)  # A tuple only with return_aux.
     return out.view(batch, tokens, *out.shape[1:]), None
+
+
+def _in_parts(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
+) -> torch.Tensor:
+    """Attention of one row, QUERIES queries at a time, each with the keys up to its last one.
+
+    The deterministic backward pass sums the queries' gradient in as many fp32 copies as it needs to
+    fill the GPU, for one row about 70 KB a token. The keys' gradient becomes a sum over the parts.
+    """
+    outputs, end = [], 0
+    for part in q.split(QUERIES):
+        count, end = len(part), end + len(part)
+        # The last query is aligned with the last key.
+        bounds = [torch.arange(0, 2 * n, n, device=q.device).int() for n in (count, end)]
+        outputs.append(varlen_attn(part, k[:end], v[:end], *bounds, count, end, **options))
+    return torch.cat(outputs)
 
 
 def register() -> None:
