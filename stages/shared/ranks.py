@@ -22,6 +22,8 @@ from stages.shared.screen import brief
 TIMEOUT = timedelta(seconds=float(os.environ.get("RANKS_TIMEOUT", "300")))
 # Parts of the error messages of gloo, which raises plain RuntimeErrors, and NCCL.
 _OF_WAITING = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+# How NCCL says that its own buffers do not fit: CUDA's error, or its own where that is lost.
+_OF_MEMORY = ("out of memory", "Failed to CUDA calloc")
 
 
 class World:
@@ -96,6 +98,13 @@ def is_of_waiting(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_WAITING)
+
+
+def lacks_gpu_memory(error: BaseException) -> bool:
+    """Whether a GPU ran out of memory, in torch's allocator or in NCCL."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return True
+    return isinstance(error, dist.DistError) and any(text in str(error) for text in _OF_MEMORY)
 
 
 def whole_number(variable: str, otherwise: int, least: int, most: int) -> int:
