@@ -150,6 +150,21 @@ def share_of_floor() -> None:
     )
 
 
+def longest_row() -> None:
+    """The longest row in 24 GB, ours and Unsloth's, if both were measured."""
+    found = results("speed").get("longest", {})
+    if "ratio_at_least" not in found:
+        return
+    ours, other = found["ours"], found["unsloth"]
+    trained = other["longest_trained"]
+    print(
+        f"Held to {ours['cap_gb']} GB ({ours['shape']}'s shape, r = {ours['rank']}), one row of "
+        f"{ours['longest_trained']:,} tokens trains; with Unsloth "
+        f"{f'one of {trained:,} does and ' if trained else ''}one of "
+        f"{other['out_of_memory']:,} runs out of memory."
+    )
+
+
 def vram_errors() -> None:
     found = results("plan")
     held_out = [point for point in found["points"] if point["held_out"]]
@@ -311,6 +326,26 @@ def streamed_ranks() -> None:
         f"host memory instead of {one:.1f}: one copy of the weights, and what each process needs "
         f"({run['device']}, {run['date']})."
     )
+
+
+def one_rank() -> None:
+    """What a rank costs on one GPU, and that two processes share a host copy; each if measured."""
+    found = results("scale")
+    if run := found.get("one_run"):
+        equal = "the same bytes" if found["one_same_bytes"] else "**other** bytes"
+        print(
+            f"A rank in a world of one trains at {100 * found['one_steady_ratio']:.1f} % of the "
+            f"steady rate of the stage's own process, and writes {equal} ({found['one_shape']}, "
+            f"{run['device']}, {run['date']})."
+        )
+    if run := found.get("copies_run"):
+        one, two = (memory["host_gb"] for memory in found["copies"])
+        equal = "the same logits" if found["copies_same_logits"] else "**other** logits"
+        print(
+            f"Two processes on one GPU that stream from one copy of {found['copies_bytes_gb']:.1f} "
+            f"GB ({found['copies_shape']}) use {two:.1f} GB of host memory, one uses {one:.1f}; "
+            f"they compute {equal} ({run['device']}, {run['date']})."
+        )
 
 
 def killed_ranks() -> None:

@@ -11,19 +11,25 @@
     kill    7b's run, rank 1 killed in the middle, and in a second run stopped: seconds until all
             has ended, the line, and the bytes after it went on
     score   evaluate and verify on one GPU and on all: figures and rates
+    one     7b's run on one GPU, in the stage's own process (also what a launcher with WORLD_SIZE=1
+            gets) and as a rank in a world of one: rates and bytes
+    copies  two processes on one GPU that stream from one host copy of a random NF4 model: host
+            memory and logits
 
-Weights and rows are random. Each part runs on 1 GPU and on --gpus of them, by default all that are
-visible. Writes benchmarks/results/scale.json after every part.
+Weights and rows are random. `one` and `copies` need 1 GPU. The other parts run on 1 and on --gpus
+of them, by default all that are visible. Writes benchmarks/results/scale.json after every part.
 """
 
 import argparse
 import csv
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -34,7 +40,7 @@ from benchmarks import speed
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results/scale.json"
-PARTS = ("7b", "70b", "kill", "score")
+PARTS = ("7b", "70b", "kill", "score", "one", "copies")
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "liger-kernel")
 TRAINED = ("models/adapter/adapter_model.safetensors", "metrics/train.json", "metrics/curve.csv")
 LORA = {"r": 64, "alpha": 16, "dropout": 0.0, "target_modules": "all-linear"}
@@ -49,6 +55,23 @@ TRAIN = {
 }
 SCORED_ROWS = 200
 HANG_SECONDS = 20
+# The stage trains one device itself; here a rank does, as one of several would.
+AS_A_RANK = """
+from stages.shared.process import begin
+begin("train")
+from stages import train
+
+def in_a_rank(devices, params, folder):
+    store = train.host()
+    train.put(store, "task", {"key": folder.name})
+    return train.run_ranks("train", train.work, devices[:1], store, size=1, stoppable=True)
+
+train.train_on = in_a_rank
+train.main()
+"""
+# How `one` trains: the interpreter's arguments.
+WAYS = {"process": ["-m", "stages.train"], "rank": ["-c", AS_A_RANK]}
+REPEATS = 2
 LONG_ROWS, LONG_TOKENS, SHARD_BYTES = 16, 4096, 4e9
 
 
@@ -65,9 +88,14 @@ def gpus(count: int) -> dict[str, str]:
 
 def stage(work: Path, name: str, count: int, **env: str) -> tuple[str, float]:
     """Run a stage of `work` on `count` devices; returns its output and wall seconds."""
+    return python(work, name, ["-m", f"stages.{name}"], count, **env)
+
+
+def python(work: Path, name: str, arguments: list, count: int, **env: str) -> tuple[str, float]:
+    """Run Python in `work`, as `stage` does."""
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", f"stages.{name}"],
+        [sys.executable, *arguments],
         cwd=work,
         env=os.environ | gpus(count) | env,
         capture_output=True,
@@ -156,7 +184,7 @@ def seven_b(work: Path, options) -> dict:
 def seventy_b(work: Path, options) -> dict:
     """Every rank is limited as plan.vram_limit_gb would limit it."""
     base = work / "70b"
-    shape = "llama-2-70b" if options.shape == "mistral-7b" else options.shape
+    shape = large_shape(options)
     if not (base / "models/quantized").exists():
         make_quantized(base, shape)
     runs = {}
@@ -179,6 +207,10 @@ def seventy_b(work: Path, options) -> dict:
         "70b_shape": shape,
         "70b_cap_gb": options.cap_gb,
     }
+
+
+def large_shape(options) -> str:
+    return "llama-2-70b" if options.shape == "mistral-7b" else options.shape
 
 
 def make_quantized(work: Path, shape: str) -> None:
@@ -265,9 +297,14 @@ def write_rows(work: Path, name: str, rows: list[dict]) -> None:
 
 def shared_memory() -> float:
     """GB of host memory in use, by /proc/meminfo."""
+    found = meminfo()
+    return found["MemTotal"] - found["MemAvailable"]
+
+
+def meminfo() -> dict[str, float]:
+    """/proc/meminfo, in GB."""
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    found = {line.split(":")[0]: int(line.split()[1]) for line in lines}
-    return (found["MemTotal"] - found["MemAvailable"]) * 1024 / 1e9
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 / 1e9 for line in lines}
 
 
 class Watched:
@@ -369,6 +406,119 @@ def score(work: Path, options) -> dict:
     return {"score": runs, "score_shape": options.shape, "score_figures_equal": equal}
 
 
+def one(work: Path, options) -> dict:
+    base = work / "7b"
+    make(base, options.shape, options.rows)
+    write_params(base)
+    # Kernels compile in the first run.
+    stage(base, "train", 1)
+    runs: list[dict] = []
+    for way in [*WAYS] * REPEATS:
+        _, seconds = python(base, way, WAYS[way], 1)
+        found = rates(base) | {"wall_seconds": seconds}
+        runs.append({"way": way} | found | {"adapter_sha256": digests(base)[TRAINED[0]]})
+    return {"one": runs, "one_shape": options.shape} | of_one(runs)
+
+
+def of_one(runs: list[dict]) -> dict:
+    """The rank's rate as a share of the process's, by medians, and whether all adapters agree."""
+    steady, epoch = (
+        [statistics.median(run[key] for run in runs if run["way"] == way) for way in WAYS]
+        for key in ("steady_tokens_per_second", "tokens_per_second")
+    )
+    sums = {run["adapter_sha256"] for run in runs}
+    return {
+        "one_steady_ratio": steady[1] / steady[0],
+        "one_epoch_ratio": epoch[1] / epoch[0],
+        "one_same_bytes": len(sums) == 1,
+    }
+
+
+def copies(work: Path, options) -> dict:
+    """The second process's own streamed weights are zeros, so equal logits are from the copy."""
+    shape, before = large_shape(options), meminfo()
+    spawn = multiprocessing.get_context("spawn")
+    told, pipes, processes, memory = [], [], [], []
+    try:
+        for _ in range(2):
+            here, there = spawn.Pipe()
+            path = told[0]["path"] if told else None
+            processes.append(spawn.Process(target=use_copy, args=(shape, path, there)))
+            processes[-1].start()
+            there.close()
+            pipes.append(here)
+            told.append(here.recv())
+            now = meminfo()
+            memory.append(
+                {
+                    "host_gb": now["MemTotal"] - now["MemAvailable"],
+                    "shared_gb": now["Shmem"],
+                }
+            )
+            print(f"copies: {told[-1]}, {memory[-1]}", flush=True)
+        for pipe in pipes:
+            pipe.send("end")
+    finally:
+        for process in processes:
+            process.join(60)
+            process.kill()
+    start = {"host_gb": before["MemTotal"] - before["MemAvailable"], "shared_gb": before["Shmem"]}
+    return {
+        "copies": [
+            {key: found[key] - start[key] for key in found} | {"own_gb": one["own_gb"]}
+            for found, one in zip(memory, told, strict=True)
+        ],
+        "copies_shape": shape,
+        "copies_bytes_gb": told[0]["copy_gb"],
+        "copies_same_logits": told[0]["logits"] == told[1]["logits"],
+    }
+
+
+def use_copy(shape: str, path: str | None, pipe) -> None:
+    """Compute logits with all layers streamed from a new host copy, or from the one at `path`.
+
+    Sends what it found, and ends when it is told to.
+    """
+    import hashlib
+
+    import torch
+
+    from benchmarks.cards import status
+    from benchmarks.random_models import build
+    from stages.shared import layer_sources
+    from stages.shared.device import pick_device
+    from stages.shared.streaming import decoder_layers, stream_layers, streamed_weights
+
+    device = pick_device()
+    if device.type == "cpu":
+        # A rehearsal: there is no driver to lock memory.
+        layer_sources.lock = lambda buffer: None
+    torch.manual_seed(speed.SEED)
+    model = build(shape, True, torch.device("cpu"))
+    layers = decoder_layers(model)
+    if path:
+        for layer in layers:
+            for weight in streamed_weights(layer):
+                weight.data.zero_()
+    streamer = stream_layers(model, device, len(layers), path=path)
+    source = streamer.source
+    assert isinstance(source, layer_sources.HostCopy), "the host copy cannot be locked"
+    ids = torch.arange(3, 3 + 64, device=device)[None]
+    with torch.no_grad():
+        logits = model(ids).logits.float().cpu()
+    assert logits.isfinite().all()
+    assert logits.std() > 0
+    pipe.send(
+        {
+            "path": source.path,
+            "copy_gb": source.host_bytes / 1e9,
+            "own_gb": status("RssAnon") / 1e9,
+            "logits": hashlib.sha256(logits.numpy().tobytes()).hexdigest(),
+        }
+    )
+    pipe.recv()
+
+
 def no_retention(work: Path) -> None:
     """Write what fetch_retention does for `retention: null`."""
     from stages.shared.outputs import write_sums
@@ -417,6 +567,7 @@ def main() -> None:
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     functions = {"7b": seven_b, "70b": seventy_b, "kill": kill, "score": score}
+    functions |= {"one": one, "copies": copies}
     result = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     for part in options.parts:
         result |= functions[part](work, options) | {f"{part}_run": machine(options)}

@@ -4,7 +4,7 @@
     python -m benchmarks.speed run  --work DIR ours-packed unsloth-packed ours-packed …
     python -m benchmarks.speed run  --work DIR ours-24 unsloth-24 …   # limited to a card's memory
     python -m benchmarks.speed one  --work DIR unsloth-packed   # one side in this process
-    python -m benchmarks.speed profile --work DIR ours-packed   # where the time of a step goes
+    python -m benchmarks.speed longest --work DIR ours 65536 98304   # the longest row in 24 GB
     python -m benchmarks.speed report --out speed.jsonl      # benchmarks/results/speed.json
 
 The shape is Mistral-7B's (7.24e9 parameters), r = 64 on all seven projections; the lengths of the
@@ -18,11 +18,14 @@ the peak is the allocator's plus managed memory.
 A side with a number of GB is limited to a card of that size: ours by plan.vram_limit_gb, the others
 by their allocator's share of the GPU, with the same memory set aside for CUDA. Unsloth then skips
 checkpointing where that fits (-auto: it chooses the layers itself).
+
+`longest` trains two steps of one row each, r = 16, held to 24 GB, for one length after another,
+each in its own process, up to the first that does not train. Unsloth (`longest unsloth …`) loads
+the base of `make`; ours has random weights of the same shape and needs no files.
 """
 
 import argparse
 import importlib.metadata
-import itertools
 import json
 import math
 import os
@@ -58,13 +61,15 @@ OPTIMIZER = "adamw_torch_fused"
 
 @dataclass(frozen=True)
 class Side:
-    """One way to train. `batch`: rows, or packs, a step."""
+    """One way to train. `batch`: rows, or packs, a step; `row`: tokens of each of ROWS rows."""
 
     batch: int
     packed: bool = True
     dropout: float = 0.0
     cap_gb: int | None = None
     checkpointing: bool | str = True
+    rank: int = RANK
+    row: int | None = None
 
 
 SIDES = {
@@ -92,6 +97,9 @@ COMPARED = {
     "ours-48": ("unsloth-48", "unsloth-48-auto"),
     "ours-80": ("unsloth-80", "unsloth-80-auto"),
 }
+# Of `longest`: rows that train, memory, rank, seconds for one length, and tokens between lengths.
+ROWS, ROW_CAP_GB, ROW_RANK, ROW_SECONDS, ROW_STEP = 2, 24, 16, 90, 1024
+ROW_SHAPE, ROW_POSITIONS = "mistral-7b", 262144
 # 6 floating-point operations a parameter and token with full checkpointing, at 760 TFLOP/s.
 FLOOR_TOKENS_PER_SECOND = 17_500
 
@@ -249,18 +257,24 @@ def theirs(work: Path, library: str, side: Side) -> dict:
     if side.cap_gb:
         limit_to(side.cap_gb)
     count = sum(1 for _ in (work / "rows.txt").open()) if (work / "rows.txt").exists() else 1000
-    rows = Dataset.from_dict({"input_ids": random_rows(count)})
+    base, max_length, ids = work / "models/base", MAX_LENGTH, []
+    if side.row:
+        base, max_length = long_base(work), side.row
+        draw = random.Random(SEED)
+        ids = [draw.choices(range(3, SHAPE["vocab_size"]), k=side.row) for _ in range(ROWS)]
+    ids = ids or random_rows(count)
+    rows = Dataset.from_dict({"input_ids": ids})
     peft_config = None
     if library == "unsloth":
         model, tokenizer = unsloth.FastLanguageModel.from_pretrained(
-            str(work / "models/base"),
-            max_seq_length=MAX_LENGTH,
+            str(base),
+            max_seq_length=max_length,
             load_in_4bit=True,
             dtype=torch.bfloat16,
         )
         model = unsloth.FastLanguageModel.get_peft_model(
             model,
-            r=RANK,
+            r=side.rank,
             lora_alpha=ALPHA,
             lora_dropout=side.dropout,
             target_modules=TARGETS,
@@ -274,7 +288,7 @@ def theirs(work: Path, library: str, side: Side) -> dict:
         from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
         model = AutoModelForCausalLM.from_pretrained(
-            work / "models/base",
+            base,
             quantization_config=BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
@@ -285,9 +299,9 @@ def theirs(work: Path, library: str, side: Side) -> dict:
             dtype=torch.bfloat16,
         )
         model.config.use_cache = False
-        tokenizer = AutoTokenizer.from_pretrained(work / "models/base")
+        tokenizer = AutoTokenizer.from_pretrained(base)
         peft_config = LoraConfig(
-            r=RANK,
+            r=side.rank,
             lora_alpha=ALPHA,
             lora_dropout=side.dropout,
             target_modules=TARGETS,
@@ -312,7 +326,7 @@ def theirs(work: Path, library: str, side: Side) -> dict:
             optim=OPTIMIZER,
             gradient_checkpointing=bool(side.checkpointing),
             packing=side.packed,
-            max_length=MAX_LENGTH,
+            max_length=max_length,
             bf16=True,
             logging_steps=1,
             save_strategy="no",
@@ -338,7 +352,7 @@ def theirs(work: Path, library: str, side: Side) -> dict:
     trainer.add_callback(Clock())
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    tokens = sum(row_lengths(count))
+    tokens = sum(map(len, ids))
     paged = sum(
         value.numel() * value.element_size()
         for state in trainer.optimizer.state.values()
@@ -346,11 +360,12 @@ def theirs(work: Path, library: str, side: Side) -> dict:
         if isinstance(value, torch.Tensor) and getattr(value, "is_paged", False)
     )
     steps = len(times) - 1
+    warm = min(3, steps - 1)
     return {
         "device": torch.cuda.get_device_name(),
         "train_seconds": times[-1] - times[0],
         "tokens_per_second": tokens / (times[-1] - times[0]),
-        "steady_tokens_per_second": tokens * (steps - 3) / steps / (times[-1] - times[3]),
+        "steady_tokens_per_second": tokens * (steps - warm) / steps / (times[-1] - times[warm]),
         "peak_vram_gb": (torch.cuda.max_memory_allocated() + paged) / 1e9,
         "peak_vram_reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
     }
@@ -361,73 +376,6 @@ def one(work: Path, side: str) -> dict:
     if library == "ours":
         return ours(work, SIDES[side])
     return theirs(work, library, SIDES[side])
-
-
-def profile(work: Path, side: str, steps: int) -> None:
-    """Print the longest kernels of two steps of the stage's trainer."""
-    import torch
-    from datasets import Dataset, disable_caching
-    from torch.profiler import ProfilerActivity
-    from transformers import AutoConfig, AutoTokenizer, TrainerCallback
-
-    from stages.shared.device import pick_device
-    from stages.shared.fast_path import choose_fast_path
-    from stages.shared.params import load_params
-    from stages.shared.workload import read_lengths
-    from stages.training.building import TrainingSet, as_installed, build_trainer
-    from stages.training.placing import load_placed, place
-
-    disable_caching()
-    os.chdir(work)
-    import yaml
-
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    for section, values in train_params(SIDES[side]).items():
-        params[section] |= values
-    Path("params.yaml").write_text(yaml.safe_dump(params))
-    params = load_params()
-    device = pick_device()
-    config = AutoConfig.from_pretrained("models/quantized")
-    fast = as_installed(choose_fast_path(params, config, device.type == "cuda"))
-    placed = place(params, config, read_lengths(Path("data/prepared")), device)
-    model, streamer = load_placed(Path("models/quantized"), device, fast.attention, placed)
-    rows = Dataset.from_file("data/prepared/train.arrow").select_columns(["input_ids", "labels"])
-    tokenizer = AutoTokenizer.from_pretrained("data/prepared/tokenizer")
-
-    class Window(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            self.marks = [time.monotonic()]
-
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == steps - 2:
-                torch.cuda.synchronize()
-                self.profiler = torch.profiler.profile(
-                    activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]
-                )
-                self.profiler.__enter__()
-                self.started = time.monotonic()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            torch.cuda.synchronize()
-            self.marks.append(time.monotonic())
-            if state.global_step == steps:
-                wall = time.monotonic() - self.started
-                self.profiler.__exit__(None, None, None)
-                events = self.profiler.key_averages()
-                busy = sum(e.self_device_time_total for e in events) / 1e6
-                seconds = [f"{b - a:.3f}" for a, b in itertools.pairwise(self.marks)]
-                print(f"profile: seconds of each step: {', '.join(seconds)}")
-                print(f"profile: two steps in {wall:.3f} s, GPU busy {busy:.3f} s; {fast}")
-                for event in sorted(events, key=lambda e: -e.self_device_time_total)[:36]:
-                    ms = event.self_device_time_total / 1e3
-                    print(f"  {ms:8.1f} ms {event.count:6d}  {event.key[:100]}")
-                control.should_training_stop = True
-
-    data = TrainingSet(rows, tokenizer, MAX_LENGTH)
-    where = placed.placement
-    trainer = build_trainer(model, data, params, fast, where, Path("out"), streamer=streamer)
-    trainer.add_callback(Window())
-    trainer.train()
 
 
 def gpu_id() -> str:
@@ -447,14 +395,19 @@ def versions() -> dict[str, str]:
     return found
 
 
+def environment_of(side: str) -> dict[str, str]:
+    environment = dict(os.environ)
+    extra = environment.get("UNSLOTH_PATH")
+    if side.startswith("unsloth") and extra:
+        environment["PYTHONPATH"] = f"{extra}:{environment.get('PYTHONPATH', '')}"
+    return environment
+
+
 def run(work: Path, sides: list[str], out: Path) -> None:
     """Run each side in its own process, in the given order; append to `out` as they finish."""
     for side in sides:
-        environment = dict(os.environ)
-        extra = environment.get("UNSLOTH_PATH")
-        if side.startswith("unsloth") and extra:
-            environment["PYTHONPATH"] = f"{extra}:{environment.get('PYTHONPATH', '')}"
         command = [sys.executable, "-m", "benchmarks.speed", "one", "--work", str(work), side]
+        environment = environment_of(side)
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         lines = [line for line in done.stdout.splitlines() if line.startswith('{"side"')]
         if done.returncode or not lines:
@@ -469,6 +422,122 @@ def run(work: Path, sides: list[str], out: Path) -> None:
             f"reserved {found['peak_vram_reserved_gb']:.2f} GB",
             flush=True,
         )
+
+
+def long_base(work: Path) -> Path:
+    """The base of `make` for longer rows: links to it, with more positions in config.json."""
+    source, folder = work / "models/base", work / "models/long"
+    folder.mkdir(exist_ok=True)
+    for file in source.iterdir():
+        if file.name != "config.json" and not (folder / file.name).exists():
+            (folder / file.name).symlink_to(file)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["max_position_embeddings"] = ROW_POSITIONS
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def row_point(tokens: int):
+    """`tokens` in one row, as a point of benchmarks/placement.py."""
+    from benchmarks.placement import Point
+
+    return Point(ROW_SHAPE, ROW_RANK, tokens, rows=1, cap_gb=ROW_CAP_GB, steps=ROWS)
+
+
+def planned_row() -> int:
+    """The longest row that the planner would train, in multiples of ROW_STEP; 0 for none."""
+    from benchmarks.placement import sizes_for
+    from stages.shared import placement
+    from stages.shared.outputs import GB
+
+    fits, too_long = 0, ROW_POSITIONS // ROW_STEP + 1
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        found = placement.choose(sizes_for(row_point(middle * ROW_STEP)), ROW_CAP_GB * GB)
+        fits, too_long = (middle, too_long) if found else (fits, middle)
+    return fits * ROW_STEP
+
+
+def train_row(work: Path, side: str, tokens: int) -> dict:
+    """Train ROWS steps of one row of `tokens` in this process."""
+    if side != "ours":
+        limited = Side(1, packed=False, cap_gb=ROW_CAP_GB, rank=ROW_RANK, row=tokens)
+        return theirs(work, side, limited)
+    from benchmarks import placement
+
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    placement.POINTS["row"], placement.WARM = row_point(tokens), 1
+    found, where = placement.measure_point("row")
+    return {
+        "device": where["device"],
+        "tokens_per_second": found["tokens_per_second"],
+        "steady_tokens_per_second": found["steady_tokens_per_second"],
+        "peak_vram_gb": found["measured_gb"],
+        "peak_vram_reserved_gb": found["reserved_gb"],
+        "placement": found["placement"],
+    }
+
+
+def attempt(work: Path, side: str, tokens: int) -> dict:
+    """train_row in its own process. `result`: trained, out of memory, or no result (and why)."""
+    command = [sys.executable, "-m", "benchmarks.speed", "row", "--work", str(work), side]
+    try:
+        done = subprocess.run(
+            [*command, str(tokens)],
+            cwd=ROOT,
+            env=environment_of(side),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=ROW_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return {"tokens": tokens, "result": "no result", "why": f"not in {ROW_SECONDS} s"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"side"')]
+    if lines and not done.returncode:
+        return {"tokens": tokens, "result": "trained"} | json.loads(lines[-1])
+    said = done.stdout + done.stderr
+    if "out of memory" in said.lower():
+        return {"tokens": tokens, "result": "out of memory"}
+    why = [line for line in said.splitlines() if line.strip()][-1:]
+    print(said[-2000:], flush=True)
+    return {"tokens": tokens, "result": "no result", "why": "".join(why)[:300]}
+
+
+def longest(work: Path, side: str, lengths: list[int]) -> None:
+    """Try the lengths in ascending order; writes the longest row that trained into RESULTS."""
+    print(f"the planner's longest row in {ROW_CAP_GB} GB: {planned_row():,} tokens", flush=True)
+    attempts: list[dict] = []
+    for tokens in sorted(lengths):
+        attempts.append(attempt(work, side, tokens))
+        print(f"{side}: {attempts[-1]}", flush=True)
+        if attempts[-1]["result"] != "trained":
+            break
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    settings = {"shape": ROW_SHAPE, "rank": ROW_RANK, "cap_gb": ROW_CAP_GB}
+    found = results.setdefault("longest", {})
+    found[side] = settings | compared(attempts)
+    found.pop("ratio_at_least", None)
+    mine, too_long = (
+        found.get(name, {}).get(key)
+        for name, key in (("ours", "longest_trained"), ("unsloth", "out_of_memory"))
+    )
+    # Lengths between the tried ones are unknown, so this is a lower bound.
+    if mine and too_long:
+        found["ratio_at_least"] = mine / too_long
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def compared(attempts: list[dict]) -> dict:
+    """The longest row that trained and the first that ran out of memory, None for none."""
+    lengths: dict[str, list[int]] = {}
+    for tried in attempts:
+        lengths.setdefault(tried["result"], []).append(tried["tokens"])
+    return {
+        "longest_trained": max(lengths.get("trained", []), default=None),
+        "out_of_memory": min(lengths.get("out of memory", []), default=None),
+        "attempts": attempts,
+    }
 
 
 def ratios(runs: list[dict]) -> list[dict]:
@@ -526,19 +595,20 @@ def report(file: Path) -> None:
         steady = sides["ours-packed"]["steady_tokens_per_second"]
         results["share_of_floor"] = steady / FLOOR_TOKENS_PER_SECOND
     results |= {"sides": sides, "runs": runs}
+    before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    results |= {key: before[key] for key in ("longest",) if key in before}
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({k: v for k, v in results.items() if k != "runs"}, indent=2))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("action", choices=["make", "run", "one", "profile", "report"])
+    parser.add_argument("action", choices=["make", "run", "one", "longest", "row", "report"])
     parser.add_argument("sides", nargs="*", metavar="side", help=", ".join(SIDES))
     parser.add_argument("--work", type=Path, help="needed for all but report")
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--hidden", type=int, default=SHAPE["hidden_size"])
-    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("speed.jsonl"))
     args = parser.parse_intermixed_args()
     if args.action == "report":
@@ -553,10 +623,14 @@ def main() -> None:
         (work / "rows.txt").write_text("\n" * args.rows)
     elif args.action == "run":
         run(work, args.sides, args.out.resolve())
-    elif args.action == "profile":
-        profile(work, args.sides[0], args.steps)
+    elif args.action == "longest":
+        longest(work, args.sides[0], [int(tokens) for tokens in args.sides[1:]])
     else:
-        found = {"side": args.sides[0]} | one(work, args.sides[0])
+        side = args.sides[0]
+        made = (
+            one(work, side) if args.action == "one" else train_row(work, side, int(args.sides[1]))
+        )
+        found = {"side": side} | made
         date = {"date": datetime.now(UTC).date().isoformat()}
         print(json.dumps(found | date | {"gpu": gpu_id()} | versions()))
 

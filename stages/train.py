@@ -8,6 +8,7 @@ models/plan.ok. A killed run resumes from its last checkpoint.
 """
 
 import gc
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from stages.shared.launch import devices, run_ranks, see_one
 from stages.shared.packed import parameters_of
 from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
 from stages.shared.provenance import device_name, provenance
-from stages.shared.ranks import ALONE, World, host, look, put
+from stages.shared.ranks import ALONE, World, host, lacks_gpu_memory, look, put
 from stages.shared.rows import read_rows
 from stages.shared.watching import SIGNALED
 from stages.shared.workload import read_lengths
@@ -83,21 +84,26 @@ def train(whole: Params, device: torch.device, folder: Path, world: World = ALON
         extend(model, rows.vocabulary, rows.added)
     except torch.cuda.OutOfMemoryError:
         raise no_memory_for_base(placed.prediction) from None
-    base_bytes = torch.cuda.memory_allocated()
-    trainer = build_trainer(model, data, params, fast, placed.placement, folder, world, streamer)
-    validation = Validation(trainer, validation_rows(), params.train, largest)
-    progress = Progress(trainer, read_rows(PREPARED / "eval.arrow"), largest, validation)
-    watchers = [progress, Faults(named, world)]
-    # DDP rebuilds its buckets after the first backward pass, which changes the order of its sums:
-    # a resumed run would differ from an undisturbed one.
-    if world.size > 1 or (device.type == "cuda" and needs_probe(trainer.train_dataset)):
-        # Inside the time that progress measures, and before faults records batches.
-        watchers.insert(1, Probe(trainer))
-    announce(whole, len(named), sum(rows.tokens), trainer, f"{device_name(device)}; {fast}")
-    shown = trackers(whole.tracking.report_to, folder, world)
+    base_bytes, trainer = torch.cuda.memory_allocated(), None
     try:
+        trainer = build_trainer(
+            model, data, params, fast, placed.placement, folder, world, streamer
+        )
+        validation = Validation(trainer, validation_rows(), params.train, largest)
+        progress = Progress(trainer, read_rows(PREPARED / "eval.arrow"), largest, validation)
+        watchers = [progress, Faults(named, world)]
+        # DDP rebuilds its buckets after the first backward pass, which changes the order of its
+        # sums: a resumed run would differ from an undisturbed one.
+        if world.size > 1 or (device.type == "cuda" and needs_probe(trainer.train_dataset)):
+            # Inside the time that progress measures, and before faults records batches.
+            watchers.insert(1, Probe(trainer))
+        where = f"{device_name(device)}; {fast}"
+        announce(whole, len(named), sum(rows.tokens), trainer, where)
+        shown = trackers(whole.tracking.report_to, folder, world)
         fit(trainer, shown, validation, watchers, folder)
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as error:
+        if not lacks_gpu_memory(error):
+            raise
         if world.store:
             # The stage tries again, once all ranks have ended.
             put(world.store, OUT_OF_MEMORY, True)
@@ -231,6 +237,9 @@ def train_on(devices: list[str], params: Params, folder: Path) -> dict[str, Any]
     own = devices[:size]
     others = assign(store, joined, len(own), size, folder.name)
     if size == 1:
+        # The others have been told that they are not needed: started again by try_tighter, the
+        # stage must not wait for them.
+        os.environ.pop("MACHINES", None)
         see_one(devices[0])
         return train(params, pick_device(), folder)
     store = store or host()

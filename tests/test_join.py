@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch.distributed as dist
 from hostile import RAW, STEERING, VALUES
 
+from stages.shared import ranks
 from stages.shared.process import StageError
 from stages.shared.ranks import put
 from stages.training import machines
@@ -144,6 +146,39 @@ def test_the_reason_for_waiting_is_told(capfd, monkeypatch):
     assert capfd.readouterr().out.splitlines() == [
         f"join: waiting for a training run at 127.0.0.1:{port}",
         f"join: still waiting: {os.strerror(111)}",
+    ]
+
+
+def test_who_accepts_and_says_nothing_is_not_waited_for(monkeypatch, capfd):
+    """torch alone would wait for ever."""
+    monkeypatch.setattr(ranks, "ANSWER_SECONDS", 0.2)
+    before = set(threading.enumerate())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ranks.Silent) as error:
+            ranks.connect("127.0.0.1", port, seconds=0.2)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(30)
+
+    def connect(*_, **__):
+        raise error.value
+
+    class Ended(BaseException):
+        pass
+
+    def end(status):
+        raise Ended(status)
+
+    monkeypatch.setattr(join, "connect", connect)
+    monkeypatch.setattr(join, "load_params", lambda: None)
+    monkeypatch.setattr(join.os, "_exit", end)
+    monkeypatch.setattr("sys.argv", ["join", f"127.0.0.1:{port}"])
+    capfd.readouterr()
+    with pytest.raises(Ended, match="1"):
+        join.main()
+    assert capfd.readouterr().err.splitlines() == [
+        f"join: what listens at 127.0.0.1:{port} does not answer and is no training run; check the "
+        "address that the first machine prints"
     ]
 
 

@@ -18,7 +18,7 @@ from stages.shared.card import card_budget
 from stages.shared.outputs import GB
 from stages.shared.placement import RATES, Placement
 from stages.shared.process import StageError
-from stages.shared.ranks import ALONE, host, put
+from stages.shared.ranks import ALONE, host, lacks_gpu_memory, put
 from stages.shared.watching import SIGNALED
 from stages.shared.workload import KEPT, Lengths, shape_of
 from stages.training import placing
@@ -232,6 +232,45 @@ def test_ranks_that_lack_memory_are_started_again_once(machines, signaled, monke
         with pytest.raises(StageError, match="out of GPU memory"):
             stages.train.train_on(["0", "1"], params, tmp_path)
         assert len(started) == (machines == 1 and not signaled)
+
+
+def test_started_again_a_stage_does_not_wait_for_machines_that_it_did_not_need(
+    monkeypatch, tmp_path
+):
+    """They have ended by then."""
+    monkeypatch.setenv("MACHINES", "2")
+    monkeypatch.setattr(stages.train, "wait_for", lambda *_: (host(), {1: 1}))
+    monkeypatch.setattr(stages.train, "train", lambda *_: stages.train.how_many())
+    one_row = params_of(train={"batch_size": 1, "gradient_accumulation": 1})
+    assert stages.train.train_on([""], one_row, tmp_path) == 1
+
+
+def nccl(last):
+    return torch.distributed.DistBackendError(f"NCCL error in: file.cpp:1\nLast error:\n{last}")
+
+
+@pytest.mark.parametrize(
+    ("error", "lacking"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory."), True),
+        (
+            torch.distributed.DistBackendError(
+                "NCCL error\nLast error:\nCuda failure 2 'out of memory'"
+            ),
+            True,
+        ),
+        (
+            torch.distributed.DistBackendError(
+                "NCCL error\nLast error:\nFailed to CUDA calloc 608 bytes"
+            ),
+            True,
+        ),
+        (nccl("socketStartConnect: Connect to 10.0.0.5 failed"), False),
+        (RuntimeError("the string 'out of memory' in some other error"), False),
+    ],
+)
+def test_nccl_runs_out_of_memory_too(error, lacking):
+    assert lacks_gpu_memory(error) == lacking
 
 
 def test_buckets_of_several_gpus_are_counted(card, monkeypatch):

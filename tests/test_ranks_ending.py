@@ -134,8 +134,12 @@ Trainer.training_step = _fail
             "torch.cuda.OutOfMemoryError('CUDA out of memory.')",
             "train: rank 1: out of GPU memory with 0.00 GB allocated (adapter 0.00, ",
         ),
+        (
+            "torch.distributed.DistBackendError('NCCL error: Cuda failure 2 out of memory')",
+            "train: rank 1: out of GPU memory with 0.00 GB allocated (adapter 0.00, ",
+        ),
     ],
-    ids=["exception", "out of memory"],
+    ids=["exception", "out of memory", "out of memory in NCCL"],
 )
 def test_a_rank_that_fails_ends_all(folder, fault, line):
     set_params(folder, train={"batch_size": 4})

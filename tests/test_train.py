@@ -230,6 +230,8 @@ def outputs(folder):
 
 
 RUNS_OUT = """
+import torch
+
 
 def _run_out(*args, **kwargs):
     raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -243,6 +245,7 @@ def _run_out(*args, **kwargs):
     [
         ("training/trainer", "Trainer.training_step", 4, "lower train.batch_size (now 4)"),
         ("training/trainer", "Trainer.training_step", 1, "set train.gradient_checkpointing: auto"),
+        ("training/building", "build_trainer", 4, "lower train.batch_size (now 4)"),
         ("shared/model", "load_base", 1, "use a smaller base"),
     ],
 )
@@ -257,9 +260,10 @@ def test_running_out_of_memory_is_one_line(project, module, fault, batch_size, r
     assert stage.wait() == 1
     lines = [line for line in stage.said.splitlines() if "out of GPU memory" in line]
     assert lines == stage.said.splitlines()[-1:]
-    at_step = " with 0.00 GB allocated (adapter 0.00"
-    at_loading = " while the base model was loaded"
-    begins = at_loading if fault == "load_base" else at_step
+    begins = {
+        "load_base": " while the base model was loaded",
+        "build_trainer": " with 0.00 GB allocated (",
+    }.get(fault, " with 0.00 GB allocated (adapter 0.00")
     assert lines[0].startswith(f"train: out of GPU memory{begins}")
     assert "plan predicted 7.25 GB, and 8.50 GB with CUDA's own" in lines[0]
     assert remedy in lines[0]

@@ -31,7 +31,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: sys.exit("join: interrupted"))
 
 from stages.shared.launch import devices, run_ranks
-from stages.shared.ranks import connect
+from stages.shared.ranks import Silent, connect
 from stages.shared.screen import on_screen
 from stages.training.checkpoints import folder_of
 from stages.training.machines import (
@@ -54,6 +54,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         take_part(parser.parse_args().address)
+    except Silent as error:
+        print(on_screen(f"join: {error}"), file=sys.stderr, flush=True)
+        # A thread of torch still waits for the answer, and could not end with the interpreter.
+        os._exit(1)
     except (StageError, ConnectionError) as error:
         sys.exit(on_screen(f"join: {error}"))
     except KeyboardInterrupt:
@@ -101,12 +105,17 @@ def parse(address: str | None) -> tuple[str, int]:
 
 
 def find(name: str, port: int):
-    """The first machine's store; waits without limit."""
+    """The first machine's store; waits without limit for something to listen there.
+
+    Raises Silent, a ConnectionError, if it does not answer.
+    """
     print(f"join: waiting for a training run at {name}:{port}", flush=True)
     before = None
     while True:
         try:
             return connect(name, port, seconds=5)
+        except Silent:
+            raise
         except ConnectionError:
             if (reason := why_not(name, port)) != before:
                 print(f"join: still waiting: {reason}", flush=True)

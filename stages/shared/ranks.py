@@ -8,7 +8,9 @@ import json
 import os
 import re
 import socket
+import threading
 from collections.abc import Iterable
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
@@ -16,12 +18,16 @@ import torch
 import torch.distributed as dist
 
 from stages.shared.process import StageError
-from stages.shared.screen import brief
+from stages.shared.screen import brief, on_screen
 
 # Timeout for other ranks. The variable is for tests of ranks that hang.
 TIMEOUT = timedelta(seconds=float(os.environ.get("RANKS_TIMEOUT", "300")))
+# Seconds for a store to answer, after a connection.
+ANSWER_SECONDS = 10.0
 # Parts of the error messages of gloo, which raises plain RuntimeErrors, and NCCL.
 _OF_WAITING = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+# How NCCL says that its own buffers do not fit: CUDA's error, or its own where that is lost.
+_OF_MEMORY = ("out of memory", "Failed to CUDA calloc")
 
 
 class World:
@@ -98,6 +104,13 @@ def is_of_waiting(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OF_WAITING)
 
 
+def lacks_gpu_memory(error: BaseException) -> bool:
+    """Whether a GPU ran out of memory, in torch's allocator or in NCCL."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return True
+    return isinstance(error, dist.DistError) and any(text in str(error) for text in _OF_MEMORY)
+
+
 def whole_number(variable: str, otherwise: int, least: int, most: int) -> int:
     """The whole number in an environment variable, or `otherwise` where it is unset or empty.
 
@@ -128,13 +141,36 @@ def host(address: str = "127.0.0.1", port: int = 0, everywhere: bool = False) ->
     )
 
 
+class Silent(ConnectionError):
+    """What accepts connections at an address never answers."""
+
+
 def connect(address: str, port: int, seconds: float = 60) -> dist.TCPStore:
-    """The store hosted by another process. Raises ConnectionError if there is none."""
-    wait = timedelta(seconds=seconds)
+    """The store hosted by another process.
+
+    Raises ConnectionError if there is none, Silent if something else is there and says nothing.
+    """
+    wait, found = timedelta(seconds=seconds), Future[dist.TCPStore]()
+
+    def attempt() -> None:
+        try:
+            found.set_result(
+                dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=wait)
+            )
+        except BaseException as error:
+            found.set_exception(error)
+
+    # torch limits the time to connect, but not to wait for the first answer.
+    threading.Thread(target=attempt, daemon=True).start()
     try:
-        return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=wait)
+        return found.result(seconds + ANSWER_SECONDS)
     except dist.DistError as error:
         raise ConnectionError(str(error).splitlines()[0]) from None
+    except TimeoutError:
+        raise Silent(
+            f"what listens at {on_screen(address)}:{port} does not answer and is no training run; "
+            "check the address that the first machine prints"
+        ) from None
 
 
 def put(store: dist.Store, key: str, value: Any) -> None:

@@ -25,14 +25,18 @@ def no_memory_for_base(prediction: Prediction | None) -> StageError:
 
 
 def no_memory_for_step(
-    trainer: Trainer, base_bytes: int, params: Params, prediction: Prediction | None
+    trainer: Trainer | None, base_bytes: int, params: Params, prediction: Prediction | None
 ) -> StageError:
-    """The GPU ran out of memory in training. `base_bytes`: bytes of the model as loaded."""
+    """The GPU ran out of memory in training, or before there was a `trainer`.
+
+    base_bytes  bytes of the model as loaded
+    """
     peak = torch.cuda.max_memory_allocated()
-    parts = {"base model": base_bytes, **trained_parts(trainer)}
+    parts = {"base model": base_bytes, **(trained_parts(trainer) if trainer else {})}
     rest = max(0, peak - sum(parts.values()))
-    # Managed memory is not the allocator's.
-    parts |= {"paged optimizer, besides": state_bytes(trainer.optimizer)[1]}
+    if trainer:
+        # Managed memory is not the allocator's.
+        parts |= {"paged optimizer, besides": state_bytes(trainer.optimizer)[1]}
     parts |= {"activations and the rest": rest}
     listed = ", ".join(f"{name} {size / GB:.2f}" for name, size in parts.items() if size)
     return StageError(
