@@ -1,6 +1,7 @@
 """A model that does not fit is scored layer by layer, in one pass and with equal digits."""
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from stages.planning.scoring import decoder_of
 from stages.quantize import quantize
 from stages.shared import by_layer, scored_model, streaming
 from stages.shared.fitting import TOKENS_PER_BATCH, fit, scored, tightest
+from stages.shared.host_memory import HostBuffers
 from stages.shared.model import load_base, load_streamed
 from stages.shared.outputs import GB
 from stages.shared.params import Evaluate
@@ -109,26 +111,118 @@ def test_hidden_states_in_host_memory_leave_the_device(folders):
     layers = streaming.decoder_layers(model)
     with torch.no_grad():
         for room, kept in ((GB, 2 * 4 * model.config.hidden_size * 4), (0.0, 0)):
-            batch = by_layer._Batch(model, layers, inputs, room, streamer.buffers)
+            batch = by_layer._Batch(model, layers, inputs, [])
+            if not room:
+                batch.leave(streamer.buffers, None, [])
             batch.compute(layers[1], 1)
             assert batch.hidden.untyped_storage().nbytes() == kept
+
+
+class Instant:
+    """A CUDA stream, which copies at once. Notes what was waited for."""
+
+    def __init__(self):
+        self.waited = []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+    def record_event(self):
+        return object()
+
+    wait_event = wait_stream
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """(the stream of copies, the computing stream, a list of synchronizations) on a CPU."""
+    copies, computing, ends = Instant(), Instant(), []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: computing)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", ends.append)
+    return copies, computing, ends
+
+
+def inputs_of(widths):
+    ids = [torch.arange(3, 3 + width)[None] for width in widths]
+    return [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
+
+
+@pytest.mark.parametrize(
+    ("widths", "room", "leave", "move"),
+    [
+        # Room in hidden states of 8 tokens, which arguments make 1.5 times as large.
+        ([8], 2, 0, False),
+        ([8, 8], 3.5, 0, False),
+        ([8, 8, 8], 2.5, 3, True),
+        ([8, 8, 8], 3.6, 2, True),
+        ([8, 8, 8], 1.9, 2, False),
+        # The largest comes last.
+        ([4, 8, 8], 1.9, 2, False),
+    ],
+)
+def test_who_leaves_the_device_and_who_moves_meanwhile(
+    folders, copies, monkeypatch, widths, room, leave, move
+):
+    model, streamer = streamed(folders / "base")
+    expected = [model.base_model(**x).last_hidden_state for x in inputs_of(widths)]
+    streamer.copies, gone = copies[0], []
+    streamer.room = room * 8 * model.config.hidden_size * 4
+    own = by_layer._Batch.leave
+
+    def noting(self, buffers, copies, ahead):
+        gone.append((copies, ahead))
+        own(self, buffers, copies, ahead)
+
+    monkeypatch.setattr(by_layer._Batch, "leave", noting)
+    found = list(by_layer.last_hidden_states(model, inputs_of(widths), streamer))
+    assert all(map(torch.equal, found, expected))
+    assert len(gone) == leave
+    assert all((one is not None) == move for one, _ in gone)
+    # The first asks for all.
+    assert [len(ahead) for _, ahead in gone] == [leave, 0, 0][:leave]
+    assert bool(copies[1].waited) == move
+    assert len(copies[2]) == 1
+
+
+def test_an_abandoned_pass_waits_for_its_copies(folders, copies):
+    model, streamer = streamed(folders / "base")
+    streamer.copies = copies[0]
+    states = by_layer.last_hidden_states(model, inputs_of([8, 8]), streamer)
+    next(states)
+    assert copies[2] == []
+    states.close()
+    assert len(copies[2]) == 1
 
 
 def test_buffers_in_host_memory_are_used_again(folders, monkeypatch):
     expected = score(load_base(folders / "base", CPU), ROWS, TOKENS)
     model, streamer = streamed(folders / "base")
     assert score(model, ROWS, TOKENS, streamer=streamer) == expected
-    first = {buffer.data_ptr() for buffer in streamer.buffers}
+    first = {buffer.result().data_ptr() for _, buffer in streamer.buffers.free}
     assert len(first) == len(length_batches(ROWS, TOKENS))
     assert score(model, ROWS, TOKENS, streamer=streamer) == expected
-    assert {buffer.data_ptr() for buffer in streamer.buffers} == first
+    assert {buffer.result().data_ptr() for _, buffer in streamer.buffers.free} == first
 
 
 def test_a_larger_buffer_takes_the_place_of_a_smaller_one():
-    buffers = [torch.empty(4, dtype=torch.uint8), torch.empty(16, dtype=torch.uint8)]
-    assert by_layer._taken(buffers, 8, gpu=False).nbytes == 16
-    assert by_layer._taken(buffers, 8, gpu=False).nbytes == 8
-    assert buffers == []
+    buffers = HostBuffers(gpu=False)
+    for size in (4, 16):
+        buffers.put(torch.empty(size, dtype=torch.uint8))
+    assert buffers.take(8).nbytes == 16
+    assert buffers.take(8).nbytes == 8
+    assert buffers.free == []
+
+
+def test_buffers_asked_for_are_made_once_and_ahead_of_use():
+    buffers = HostBuffers(gpu=False)
+    buffers.put(torch.empty(6, dtype=torch.uint8))
+    buffers.ask([8, 8, 6])
+    assert [size for size, _ in buffers.free] == [6, 8, 8]
+    made = [made for _, made in buffers.free]
+    buffers.ask([8, 6])
+    assert [buffers.take(size) for size in (8, 8, 6)] == [made[i].result() for i in (1, 2, 0)]
+    assert buffers.free == []
 
 
 def test_batches_beyond_the_room_take_another_pass(folders, monkeypatch):
@@ -329,8 +423,9 @@ def test_what_is_streamed_fits_the_card(name, nf4):
         assert found.needed > on_card + model.working
         assert found.slots <= SLOTS
         if found.streamed:
-            # One layer fewer would not fit.
-            assert found.needed + model.layer > card * GB
+            # One layer fewer would not fit, or leave no room for hidden states that move.
+            moving = model.moving if found.slots > 1 else 0
+            assert found.needed + moving <= card * GB < found.needed + model.layer + moving
     assert streams == sorted(streams, reverse=True)
     assert streams[0] > streams[-1]
 
@@ -341,7 +436,10 @@ def test_a_card_of_6_gb_scores_a_70b_model_and_its_merge_layer_by_layer():
     config.num_hidden_layers = 8
     for nf4 in (True, False):
         model = scored(decoder_of(shape_of(config)), nf4, True, 2048, 0.0)
-        assert fit(model, 6 * GB).streamed
+        found = fit(model, 6 * GB)
+        assert found.streamed
+        # Hidden states can move while others are computed.
+        assert 6 * GB - found.needed > model.moving == 2 * 2 * 4096 * 8192
         # Rows beyond a batch take more.
         longer = scored(decoder_of(shape_of(config)), nf4, True, 2 * TOKENS_PER_BATCH, 0.0)
         assert longer.working > 1.5 * model.working

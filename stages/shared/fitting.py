@@ -41,7 +41,8 @@ class Decoder:
 class Scored:
     """A model in scoring, in bytes. `layer`: the streamable part of a layer; `dequantized`: one
     weight in 16 bit, a part of `working`; `token` and `cached`: of a token being computed and of
-    one in the KV cache."""
+    one in the KV cache; `moving`: two hidden states of a batch, which move between the device and
+    host memory while another one is computed."""
 
     layers: int
     weights: float
@@ -50,6 +51,7 @@ class Scored:
     working: float
     token: float
     cached: float
+    moving: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ def scored(
         working=max(TOKENS_PER_BATCH, longest) * token + dequantized + LOGIT_BYTES * LOGITS,
         token=token,
         cached=1.0 * size * decoder.layers * decoder.keys,
+        moving=2.0 * size * decoder.hidden * max(TOKENS_PER_BATCH, longest) if gpu else 0.0,
     )
 
 
@@ -106,7 +109,9 @@ def fit(model: Scored, budget: float, answers: float = 0.0, slots: int = SLOTS) 
         return Fit(0, 0, model.weights + rest)
     rest += OFFLOADING_CONTEXT
     for count in range(min(slots, model.layers), 0, -1):
-        over = model.weights + rest - budget
+        # A second buffer gains less than hidden states that move meanwhile.
+        moving = model.moving if count > 1 else 0.0
+        over = model.weights + rest + moving - budget
         streamed = count + max(1, math.ceil(over / model.layer))
         if streamed <= model.layers:
             return Fit(streamed, count, model.weights + rest - (streamed - count) * model.layer)

@@ -27,7 +27,7 @@ class HostCopy:
     """
 
     def __init__(self, layers: list[Layer], dtype: torch.dtype | None, path: str | None = None):
-        sizes = [_rounded(layer_bytes(layer, dtype), PAGE) for layer in layers]
+        sizes = [rounded(layer_bytes(layer, dtype), PAGE) for layer in layers]
         flat, self.path = shared_buffer(sum(sizes), path)
         self.layers = list(flat.split(sizes))
         pairs = zip(self.layers, layers, strict=True)
@@ -159,13 +159,13 @@ def places_in(buffer: torch.Tensor, layer: list, dtype: torch.dtype | None) -> l
         own = type_on_device(tensor, dtype)
         end = start + tensor.numel() * own.itemsize
         places.append(buffer[start:end].view(own).view(tensor.shape))
-        start = _rounded(end, ALIGNMENT)
+        start = rounded(end, ALIGNMENT)
     return places
 
 
 def layer_bytes(layer: list, dtype: torch.dtype | None) -> int:
-    return sum(_rounded(t.numel() * type_on_device(t, dtype).itemsize, ALIGNMENT) for t in layer)
+    return sum(rounded(t.numel() * type_on_device(t, dtype).itemsize, ALIGNMENT) for t in layer)
 
 
-def _rounded(size: int, multiple: int) -> int:
+def rounded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
