@@ -1,7 +1,8 @@
 """A model that does not fit is scored layer by layer, in one pass and with equal digits."""
 
 import math
-from contextlib import nullcontext
+import weakref
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -118,29 +119,44 @@ def test_hidden_states_in_host_memory_leave_the_device(folders):
             assert batch.hidden.untyped_storage().nbytes() == kept
 
 
-class Instant:
-    """A CUDA stream, which copies at once. Notes what was waited for."""
+class Lagging:
+    """A CUDA stream that begins a copy only when another one waits for its end."""
 
     def __init__(self):
-        self.waited = []
+        self.begun, self.copies, self.copy = 0, [], torch.Tensor.copy_
 
     def wait_stream(self, other):
-        self.waited.append(other)
+        """The other one, which computes, has ended."""
 
     def record_event(self):
-        return object()
+        return len(self.copies)
 
-    wait_event = wait_stream
+    def end(self, event=None):
+        for to, source in self.copies[self.begun : event]:
+            # Fails if the source was freed before.
+            self.copy(to, source())
+            self.begun += 1
+
+    @contextmanager
+    def current(self, *_):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "copy_", lambda *pair, non_blocking: self._add(*pair))
+            yield
+
+    def _add(self, to, source):
+        self.copies.append((to, weakref.ref(source)))
 
 
 @pytest.fixture
 def copies(monkeypatch):
-    """(the stream of copies, the computing stream, a list of synchronizations) on a CPU."""
-    copies, computing, ends = Instant(), Instant(), []
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: computing)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", ends.append)
-    return copies, computing, ends
+    """(a stream of copies, a list of the synchronizations) for a CPU."""
+    copies, ends = Lagging(), []
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda: SimpleNamespace(wait_event=copies.end)
+    )
+    monkeypatch.setattr(torch.cuda, "stream", copies.current)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: ends.append(copies.end()))
+    return copies, ends
 
 
 def inputs_of(widths):
@@ -166,7 +182,7 @@ def test_who_leaves_the_device_and_who_moves_meanwhile(
 ):
     model, streamer = streamed(folders / "base")
     expected = [model.base_model(**x).last_hidden_state for x in inputs_of(widths)]
-    streamer.copies, gone = copies[0], []
+    (streamer.copies, ends), gone = copies, []
     streamer.room = room * 8 * model.config.hidden_size * 4
     own = by_layer._Batch.leave
 
@@ -181,18 +197,33 @@ def test_who_leaves_the_device_and_who_moves_meanwhile(
     assert all((one is not None) == move for one, _ in gone)
     # The first asks for all.
     assert [len(ahead) for _, ahead in gone] == [leave, 0, 0][:leave]
-    assert bool(copies[1].waited) == move
-    assert len(copies[2]) == 1
+    # There and back after each layer.
+    assert len(streamer.copies.copies) == (2 * LAYERS * leave if move else 0)
+    assert len(ends) == 1
 
 
 def test_an_abandoned_pass_waits_for_its_copies(folders, copies):
     model, streamer = streamed(folders / "base")
-    streamer.copies = copies[0]
+    streamer.copies, _ = copies
+    streamer.room = 2.5 * 8 * model.config.hidden_size * 4
     states = by_layer.last_hidden_states(model, inputs_of([8, 8]), streamer)
     next(states)
-    assert copies[2] == []
+    assert streamer.copies.begun < len(streamer.copies.copies)
     states.close()
-    assert len(copies[2]) == 1
+    assert streamer.copies.begun == len(streamer.copies.copies)
+
+
+def test_a_hidden_state_that_is_read_before_it_arrives_is_seen(folders, copies, monkeypatch):
+    """As on a GPU, tests/test_gpu_placement.py."""
+    expected = score(load_base(folders / "base", CPU), ROWS, TOKENS)
+    model, streamer = streamed(folders / "base")
+    streamer.copies, _ = copies
+    streamer.room = 2.5 * TOKENS * model.config.hidden_size * 4
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a: new_empty(*a).fill_(math.nan))
+    assert score(model, ROWS, TOKENS, streamer=streamer) == expected
+    monkeypatch.setattr(by_layer, "wait_for", lambda _: None)
+    assert any(map(math.isnan, score(model, ROWS, TOKENS, streamer=streamer).nll))
 
 
 def test_buffers_in_host_memory_are_used_again(folders, monkeypatch):

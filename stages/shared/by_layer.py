@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from stages.shared.host_memory import HostBuffers
-from stages.shared.layer_sources import ALIGNMENT, rounded
+from stages.shared.layer_sources import layer_bytes, places_in
 from stages.shared.streaming import Streamer, decoder_layers
 
 CHUNK_BYTES = 4e9
@@ -74,9 +74,8 @@ def _by_layer(
         raise NotByLayer(str(reason)) from None
     tokens = [inputs["input_ids"].numel() for inputs in batches]
     chunk, leaving = list[_Batch](), list[_Leaving]()
-    bar = tqdm(
-        total=len(layers) * sum(tokens), unit=" tokens", desc="layers", leave=False, disable=None
-    )
+    total = len(layers) * sum(tokens)
+    bar = tqdm(total=total, unit=" tokens", desc="layers", leave=False, disable=None)
     try:
         while rest:
             size = next_size = held = 0.0
@@ -92,12 +91,11 @@ def _by_layer(
                     moving = moving if copies else 0.0
                 chunk.append(batch)
                 if batch.size > streamer.room - held - moving:
-                    if any(one.home for one in chunk):
-                        # The first to leave has asked for the buffers of the chunk.
-                        ahead = []
+                    # The first that leaves asks for the buffers of all that the chunk may have.
                     ends = accumulate(each * n for n in ahead)
                     count = sum(end <= CHUNK_BYTES - size for end in ends)
-                    batch.leave(streamer.buffers, copies, ahead[:count])
+                    asked = any(one.home for one in chunk)
+                    batch.leave(streamer.buffers, copies, [] if asked else ahead[:count])
                 else:
                     held += batch.size
                 _let_go(leaving, 1)
@@ -178,8 +176,7 @@ class _Batch:
             pass
         if len(self.calls) < len(layers):
             raise NotByLayer(f"its forward runs {len(self.calls)} of {len(layers)} layers")
-        others = [x for args, kwargs in self.calls for x in (*args, *kwargs.values())]
-        self.size = sum(x.nbytes for x in _tensors([self.hidden, *others]))
+        self.size = sum(x.nbytes for x in self._tensors())
 
     def leave(
         self, buffers: HostBuffers, copies: torch.cuda.Stream | None, ahead: list[int]
@@ -189,25 +186,20 @@ class _Batch:
         copies  a stream for the hidden state's copies, if the device has room for two more
         ahead   tokens of batches that will probably leave too, whose buffers are asked for
         """
-        others = [x for args, kwargs in self.calls for x in (*args, *kwargs.values())]
-        tensors = _tensors([self.hidden, *others])
-        size = sum(rounded(x.nbytes, ALIGNMENT) for x in tensors)
+        tensors = self._tensors()
+        size = layer_bytes(tensors, None)
         buffers.ask([size * tokens // self.tokens for tokens in ahead])
         buffer = buffers.take(size)
         self.home, self.copies = (buffers, buffer), copies
-        start, places = 0, dict[int, tuple]()
-        for tensor in tensors:
-            place = buffer[start : start + tensor.nbytes].view(tensor.dtype)
-            places[id(tensor)] = tensor, place.view(tensor.shape)
-            start += rounded(tensor.nbytes, ALIGNMENT)
-        for tensor, place in list(places.values())[1:]:
+        self.host, *others = places_in(buffer, tensors, None)
+        moved = {id(x): (x, place) for x, place in zip(tensors[1:], others, strict=True)}
+        for tensor, place in moved.values():
             place.copy_(tensor, non_blocking=True)
         host = torch.device("cpu")
         self.calls = [
-            (tuple(_changed(x, _to(host), places) for x in args), _on(host, kwargs, places))
+            (tuple(_changed(x, _to(host), moved) for x in args), _on(host, kwargs, moved))
             for args, kwargs in self.calls
         ]
-        self.host = places[id(self.hidden)][1]
         self._take(self._output(self.hidden))
 
     def fetch(self) -> None:
@@ -278,6 +270,11 @@ class _Batch:
         (hidden, copied), self.coming = self.coming, None
         wait_for(copied)
         return hidden
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """The hidden state, and what else the layers are given."""
+        others = [x for args, kwargs in self.calls for x in (*args, *kwargs.values())]
+        return _tensors([self.hidden, *others])
 
     def _output(self, hidden: torch.Tensor) -> Any:
         """The stored output in a layer's form."""

@@ -2,9 +2,10 @@
 
 In a layer, each token of a batch takes 8H bytes for the residual stream and RMSNorm, and 12I for
 the MLP with an adapter. In addition there are one dequantized weight and the logits of LOGITS
-predictions with float32 copies, and for answers the KV cache. Without gradients nothing else is
-kept. Scored layer by layer (stages/shared/by_layer.py), a model of any depth needs embeddings,
-head, NF4 constants and one layer buffer.
+predictions with float32 copies, for answers the KV cache, and with streamed layers two hidden
+states that move between the device and host memory. Without gradients nothing else is kept. Scored
+layer by layer (stages/shared/by_layer.py), a model of any depth needs embeddings, head, NF4
+constants and one layer buffer.
 """
 
 import math

@@ -18,7 +18,8 @@ Make = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 class HostCopy:
-    """All layers in page-locked memory.
+    """All layers in page-locked memory, each laid out as in its buffer on the device, so that it is
+    sent in a single copy.
 
     path  of another process's copy, to be mapped; None to make one, for which the attribute `path`
           is set.
@@ -26,18 +27,21 @@ class HostCopy:
     Raises MemoryError if the driver refuses to lock it.
     """
 
+    # Whether `take` returns a layer's buffer instead of its tensors.
+    whole = True
+
     def __init__(self, layers: list[Layer], dtype: torch.dtype | None, path: str | None = None):
-        sizes = [rounded(layer_bytes(layer, dtype), PAGE) for layer in layers]
+        self.sizes = [layer_bytes(layer, dtype) for layer in layers]
+        sizes = [_rounded(size, PAGE) for size in self.sizes]
         flat, self.path = shared_buffer(sum(sizes), path)
         self.layers = list(flat.split(sizes))
-        pairs = zip(self.layers, layers, strict=True)
-        self.places = [places_in(buffer, layer, dtype) for buffer, layer in pairs]
 
         def fill(number: int) -> str | None:
+            buffer, layer = self.layers[number], layers[number]
             if path is None:
-                for place, parameter in zip(self.places[number], layers[number], strict=True):
+                for place, parameter in zip(places_in(buffer, layer, dtype), layer, strict=True):
                     place.copy_(parameter.data)
-            return lock(self.layers[number])
+            return lock(buffer)
 
         with ThreadPoolExecutor(LOCKING_THREADS) as pool:
             refusals = list(pool.map(fill, range(len(layers))))
@@ -52,8 +56,8 @@ class HostCopy:
         """Announce that layer i is needed soon."""
 
     def take(self, i: int) -> list[torch.Tensor]:
-        """The tensors of layer i in locked memory, valid until `sent`."""
-        return self.places[i]
+        """What to copy of layer i, valid until `sent`."""
+        return [self.layers[i][: self.sizes[i]]]
 
     def sent(self, i: int, arrived: torch.cuda.Event | None) -> None:
         """Layer i has been copied once the event `arrived` has happened."""
@@ -65,20 +69,20 @@ class Ring:
     Used if host memory has no room for a copy, or does not allow locking it.
     """
 
-    path = None
+    path, whole = None, True
 
     def __init__(self, layers: list[Layer], dtype: torch.dtype | None):
-        size, self.dtype = max(layer_bytes(layer, dtype) for layer in layers), dtype
+        self.sizes, self.dtype = [layer_bytes(layer, dtype) for layer in layers], dtype
         # The parameters' data will point to the GPU.
         self.layers = [[parameter.data for parameter in layer] for layer in layers]
         on_gpu = torch.cuda.is_available()
         self.buffers = [
             pinned(size, "a ring of layers") if on_gpu else torch.empty(size, dtype=torch.uint8)
-            for _ in range(RING)
+            for size in [max(self.sizes)] * RING
         ]
         self.leaving: list[torch.cuda.Event | None] = [None] * RING
-        # Layer -> its buffer, its tensors there, and the futures that fill them.
-        self.filling: dict[int, tuple[int, list[torch.Tensor], list[Future]]] = {}
+        # Layer -> its buffer, and the futures that fill it.
+        self.filling: dict[int, tuple[int, list[Future]]] = {}
         self.threads = ThreadPoolExecutor(RING_THREADS)
 
     @property
@@ -86,7 +90,7 @@ class Ring:
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def ask(self, i: int) -> None:
-        used = {buffer for buffer, *_ in self.filling.values()}
+        used = {buffer for buffer, _ in self.filling.values()}
         free = [buffer for buffer in range(RING) if buffer not in used]
         if free and i not in self.filling and 0 <= i < len(self.layers):
             self._fill(i, free[0])
@@ -94,14 +98,14 @@ class Ring:
     def take(self, i: int) -> list[torch.Tensor]:
         if i not in self.filling and len(self.filling) == RING:
             # The pass turned around: the oldest request is no longer needed.
-            *_, futures = self.filling.pop(next(iter(self.filling)))
+            _, futures = self.filling.pop(next(iter(self.filling)))
             for future in futures:
                 future.result()
         self.ask(i)
-        _, places, futures = self.filling[i]
+        buffer, futures = self.filling[i]
         for future in futures:
             future.result()
-        return places
+        return [self.buffers[buffer][: self.sizes[i]]]
 
     def sent(self, i: int, arrived: torch.cuda.Event | None) -> None:
         self.leaving[self.filling.pop(i)[0]] = arrived
@@ -120,14 +124,14 @@ class Ring:
                 left.synchronize()
             place.copy_(data)
 
-        self.filling[i] = buffer, places, [self.threads.submit(fill, *part) for part in parts]
+        self.filling[i] = buffer, [self.threads.submit(fill, *part) for part in parts]
 
 
 class Mapped:
     """Layers in memory-mapped files, read when needed; for the CPU, and for weights that `make`
     (name, stored tensor) computes from the stored ones."""
 
-    path, host_bytes = None, 0
+    path, host_bytes, whole = None, 0, False
 
     def __init__(self, layers: list[Layer], names: dict[int, str], make: Make | None = None):
         self.layers = [[(names[id(p)], p.data) for p in layer] for layer in layers]
@@ -159,13 +163,13 @@ def places_in(buffer: torch.Tensor, layer: list, dtype: torch.dtype | None) -> l
         own = type_on_device(tensor, dtype)
         end = start + tensor.numel() * own.itemsize
         places.append(buffer[start:end].view(own).view(tensor.shape))
-        start = rounded(end, ALIGNMENT)
+        start = _rounded(end, ALIGNMENT)
     return places
 
 
 def layer_bytes(layer: list, dtype: torch.dtype | None) -> int:
-    return sum(rounded(t.numel() * type_on_device(t, dtype).itemsize, ALIGNMENT) for t in layer)
+    return sum(_rounded(t.numel() * type_on_device(t, dtype).itemsize, ALIGNMENT) for t in layer)
 
 
-def rounded(size: int, multiple: int) -> int:
+def _rounded(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
