@@ -8,7 +8,7 @@ batches; only the order differs, so every value is the same.
 
 The hidden states are kept on the device if they fit, else in host memory, at most CHUNK_BYTES; more
 batches need further passes. They go to host memory and back on a stream of their own, while other
-batches are computed.
+batches are computed. The CPU waits for none of these copies, so that it can launch ahead.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -224,7 +224,7 @@ class _Batch:
         """The model's last hidden state, computed from the last layer's output."""
         hidden = self._hidden()
         if self.home:
-            # The next copy into it must be of the same stream, hence later than the one out of it.
+            # Copies into it follow the computing stream, which waits for the one out of it.
             buffers, buffer = self.home
             buffers.put(buffer)
             self.host = self.home = None
