@@ -18,8 +18,7 @@ Make = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 class HostCopy:
-    """All layers in page-locked memory, each laid out as in its buffer on the device, so that it is
-    sent in a single copy.
+    """All layers in page-locked memory.
 
     path  of another process's copy, to be mapped; None to make one, for which the attribute `path`
           is set.
@@ -27,21 +26,18 @@ class HostCopy:
     Raises MemoryError if the driver refuses to lock it.
     """
 
-    # Whether `take` returns a layer's buffer instead of its tensors.
-    whole = True
-
     def __init__(self, layers: list[Layer], dtype: torch.dtype | None, path: str | None = None):
-        self.sizes = [layer_bytes(layer, dtype) for layer in layers]
-        sizes = [_rounded(size, PAGE) for size in self.sizes]
+        sizes = [_rounded(layer_bytes(layer, dtype), PAGE) for layer in layers]
         flat, self.path = shared_buffer(sum(sizes), path)
         self.layers = list(flat.split(sizes))
+        pairs = zip(self.layers, layers, strict=True)
+        self.places = [places_in(buffer, layer, dtype) for buffer, layer in pairs]
 
         def fill(number: int) -> str | None:
-            buffer, layer = self.layers[number], layers[number]
             if path is None:
-                for place, parameter in zip(places_in(buffer, layer, dtype), layer, strict=True):
+                for place, parameter in zip(self.places[number], layers[number], strict=True):
                     place.copy_(parameter.data)
-            return lock(buffer)
+            return lock(self.layers[number])
 
         with ThreadPoolExecutor(LOCKING_THREADS) as pool:
             refusals = list(pool.map(fill, range(len(layers))))
@@ -56,8 +52,8 @@ class HostCopy:
         """Announce that layer i is needed soon."""
 
     def take(self, i: int) -> list[torch.Tensor]:
-        """What to copy of layer i, valid until `sent`."""
-        return [self.layers[i][: self.sizes[i]]]
+        """The tensors of layer i in locked memory, valid until `sent`."""
+        return self.places[i]
 
     def sent(self, i: int, arrived: torch.cuda.Event | None) -> None:
         """Layer i has been copied once the event `arrived` has happened."""
@@ -69,20 +65,20 @@ class Ring:
     Used if host memory has no room for a copy, or does not allow locking it.
     """
 
-    path, whole = None, True
+    path = None
 
     def __init__(self, layers: list[Layer], dtype: torch.dtype | None):
-        self.sizes, self.dtype = [layer_bytes(layer, dtype) for layer in layers], dtype
+        size, self.dtype = max(layer_bytes(layer, dtype) for layer in layers), dtype
         # The parameters' data will point to the GPU.
         self.layers = [[parameter.data for parameter in layer] for layer in layers]
         on_gpu = torch.cuda.is_available()
         self.buffers = [
             pinned(size, "a ring of layers") if on_gpu else torch.empty(size, dtype=torch.uint8)
-            for size in [max(self.sizes)] * RING
+            for _ in range(RING)
         ]
         self.leaving: list[torch.cuda.Event | None] = [None] * RING
-        # Layer -> its buffer, and the futures that fill it.
-        self.filling: dict[int, tuple[int, list[Future]]] = {}
+        # Layer -> its buffer, its tensors there, and the futures that fill them.
+        self.filling: dict[int, tuple[int, list[torch.Tensor], list[Future]]] = {}
         self.threads = ThreadPoolExecutor(RING_THREADS)
 
     @property
@@ -90,7 +86,7 @@ class Ring:
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def ask(self, i: int) -> None:
-        used = {buffer for buffer, _ in self.filling.values()}
+        used = {buffer for buffer, *_ in self.filling.values()}
         free = [buffer for buffer in range(RING) if buffer not in used]
         if free and i not in self.filling and 0 <= i < len(self.layers):
             self._fill(i, free[0])
@@ -98,14 +94,14 @@ class Ring:
     def take(self, i: int) -> list[torch.Tensor]:
         if i not in self.filling and len(self.filling) == RING:
             # The pass turned around: the oldest request is no longer needed.
-            _, futures = self.filling.pop(next(iter(self.filling)))
+            *_, futures = self.filling.pop(next(iter(self.filling)))
             for future in futures:
                 future.result()
         self.ask(i)
-        buffer, futures = self.filling[i]
+        _, places, futures = self.filling[i]
         for future in futures:
             future.result()
-        return [self.buffers[buffer][: self.sizes[i]]]
+        return places
 
     def sent(self, i: int, arrived: torch.cuda.Event | None) -> None:
         self.leaving[self.filling.pop(i)[0]] = arrived
@@ -124,14 +120,14 @@ class Ring:
                 left.synchronize()
             place.copy_(data)
 
-        self.filling[i] = buffer, [self.threads.submit(fill, *part) for part in parts]
+        self.filling[i] = buffer, places, [self.threads.submit(fill, *part) for part in parts]
 
 
 class Mapped:
     """Layers in memory-mapped files, read when needed; for the CPU, and for weights that `make`
     (name, stored tensor) computes from the stored ones."""
 
-    path, host_bytes, whole = None, 0, False
+    path, host_bytes = None, 0
 
     def __init__(self, layers: list[Layer], names: dict[int, str], make: Make | None = None):
         self.layers = [[(names[id(p)], p.data) for p in layer] for layer in layers]
