@@ -1,6 +1,8 @@
 """A model that does not fit is scored layer by layer, in one pass and with equal digits."""
 
 import math
+import weakref
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,7 @@ from stages.planning.scoring import decoder_of
 from stages.quantize import quantize
 from stages.shared import by_layer, scored_model, streaming
 from stages.shared.fitting import TOKENS_PER_BATCH, fit, scored, tightest
+from stages.shared.host_memory import HostBuffers
 from stages.shared.model import load_base, load_streamed
 from stages.shared.outputs import GB
 from stages.shared.params import Evaluate
@@ -109,26 +112,148 @@ def test_hidden_states_in_host_memory_leave_the_device(folders):
     layers = streaming.decoder_layers(model)
     with torch.no_grad():
         for room, kept in ((GB, 2 * 4 * model.config.hidden_size * 4), (0.0, 0)):
-            batch = by_layer._Batch(model, layers, inputs, room, streamer.buffers)
+            batch = by_layer._Batch(model, layers, inputs, [])
+            if not room:
+                batch.leave(streamer.buffers, None, [])
             batch.compute(layers[1], 1)
             assert batch.hidden.untyped_storage().nbytes() == kept
+
+
+class Lagging:
+    """A CUDA stream that begins a copy only when another one waits for its end."""
+
+    def __init__(self):
+        self.begun, self.copies, self.copy = 0, [], torch.Tensor.copy_
+
+    def wait_stream(self, other):
+        """The other one, which computes, has ended."""
+
+    def record_event(self):
+        return len(self.copies)
+
+    def end(self, event=None):
+        for to, source in self.copies[self.begun : event]:
+            # Fails if the source was freed before.
+            self.copy(to, source())
+            self.begun += 1
+
+    @contextmanager
+    def current(self, *_):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "copy_", lambda *pair, non_blocking: self._add(*pair))
+            yield
+
+    def _add(self, to, source):
+        self.copies.append((to, weakref.ref(source)))
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """(a stream of copies, a list of the synchronizations) for a CPU."""
+    copies, ends = Lagging(), []
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda: SimpleNamespace(wait_event=copies.end)
+    )
+    monkeypatch.setattr(torch.cuda, "stream", copies.current)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: ends.append(copies.end()))
+    return copies, ends
+
+
+def inputs_of(widths):
+    ids = [torch.arange(3, 3 + width)[None] for width in widths]
+    return [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
+
+
+@pytest.mark.parametrize(
+    ("widths", "room", "leave", "move"),
+    [
+        # Room in hidden states of 8 tokens, which arguments make 1.5 times as large.
+        ([8], 2, 0, False),
+        ([8, 8], 3.5, 0, False),
+        ([8, 8, 8], 2.5, 3, True),
+        ([8, 8, 8], 3.6, 2, True),
+        ([8, 8, 8], 1.9, 2, False),
+        # The largest comes last.
+        ([4, 8, 8], 1.9, 2, False),
+    ],
+)
+def test_who_leaves_the_device_and_who_moves_meanwhile(
+    folders, copies, monkeypatch, widths, room, leave, move
+):
+    model, streamer = streamed(folders / "base")
+    expected = [model.base_model(**x).last_hidden_state for x in inputs_of(widths)]
+    (streamer.copies, ends), gone = copies, []
+    streamer.room = room * 8 * model.config.hidden_size * 4
+    own = by_layer._Batch.leave
+
+    def noting(self, buffers, copies, ahead):
+        gone.append((copies, ahead))
+        own(self, buffers, copies, ahead)
+
+    monkeypatch.setattr(by_layer._Batch, "leave", noting)
+    found = list(by_layer.last_hidden_states(model, inputs_of(widths), streamer))
+    assert all(map(torch.equal, found, expected))
+    assert len(gone) == leave
+    assert all((one is not None) == move for one, _ in gone)
+    # The first asks for all.
+    assert [len(ahead) for _, ahead in gone] == [leave, 0, 0][:leave]
+    # There and back after each layer.
+    assert len(streamer.copies.copies) == (2 * LAYERS * leave if move else 0)
+    assert len(ends) == 1
+
+
+def test_an_abandoned_pass_waits_for_its_copies(folders, copies):
+    model, streamer = streamed(folders / "base")
+    streamer.copies, _ = copies
+    streamer.room = 2.5 * 8 * model.config.hidden_size * 4
+    states = by_layer.last_hidden_states(model, inputs_of([8, 8]), streamer)
+    next(states)
+    assert streamer.copies.begun < len(streamer.copies.copies)
+    states.close()
+    assert streamer.copies.begun == len(streamer.copies.copies)
+
+
+def test_a_hidden_state_that_is_read_before_it_arrives_is_seen(folders, copies, monkeypatch):
+    """As on a GPU, tests/test_gpu_placement.py."""
+    expected = score(load_base(folders / "base", CPU), ROWS, TOKENS)
+    model, streamer = streamed(folders / "base")
+    streamer.copies, _ = copies
+    streamer.room = 2.5 * TOKENS * model.config.hidden_size * 4
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a: new_empty(*a).fill_(math.nan))
+    assert score(model, ROWS, TOKENS, streamer=streamer) == expected
+    monkeypatch.setattr(by_layer, "wait_for", lambda _: None)
+    assert any(map(math.isnan, score(model, ROWS, TOKENS, streamer=streamer).nll))
 
 
 def test_buffers_in_host_memory_are_used_again(folders, monkeypatch):
     expected = score(load_base(folders / "base", CPU), ROWS, TOKENS)
     model, streamer = streamed(folders / "base")
     assert score(model, ROWS, TOKENS, streamer=streamer) == expected
-    first = {buffer.data_ptr() for buffer in streamer.buffers}
+    first = {buffer.result().data_ptr() for _, buffer in streamer.buffers.free}
     assert len(first) == len(length_batches(ROWS, TOKENS))
     assert score(model, ROWS, TOKENS, streamer=streamer) == expected
-    assert {buffer.data_ptr() for buffer in streamer.buffers} == first
+    assert {buffer.result().data_ptr() for _, buffer in streamer.buffers.free} == first
 
 
 def test_a_larger_buffer_takes_the_place_of_a_smaller_one():
-    buffers = [torch.empty(4, dtype=torch.uint8), torch.empty(16, dtype=torch.uint8)]
-    assert by_layer._taken(buffers, 8, gpu=False).nbytes == 16
-    assert by_layer._taken(buffers, 8, gpu=False).nbytes == 8
-    assert buffers == []
+    buffers = HostBuffers(gpu=False)
+    for size in (4, 16):
+        buffers.put(torch.empty(size, dtype=torch.uint8))
+    assert buffers.take(8).nbytes == 16
+    assert buffers.take(8).nbytes == 8
+    assert buffers.free == []
+
+
+def test_buffers_asked_for_are_made_once_and_ahead_of_use():
+    buffers = HostBuffers(gpu=False)
+    buffers.put(torch.empty(6, dtype=torch.uint8))
+    buffers.ask([8, 8, 6])
+    assert [size for size, _ in buffers.free] == [6, 8, 8]
+    made = [made for _, made in buffers.free]
+    buffers.ask([8, 6])
+    assert [buffers.take(size) for size in (8, 8, 6)] == [made[i].result() for i in (1, 2, 0)]
+    assert buffers.free == []
 
 
 def test_batches_beyond_the_room_take_another_pass(folders, monkeypatch):
@@ -329,8 +454,9 @@ def test_what_is_streamed_fits_the_card(name, nf4):
         assert found.needed > on_card + model.working
         assert found.slots <= SLOTS
         if found.streamed:
-            # One layer fewer would not fit.
-            assert found.needed + model.layer > card * GB
+            # One layer fewer would not fit, or leave no room for hidden states that move.
+            moving = model.moving if found.slots > 1 else 0
+            assert found.needed + moving <= card * GB < found.needed + model.layer + moving
     assert streams == sorted(streams, reverse=True)
     assert streams[0] > streams[-1]
 
@@ -341,7 +467,10 @@ def test_a_card_of_6_gb_scores_a_70b_model_and_its_merge_layer_by_layer():
     config.num_hidden_layers = 8
     for nf4 in (True, False):
         model = scored(decoder_of(shape_of(config)), nf4, True, 2048, 0.0)
-        assert fit(model, 6 * GB).streamed
+        found = fit(model, 6 * GB)
+        assert found.streamed
+        # Hidden states can move while others are computed.
+        assert 6 * GB - found.needed > model.moving == 2 * 2 * 4096 * 8192
         # Rows beyond a batch take more.
         longer = scored(decoder_of(shape_of(config)), nf4, True, 2 * TOKENS_PER_BATCH, 0.0)
         assert longer.working > 1.5 * model.working

@@ -8,22 +8,26 @@ batches; only the order differs, so every value is the same.
 
 The hidden states are kept on the device if they fit, else in host memory, at most CHUNK_BYTES; more
 batches need further passes. They go to host memory and back on a stream of their own, while other
-batches are computed.
+batches are computed. The CPU waits for none of these copies, so that it can launch ahead.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from stages.shared.host_memory import lock
+from stages.shared.host_memory import HostBuffers
+from stages.shared.layer_sources import layer_bytes, places_in
 from stages.shared.streaming import Streamer, decoder_layers
 
 CHUNK_BYTES = 4e9
 Inputs = dict[str, Any]
+# A hidden state on its way to host memory, and the end of that copy.
+_Leaving = tuple[torch.Tensor, torch.cuda.Event]
 _HIDDEN = object()
 
 
@@ -68,44 +72,59 @@ def _by_layer(
         layers, rest = decoder_layers(causal), list(batches)
     except ValueError as reason:
         raise NotByLayer(str(reason)) from None
-    tokens = sum(inputs["input_ids"].numel() for inputs in batches)
-    copies = torch.cuda.Stream(causal.device) if causal.device.type == "cuda" else None
-    with tqdm(
-        total=len(layers) * tokens, unit=" tokens", desc="layers", leave=False, disable=None
-    ) as bar:
+    tokens = [inputs["input_ids"].numel() for inputs in batches]
+    chunk, leaving = list[_Batch](), list[_Leaving]()
+    total = len(layers) * sum(tokens)
+    bar = tqdm(total=total, unit=" tokens", desc="layers", leave=False, disable=None)
+    try:
         while rest:
-            chunk: list[_Batch] = []
             size = next_size = held = 0.0
+            copies, moving = None, 0.0
             while rest and size + next_size <= CHUNK_BYTES:
-                room = streamer.room - held
-                batch = _Batch(causal, layers, rest.pop(0), room, streamer.buffers, copies)
+                batch = _Batch(causal, layers, rest.pop(0), leaving)
+                ahead = tokens[-len(rest) - 1 :]
+                each = batch.size / batch.tokens
+                if not chunk and each * sum(ahead) > streamer.room:
+                    # Two more hidden states are on the device, one on its way out and one in.
+                    moving = 2 * max(ahead) * batch.hidden.nbytes / batch.tokens
+                    copies = streamer.copies if moving <= streamer.room else None
+                    moving = moving if copies else 0.0
                 chunk.append(batch)
-                held += batch.size if batch.host is None else 0.0
+                if batch.size > streamer.room - held - moving:
+                    # The first that leaves asks for the buffers of all that the chunk may have.
+                    ends = accumulate(each * n for n in ahead)
+                    count = sum(end <= CHUNK_BYTES - size for end in ends)
+                    asked = any(one.home for one in chunk)
+                    batch.leave(streamer.buffers, copies, [] if asked else ahead[:count])
+                else:
+                    held += batch.size
+                _let_go(leaving, 1)
                 # Sorted, the longest first.
                 size, next_size = size + batch.size, batch.size
                 bar.update(batch.tokens)
-            left = None
             for i in range(1, len(layers)):
                 for batch, following in zip(chunk, chunk[1:] + chunk[:1], strict=True):
                     following.fetch()
                     batch.compute(layers[i], i)
-                    if left:
-                        # Or copies not yet made would hold the memory of many hidden states.
-                        left.synchronize()
-                    left = batch.left
+                    _let_go(leaving, 1)
                     bar.update(batch.tokens)
+            _let_go(leaving, 0)
             while chunk:
+                for batch in chunk[:2]:
+                    batch.fetch()
                 yield chunk.pop(0).result(causal, layers)
+    finally:
+        bar.close()
+        streamer.buffers.cancel()
+        if streamer.copies:
+            # If the pass was abandoned, copies still read or write what is freed now.
+            torch.cuda.synchronize(causal.device)
 
 
 class _Batch:
-    """A batch between two layers.
+    """A batch between two layers, on the device until `leave`.
 
-    room     bytes of the device that it may use while other batches compute
-    buffers  unused host memory, from which it takes and to which it returns its buffer: to lock
-             one takes longer than to copy its bytes several times
-    copies   on a GPU, a stream for copies. Two more hidden states are then on the device, one on
-             its way out and one on its way in; without room for them it is not used
+    leaving  hidden states on their way to host memory, to which it appends its own
     """
 
     def __init__(
@@ -113,22 +132,20 @@ class _Batch:
         causal: PreTrainedModel,
         layers: torch.nn.ModuleList,
         inputs: Inputs,
-        room: float,
-        buffers: list[torch.Tensor],
-        copies: torch.cuda.Stream | None = None,
+        leaving: list[_Leaving],
     ):
         self.inputs, self.tokens = inputs, inputs["input_ids"].numel()
-        self.buffers, self.buffer = buffers, None
+        self.leaving = leaving
         # (arguments, named arguments) of each layer, with _HIDDEN for the hidden state.
         self.calls: list[tuple[tuple, dict]] = []
         # The hidden state in host memory, if kept there; other return values, if a tuple.
         self.host: torch.Tensor | None = None
+        # Its buffer, and where that is returned to.
+        self.home: tuple[HostBuffers, torch.Tensor] | None = None
         self.rest: tuple | None = None
         # The hidden state on its way to the device, and the end of that copy.
         self.copies: torch.cuda.Stream | None = None
         self.coming: tuple[torch.Tensor, torch.cuda.Event] | None = None
-        # The end of the last copy to host memory.
-        self.left: torch.cuda.Event | None = None
         first, known = layers[0], set[int]()
         passed: Any = None
 
@@ -159,26 +176,40 @@ class _Batch:
             pass
         if len(self.calls) < len(layers):
             raise NotByLayer(f"its forward runs {len(self.calls)} of {len(layers)} layers")
-        others = [x for args, kwargs in self.calls for x in (*args, *kwargs.values())]
-        self.size = sum(x.nbytes for x in _tensors([self.hidden, *others]))
-        moving = 2 * self.hidden.nbytes if copies else 0
-        if self.size > room - moving:
-            self.copies = copies if moving <= room else None
-            host, moved = torch.device("cpu"), dict[int, Any]()
-            self.calls = [
-                (tuple(_changed(x, _to(host), moved) for x in args), _on(host, kwargs, moved))
-                for args, kwargs in self.calls
-            ]
-            size = self.hidden.nbytes
-            self.buffer = _taken(buffers, size, causal.device.type == "cuda")
-            self.host = self.buffer[:size].view(self.hidden.dtype).view(self.hidden.shape)
-            self._take(self._output(self.hidden))
+        self.size = sum(x.nbytes for x in self._tensors())
+
+    def leave(
+        self, buffers: HostBuffers, copies: torch.cuda.Stream | None, ahead: list[int]
+    ) -> None:
+        """Wait in host memory between layers.
+
+        copies  a stream for the hidden state's copies, if the device has room for two more
+        ahead   tokens of batches that will probably leave too, whose buffers are asked for
+        """
+        tensors = self._tensors()
+        size = layer_bytes(tensors, None)
+        buffers.ask([size * tokens // self.tokens for tokens in ahead])
+        buffer = buffers.take(size)
+        self.home, self.copies = (buffers, buffer), copies
+        self.host, *others = places_in(buffer, tensors, None)
+        moved = {id(x): (x, place) for x, place in zip(tensors[1:], others, strict=True)}
+        for tensor, place in moved.values():
+            place.copy_(tensor, non_blocking=True)
+        host = torch.device("cpu")
+        self.calls = [
+            (tuple(_changed(x, _to(host), moved) for x in args), _on(host, kwargs, moved))
+            for args, kwargs in self.calls
+        ]
+        self._take(self._output(self.hidden))
 
     def fetch(self) -> None:
         """Begin to copy the hidden state to the device, while others compute."""
         if self.copies and self.host is not None and self.coming is None:
+            # Memory of the computing stream, which may still be using it.
+            hidden = self.hidden.new_empty(self.host.shape)
+            self.copies.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.copies):
-                hidden = self.host.to(self.hidden.device, non_blocking=True)
+                hidden.copy_(self.host, non_blocking=True)
             self.coming = hidden, self.copies.record_event()
 
     def compute(self, layer: torch.nn.Module, i: int) -> None:
@@ -192,10 +223,11 @@ class _Batch:
     def result(self, causal: PreTrainedModel, layers: torch.nn.ModuleList) -> torch.Tensor:
         """The model's last hidden state, computed from the last layer's output."""
         hidden = self._hidden()
-        if self.buffer is not None:
-            # The next copy into it must be of the same stream, hence later than the one out of it.
-            self.buffers.append(self.buffer)
-            self.host = self.buffer = None
+        if self.home:
+            # Copies into it follow the computing stream, which waits for the one out of it.
+            buffers, buffer = self.home
+            buffers.put(buffer)
+            self.host = self.home = None
         output = self._output(hidden)
         unknown = _changed(output, _unknown)
 
@@ -220,8 +252,8 @@ class _Batch:
             self.copies.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.copies):
                 self.host.copy_(hidden, non_blocking=True)
-            hidden.record_stream(self.copies)
-            self.left = self.copies.record_event()
+            # Held until then, since the memory belongs to the computing stream.
+            self.leaving.append((hidden, self.copies.record_event()))
         else:
             self.host.copy_(hidden, non_blocking=True)
         # Not a view, which would keep the whole hidden state on the device.
@@ -237,16 +269,27 @@ class _Batch:
         assert self.coming
         (hidden, copied), self.coming = self.coming, None
         wait_for(copied)
-        hidden.record_stream(torch.cuda.current_stream())
         return hidden
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """The hidden state, and what else the layers are given."""
+        others = [x for args, kwargs in self.calls for x in (*args, *kwargs.values())]
+        return _tensors([self.hidden, *others])
 
     def _output(self, hidden: torch.Tensor) -> Any:
         """The stored output in a layer's form."""
         return hidden if self.rest is None else (hidden, *self.rest)
 
 
+def _let_go(leaving: list[_Leaving], still: int) -> None:
+    """Free all but the last `still` once they have arrived."""
+    while len(leaving) > still:
+        torch.cuda.current_stream().wait_event(leaving[0][1])
+        del leaving[0]
+
+
 def wait_for(event: torch.cuda.Event) -> None:
-    """Let the computing stream wait."""
+    """Let the computing stream wait for a hidden state's arrival."""
     torch.cuda.current_stream().wait_event(event)
 
 
@@ -278,22 +321,6 @@ def _stand_ins(layers: torch.nn.ModuleList, answer: Callable) -> Iterator[None]:
             layers[number] = layer
 
 
-def _taken(buffers: list[torch.Tensor], size: int, gpu: bool) -> torch.Tensor:
-    """A buffer of at least `size` bytes, uint8: the smallest of `buffers`, else a new one in place
-    of one of them."""
-    fitting = [i for i, buffer in enumerate(buffers) if buffer.nbytes >= size]
-    if fitting:
-        return buffers.pop(min(fitting, key=lambda i: buffers[i].nbytes))
-    if buffers:
-        # Or smaller ones would stay beside it, and the memory of all would grow.
-        buffers.pop()
-    buffer = torch.empty(size, dtype=torch.uint8)
-    if gpu:
-        # If locking is refused, copies take longer.
-        lock(buffer)
-    return buffer
-
-
 def _changed(value: Any, change: Callable, known: dict | None = None) -> Any:
     """`value` with its tensors changed, each once; tuples, lists and dicts are traversed."""
     known = {} if known is None else known
@@ -314,7 +341,8 @@ def _tensors(values: Iterable) -> list[torch.Tensor]:
 
 
 def _to(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda tensor: tensor.to(device)
+    # To the device alone. From memory that is not locked, the copy begins at once.
+    return lambda tensor: tensor.to(device, non_blocking=True)
 
 
 def _on(device: torch.device, named: dict, known: dict | None = None) -> dict:

@@ -2,9 +2,10 @@
 
 In a layer, each token of a batch takes 8H bytes for the residual stream and RMSNorm, and 12I for
 the MLP with an adapter. In addition there are one dequantized weight and the logits of LOGITS
-predictions with float32 copies, and for answers the KV cache. Without gradients nothing else is
-kept. Scored layer by layer (stages/shared/by_layer.py), a model of any depth needs embeddings,
-head, NF4 constants and one layer buffer.
+predictions with float32 copies, for answers the KV cache, and with streamed layers two hidden
+states that move between the device and host memory. Without gradients nothing else is kept. Scored
+layer by layer (stages/shared/by_layer.py), a model of any depth needs embeddings, head, NF4
+constants and one layer buffer.
 """
 
 import math
@@ -41,7 +42,8 @@ class Decoder:
 class Scored:
     """A model in scoring, in bytes. `layer`: the streamable part of a layer; `dequantized`: one
     weight in 16 bit, a part of `working`; `token` and `cached`: of a token being computed and of
-    one in the KV cache."""
+    one in the KV cache; `moving`: two hidden states of a batch, which move between the device and
+    host memory while another one is computed."""
 
     layers: int
     weights: float
@@ -50,6 +52,7 @@ class Scored:
     working: float
     token: float
     cached: float
+    moving: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def scored(
         working=max(TOKENS_PER_BATCH, longest) * token + dequantized + LOGIT_BYTES * LOGITS,
         token=token,
         cached=1.0 * size * decoder.layers * decoder.keys,
+        moving=2.0 * size * decoder.hidden * max(TOKENS_PER_BATCH, longest) if gpu else 0.0,
     )
 
 
@@ -106,7 +110,9 @@ def fit(model: Scored, budget: float, answers: float = 0.0, slots: int = SLOTS) 
         return Fit(0, 0, model.weights + rest)
     rest += OFFLOADING_CONTEXT
     for count in range(min(slots, model.layers), 0, -1):
-        over = model.weights + rest - budget
+        # A second buffer gains less than hidden states that move meanwhile.
+        moving = model.moving if count > 1 else 0.0
+        over = model.weights + rest + moving - budget
         streamed = count + max(1, math.ceil(over / model.layer))
         if streamed <= model.layers:
             return Fit(streamed, count, model.weights + rest - (streamed - count) * model.layer)

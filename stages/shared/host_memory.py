@@ -2,6 +2,8 @@
 
 import os
 import weakref
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -52,6 +54,58 @@ def pinned(size: int, what: str = "layer inputs") -> torch.Tensor:
             "free host memory or lower train.batch_size"
         )
     return buffer
+
+
+class HostBuffers:
+    """Buffers of host memory, uint8, to be used again.
+
+    gpu  page-locked, if the system allows it. To lock one takes longer than to copy its bytes
+         several times, so threads do it ahead of use
+    """
+
+    def __init__(self, gpu: bool):
+        self.gpu, self.threads = gpu, ThreadPoolExecutor(LOCKING_THREADS)
+        # (bytes, buffer) of the unused ones.
+        self.free: list[tuple[int, Future[torch.Tensor]]] = []
+
+    def ask(self, sizes: Iterable[int]) -> None:
+        """Let threads make what is missing for buffers of at least `sizes` bytes each, with those
+        that are too small given up."""
+        spare, missing = sorted(self.free, key=lambda one: one[0]), list[int]()
+        for size in sorted(sizes, reverse=True):
+            if spare and spare[-1][0] >= size:
+                spare.pop()
+            else:
+                missing.append(size)
+        for size in missing:
+            if spare:
+                # Or it would stay beside the new one, and the memory of all would grow.
+                self.free.remove(spare.pop(0))
+            self.free.append((size, self.threads.submit(self._made, size)))
+
+    def take(self, size: int) -> torch.Tensor:
+        """The smallest unused one of at least `size` bytes."""
+        self.ask([size])
+        smallest = min((one for one in self.free if one[0] >= size), key=lambda one: one[0])
+        self.free.remove(smallest)
+        return smallest[1].result()
+
+    def put(self, buffer: torch.Tensor) -> None:
+        """Return a buffer."""
+        unused = Future[torch.Tensor]()
+        unused.set_result(buffer)
+        self.free.append((buffer.nbytes, unused))
+
+    def cancel(self) -> None:
+        """Forget those not yet begun."""
+        self.free = [one for one in self.free if not one[1].cancel()]
+
+    def _made(self, size: int) -> torch.Tensor:
+        buffer = torch.empty(size, dtype=torch.uint8)
+        if self.gpu:
+            # Unlocked, copies take longer.
+            lock(buffer.zero_())
+        return buffer
 
 
 def shared_buffer(size: int, path: str | None = None) -> tuple[torch.Tensor, str]:

@@ -19,6 +19,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import PreTrainedModel
 
+from stages.shared.host_memory import HostBuffers
 from stages.shared.layer_sources import (
     HostCopy,
     Layer,
@@ -46,9 +47,9 @@ class Streamer:
     dtype   type to convert to, except 4-bit weights; None to keep the type
     slots   maximum number of buffers on the device
 
-    Three attributes are for scoring (stages/shared/by_layer.py): `room`, bytes of the device for
+    Four attributes are for scoring (stages/shared/by_layer.py): `room`, bytes of the device for
     hidden states, `by_layer`, whether all batches can pass through one layer before the next, and
-    `buffers`, unused ones in host memory.
+    `buffers` in host memory with a stream for copies from and to them, on a GPU.
     """
 
     def __init__(
@@ -61,7 +62,9 @@ class Streamer:
     ):
         self.source, self.layers = source, layers
         self.room, self.by_layer = 0.0, True
-        self.buffers: list[torch.Tensor] = []
+        on_gpu = device.type == "cuda"
+        self.buffers = HostBuffers(on_gpu)
+        self.copies = torch.cuda.Stream(device) if on_gpu else None
         self.count = len(layers)
         sizes = [layer_bytes(layer, dtype) for layer in layers]
         self.bytes, size = sum(sizes), max(sizes)
@@ -69,7 +72,7 @@ class Streamer:
         self.slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]
         self.held: list[int | None] = [None] * slots
         self.arrived: list[torch.cuda.Event | None] = [None] * slots
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device) if on_gpu else None
         self.current: int | None = None
         # Number of layers sent so far.
         self.sent = 0
