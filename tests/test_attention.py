@@ -1,5 +1,7 @@
 """Rows flattened into one batch give the logits of each row alone."""
 
+import itertools
+
 import pytest
 import torch
 from families import FAMILIES
@@ -50,8 +52,8 @@ def kernel(monkeypatch):
 def reference(q, k, v, bounds, key_bounds, *longest, scale, window_size, enable_gqa=False):
     assert longest == (bounds.diff().max(), key_bounds.diff().max())
     parts = []
-    ends = zip(bounds.tolist(), bounds.tolist()[1:], key_bounds.tolist(), key_bounds.tolist()[1:])
-    for start, end, first, last in ends:
+    ends = (itertools.pairwise(x.tolist()) for x in (bounds, key_bounds))
+    for (start, end), (first, last) in zip(*ends, strict=True):
         row = (x.transpose(0, 1)[None] for x in (q[start:end], k[first:last], v[first:last]))
         # The last query is aligned with the last key.
         queries = torch.arange(end - start) + (last - first) - (end - start)

@@ -57,11 +57,25 @@ def varlen_attention(
     assert max_length_q is not None  # transformers passes it with cu_seq_lens_q.
     length = int(max_length_q)
     if len(bounds) > 2 or length <= QUERIES:
-        out = varlen_attn(q, k, v, bounds, bounds, length, length, **options)
+        out = _attend(q, k, v, bounds, bounds, length, length, options)
     else:
         out = _in_parts(q, k, v, options)
-    assert isinstance(out, torch.Tensor)  # A tuple only with return_aux.
     return out.view(batch, tokens, *out.shape[1:]), None
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bounds: torch.Tensor,
+    key_bounds: torch.Tensor,
+    longest: int,
+    longest_key: int,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    out = varlen_attn(q, k, v, bounds, key_bounds, longest, longest_key, **options)
+    assert isinstance(out, torch.Tensor)  # A tuple only with return_aux.
+    return out
 
 
 def _in_parts(
@@ -76,8 +90,8 @@ def _in_parts(
     for part in q.split(QUERIES):
         count, end = len(part), end + len(part)
         # The last query is aligned with the last key.
-        bounds = [torch.arange(0, 2 * n, n, device=q.device).int() for n in (count, end)]
-        outputs.append(varlen_attn(part, k[:end], v[:end], *bounds, count, end, **options))
+        bounds, keys = (torch.arange(0, 2 * n, n, device=q.device).int() for n in (count, end))
+        outputs.append(_attend(part, k[:end], v[:end], bounds, keys, count, end, options))
     return torch.cat(outputs)
 
 
