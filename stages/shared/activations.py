@@ -151,29 +151,16 @@ def projections_saved(
     return inner + shared
 
 
-def one_operation_working(shape: Shape, run: Training, again: bool) -> float:
-    """`mlp_working` of an MLP that is one operation, with Liger's kernels."""
-    h, i, t = shape.hidden, shape.intermediate, run.tokens
-    # Backward through down_proj: the product's gradient and the weight. The product is recomputed
-    # in the gradient's memory.
-    backward = t * (2 * h + 2 * i)
-    # Forward: the product, the residual stream and the output. In the first of two passes nothing
-    # is saved, and gate and up are already freed.
-    forward = t * (2 * i + 6 * h - (4 * i if again and shape.plain else 0))
-    return max(backward, forward) + dequantized_bytes(shape, run)
-
-
-def mlp_working(shape: Shape, run: Training, again: bool) -> float:
-    """Peak bytes of the MLP half of a layer beyond what it saved, forward or backward.
-
-    again  it is recomputed, and saves nothing the first time
-    """
+def mlp_working(shape: Shape, run: Training) -> float:
+    """Peak bytes of the MLP half of a layer beyond what it saved, forward or backward."""
     if shape.experts:
         return experts_working(shape, run)
     h, i, t = shape.hidden, shape.intermediate, run.tokens
     one = one_operation_mlp(shape, run)
     if one and run.liger:
-        return one_operation_working(shape, run, again)
+        # Backward through down_proj: the product's gradient and the weight. The product is
+        # recomputed in the gradient's memory.
+        return t * (2 * h + 2 * i) + dequantized_bytes(shape, run)
     trained = run.method != "full" and adapts(shape, run, MLP_OUTPUT)
     dropped = run.dropout > 0 and run.method != "full"
     dequantized = dequantized_bytes(shape, run)

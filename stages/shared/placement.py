@@ -43,14 +43,13 @@ OFFLOADING_CONTEXT = 0.082e9
 # Fragmentation: reserved but unusable memory, relative to one layer's backward pass. Its buffers
 # come and go in various sizes, while saved activations stack up in order.
 FRAGMENTATION = 0.40
-# Layer inputs that trl's offloading still holds on the GPU (max_fwd_stash_size).
-OFFLOAD_STASH = 5
-# Layer inputs that it has brought back and not yet released, in the backward pass.
-OFFLOAD_RETURNED = 3
-# The same for layers checkpointed in halves (stages/training/offload.py): at the head, the last two
-# are still being copied; in the backward pass there are the current one, the next one and, as
-# measured, a third.
-PARTS_STASH, PARTS_RETURNED = 2, 3
+# Layer inputs still on the GPU when the forward pass ends: with trl's offloading
+# (max_fwd_stash_size), and with that of layers checkpointed in halves (stages/training/offload.py),
+# whose last two are still being copied.
+OFFLOAD_STASH, PARTS_STASH = 5, 2
+# In the backward pass: the current one and, of halves, the next one, or of trl's the one before.
+# Beside them the first layer's input never leaves, since it holds the gradient's end.
+RETURNED = 2
 # cuBLAS workspaces, allocated by the forward and the backward thread.
 WORKSPACES = 0.070e9
 # Other host memory of training: libraries, CUDA, the program itself.
@@ -155,11 +154,12 @@ def moments(sizes: Sizes, placement: Placement) -> Iterator[tuple[str, tuple[flo
     units = list(_units(sizes, placement))
     inputs = 0.0 if placement.offload else stream
     live = sum(unit.saved if unit.kept else inputs for unit in units)
-    leaving, returned = 0.0, 0.0
+    embedded, leaving, returned = 0.0, 0.0, 0.0
     if placement.offload and again:
-        leaving = stream * (PARTS_STASH if sizes.halves else OFFLOAD_STASH)
-        returned = stream * (PARTS_RETURNED if sizes.halves else OFFLOAD_RETURNED)
-    norm = live + leaving + sizes.always + sizes.final_norm
+        embedded, returned = stream, RETURNED * stream
+        leaving = (PARTS_STASH if sizes.halves else OFFLOAD_STASH) * stream
+    always = sizes.always + embedded
+    norm = live + leaving + always + sizes.final_norm
     yield "scoring, forward", (before + sizes.casts, norm + stream, sizes.head_forward)
     yield "scoring, backward", (before + held, norm, sizes.head_backward)
     yield "the final norm, backward", (before + held, norm + sizes.final_norm_working, 0.0)
@@ -171,7 +171,9 @@ def moments(sizes: Sizes, placement: Placement) -> Iterator[tuple[str, tuple[flo
         live -= unit.saved if unit.kept else inputs
         gradients = max(before, sizes.gradients * (layers - 1 - unit.layer) / layers)
         casts = sizes.casts * (1 if again else unit.layer + 1) / layers
-        activations = live + returned + sizes.always + unit.worst + (0.0 if unit.kept else own)
+        # Until the first recomputed unit, nothing has returned, and what left last is still there.
+        beside = leaving if unit.kept else returned + own
+        activations = live + beside + always + unit.worst
         yield f"the backward pass of layer {unit.layer + 1}", (gradients + casts, activations, 0.0)
     yield "the optimizer's step", (sizes.gradients, 0.0, 0.0)
 
@@ -191,7 +193,7 @@ def _units(sizes: Sizes, placement: Placement) -> Iterator[_Unit]:
     """In the order of the forward pass."""
     attention, mlp = sizes.attention_saved, sizes.mlp_saved
     tile = placement.tile / sizes.tokens if placement.tile else 1.0
-    of_tile = tile * (mlp + sizes.mlp_working_again - sizes.dequantized) + sizes.dequantized
+    of_tile = tile * (mlp + sizes.mlp_working - sizes.dequantized) + sizes.dequantized
     for layer in range(sizes.layers):
         keeps_mlp = layer >= sizes.layers - placement.kept_mlp
         if not sizes.halves:

@@ -71,7 +71,6 @@ class Sizes:
     casts              autocast's copies of the adapter
     stream             the residual stream
     …_saved, …_working of half a layer, for the tokens of a step (stages/shared/activations.py);
-                       mlp_working_again if the MLP is recomputed
     always             needed during the whole step
     operations         of all frozen weights in a forward pass; mlp_operations and
                        attention_operations: of those that recomputing half a layer repeats
@@ -93,7 +92,6 @@ class Sizes:
     attention_working: float
     mlp_saved: float
     mlp_working: float
-    mlp_working_again: float
     dequantized: float
     always: float
     final_norm: float
@@ -138,8 +136,7 @@ def sizes_of(shape: Shape, run: Training) -> Sizes:
         attention_saved=tokens * attention_saved(shape, run),
         attention_working=attention_working(shape, run),
         mlp_saved=tokens * mlp_saved(shape, run),
-        mlp_working=mlp_working(shape, run, again=False),
-        mlp_working_again=mlp_working(shape, run, again=True),
+        mlp_working=mlp_working(shape, run),
         dequantized=dequantized_bytes(shape, run),
         # The mask, and cosines and sines of the positions.
         always=mask_bytes(run) + 4.0 * shape.head_dim * tokens,
