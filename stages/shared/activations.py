@@ -198,17 +198,22 @@ def attention_working(shape: Shape, run: Training) -> float:
     a, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # The gradients of the residual stream, of the output, and of q, k and v.
     live: float = 2 * shape.hidden + 4 * a + 4 * k
-    if run.attention == "varlen":
-        # FlashAttention 2 sums dq in fp32, and dk and dv for every query head. If deterministic, it
-        # has as many copies of dq as it needs to fill the GPU (ATen, flash_api.cpp).
-        parallel = run.sequences * shape.heads
-        sums = (MULTIPROCESSORS + parallel - 1) // parallel
-        live += 4 * a * sums + 4 * shape.heads + (4 * a if a != k else 0)
-    else:
-        live += 4 * (a - k)
+    live += 4 * shape.heads if run.attention == "varlen" else 4 * (a - k)
     if run.attention == "eager":
         # Gradients of the softmax, in fp32 and bf16; with sinks only in bf16. Those of q, k and v
-        # come later, except v's, as large as v.
+        # are made afterwards.
         softmax = shape.heads * run.tokens / run.rows * (2 + 2 + 2 if shape.sinks else 4 + 4 + 2)
         live = max(live, 2 * shape.hidden + softmax)
-    return run.tokens * live
+    return run.tokens * live + attention_sums(shape, run)
+
+
+def attention_sums(shape: Shape, run: Training) -> float:
+    """Bytes that FlashAttention 2 allocates in its backward pass and frees at its end."""
+    if run.attention != "varlen":
+        return 0.0
+    a, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    # It sums dq in fp32, and dk and dv for every query head. If deterministic, it has as many
+    # copies of dq as it needs to fill the GPU (ATen, flash_api.cpp).
+    parallel = run.sequences * shape.heads
+    sums = (MULTIPROCESSORS + parallel - 1) // parallel
+    return run.tokens * (4.0 * a * sums + (4 * a if a != k else 0))

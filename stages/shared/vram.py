@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from stages.shared.activations import (
     attention_saved,
+    attention_sums,
     attention_working,
     mlp_saved,
     mlp_working,
@@ -70,7 +71,8 @@ class Sizes:
     layer_weights      the streamable part of a layer's weights
     casts              autocast's copies of the adapter
     stream             the residual stream
-    …_saved, …_working of half a layer, for the tokens of a step (stages/shared/activations.py);
+    …_saved, …_working of half a layer, for the tokens of a step (stages/shared/activations.py)
+    attention_sums     the part of attention_working that a single operation allocates and frees
     always             needed during the whole step
     operations         of all frozen weights in a forward pass; mlp_operations and
                        attention_operations: of those that recomputing half a layer repeats
@@ -90,6 +92,7 @@ class Sizes:
     stream: float
     attention_saved: float
     attention_working: float
+    attention_sums: float
     mlp_saved: float
     mlp_working: float
     dequantized: float
@@ -135,6 +138,7 @@ def sizes_of(shape: Shape, run: Training) -> Sizes:
         stream=stream,
         attention_saved=tokens * attention_saved(shape, run),
         attention_working=attention_working(shape, run),
+        attention_sums=attention_sums(shape, run),
         mlp_saved=tokens * mlp_saved(shape, run),
         mlp_working=mlp_working(shape, run),
         dequantized=dequantized_bytes(shape, run),
