@@ -101,10 +101,13 @@ def experts_working(shape: Shape, run: Training) -> float:
     others = [x for x in shape.experts if x not in down]
 
     def chunk(stacks: list[Experts]) -> float:
-        """A chunk of dequantized experts, and the gradients of all their adapters in a layer."""
-        one = max((chunk_bytes(shape, run, x) for x in stacks), default=0.0)
-        factors = sum(x.count * (x.rows + x.columns) for x in shape.experts) / shape.layers
-        return one + (4.0 * run.rank * factors if run.experts else 0.0)
+        """A chunk of dequantized experts."""
+        return max((chunk_bytes(shape, run, x) for x in stacks), default=0.0)
+
+    def gradients(stacks: list[Experts]) -> float:
+        """Of the experts' adapters."""
+        factors = sum(x.count * (x.rows + x.columns) for x in stacks) / shape.layers
+        return 4.0 * run.rank * factors if run.experts else 0.0
 
     # On the way, saved values are freed: results once they are weighted (Llama 4 weights the input
     # instead), what is between the products, and the inputs of adapters.
@@ -113,11 +116,13 @@ def experts_working(shape: Shape, run: Training) -> float:
         # Backward through the weighted sum: gradients of the results, weighted, and of the weights.
         6 * h * rows,
         # Through the second product: gradients of result and input.
-        (2 * h + 2 * i - results) * rows + chunk(down),
+        (2 * h + 2 * i - results) * rows + chunk(down) + gradients(down),
         # Through the activation: gradients of the product and of its factors.
-        (6 * i - results - read) * rows,
+        (6 * i - results - read) * rows + gradients(down),
         # Through the first product.
-        (4 * i + 2 * h - results - shape.gate_bytes - read) * rows + chunk(others),
+        (4 * i + 2 * h - results - shape.gate_bytes - read) * rows
+        + chunk(others)
+        + gradients([*down, *others]),
     )
 
 
