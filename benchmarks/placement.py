@@ -90,6 +90,11 @@ POINTS = {
     "gpt-oss 20b resident": Point("gpt-oss-20b", 16, 4 * K, rows=8, targets=ATTENTION),
     "gpt-oss 20b 12 GB": Point("gpt-oss-20b", 16, 4 * K, rows=8, cap_gb=12, targets=ATTENTION),
     "gpt-oss 20b 8 GB": Point("gpt-oss-20b", 16, 2 * K, rows=8, cap_gb=8, targets=ATTENTION),
+    # Families whose layers are not computed in halves.
+    "phi3 mini": Point("phi-3-mini", 32, 8 * K),
+    "phi3 mini recomputed": Point("phi-3-mini", 32, 8 * K, checkpointing=True),
+    "starcoder2 7b": Point("starcoder2-7b", 64, 6 * K),
+    "starcoder2 7b recomputed": Point("starcoder2-7b", 64, 6 * K, checkpointing=True),
     "7b paged 8 GB": Point("mistral-7b", 64, 4 * K, cap_gb=8, optimizer="paged_adamw_32bit"),
 }
 

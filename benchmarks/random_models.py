@@ -81,6 +81,11 @@ SHAPES = {
     # The language model of the multimodal checkpoint.
     "gemma-3-12b": Family("gemma3_text", 3840, 15360, 48, 16, 8, 262208, True, 256, 1024),
     "tiny-moe": Family("qwen3_moe", 64, 128, 2, 4, 2, 260, False, 16, more=TINY_A3B),
+    # Families that are not computed in halves: one Linear for q, k and v; an MLP without a gate.
+    "tiny-phi3": Family("phi3", 64, 128, 2, 4, 4, 260, False),
+    "tiny-starcoder2": Family("starcoder2", 64, 256, 2, 4, 2, 260, True),
+    "phi-3-mini": Family("phi3", 3072, 8192, 32, 32, 32, 32064, False),
+    "starcoder2-7b": Family("starcoder2", 4608, 18432, 32, 36, 4, 49152, False),
     "tiny-oss": Family("gpt_oss", 64, 64, 2, 4, 2, 260, False, 16, 16, more=TINY_OSS),
     "qwen-3-30b-a3b": Family("qwen3_moe", 2048, 6144, 48, 32, 4, 151936, False, 128, more=A3B),
     "gpt-oss-20b": Family("gpt_oss", 2880, 2880, 24, 64, 8, 201088, False, 64, 128, more=OSS),

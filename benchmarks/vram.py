@@ -31,7 +31,7 @@ import yaml
 
 from benchmarks.random_models import SHAPES, build, config_of, scratch, tokenizer
 from stages.shared import placement
-from stages.shared.decoder_shape import Shape, Training, in_halves
+from stages.shared.decoder_shape import Shape, Training
 from stages.shared.fast_path import choose_fast_path
 from stages.shared.outputs import GB
 from stages.shared.params import PARAMS, Params
@@ -331,20 +331,6 @@ def fit() -> None:
     points = [p for p in load()["points"] if not p["held_out"]]
     if not points:
         raise SystemExit("vram: no fit points in benchmarks/results/plan.json; measure them first")
-    # Layer inputs on the GPU in the backward pass, with trl's offloading and with ours.
-    for name, ours in (("OFFLOAD_RETURNED", False), ("PARTS_RETURNED", True)):
-        offloaded = [
-            p for p in points if p["fast"]["offload"] and in_halves(*measured_training(p)) == ours
-        ]
-        if not offloaded:
-            raise SystemExit(f"vram: no fit point determines {name}; measure all six first")
-        gaps = {}
-        for returned in (1, 2, 3, 4):
-            setattr(placement, name, returned)
-            gaps[returned] = max(abs(p["measured_gb"] * GB - predicted(p).peak) for p in offloaded)
-        best = min(gaps, key=gaps.__getitem__)
-        setattr(placement, name, best)
-        print(f"{name} = {best}  (of {len(offloaded)} points)")
     workspaces = statistics.median(
         p["measured_gb"] * GB - predicted(p).peak + placement.WORKSPACES for p in points
     )

@@ -1,5 +1,6 @@
 """The memory model against what PEFT, bitsandbytes and autograd really save, on tiny models."""
 
+import weakref
 from dataclasses import asdict, replace
 
 import pytest
@@ -7,13 +8,20 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from moe import moe_config
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.random_models import build, config_of, random_experts
 from benchmarks.vram import ATTENTION, Point, prepare, random_rows, training_of
 from stages.quantize import quantize
 from stages.shared import placement
-from stages.shared.activations import attention_saved, attention_working, mlp_saved
+from stages.shared.activations import (
+    attention_saved,
+    attention_working,
+    mlp_saved,
+    mlp_working,
+    norm_saved,
+)
 from stages.shared.base_bytes import NF4_BYTES, weights_bytes
 from stages.shared.decoder_shape import Linear, Shape, Training, adapter_parameters, in_halves
 from stages.shared.expert_lora import stand_ins, target_parameters, use_factors
@@ -179,6 +187,23 @@ def test_what_an_experts_activation_keeps_is_counted(family, each):
     assert shape.sinks == (family == "gpt_oss")
 
 
+def with_packed_experts(config, experts):
+    """A PEFT model with an adapter, if `experts` on experts too."""
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, tensor in expert_tensors(base).items():
+        put_packed(base, name, random_experts(tuple(tensor.shape), 1, True, base.device))
+    compute_packed(base)
+    lora = LoraConfig(
+        r=8,
+        target_modules=["q_proj"],
+        target_parameters=target_parameters(base) if experts else None,
+    )
+    with stand_ins(base):
+        model = get_peft_model(base, lora).train()
+    use_factors(model)
+    return model
+
+
 @pytest.mark.parametrize("experts", [False, True])
 def test_what_an_expert_of_a_token_keeps_is_counted(experts):
     """Its values between the products, the order of rows, and what an adapter reads."""
@@ -195,21 +220,72 @@ def test_what_an_expert_of_a_token_keeps_is_counted(experts):
             **widths,
         )
         shape = shape_of(config)
-        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        for name, tensor in expert_tensors(base).items():
-            put_packed(base, name, random_experts(tuple(tensor.shape), 1, True, base.device))
-        compute_packed(base)
-        lora = LoraConfig(
-            r=8,
-            target_modules=["q_proj"],
-            target_parameters=target_parameters(base) if experts else None,
-        )
-        with stand_ins(base):
-            model = get_peft_model(base, lora).train()
-        use_factors(model)
-        kept.append(bytes_of_layer(model, base.model.layers[0], shape.hidden))
+        model = with_packed_experts(config, experts)
+        layer = model.get_base_model().model.layers[0]
+        kept.append(bytes_of_layer(model, layer, shape.hidden))
         said.append(mlp_saved(shape, run_of(shape, method="qlora", experts=experts)))
     assert (kept[1] - kept[0]) / TOKENS == pytest.approx(said[1] - said[0], rel=0.01)
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes, at any time, of the tensors that operations made."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.now, self.most = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.change(storage.nbytes())
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        return result
+
+    def change(self, size):
+        self.now += size
+        self.most = max(self.most, self.now)
+
+    def forget(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize(
+    ("family", "hidden", "width", "tokens"),
+    [
+        # The peak is in the weighted sum, the activation, the second product, the first one.
+        ("qwen3_moe", 256, 64, 256),
+        ("qwen3_moe", 64, 512, 512),
+        ("qwen3_moe", 64, 512, 136),
+        ("qwen3_moe", 64, 512, 16),
+        ("gpt_oss", 64, 256, 1024),
+        ("gpt_oss", 128, 256, 16),
+    ],
+)
+def test_the_peak_of_the_experts_backward_pass_is_counted(family, hidden, width, tokens, experts):
+    widths = {"hidden_size": hidden, "head_dim": 32, "num_hidden_layers": 1}
+    widths |= {"num_attention_heads": 4, "num_key_value_heads": 4, "num_experts_per_tok": 8}
+    widths |= {"intermediate_size": width, "moe_intermediate_size": width}
+    widths |= {"num_experts": 32, "num_local_experts": 32}
+    config = AutoConfig.for_model(family, vocab_size=260, pad_token_id=0, **widths)
+    shape = shape_of(config)
+    model = with_packed_experts(config, experts)
+    mlp = model.get_base_model().model.layers[0].mlp
+    x, dy = (torch.randn(1, tokens, hidden, dtype=torch.bfloat16) for _ in range(2))
+    x.requires_grad_()
+    alive = Alive(x, dy, *model.parameters(), *model.buffers())
+    with torch.autocast("cpu", torch.bfloat16), alive:
+        result = mlp(x)
+        # The result stays as long as the gradient of the residual stream would.
+        (result[0] if isinstance(result, tuple) else result).backward(dy)
+    run = run_of(shape, method="qlora", tokens=tokens, experts=experts)
+    saved = tokens * (mlp_saved(shape, run) - norm_saved(hidden, run))
+    assert alive.most == pytest.approx(saved + mlp_working(shape, run), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -324,6 +400,8 @@ def test_a_random_nf4_model_is_as_large_as_predicted_and_computes(double_quant):
         Point("tiny-moe", "qlora", 4, 64, targets=ATTENTION),
         Point("tiny-moe", "lora", 4, 64, targets=ATTENTION),
         Point("tiny-oss", "qlora", 4, 64, targets=ATTENTION),
+        Point("tiny-phi3", "qlora", 4, 64),
+        Point("tiny-starcoder2", "qlora", 4, 64),
         Point("tiny", "full", 0, 64, checkpointing=False),
     ],
     ids=lambda point: f"{point.shape} {point.method}",

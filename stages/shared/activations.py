@@ -17,7 +17,7 @@ Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198), whose layer differs 
 tests/test_vram.py.) With checkpointing, a layer or each half of it saves only its input, 2H.
 
 Experts. A router gives each token k of E experts of width J, so there are k rows per token. Saved
-for one token of one layer are the router's scores 10E, and k times what is between the products (of
+for one token of one layer are the router's scores 4E, and k times what is between the products (of
 SwiGLU 6J: gate and up 4J, the activated gate 2J; counted by running it), the result before it is
 weighted, 2H, and 24 for the order of the rows and the router's choice and weights. With adapters on
 experts (r values more for each row and column of every expert) the inputs of the two products are
@@ -26,13 +26,14 @@ saved too, 2H + 2J, and x A^T.
 Working. Beyond that, one layer at a time needs gradients and one dequantized weight.
 """
 
-from stages.shared.base_bytes import dequantized_bytes
+from stages.shared.base_bytes import chunk_bytes, dequantized_bytes
 from stages.shared.decoder_shape import (
     ATTENTION,
     ATTENTION_INPUTS,
     MLP,
     MLP_INPUTS,
     MLP_OUTPUT,
+    Experts,
     Shape,
     Training,
     adapted,
@@ -59,9 +60,11 @@ def attention_saved(shape: Shape, run: Training) -> float:
         # v is a view of all three; the rotary embedding makes q and k anew.
         kept += 2 * a + 2 * k
     if run.attention != "varlen":
-        # A mask makes transformers expand K and V to all heads (use_gqa_in_sdpa) and becomes an
-        # additive bf16 one in every layer.
-        kept += 4 * (a - k) + 2 * row
+        # A mask makes transformers expand K and V to all heads (use_gqa_in_sdpa).
+        kept += 4 * (a - k)
+    if run.attention == "sdpa":
+        # It becomes an additive bf16 one in every layer.
+        kept += 2 * row
     if run.attention == "eager":
         # The softmax in fp32 and bf16; with sinks only in bf16.
         kept += shape.heads * row * (2 if shape.sinks else 4 + 2)
@@ -84,7 +87,7 @@ def experts_saved(shape: Shape, run: Training) -> float:
     """`mlp_saved` of a layer of experts, whose products save nothing (stages/shared/packed.py).
     Experts that compute every token are an MLP in addition."""
     h, i = shape.hidden, shape.expert_width
-    scores = 10 * max(each.count for each in shape.experts)
+    scores = 4 * max(each.count for each in shape.experts)
     of_16_bit = 0 if run.method == "qlora" else 2 * h + 2 * i
     ordered = 24
     adapter = 2 * h + 2 * i + 4 * run.rank if run.experts else 0
@@ -96,17 +99,32 @@ def experts_saved(shape: Shape, run: Training) -> float:
 def experts_working(shape: Shape, run: Training) -> float:
     """`mlp_working` of a layer of experts: rows are counted once for each expert of a token."""
     h, i, rows = shape.hidden, shape.expert_width, run.tokens * shape.chosen
-    dequantized = dequantized_bytes(shape, run)
-    factors = max((run.rank * x.count * (x.rows + x.columns) for x in shape.experts), default=0)
-    # In 16 bit, with their gradients, beside the gradient of their input.
-    adapter = 4.0 * factors + 2 * max(h, i) * rows if run.experts else 0.0
+    down = [x for x in shape.experts if x.name.endswith("down_proj")]
+    others = [x for x in shape.experts if x not in down]
+
+    def chunk(stacks: list[Experts]) -> float:
+        """A chunk of dequantized experts."""
+        return max((chunk_bytes(shape, run, x) for x in stacks), default=0.0)
+
+    def gradients(stacks: list[Experts]) -> float:
+        """Of the experts' adapters."""
+        factors = sum(x.count * (x.rows + x.columns) for x in stacks) / shape.layers
+        return 4.0 * run.rank * factors if run.experts else 0.0
+
+    # On the way, saved values are freed: results once they are weighted (Llama 4 weights the input
+    # instead), what is between the products, and the inputs of adapters.
+    results, read = 0 if shape.own_code else 2 * h, 2 * i if run.experts else 0
     return 2.0 * h * run.tokens + max(
         # Backward through the weighted sum: gradients of the results, weighted, and of the weights.
         6 * h * rows,
-        # Through the activation: gradients of all that it saved, and of gate and up.
-        (shape.gate_bytes + 4 * i) * rows,
-        # Through the products: gradients of results and inputs, and a chunk of experts.
-        max(2 * h + 2 * i, 4 * i + 2 * h) * rows + max(dequantized, adapter),
+        # Through the second product: gradients of result and input.
+        (2 * h + 2 * i - results) * rows + chunk(down) + gradients(down),
+        # Through the activation: gradients of the product and of its factors.
+        (6 * i - results - read) * rows + gradients(down),
+        # Through the first product.
+        (4 * i + 2 * h - results - shape.gate_bytes - read) * rows
+        + chunk(others)
+        + gradients([*down, *others]),
     )
 
 
@@ -140,29 +158,16 @@ def projections_saved(
     return inner + shared
 
 
-def one_operation_working(shape: Shape, run: Training, again: bool) -> float:
-    """`mlp_working` of an MLP that is one operation, with Liger's kernels."""
-    h, i, t = shape.hidden, shape.intermediate, run.tokens
-    # Backward through down_proj: the product's gradient and the weight. The product is recomputed
-    # in the gradient's memory.
-    backward = t * (2 * h + 2 * i)
-    # Forward: the product, the residual stream and the output. In the first of two passes nothing
-    # is saved, and gate and up are already freed.
-    forward = t * (2 * i + 6 * h - (4 * i if again and shape.plain else 0))
-    return max(backward, forward) + dequantized_bytes(shape, run)
-
-
-def mlp_working(shape: Shape, run: Training, again: bool) -> float:
-    """Peak bytes of the MLP half of a layer beyond what it saved, forward or backward.
-
-    again  it is recomputed, and saves nothing the first time
-    """
+def mlp_working(shape: Shape, run: Training) -> float:
+    """Peak bytes of the MLP half of a layer beyond what it saved, forward or backward."""
     if shape.experts:
         return experts_working(shape, run)
     h, i, t = shape.hidden, shape.intermediate, run.tokens
     one = one_operation_mlp(shape, run)
     if one and run.liger:
-        return one_operation_working(shape, run, again)
+        # Backward through down_proj: the product's gradient and the weight. The product is
+        # recomputed in the gradient's memory.
+        return t * (2 * h + 2 * i) + dequantized_bytes(shape, run)
     trained = run.method != "full" and adapts(shape, run, MLP_OUTPUT)
     dropped = run.dropout > 0 and run.method != "full"
     dequantized = dequantized_bytes(shape, run)
@@ -200,15 +205,22 @@ def attention_working(shape: Shape, run: Training) -> float:
     a, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # The gradients of the residual stream, of the output, and of q, k and v.
     live: float = 2 * shape.hidden + 4 * a + 4 * k
-    if run.attention == "varlen":
-        # FlashAttention 2 sums dq in fp32, and dk and dv for every query head. If deterministic, it
-        # has as many copies of dq as it needs to fill the GPU (ATen, flash_api.cpp).
-        parallel = run.sequences * shape.heads
-        sums = (MULTIPROCESSORS + parallel - 1) // parallel
-        live += 4 * a * sums + 4 * shape.heads + (4 * a if a != k else 0)
-    else:
-        live += 4 * (a - k)
+    live += 4 * shape.heads if run.attention == "varlen" else 4 * (a - k)
     if run.attention == "eager":
-        # Gradients of the softmax, in fp32 and bf16; with sinks only in bf16.
-        live += shape.heads * run.tokens / run.rows * (2 + 2 + 2 if shape.sinks else 4 + 4 + 2)
-    return run.tokens * live
+        # Gradients of the softmax, in fp32 and bf16; with sinks only in bf16. Those of q, k and v
+        # are made afterwards.
+        softmax = shape.heads * run.tokens / run.rows * (2 + 2 + 2 if shape.sinks else 4 + 4 + 2)
+        live = max(live, 2 * shape.hidden + softmax)
+    return run.tokens * live + attention_sums(shape, run)
+
+
+def attention_sums(shape: Shape, run: Training) -> float:
+    """Bytes that FlashAttention 2 allocates in its backward pass and frees at its end."""
+    if run.attention != "varlen":
+        return 0.0
+    a, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    # It sums dq in fp32, and dk and dv for every query head. If deterministic, it has as many
+    # copies of dq as it needs to fill the GPU (ATen, flash_api.cpp).
+    parallel = run.sequences * shape.heads
+    sums = (MULTIPROCESSORS + parallel - 1) // parallel
+    return run.tokens * (4.0 * a * sums + (4 * a if a != k else 0))

@@ -38,20 +38,28 @@ def expert_bytes(shape: Shape, method: str, double_quant: bool) -> float:
 def dequantized_bytes(shape: Shape, run: Training) -> float:
     """Bytes of a 16-bit copy of one weight or of a chunk of experts, and of bitsandbytes' fp32
     constants."""
-    values = chunk_values(shape)
-    experts = 2.0 * values + (lookup_bytes(values) if shape.mxfp4 else 4 / 64 * values)
+    experts = max((chunk_bytes(shape, run, each) for each in shape.experts), default=0.0)
     if run.method != "qlora":
-        return experts if shape.mxfp4 else 0.0
+        return experts
     constants = 0 if run.fused_lora and run.liger else 4 / 64
     linear = max((x.parameters for x in shape.linears if x.quantized), default=0)
     return max((2 + constants) * linear, experts)
 
 
+def chunk_bytes(shape: Shape, run: Training, each: Experts) -> float:
+    """The same of the experts of one tensor that are dequantized at once."""
+    if run.method != "qlora" and not shape.mxfp4:
+        return 0.0
+    values = at_once(each)
+    return 2.0 * values + (lookup_bytes(values) if shape.mxfp4 else 4 / 64 * values)
+
+
+def at_once(each: Experts) -> int:
+    """Number of values of `each` that are dequantized at once."""
+    one = each.rows * each.columns
+    return one * min(each.count, max(1, CHUNK_BYTES // (2 * one)))
+
+
 def chunk_values(shape: Shape) -> int:
     """Number of values of the experts that are dequantized at once."""
-
-    def of(each: Experts) -> int:
-        one = each.rows * each.columns
-        return one * min(each.count, max(1, CHUNK_BYTES // (2 * one)))
-
-    return max(map(of, shape.experts), default=0)
+    return max(map(at_once, shape.experts), default=0)

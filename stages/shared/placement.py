@@ -40,17 +40,17 @@ SLOTS = 3
 # offloaded.
 CONTEXT = 0.787e9
 OFFLOADING_CONTEXT = 0.082e9
-# Fragmentation: reserved but unusable memory, relative to one layer's backward pass. Its buffers
-# come and go in various sizes, while saved activations stack up in order.
+# Fragmentation: reserved but unusable memory, relative to those bytes of one layer's backward pass
+# that come and go in various orders (not saved activations of other layers, which stack up, nor
+# what a single operation allocates and frees, which leaves its hole whole), and parts of pages.
+# The first is fitted by `benchmarks.vram fit` on its six points; the second is the least that keeps
+# the smallest of them from being predicted more than 2 % under.
 FRAGMENTATION = 0.40
-# Layer inputs that trl's offloading still holds on the GPU (max_fwd_stash_size).
-OFFLOAD_STASH = 5
-# Layer inputs that it has brought back and not yet released, in the backward pass.
-OFFLOAD_RETURNED = 3
-# The same for layers checkpointed in halves (stages/training/offload.py): at the head, the last two
-# are still being copied; in the backward pass there are the current one, the next one and, as
-# measured, a third.
-PARTS_STASH, PARTS_RETURNED = 2, 3
+PARTS_OF_PAGES = 0.05e9
+# Layer inputs that are still on the GPU when the forward pass ends: with trl's offloading
+# (max_fwd_stash_size), and with that of layers checkpointed in halves (stages/training/offload.py),
+# whose last two are still being copied.
+OFFLOAD_STASH, PARTS_STASH = 5, 2
 # cuBLAS workspaces, allocated by the forward and the backward thread.
 WORKSPACES = 0.070e9
 # Other host memory of training: libraries, CUDA, the program itself.
@@ -125,9 +125,10 @@ def as_set(sizes: Sizes) -> Placement:
 
 def predict(sizes: Sizes, placement: Placement) -> Prediction:
     """The parts at the peak of a step."""
-    name, (trained, activations, logits) = max(
-        moments(sizes, placement), key=lambda moment: sum(moment[1])
-    )
+    found = list(moments(sizes, placement))
+    name, (trained, activations, logits), _ = max(found, key=lambda moment: sum(moment[1]))
+    peak = trained + activations + logits
+    held = max(sum(parts) + FRAGMENTATION * mixed for _, parts, mixed in found)
     context = CONTEXT + OFFLOADING_CONTEXT * (placement.offload or placement.streamed > 0)
     buffers = min(SLOTS, placement.streamed)
     return Prediction(
@@ -138,14 +139,16 @@ def predict(sizes: Sizes, placement: Placement) -> Prediction:
         activations=activations,
         logits=logits,
         workspaces=WORKSPACES,
-        reserve=context + FRAGMENTATION * _one_layer(sizes, placement),
+        reserve=context + PARTS_OF_PAGES + held - peak,
         host=PROCESS + copied(sizes, placement) + waiting(sizes, placement),
     )
 
 
-def moments(sizes: Sizes, placement: Placement) -> Iterator[tuple[str, tuple[float, float, float]]]:
-    """(name, (gradients and casts, activations, output head)) of every moment of a step that may
-    be the peak."""
+def moments(
+    sizes: Sizes, placement: Placement
+) -> Iterator[tuple[str, tuple[float, float, float], float]]:
+    """(name, (gradients and casts, activations, output head), mixed) of every moment of a step that
+    may be the peak. mixed: bytes of a layer's tensors that are freed in various orders."""
     layers, stream, before = sizes.layers, sizes.stream, 0.0
     if sizes.accumulation > 1:
         # Those of earlier micro-steps.
@@ -155,73 +158,70 @@ def moments(sizes: Sizes, placement: Placement) -> Iterator[tuple[str, tuple[flo
     units = list(_units(sizes, placement))
     inputs = 0.0 if placement.offload else stream
     live = sum(unit.saved if unit.kept else inputs for unit in units)
-    leaving, returned = 0.0, 0.0
+    beside, always = 0.0, sizes.always
     if placement.offload and again:
-        leaving = stream * (PARTS_STASH if sizes.halves else OFFLOAD_STASH)
-        returned = stream * (PARTS_RETURNED if sizes.halves else OFFLOAD_RETURNED)
-    norm = live + leaving + sizes.always + sizes.final_norm
-    yield "scoring, forward", (before + sizes.casts, norm + stream, sizes.head_forward)
-    yield "scoring, backward", (before + held, norm, sizes.head_backward)
-    yield "the final norm, backward", (before + held, norm + sizes.final_norm_working, 0.0)
-    # Liger's norm saves the unit's input itself, which is already counted.
-    own = 0.0 if sizes.norm_keeps_input else inputs
-    if returned and sizes.norm_keeps_input:
-        returned -= stream
+        beside = stream * (PARTS_STASH if sizes.halves else OFFLOAD_STASH)
+        # The first layer's input never leaves: its gradient is kept with it.
+        always += stream
+    norm = live + beside + always + sizes.final_norm
+    yield "scoring, forward", (before + sizes.casts, norm + stream, sizes.head_forward), 0.0
+    yield "scoring, backward", (before + held, norm, sizes.head_backward), 0.0
+    final = norm + sizes.final_norm_working
+    yield "the final norm, backward", (before + held, final, 0.0), 0.0
     for unit in reversed(units):
         live -= unit.saved if unit.kept else inputs
         gradients = max(before, sizes.gradients * (layers - 1 - unit.layer) / layers)
         casts = sizes.casts * (1 if again else unit.layer + 1) / layers
-        activations = live + returned + sizes.always + unit.worst + (0.0 if unit.kept else own)
-        yield f"the backward pass of layer {unit.layer + 1}", (gradients + casts, activations, 0.0)
-    yield "the optimizer's step", (sizes.gradients, 0.0, 0.0)
+        own = 0.0
+        if not unit.kept:
+            # Liger's norm saves the unit's input itself, which is already counted.
+            own = 0.0 if sizes.norm_keeps_input else stream
+            if placement.offload:
+                # Those that left last are gone; the next one is back (trl: the one before is).
+                beside = stream
+        name = f"the backward pass of layer {unit.layer + 1}"
+        for worst, brief in unit.peaks:
+            activations = live + beside + own + always + worst
+            yield name, (gradients + casts, activations, 0.0), worst - brief
+    yield "the optimizer's step", (sizes.gradients, 0.0, 0.0), 0.0
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """Half a layer or a whole one, kept or recomputed as a unit. `worst`: the peak of its backward
-    pass, including saved activations."""
+    """Half a layer or a whole one, kept or recomputed as a unit. `peaks`: of each half's backward
+    pass, all bytes including saved activations, and those that a single operation allocates and
+    frees."""
 
     layer: int
     kept: bool
     saved: float
-    worst: float
+    peaks: tuple[tuple[float, float], ...]
 
 
 def _units(sizes: Sizes, placement: Placement) -> Iterator[_Unit]:
     """In the order of the forward pass."""
     attention, mlp = sizes.attention_saved, sizes.mlp_saved
-    tile = placement.tile / sizes.tokens if placement.tile else 1.0
-    of_tile = tile * (mlp + sizes.mlp_working_again - sizes.dequantized) + sizes.dequantized
+    of_attention = attention + sizes.attention_working, sizes.attention_sums
+    of_mlp = mlp + sizes.mlp_working
+    if placement.tile:
+        # Beside a tile: the whole gradients of input and output.
+        tile = placement.tile / sizes.tokens
+        of_tile = tile * (of_mlp - sizes.dequantized) + sizes.dequantized + 2 * sizes.stream
     for layer in range(sizes.layers):
         keeps_mlp = layer >= sizes.layers - placement.kept_mlp
         if not sizes.halves:
-            worst = max(attention + mlp + sizes.mlp_working, attention + sizes.attention_working)
-            yield _Unit(layer, keeps_mlp, attention + mlp, worst)
+            peaks = (attention + of_mlp, sizes.dequantized), of_attention
+            yield _Unit(layer, keeps_mlp, attention + mlp, peaks)
             continue
         keeps_attention = layer >= sizes.layers - placement.kept_attention
-        yield _Unit(layer, keeps_attention, attention, attention + sizes.attention_working)
-        if keeps_mlp:
-            yield _Unit(layer, True, mlp, mlp + sizes.mlp_working)
-        else:
-            # Beside a tile: the whole gradients of input and output.
-            beside = 2 * sizes.stream if placement.tile else 0.0
-            yield _Unit(layer, False, 0.0, of_tile + beside)
+        yield _Unit(layer, keeps_attention, attention, (of_attention,))
+        worst = of_tile if placement.tile and not keeps_mlp else of_mlp
+        yield _Unit(layer, keeps_mlp, mlp, ((worst, sizes.dequantized),))
 
 
 def recomputes(sizes: Sizes, placement: Placement) -> bool:
     """Whether any layer is recomputed."""
     return min(placement.kept_mlp, placement.kept_attention) < sizes.layers
-
-
-def _one_layer(sizes: Sizes, placement: Placement) -> float:
-    """Bytes at the peak of one layer's backward pass, including saved activations."""
-    first = list(_units(sizes, placement))[: 2 if sizes.halves else 1]
-    again = recomputes(sizes, placement)
-    shared = sizes.stream if again and sizes.norm_keeps_input else 0.0
-    if sizes.halves and not again:
-        attention, mlp = first
-        return max(attention.worst, attention.saved + mlp.worst)
-    return max(unit.worst for unit in first) - shared
 
 
 def copied(sizes: Sizes, placement: Placement) -> float:

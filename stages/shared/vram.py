@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from stages.shared.activations import (
     attention_saved,
+    attention_sums,
     attention_working,
     mlp_saved,
     mlp_working,
@@ -70,8 +71,8 @@ class Sizes:
     layer_weights      the streamable part of a layer's weights
     casts              autocast's copies of the adapter
     stream             the residual stream
-    …_saved, …_working of half a layer, for the tokens of a step (stages/shared/activations.py);
-                       mlp_working_again if the MLP is recomputed
+    …_saved, …_working of half a layer, for the tokens of a step (stages/shared/activations.py)
+    attention_sums     the part of attention_working that a single operation allocates and frees
     always             needed during the whole step
     operations         of all frozen weights in a forward pass; mlp_operations and
                        attention_operations: of those that recomputing half a layer repeats
@@ -91,9 +92,9 @@ class Sizes:
     stream: float
     attention_saved: float
     attention_working: float
+    attention_sums: float
     mlp_saved: float
     mlp_working: float
-    mlp_working_again: float
     dequantized: float
     always: float
     final_norm: float
@@ -137,9 +138,9 @@ def sizes_of(shape: Shape, run: Training) -> Sizes:
         stream=stream,
         attention_saved=tokens * attention_saved(shape, run),
         attention_working=attention_working(shape, run),
+        attention_sums=attention_sums(shape, run),
         mlp_saved=tokens * mlp_saved(shape, run),
-        mlp_working=mlp_working(shape, run, again=False),
-        mlp_working_again=mlp_working(shape, run, again=True),
+        mlp_working=mlp_working(shape, run),
         dequantized=dequantized_bytes(shape, run),
         # The mask, and cosines and sines of the positions.
         always=mask_bytes(run) + 4.0 * shape.head_dim * tokens,
