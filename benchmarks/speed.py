@@ -19,7 +19,7 @@ A side with a number of GB is limited to a card of that size: ours by plan.vram_
 by their allocator's share of the GPU, with the same memory set aside for CUDA. Unsloth then skips
 checkpointing where that fits (-auto: it chooses the layers itself).
 
-`longest` trains two steps of one row each, r = 16, held to 24 GB, for one length after another,
+`longest` trains a step or two of one row each, r = 16, held to 24 GB, for one length after another,
 each in its own process, up to the first that does not train. Unsloth (`longest unsloth …`) loads
 the base of `make`; ours has random weights of the same shape and needs no files.
 """
@@ -98,7 +98,7 @@ COMPARED = {
     "ours-80": ("unsloth-80", "unsloth-80-auto"),
 }
 # Of `longest`: rows that train, memory, rank, seconds for one length, and tokens between lengths.
-ROWS, ROW_CAP_GB, ROW_RANK, ROW_SECONDS, ROW_STEP = 2, 24, 16, 90, 1024
+ROWS, ROW_CAP_GB, ROW_RANK, ROW_SECONDS, ROW_STEP = 2, 24, 16, 150, 1024
 ROW_SHAPE, ROW_POSITIONS = "mistral-7b", 262144
 # 6 floating-point operations a parameter and token with full checkpointing, at 760 TFLOP/s.
 FLOOR_TOKENS_PER_SECOND = 17_500
@@ -441,7 +441,7 @@ def row_point(tokens: int):
     """`tokens` in one row, as a point of benchmarks/placement.py."""
     from benchmarks.placement import Point
 
-    return Point(ROW_SHAPE, ROW_RANK, tokens, rows=1, cap_gb=ROW_CAP_GB, steps=ROWS)
+    return Point(ROW_SHAPE, ROW_RANK, tokens, rows=1, cap_gb=ROW_CAP_GB, steps=1)
 
 
 def planned_row() -> int:
@@ -459,14 +459,14 @@ def planned_row() -> int:
 
 
 def train_row(work: Path, side: str, tokens: int) -> dict:
-    """Train ROWS steps of one row of `tokens` in this process."""
+    """Train a step of one row of `tokens` in this process; Unsloth trains ROWS."""
     if side != "ours":
         limited = Side(1, packed=False, cap_gb=ROW_CAP_GB, rank=ROW_RANK, row=tokens)
         return theirs(work, side, limited)
     from benchmarks import placement
 
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    placement.POINTS["row"], placement.WARM = row_point(tokens), 1
+    placement.POINTS["row"], placement.WARM = row_point(tokens), 0
     found, where = placement.measure_point("row")
     return {
         "device": where["device"],

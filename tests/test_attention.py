@@ -8,6 +8,7 @@ from families import FAMILIES
 from tiny import SHAPE
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from stages.shared import activations
 from stages.shared.fast_path import FLATTENED, MASKED, VARLEN, choose_attention, supports_varlen
 from stages.shared.params import Train
 from stages.shared.process import StageError
@@ -181,7 +182,7 @@ def test_float32_is_cast_as_autocast_would(monkeypatch):
 
 
 @pytest.mark.parametrize("window", [None, 5])
-def test_a_long_row_is_computed_in_parts(monkeypatch, window):
+def test_few_long_rows_are_computed_in_parts(monkeypatch, window):
     torch.manual_seed(0)
     heads = {"query": 4, "key": 2, "value": 2}
     given = {name: torch.randn(1, n, 30, 8, dtype=torch.float64) for name, n in heads.items()}
@@ -194,14 +195,20 @@ def test_a_long_row_is_computed_in_parts(monkeypatch, window):
     def attended():
         leaves = {name: x.clone().requires_grad_() for name, x in given.items()}
         out, _ = attention.varlen_attention(
-            None, **leaves, attention_mask=None, sliding_window=window
+            None,
+            **leaves,
+            attention_mask=None,
+            sliding_window=window,
+            cu_seq_lens_q=torch.tensor([0, 20, 30], dtype=torch.int32),
+            max_length_q=20,
         )
         (out * torch.arange(8)).sum().backward()
         return out, *(x.grad for x in leaves.values())
 
     monkeypatch.setattr(attention, "varlen_attn", noted)
     whole = attended()
-    monkeypatch.setattr(attention, "QUERIES", 8)
+    for module in (attention, activations):
+        monkeypatch.setattr(module, "QUERIES", 8)
     for found, expected in zip(attended(), whole, strict=True):
         torch.testing.assert_close(found, expected)
-    assert queries == [30, 8, 8, 8, 6]
+    assert queries == [30, 8, 8, 4, 8, 2]

@@ -26,7 +26,7 @@ from stages import quantize as quantize_stage
 from stages import train as train_stage
 from stages.quantize import quantize
 from stages.quantizing.nf4_tensors import nf4
-from stages.shared import packed
+from stages.shared import activations, packed
 from stages.shared.expert_lora import Factors, stand_ins, target_parameters, use_factors
 from stages.shared.model import load_base, load_streamed, set_compute_dtype
 from stages.shared.outputs import write_sums
@@ -176,7 +176,8 @@ def test_a_long_row_in_parts_is_as_a_whole(monkeypatch):
         return {"out": out, **{name: x.grad for name, x in leaves.items()}}
 
     whole = attended()
-    monkeypatch.setattr(attention, "QUERIES", 256)
+    for module in (attention, activations):
+        monkeypatch.setattr(module, "QUERIES", 256)
     assert max(errors(attended(), whole).values()) < 1e-2
 
 

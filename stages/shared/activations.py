@@ -43,7 +43,7 @@ from stages.shared.decoder_shape import (
 
 # Of an H100 or H200. Most consumer cards have fewer and need less than predicted.
 MULTIPROCESSORS = 132
-# Attention of a single longer row is computed for so many queries at a time, on every GPU.
+# Attention of few long rows is computed for so many queries at a time, on every GPU.
 QUERIES = 16384
 # Linears that make q, k and v at once.
 FUSED_INPUTS = frozenset({"qkv_proj", "query_key_value", "Wqkv", "c_attn"})
@@ -68,6 +68,9 @@ def attention_saved(shape: Shape, run: Training) -> float:
     if run.attention == "eager":
         # The softmax in fp32 and bf16; with sinks only in bf16.
         kept += shape.heads * row * (2 if shape.sinks else 4 + 2)
+    if run.attention == "varlen" and in_parts(run.sequences, run.tokens, shape.heads):
+        # The output of every part, beside their concatenation.
+        kept += 2 * a
     return kept + projections_saved(shape, run, ATTENTION, {2 * h: ATTENTION_INPUTS})
 
 
@@ -211,7 +214,16 @@ def attention_working(shape: Shape, run: Training) -> float:
         # are made afterwards.
         softmax = shape.heads * run.tokens / run.rows * (2 + 2 + 2 if shape.sinks else 4 + 4 + 2)
         live = max(live, 2 * shape.hidden + softmax)
+    if run.attention == "varlen" and in_parts(run.sequences, run.tokens, shape.heads):
+        # The keys' gradients of a part beside those of the parts before.
+        live += 4 * k
     return run.tokens * live + attention_sums(shape, run)
+
+
+def in_parts(sequences: int, tokens: int, heads: int) -> bool:
+    """Whether attention is computed for QUERIES queries at a time (stages/training/attention.py):
+    so few sequences that a deterministic backward pass sums several copies of dq."""
+    return tokens > QUERIES and sequences * heads < MULTIPROCESSORS
 
 
 def attention_sums(shape: Shape, run: Training) -> float:
@@ -221,6 +233,10 @@ def attention_sums(shape: Shape, run: Training) -> float:
     a, k = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     # It sums dq in fp32, and dk and dv for every query head. If deterministic, it has as many
     # copies of dq as it needs to fill the GPU (ATen, flash_api.cpp).
-    parallel = run.sequences * shape.heads
-    sums = (MULTIPROCESSORS + parallel - 1) // parallel
-    return run.tokens * (4.0 * a * sums + (4 * a if a != k else 0))
+    parallel, tokens = run.sequences * shape.heads, run.tokens
+    if in_parts(run.sequences, tokens, shape.heads):
+        parallel, tokens = shape.heads, QUERIES
+    copies = tokens * ((MULTIPROCESSORS + parallel - 1) // parallel)
+    # More sequences than the fewest that a pack may have are not computed in parts.
+    copies = max(copies, run.tokens) if run.packed else copies
+    return 4.0 * a * copies + run.tokens * (4 * a if a != k else 0)

@@ -123,6 +123,7 @@ class Training:
     fused_lora: bool  # stages/training/fused_lora.py
     token_rows: int = 0  # of the embeddings and the head
     experts: bool = False  # experts have adapters
+    packed: bool = False  # there may be more sequences
 
 
 def adapted(shape: Shape, targets: frozenset[str]) -> list[Linear]:

@@ -254,6 +254,7 @@ def planned_training(
         fused_lora=fast.fused_lora,
         token_rows=len(rows.trained) * (1 if config.tie_word_embeddings else 2),
         experts=params.lora.experts,
+        packed=params.train.batching == "packing",
     )
 
 

@@ -5,13 +5,14 @@ attend to each other and there is no padding. flash-attn is not needed.
 """
 
 import inspect
+import itertools
 from typing import Any
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from stages.shared.activations import QUERIES
+from stages.shared.activations import QUERIES, in_parts
 from stages.shared.fast_path import VARLEN
 from stages.shared.process import StageError
 
@@ -56,10 +57,10 @@ def varlen_attention(
         options["enable_gqa"] = True
     assert max_length_q is not None  # transformers passes it with cu_seq_lens_q.
     length = int(max_length_q)
-    if len(bounds) > 2 or length <= QUERIES:
-        out = _attend(q, k, v, bounds, bounds, length, length, options)
+    if in_parts(len(bounds) - 1, len(q), q.shape[1]):
+        out = _attend_in_parts(q, k, v, bounds.tolist(), options)
     else:
-        out = _in_parts(q, k, v, options)
+        out = _attend(q, k, v, bounds, bounds, length, length, options)
     return out.view(batch, tokens, *out.shape[1:]), None
 
 
@@ -78,20 +79,25 @@ def _attend(
     return out
 
 
-def _in_parts(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any]
+def _attend_in_parts(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int], options: dict[str, Any]
 ) -> torch.Tensor:
-    """Attention of one row, QUERIES queries at a time, each with the keys up to its last one.
+    """Attention of QUERIES queries of a row at a time, with the row's keys up to the last of them.
 
-    The deterministic backward pass sums the queries' gradient in as many fp32 copies as it needs to
-    fill the GPU, for one row about 70 KB a token. The keys' gradient becomes a sum over the parts.
+    The keys' gradient becomes a sum over the parts.
     """
-    outputs, end = [], 0
-    for part in q.split(QUERIES):
-        count, end = len(part), end + len(part)
+    pieces = []
+    for first, last in itertools.pairwise(bounds):
+        for start in range(first, last, QUERIES):
+            pieces.append((first, start, min(start + QUERIES, last)))
+    outputs = []
+    lengths = [end - start for _, start, end in pieces]
+    for part, (first, _, end) in zip(q.split(lengths), pieces, strict=True):
+        count = len(part)
         # The last query is aligned with the last key.
-        bounds, keys = (torch.arange(0, 2 * n, n, device=q.device).int() for n in (count, end))
-        outputs.append(_attend(part, k[:end], v[:end], bounds, keys, count, end, options))
+        queries, keys = (torch.tensor([0, n], device=q.device).int() for n in (count, end - first))
+        out = _attend(part, k[first:end], v[first:end], queries, keys, count, end - first, options)
+        outputs.append(out)
     return torch.cat(outputs)
 
 
