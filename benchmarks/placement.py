@@ -247,6 +247,9 @@ def load() -> dict:
 def with_predictions(results: dict) -> dict:
     """The points with current predictions of stages/shared/placement.py, and the ratios."""
     for found in results["points"]:
+        if "of_earlier_code" in found:
+            # Today's prediction is of something else.
+            continue
         fields = {key: found[key] for key in Point.__dataclass_fields__ if key in found}
         sizes, placed = sizes_for(Point(**fields)), Placement(**found["placement"])
         prediction = placement.predict(sizes, placed)

@@ -215,8 +215,9 @@ def attention_working(shape: Shape, run: Training) -> float:
         softmax = shape.heads * run.tokens / run.rows * (2 + 2 + 2 if shape.sinks else 4 + 4 + 2)
         live = max(live, 2 * shape.hidden + softmax)
     if run.attention == "varlen" and in_parts(run.sequences, run.tokens, shape.heads):
-        # The keys' gradients of a part beside those of the parts before.
-        live += 4 * k
+        # The part that comes last is the first: of the queries' gradient only its own is there, and
+        # the concatenated outputs are gone.
+        return run.tokens * (live - 4 * a) + 2 * a * QUERIES + attention_sums(shape, run)
     return run.tokens * live + attention_sums(shape, run)
 
 
