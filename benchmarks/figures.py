@@ -152,17 +152,19 @@ def share_of_floor() -> None:
 
 def longest_row() -> None:
     """The longest rows that trained in 24 GB, ours and Unsloth's."""
-    found = results("speed")["longest"]
-    ours, other = (found[side]["attempts"][-1] for side in ("ours", "unsloth"))
-    settings = found["ours"]
-    print(
-        f"Held to {settings['cap_gb']} GB ({settings['shape']}'s shape, r = {settings['rank']}), "
-        f"one row of {ours['tokens']:,} tokens trains with a peak of {ours['peak_vram_gb']:.1f} "
-        f"GB, at {ours['steady_tokens_per_second']:,.0f} tokens/s in its only step, which also "
-        f"compiles kernels. With Unsloth {other['unsloth']} one of {other['tokens']:,} trains with "
-        f"a peak of {other['peak_vram_gb']:.1f} GB, at {other['steady_tokens_per_second']:,.0f} "
-        f"tokens/s in its second step. Longer rows were not tried ({ours['date']})."
-    )
+    found = results("speed").get("longest", {})
+    names = {"ours": "This pipeline", "unsloth": "Unsloth"}
+    for side, name in names.items():
+        tried = found.get(side, {}).get("attempts", [])
+        for row in [one for one in tried if one["result"] == "trained"][-1:]:
+            longer = found[side]["out_of_memory"]
+            more = f"{longer:,} run out of memory" if longer else "none longer was tried"
+            print(
+                f"{name}: one row of {row['tokens']:,} tokens trains in {found[side]['cap_gb']} "
+                f"GB ({found[side]['shape']}'s shape, r = {found[side]['rank']}) with a peak of "
+                f"{row['peak_vram_gb']:.1f} GB, at {row['steady_tokens_per_second']:,.0f} "
+                f"tokens/s; {more} ({row['date']})."
+            )
 
 
 def vram_errors() -> None:

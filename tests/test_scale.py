@@ -58,7 +58,8 @@ def tried(monkeypatch, tmp_path, limits):
         if tokens > limits[side]:
             error = "torch.OutOfMemoryError: CUDA out of memory."
             return subprocess.CompletedProcess(command, 1, "", error)
-        return subprocess.CompletedProcess(command, 0, json.dumps({"side": side}) + "\n", "")
+        row = {"side": side, "peak_vram_gb": 1.0, "steady_tokens_per_second": 2.0, "date": "today"}
+        return subprocess.CompletedProcess(command, 0, json.dumps(row) + "\n", "")
 
     file = tmp_path / "results/speed.json"
     file.parent.mkdir(parents=True)
@@ -81,9 +82,11 @@ def test_lengths_are_tried_up_to_the_first_that_does_not_fit(monkeypatch, tmp_pa
     monkeypatch.setattr(figures, "results", lambda name: results)
     capsys.readouterr()
     figures.longest_row()
-    assert "6,000 tokens trains; with Unsloth one of 2,000 does and one of 4,000 runs out" in (
-        capsys.readouterr().out
-    )
+    ours, theirs = capsys.readouterr().out.splitlines()
+    assert "one row of 6,000 tokens" in ours
+    assert "8,000 run out of memory" in ours
+    assert "one row of 2,000 tokens" in theirs
+    assert "4,000 run out of memory" in theirs
 
 
 def test_an_attempt_may_have_no_result(monkeypatch, tmp_path):
