@@ -247,9 +247,6 @@ def load() -> dict:
 def with_predictions(results: dict) -> dict:
     """The points with current predictions of stages/shared/placement.py, and the ratios."""
     for found in results["points"]:
-        if "of_earlier_code" in found:
-            # Today's prediction is of something else.
-            continue
         fields = {key: found[key] for key in Point.__dataclass_fields__ if key in found}
         sizes, placed = sizes_for(Point(**fields)), Placement(**found["placement"])
         prediction = placement.predict(sizes, placed)
@@ -257,10 +254,12 @@ def with_predictions(results: dict) -> dict:
             "tokens_per_step": found["tokens"] * found["accumulation"],
             "streamed_layers": placed.streamed,
             "kept_layers": min(placed.kept_mlp, placed.kept_attention),
-            "predicted_gb": prediction.peak / GB,
-            "predicted_device_gb": prediction.device / GB,
-            "predicted_ram_gb": prediction.host / GB,
         }
+        # Else today's prediction is of something else.
+        if "of_earlier_code" not in found:
+            found["predicted_gb"] = prediction.peak / GB
+            found["predicted_device_gb"] = prediction.device / GB
+            found["predicted_ram_gb"] = prediction.host / GB
         # Of the time of a step, what its operations take at the rate of a square product.
         computing = placement.operations(sizes, placed) / (found["tflops"] * 1e12)
         steps = found["steady_tokens_per_second"] / found["tokens"]

@@ -74,8 +74,10 @@ class Sizes:
     …_saved, …_working of half a layer, for the tokens of a step (stages/shared/activations.py)
     attention_sums     the part of attention_working that a single operation allocates and frees
     always             needed during the whole step
-    operations         of all frozen weights in a forward pass; mlp_operations and
-                       attention_operations: of those that recomputing half a layer repeats
+    operations         half those of a step that recomputes nothing: of all frozen weights, 2 a
+                       token, and of attention, whose backward pass takes 2.5 times the forward
+                       pass's; mlp_operations and attention_operations: of those that recomputing
+                       half a layer repeats
     """
 
     layers: int
@@ -151,7 +153,8 @@ def sizes_of(shape: Shape, run: Training) -> Sizes:
         head_backward=head_backward,
         checkpointing=run.checkpointing,
         offloading=run.offloading,
-        operations=product * (linears + shape.active_experts + shape.hidden * shape.vocabulary),
+        operations=product * (linears + shape.active_experts + shape.hidden * shape.vocabulary)
+        + 1.75 * scores * shape.layers,
         mlp_operations=product * (mlp + shape.active_experts) / shape.layers,
         attention_operations=product * attention / shape.layers + scores,
     )
