@@ -360,18 +360,17 @@ def scored_ranks() -> None:
     found = results("scale")
     run, runs = found["score_run"], found["score"]
     many = f"{run['gpus']} GPUs"
-    one, all_of_them = (found["score_perplexities"][name] for name in ("1 GPUs", many))
-    equal = "equal" if one == all_of_them and found["score_verify_equal"] else "**not** equal"
+    equal = "equal" if found["score_figures_equal"] else "**not** equal"
     seconds = [
         [runs[name][f"{stage}_wall_seconds"] for name in ("1 GPUs", many)]
         for stage in ("evaluate", "verify")
     ]
     print(
-        f"On {many} ({found['score_shape']}, 200 rows) evaluate scores "
-        f"{runs[many]['evaluate_tokens_per_second']:,.0f} tokens/s; its perplexities and verify's "
-        f"figures are {equal} to those of one. So small a model does not gain: with starting and "
-        f"loading, evaluate takes {seconds[0][1]:.0f} instead of {seconds[0][0]:.0f} s, verify "
-        f"{seconds[1][1]:.0f} instead of {seconds[1][0]:.0f} ({run['device']}, {run['date']})."
+        f"On {many} ({found['score_shape']}) evaluate scores "
+        f"{runs[many]['evaluate_tokens_per_second']:,.0f} tokens/s; its figures and verify's are "
+        f"{equal} to those of one. With starting and loading, evaluate takes {seconds[0][1]:.0f} "
+        f"instead of {seconds[0][0]:.0f} s, verify {seconds[1][1]:.0f} instead of "
+        f"{seconds[1][0]:.0f} ({run['device']}, {run['date']})."
     )
 
 

@@ -38,7 +38,7 @@ def grouped(events: Iterable[Any], rank: int) -> dict[str, float]:
         if event.key in PRODUCTS:
             smallest = min(size for shape in event.input_shapes for size in shape)
             found["adapter products" if smallest <= 3 * rank else "base products"] += seconds
-        elif event.device_type.name != "CPU":
+        elif event.device_type.name != "CPU" and not event.is_user_annotation:
             named = [k for k, parts in KERNELS.items() if any(p in event.key for p in parts)]
             found[named[0] if named else "other kernels"] += seconds
     # The kernels of products are listed beside the operations that started them.

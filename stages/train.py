@@ -239,7 +239,7 @@ def train_on(devices: list[str], params: Params, folder: Path) -> dict[str, Any]
     if size == 1:
         # The others have been told that they are not needed: started again by try_tighter, the
         # stage must not wait for them.
-        os.environ.pop("MACHINES", None)
+        os.environ["MACHINES"] = "1"
         see_one(devices[0])
         return train(params, pick_device(), folder)
     store = store or host()

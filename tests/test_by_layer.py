@@ -1,7 +1,9 @@
 """A model that does not fit is scored layer by layer, in one pass and with equal digits."""
 
 import math
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -19,7 +21,7 @@ from stages.planning.scoring import decoder_of
 from stages.quantize import quantize
 from stages.shared import by_layer, scored_model, streaming
 from stages.shared.fitting import TOKENS_PER_BATCH, fit, scored, tightest
-from stages.shared.host_memory import HostBuffers
+from stages.shared.host_memory import LOCKING_THREADS, HostBuffers
 from stages.shared.model import load_base, load_streamed
 from stages.shared.outputs import GB
 from stages.shared.params import Evaluate
@@ -254,6 +256,31 @@ def test_buffers_asked_for_are_made_once_and_ahead_of_use():
     buffers.ask([8, 6])
     assert [buffers.take(size) for size in (8, 8, 6)] == [made[i].result() for i in (1, 2, 0)]
     assert buffers.free == []
+
+
+def test_buffers_given_up_are_not_made(monkeypatch):
+    buffers, begun, go = HostBuffers(gpu=False), [], threading.Event()
+
+    def made(size):
+        begun.append(size)
+        go.wait(10)
+        if size == 20:
+            raise MemoryError("no")
+        return torch.empty(size, dtype=torch.uint8)
+
+    monkeypatch.setattr(buffers, "_made", made)
+    buffers.ask([10] * 6)
+    buffers.ask([20] * 6)
+    go.set()
+    with pytest.raises(MemoryError):
+        buffers.take(20)
+    assert begun.count(10) <= LOCKING_THREADS
+    # Once there is memory again.
+    monkeypatch.setattr(buffers, "_made", lambda size: torch.empty(size, dtype=torch.uint8))
+    buffers.threads.shutdown()
+    buffers.threads = ThreadPoolExecutor(1)
+    buffers.cancel()
+    assert buffers.take(20).nbytes == 20
 
 
 def test_batches_beyond_the_room_take_another_pass(folders, monkeypatch):

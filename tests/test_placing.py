@@ -234,11 +234,13 @@ def test_ranks_that_lack_memory_are_started_again_once(machines, signaled, monke
         assert len(started) == (machines == 1 and not signaled)
 
 
+@pytest.mark.parametrize("name", ["MACHINES", "WORLD_SIZE"])
 def test_started_again_a_stage_does_not_wait_for_machines_that_it_did_not_need(
-    monkeypatch, tmp_path
+    monkeypatch, tmp_path, name
 ):
     """They have ended by then."""
-    monkeypatch.setenv("MACHINES", "2")
+    monkeypatch.delenv("MACHINES", raising=False)
+    monkeypatch.setenv(name, "2")
     monkeypatch.setattr(stages.train, "wait_for", lambda *_: (host(), {1: 1}))
     monkeypatch.setattr(stages.train, "train", lambda *_: stages.train.how_many())
     one_row = params_of(train={"batch_size": 1, "gradient_accumulation": 1})

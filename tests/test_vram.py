@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.random_models import build, config_of, random_experts
 from benchmarks.vram import ATTENTION, Point, prepare, random_rows, training_of
 from stages.quantize import quantize
-from stages.shared import placement
+from stages.shared import activations, placement
 from stages.shared.activations import (
     attention_saved,
     attention_working,
@@ -29,6 +30,7 @@ from stages.shared.experts import expert_tensors
 from stages.shared.packed import compute_packed, put_packed
 from stages.shared.placement import Placement
 from stages.shared.workload import match_targets, read_model, shape_of
+from stages.training import attention
 from stages.training.fused_lora import fuse_lora
 from tests.tiny import make_model
 
@@ -421,3 +423,59 @@ def test_one_long_row_needs_more_for_attention_than_many_short_ones(folders):
     width = shape.heads * shape.head_dim
     # 4 heads of one row leave a GPU of 132 multiprocessors 33 shares.
     assert one - many == 4096 * 4 * width * (33 - 1)
+
+
+class Kernel(torch.autograd.Function):
+    """What FlashAttention 2 allocates."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out, sums = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        q, k, v, _, sums = ctx.saved_tensors
+        copies = -(-activations.MULTIPROCESSORS // q.shape[1])
+        grouped = q.shape[1] != k.shape[1]
+        # Until the end.
+        _kept = [q.new_empty((copies, *q.shape), dtype=torch.float32), torch.empty_like(sums)]
+        gradients = [torch.empty_like(x) for x in (q, k, v)]
+        _kept += [q.new_empty(len(k), *q.shape[1:]) for _ in range(2 * grouped)]
+        return tuple(gradients)
+
+
+@pytest.mark.parametrize("heads", [4, 2, 1])
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_the_peak_of_attention_in_parts_is_counted(monkeypatch, heads, parts):
+    for module in (attention, activations):
+        monkeypatch.setattr(module, "QUERIES", 16)
+    monkeypatch.setattr(attention, "varlen_attn", lambda q, k, v, *_, **__: Kernel.apply(q, k, v))
+    tokens, size = 16 * parts, 8
+    given = [torch.zeros(1, n, tokens, size, dtype=torch.bfloat16) for n in (4, heads, heads)]
+    dy = torch.zeros(1, tokens, 4, size, dtype=torch.bfloat16)
+
+    class Projection(torch.autograd.Function):
+        """Saves its input until its backward pass has ended."""
+
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return dy[0, 0, 0, :1]
+
+        @staticmethod
+        def backward(ctx, _):
+            assert ctx.saved_tensors
+            return dy
+
+    with Alive(*given, dy) as alive:
+        leaves = [x.detach().requires_grad_() for x in given]
+        Projection.apply(attention.varlen_attention(None, *leaves, None)[0]).sum().backward()
+    run = SimpleNamespace(tokens=tokens, rows=1, sequences=1, attention="varlen", packed=False)
+    shape = SimpleNamespace(hidden=0, heads=4, head_dim=size, kv_heads=heads)
+    a = 4 * size
+    # Two outputs and the log-sum-exp; q, k, v and the output's gradient were there before.
+    expected = tokens * (4 * a + 4 * 4 - 2 * a) + activations.attention_working(shape, run)
+    # The sums that belong to log-sum-exp are those of a part.
+    assert expected - 4 * 4 * tokens - 64 <= alive.most <= expected

@@ -214,11 +214,16 @@ def attention_working(shape: Shape, run: Training) -> float:
         # are made afterwards.
         softmax = shape.heads * run.tokens / run.rows * (2 + 2 + 2 if shape.sinks else 4 + 4 + 2)
         live = max(live, 2 * shape.hidden + softmax)
-    if run.attention == "varlen" and in_parts(run.sequences, run.tokens, shape.heads):
-        # The part that comes last is the first: of the queries' gradient only its own is there, and
-        # the concatenated outputs are gone.
-        return run.tokens * (live - 4 * a) + 2 * a * QUERIES + attention_sums(shape, run)
-    return run.tokens * live + attention_sums(shape, run)
+    sums = attention_sums(shape, run)
+    if run.attention != "varlen" or not in_parts(run.sequences, run.tokens, shape.heads):
+        return run.tokens * live + sums
+    if run.packed:
+        # There may be more sequences, which are not computed in parts: nothing is concatenated.
+        return run.tokens * (live - 2 * a) + sums
+    # The last part comes first: of the queries' gradient only its own is there, and the
+    # concatenated outputs are gone. In the second, the keys' gradients of both.
+    second = 4 * k * (run.tokens - QUERIES) - (4 * a * QUERIES if a != k else 0)
+    return run.tokens * (live - 4 * a) + 2 * a * QUERIES + max(0, second) + sums
 
 
 def in_parts(sequences: int, tokens: int, heads: int) -> bool:

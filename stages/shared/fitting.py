@@ -110,7 +110,7 @@ def fit(model: Scored, budget: float, answers: float = 0.0, slots: int = SLOTS) 
         return Fit(0, 0, model.weights + rest)
     rest += OFFLOADING_CONTEXT
     for count in range(min(slots, model.layers), 0, -1):
-        # A second buffer gains less than hidden states that move meanwhile.
+        # More than one buffer only beside room for hidden states that move, which gain more.
         moving = model.moving if count > 1 else 0.0
         over = model.weights + rest + moving - budget
         streamed = count + max(1, math.ceil(over / model.layer))

@@ -80,7 +80,9 @@ class HostBuffers:
         for size in missing:
             if spare:
                 # Or it would stay beside the new one, and the memory of all would grow.
-                self.free.remove(spare.pop(0))
+                given_up = spare.pop(0)
+                self.free.remove(given_up)
+                given_up[1].cancel()
             self.free.append((size, self.threads.submit(self._made, size)))
 
     def take(self, size: int) -> torch.Tensor:
@@ -97,8 +99,9 @@ class HostBuffers:
         self.free.append((buffer.nbytes, unused))
 
     def cancel(self) -> None:
-        """Forget those not yet begun."""
-        self.free = [one for one in self.free if not one[1].cancel()]
+        """Forget those not yet begun, and those that could not be made."""
+        kept = [(size, made) for size, made in self.free if not made.cancel()]
+        self.free = [(size, made) for size, made in kept if not made.done() or not made.exception()]
 
     def _made(self, size: int) -> torch.Tensor:
         buffer = torch.empty(size, dtype=torch.uint8)

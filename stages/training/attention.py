@@ -95,7 +95,10 @@ def _attend_in_parts(
     for part, (first, _, end) in zip(q.split(lengths), pieces, strict=True):
         count = len(part)
         # The last query is aligned with the last key.
-        queries, keys = (torch.tensor([0, n], device=q.device).int() for n in (count, end - first))
+        queries, keys = (
+            torch.arange(0, n + 1, n, device=q.device, dtype=torch.int32)
+            for n in (count, end - first)
+        )
         out = _attend(part, k[first:end], v[first:end], queries, keys, count, end - first, options)
         outputs.append(out)
     return torch.cat(outputs)
