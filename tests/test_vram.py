@@ -1,7 +1,10 @@
 """The memory model against what PEFT, bitsandbytes and autograd really save, on tiny models."""
 
+import ast
+import importlib.util
 import weakref
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,14 +12,19 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from moe import moe_config
 from peft import LoraConfig, get_peft_model
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.activations import ACT2FN
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from benchmarks.random_models import build, config_of, random_experts
 from benchmarks.vram import ATTENTION, Point, prepare, random_rows, training_of
 from stages.quantize import quantize
 from stages.shared import activations, placement
 from stages.shared.activations import (
+    ACTIVATION_BYTES,
     attention_saved,
     attention_working,
     mlp_saved,
@@ -27,6 +35,7 @@ from stages.shared.base_bytes import NF4_BYTES, weights_bytes
 from stages.shared.decoder_shape import Linear, Shape, Training, adapter_parameters, in_halves
 from stages.shared.expert_lora import stand_ins, target_parameters, use_factors
 from stages.shared.experts import expert_tensors
+from stages.shared.fast_path import LIGER
 from stages.shared.packed import compute_packed, put_packed
 from stages.shared.placement import Placement
 from stages.shared.workload import match_targets, read_model, shape_of
@@ -182,6 +191,64 @@ def test_norms_and_fused_projections_are_counted(arch):
     assert kept / TOKENS == pytest.approx(per_token, rel=0.01)
 
 
+class Float32(TorchFunctionMode):
+    """Autocast of a GPU, which computes norms and powers in float32; that of a CPU does not."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function.__name__ in ("layer_norm", "pow", "square"):
+            args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("arch", ["starcoder2", "arcee"])
+def test_layers_that_liger_does_not_know_are_counted(arch, fused):
+    """LayerNorm, whose float32 each projection casts, and an MLP without a gate."""
+    widths = {"hidden_size": 128, "intermediate_size": 512, "head_dim": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    config = AutoConfig.for_model(arch, vocab_size=260, pad_token_id=0, **widths, **heads)
+    shape = shape_of(config)
+    # On a GPU: Liger is there, but changes nothing.
+    run = run_of(shape, fused_lora=fused, liger=True)
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    lora = LoraConfig(r=8, target_modules=sorted(run.targets), task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora).train()
+    if fused:
+        fuse_lora(model, liger=False, placement=Placement(1, 1))
+    casts = 0 if fused else 2 * adapter_parameters(shape, run.rank, run.targets)
+    with Float32():
+        kept = bytes_of_layer(model, base.model.layers[0], shape.hidden) - casts
+    per_token = attention_saved(shape, run) + mlp_saved(shape, run)
+    assert kept / TOKENS == pytest.approx(per_token, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ACTIVATION_BYTES)
+def test_what_an_activation_without_a_gate_keeps_is_counted(name):
+    model, x = ACT2FN[name], torch.randn(TOKENS, dtype=torch.bfloat16, requires_grad=True)
+    with Float32():
+        kept = bytes_kept(model, lambda: model(x * 1))
+    assert kept == ACTIVATION_BYTES[name] * TOKENS
+
+
+def test_the_families_that_liger_knows_are_listed():
+    installed = importlib.util.find_spec("liger_kernel")
+    if installed is None:
+        pytest.skip("Liger is not installed")
+    # Its source, since only Triton can import it.
+    patch = Path(installed.origin).parent / "transformers" / "monkey_patch.py"
+    tree, known = ast.parse(patch.read_text(encoding="utf-8")), {}
+    with_norms = {
+        each.name
+        for each in tree.body
+        if isinstance(each, ast.FunctionDef) and "rms_norm" in [x.arg for x in each.args.args]
+    }
+    for each in tree.body:
+        if ast.unparse(each).startswith("MODEL_TYPE_TO_APPLY_LIGER_FN = "):
+            known = {k.value: v.id for k, v in zip(each.value.keys, each.value.values, strict=True)}
+    families = {family for family, apply in known.items() if apply in with_norms}
+    assert families & MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() == LIGER
+
+
 @pytest.mark.parametrize(("family", "each"), [("qwen3_moe", 6), ("gpt_oss", 12)])
 def test_what_an_experts_activation_keeps_is_counted(family, each):
     shape = shape_of(moe_config(family))
@@ -286,8 +353,49 @@ def test_the_peak_of_the_experts_backward_pass_is_counted(family, hidden, width,
         # The result stays as long as the gradient of the residual stream would.
         (result[0] if isinstance(result, tuple) else result).backward(dy)
     run = run_of(shape, method="qlora", tokens=tokens, experts=experts)
-    saved = tokens * (mlp_saved(shape, run) - norm_saved(hidden, run))
+    saved = tokens * (mlp_saved(shape, run) - norm_saved(hidden, shape, run))
     assert alive.most == pytest.approx(saved + mlp_working(shape, run), rel=0.02)
+
+
+class CopiedSwiglu(torch.autograd.Function):
+    """What Liger's makes: contiguous copies of its inputs, later overwritten by their gradients."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        return torch.empty_like(gate)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.saved_tensors
+
+
+def test_gate_and_up_that_liger_copies_out_of_one_tensor_are_counted():
+    tokens, widths = 1024, {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    config = AutoConfig.for_model("phi3", vocab_size=260, pad_token_id=0, **widths, **heads)
+    shape = shape_of(config)
+    run = run_of(shape, tokens=tokens, liger=True, fused_lora=True)
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    lora = LoraConfig(r=8, target_modules=sorted(run.targets), task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora).train()
+    fuse_lora(model, liger=False, placement=Placement(1, 1))
+    mlp = base.model.layers[0].mlp
+
+    def forward(x):
+        # As in LigerPhi3SwiGLUMLP, whose kernels need a GPU.
+        gate, up = mlp.gate_up_proj(x).chunk(2, dim=-1)
+        return mlp.down_proj(CopiedSwiglu.apply(gate, up))
+
+    x, dy = (torch.randn(1, tokens, 64, dtype=torch.bfloat16) for _ in range(2))
+    x.requires_grad_()
+    alive = Alive(x, dy, *model.parameters(), *model.buffers())
+    with torch.autocast("cpu", torch.bfloat16), alive:
+        forward(x).backward(dy)
+    saved = tokens * (mlp_saved(shape, run) - norm_saved(64, shape, run))
+    found = alive.most + x.nbytes + dy.nbytes
+    assert found == pytest.approx(saved + mlp_working(shape, run), rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,13 @@ r rank. bf16 and fp32 take 2 and 4 bytes.
 Saved. What autograd saves for one token of one layer is the sum over its operations, as in
 Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198), whose layer differs from this one:
 
-    attention   RMSNorm 2H (Liger; 4H without), the projections' input 2H, q and output 4A,
+    attention   RMSNorm 2H (Liger; 4H without), the projections' input 2H (after a LayerNorm, which
+                returns fp32, each projection's own copy), q and output 4A,
                 k and v 4K, log-sum-exp 4 per head; if one Linear makes q, k and v, the tensor that
                 they are views of, 2A + 2K; further norms (of q and k, of results) 2 or 4 per value
-    MLP         RMSNorm 2H or 4H, input 2H, gate and up 4I (6I without Liger), and their product 2I
-                unless the MLP is one operation (stages/training/fused_lora.py)
+    MLP         RMSNorm 2H or 4H, input 2H, gate and up 4I (6I without Liger; GELU without a gate
+                2I), and their product 2I unless the MLP is one operation
+                (stages/training/fused_lora.py)
     adapters    x A^T, 2r each, and in PEFT's own layers with dropout 3 bytes per input value
 
 (transformers modeling_llama.py, peft/tuners/lora/bnb.py, liger_kernel/ops; counted by
@@ -26,10 +28,13 @@ saved too, 2H + 2J, and x A^T.
 Working. Beyond that, one layer at a time needs gradients and one dequantized weight.
 """
 
+from dataclasses import replace
+
 from stages.shared.base_bytes import chunk_bytes, dequantized_bytes
 from stages.shared.decoder_shape import (
     ATTENTION,
     ATTENTION_INPUTS,
+    FUSED_INPUTS,
     MLP,
     MLP_INPUTS,
     MLP_OUTPUT,
@@ -38,6 +43,7 @@ from stages.shared.decoder_shape import (
     Training,
     adapted,
     adapts,
+    liger_modules,
     one_operation_mlp,
 )
 
@@ -45,8 +51,8 @@ from stages.shared.decoder_shape import (
 MULTIPROCESSORS = 132
 # Attention of few long rows is computed for so many queries at a time, on every GPU.
 QUERIES = 16384
-# Linears that make q, k and v at once.
-FUSED_INPUTS = frozenset({"qkv_proj", "query_key_value", "Wqkv", "c_attn"})
+# What activations of MLPs without a gate save for one value: powers in fp32, which autocast wants.
+ACTIVATION_BYTES = {"gelu": 2, "gelu_pytorch_tanh": 2, "relu2": 6, "gelu_new": 14}
 
 
 def attention_saved(shape: Shape, run: Training) -> float:
@@ -54,8 +60,8 @@ def attention_saved(shape: Shape, run: Training) -> float:
     h, a = shape.hidden, shape.heads * shape.head_dim
     k, row = shape.kv_heads * shape.head_dim, run.tokens / run.rows
     # q, k, v, the output and an fp32 log-sum-exp.
-    kept = norm_saved(h, run) + 4 * a + 4 * k + 4 * shape.heads
-    kept += norm_saved(shape.more_norms, run)
+    kept = norm_saved(h, shape, run) + 4 * a + 4 * k + 4 * shape.heads
+    kept += norm_saved(shape.more_norms, shape, run)
     if any(x.short in FUSED_INPUTS for x in shape.linears):
         # v is a view of all three; the rotary embedding makes q and k anew.
         kept += 2 * a + 2 * k
@@ -79,11 +85,12 @@ def mlp_saved(shape: Shape, run: Training) -> float:
     if shape.experts:
         return experts_saved(shape, run)
     h, i = shape.hidden, shape.intermediate
-    gates, names, inputs = (4 if run.liger else 6) * i, MLP, {2 * h: MLP_INPUTS, 2 * i: MLP_OUTPUT}
+    each = shape.activation_bytes or (4 if liger_modules(shape, run) else 6)
+    gates, names, inputs = each * i, MLP, {2 * h: MLP_INPUTS, 2 * i: MLP_OUTPUT}
     if one_operation_mlp(shape, run):
         # x A^T of down_proj is recomputed from the product.
-        gates, names, inputs = 4 * i, MLP_INPUTS, {2 * h: MLP_INPUTS}
-    return norm_saved(h, run) + gates + projections_saved(shape, run, names, inputs)
+        gates, names, inputs = 4 * i, MLP_INPUTS, {2 * h: frozenset({"gate_proj"})}
+    return norm_saved(h, shape, run) + gates + projections_saved(shape, run, names, inputs)
 
 
 def experts_saved(shape: Shape, run: Training) -> float:
@@ -96,7 +103,7 @@ def experts_saved(shape: Shape, run: Training) -> float:
     adapter = 2 * h + 2 * i + 4 * run.rank if run.experts else 0
     each = shape.gate_bytes + 2 * h + of_16_bit + ordered + adapter
     shared = 8 * shape.shared_width + (2 * h if shape.shared_width else 0)
-    return norm_saved(h, run) + scores + shape.chosen * each + shared
+    return norm_saved(h, shape, run) + scores + shape.chosen * each + shared
 
 
 def experts_working(shape: Shape, run: Training) -> float:
@@ -131,10 +138,12 @@ def experts_working(shape: Shape, run: Training) -> float:
     )
 
 
-def norm_saved(hidden: float, run: Training) -> float:
-    """Bytes per token of RMSNorm, which saves its input: Liger in bf16, transformers in fp32, and
-    if its weight is trained, the normalized values too."""
-    return hidden * (2 if run.liger else 6 if run.method == "full" else 4)
+def norm_saved(hidden: float, shape: Shape, run: Training) -> float:
+    """Bytes per token of a norm, which saves its input: Liger in bf16, others in fp32. RMSNorm of
+    transformers saves the normalized values too if its weight is trained."""
+    if liger_modules(shape, run):
+        return 2 * hidden
+    return hidden * (6 if run.method == "full" and not shape.layer_norms else 4)
 
 
 def projections_saved(
@@ -145,10 +154,17 @@ def projections_saved(
     `inputs`: bytes of an input -> Linears that share it. o_proj is not among them, since attention
     saves its input anyway.
     """
-    if run.method == "full":
-        return sum(inputs)
-    shared = sum(size for size, group in inputs.items() if adapts(shape, run, group))
-    mine = [x for x in adapted(shape, run.targets) if x.short in names]
+    full = run.method == "full"
+    mine = [x for x in (shape.linears if full else adapted(shape, run.targets)) if x.short in names]
+
+    def copies(group: frozenset[str]) -> float:
+        """Of an input. LayerNorm returns fp32, of which every Linear makes a bf16 one."""
+        number = sum(x.short in group for x in mine) or (shape.layers if full else 0)
+        return number / shape.layers if shape.layer_norms else float(number > 0)
+
+    shared = sum(size * copies(group) for size, group in inputs.items())
+    if full:
+        return shared
     inner = 2 * run.rank * len(mine) / shape.layers
     if run.fused_lora:
         return inner + shared
@@ -176,18 +192,27 @@ def mlp_working(shape: Shape, run: Training) -> float:
     dequantized = dequantized_bytes(shape, run)
     # The product of gate and up, which down_proj needs, if it is not among what is saved.
     product = 0 if run.method == "full" or (trained and not dropped and not one) else 2 * i
+    # down_proj's adapter drops its input after that.
+    later = 3 * i if trained and dropped else 0
+    known, copied = liger_modules(shape, run), copied_gates(shape, run)
     candidates = [
         # down_proj, forward: the product, the residual stream and the output; with the weight, or
         # after it.
-        t * (product + 6 * h - (3 * i if trained and dropped else 0)) + dequantized,
+        t * (product + 6 * h - later) + dequantized,
         t * (product + 8 * h),
     ]
+    if copied:
+        # down_proj, recomputed: the output and the gradient of the residual stream.
+        last = replace(shape, linears=tuple(x for x in shape.linears if x.short in MLP_OUTPUT))
+        candidates.append(t * (product + 4 * h - later) + dequantized_bytes(last, run) + copied)
     if run.method == "full" or run.fused_lora:
         # down_proj, backward: the product, its gradient and the weight.
         candidates.append(t * (2 * h + (product if trained else 0) + 2 * i) + dequantized)
-        if not run.liger:
-            # SwiGLU, backward: six values in addition to its inputs; autograd's own makes two.
-            candidates.append(t * (2 * h + (12 * i if run.fused_lora else 4 * i)))
+        if not known:
+            # SwiGLU, backward: six values in addition to its inputs; autograd's own makes two, and
+            # GELU one.
+            made = 12 if one else 2 if shape.activation_bytes == 2 else 4
+            candidates.append(t * (2 * h + made * i))
         return max(candidates)
     # What down_proj's adapter saved is freed before the gradient through the base is computed.
     freed = 3 * i if trained and dropped else 2 * i if trained else 0
@@ -195,12 +220,20 @@ def mlp_working(shape: Shape, run: Training) -> float:
     candidates.append(t * (2 * h - freed + gradients) + dequantized)
     # Two gradients and their sum, since autograd adds out of place. Without Liger, the gradients of
     # the product and of its factors are as large.
-    if trained or not run.liger:
+    if trained or not known:
         candidates.append(t * (2 * h - freed + 6 * i))
     if trained and run.method == "lora":
         # Forward: PEFT's fp32 copy of the product, and with dropout the dropped copy.
         candidates.append(t * (2 * i + (8 * i if dropped else 4 * i) + 6 * h))
     return max(candidates)
+
+
+def copied_gates(shape: Shape, run: Training) -> float:
+    """Bytes of gate and up in one tensor, which Liger copies them from. It is there until the end
+    of the MLP's forward pass."""
+    together = any(x.short == "gate_up_proj" for x in shape.linears)
+    copied = together and liger_modules(shape, run)
+    return 4.0 * shape.intermediate * run.tokens if copied else 0.0
 
 
 def attention_working(shape: Shape, run: Training) -> float:

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 
-# Short names of Linears, as in Llama and related families: those that read a half's input, and all.
-ATTENTION_INPUTS = frozenset({"q_proj", "k_proj", "v_proj", "qkv_proj"})
+# Short names of Linears: those that read a half's input, and all. FUSED_INPUTS make q, k and v at
+# once.
+FUSED_INPUTS = frozenset({"qkv_proj", "query_key_value", "Wqkv", "c_attn"})
+ATTENTION_INPUTS = FUSED_INPUTS | {"q_proj", "k_proj", "v_proj"}
 ATTENTION = ATTENTION_INPUTS | {"o_proj"}
-MLP_INPUTS = frozenset({"gate_proj", "up_proj", "gate_up_proj"})
-MLP_OUTPUT = frozenset({"down_proj"})
+GATES = frozenset({"gate_proj", "gate_up_proj"})
+MLP_INPUTS = GATES | {"up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h"}
+MLP_OUTPUT = frozenset({"down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h"})
 MLP = MLP_INPUTS | MLP_OUTPUT
 
 
@@ -57,6 +60,9 @@ class Shape:
     shared_width        like expert_width, of the experts that compute every token
     float32_parameters  that stay in float32
     sinks               attention has an additional, learned score
+    liger               Liger has norms and a SwiGLU for the family
+    layer_norms         norms are LayerNorms, which autocast computes in float32
+    activation_bytes    that an MLP without a gate saves for each value between its products
     """
 
     layers: int
@@ -78,6 +84,9 @@ class Shape:
     shared_width: int = 0
     float32_parameters: int = 0
     sinks: bool = False
+    liger: bool = True
+    layer_norms: bool = False
+    activation_bytes: int = 0
     own_code: bool = False  # transformers computes the experts by code of the family
     mxfp4: bool = False  # experts are in MXFP4 and stay so
 
@@ -119,7 +128,7 @@ class Training:
     checkpointing: bool
     offloading: bool
     attention: str  # varlen | sdpa | eager
-    liger: bool  # Liger's RMSNorm, RoPE and SwiGLU
+    liger: bool  # Liger's kernels; its modules only in families that it knows
     fused_lora: bool  # stages/training/fused_lora.py
     token_rows: int = 0  # of the embeddings and the head
     experts: bool = False  # experts have adapters
@@ -150,6 +159,11 @@ def trained_parameters(shape: Shape, run: Training) -> int:
 def adapts(shape: Shape, run: Training, names: frozenset[str]) -> bool:
     """Whether a Linear of one of these short names gets an adapter."""
     return any(x.short in names for x in adapted(shape, run.targets))
+
+
+def liger_modules(shape: Shape, run: Training) -> bool:
+    """Whether Liger replaces norms, rotary embedding and MLP (stages/training/adjusting.py)."""
+    return run.liger and shape.liger
 
 
 def one_operation_mlp(shape: Shape, run: Training) -> bool:

@@ -215,7 +215,8 @@ def _units(sizes: Sizes, placement: Placement) -> Iterator[_Unit]:
     for layer in range(sizes.layers):
         keeps_mlp = layer >= sizes.layers - placement.kept_mlp
         if not sizes.halves:
-            peaks = (attention + of_mlp, sizes.dequantized), of_attention
+            brief = sizes.dequantized + sizes.copied_gates
+            peaks = (attention + of_mlp, brief), of_attention
             yield _Unit(layer, keeps_mlp, attention + mlp, peaks)
             continue
         keeps_attention = layer >= sizes.layers - placement.kept_attention

@@ -20,6 +20,7 @@ from stages.shared.activations import (
     attention_saved,
     attention_sums,
     attention_working,
+    copied_gates,
     mlp_saved,
     mlp_working,
 )
@@ -30,6 +31,7 @@ from stages.shared.decoder_shape import (
     Shape,
     Training,
     in_halves,
+    liger_modules,
     trained_parameters,
 )
 
@@ -73,6 +75,7 @@ class Sizes:
     stream             the residual stream
     …_saved, …_working of half a layer, for the tokens of a step (stages/shared/activations.py)
     attention_sums     the part of attention_working that a single operation allocates and frees
+    copied_gates       the part of mlp_working that is freed at once
     always             needed during the whole step
     operations         half those of a step that recomputes nothing: of all frozen weights, 2 a
                        token, and of attention, whose backward pass takes 2.5 times the forward
@@ -97,6 +100,7 @@ class Sizes:
     attention_sums: float
     mlp_saved: float
     mlp_working: float
+    copied_gates: float
     dequantized: float
     always: float
     final_norm: float
@@ -114,7 +118,7 @@ def sizes_of(shape: Shape, run: Training) -> Sizes:
     """The parts of a step of `run`."""
     adapter, gradients, casts = trainable_bytes(shape, run)
     moments = MOMENT_BYTES[run.optimizer] * trained_parameters(shape, run)
-    stream, tokens = 2.0 * shape.hidden * run.tokens, run.tokens
+    stream, tokens, known = 2.0 * shape.hidden * run.tokens, run.tokens, liger_modules(shape, run)
     head_forward, head_backward = head_bytes(shape, run)
     linears = sum(x.parameters for x in shape.linears)
     # Only NF4's codes; its constants stay on the GPU.
@@ -130,7 +134,7 @@ def sizes_of(shape: Shape, run: Training) -> Sizes:
         tokens=tokens,
         halves=in_halves(shape, run),
         accumulation=run.accumulation,
-        norm_keeps_input=run.liger,
+        norm_keeps_input=known,
         weights=weights_bytes(shape, run.method, run.double_quant),
         layer_weights=packed,
         adapter=adapter,
@@ -143,12 +147,14 @@ def sizes_of(shape: Shape, run: Training) -> Sizes:
         attention_sums=attention_sums(shape, run),
         mlp_saved=tokens * mlp_saved(shape, run),
         mlp_working=mlp_working(shape, run),
+        copied_gates=copied_gates(shape, run),
         dequantized=dequantized_bytes(shape, run),
         # The mask, and cosines and sines of the positions.
         always=mask_bytes(run) + 4.0 * shape.head_dim * tokens,
-        final_norm=stream if run.liger else 2 * stream,
-        # Without Liger, the norm's backward pass makes several fp32 copies.
-        final_norm_working=stream if run.liger else 10 * stream,
+        final_norm=stream if known else 2 * stream,
+        # Without Liger, the norm's backward pass makes several fp32 copies; LayerNorm's makes the
+        # gradients of its output and input.
+        final_norm_working=stream * (1 if known else 5 if shape.layer_norms else 10),
         head_forward=head_forward,
         head_backward=head_backward,
         checkpointing=run.checkpointing,

@@ -10,11 +10,12 @@ import pyarrow.ipc
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from stages.shared.activations import ACTIVATION_BYTES
 from stages.shared.base_bytes import BLOCK
-from stages.shared.decoder_shape import Experts, Linear, Shape, Training
+from stages.shared.decoder_shape import GATES, Experts, Linear, Shape, Training
 from stages.shared.embeddings import set_vocabulary
 from stages.shared.experts import OWN_CODE, expert_stacks, expert_tensors, width_refused
-from stages.shared.fast_path import choose_fast_path, plain_layers
+from stages.shared.fast_path import LIGER, choose_fast_path, plain_layers
 from stages.shared.linears import adaptable_linears, quantized_linears, targets_of
 from stages.shared.mxfp4 import STORAGE
 from stages.shared.outputs import read_json
@@ -94,6 +95,9 @@ def shape_of(config: PretrainedConfig) -> Shape:
     )
     # If layers differ, the widest keys.
     keys = max((x.outputs for x in linears if x.name.endswith(".k_proj")), default=0)
+    gated = any(x.short in GATES for x in linears)
+    names = ("hidden_act", "hidden_activation", "activation_function")
+    activation = next((found for name in names if (found := getattr(text, name, None))), "")
     return Shape(
         layers=text.num_hidden_layers,
         vocabulary=text.vocab_size,
@@ -113,6 +117,9 @@ def shape_of(config: PretrainedConfig) -> Shape:
         float32_parameters=sum(
             tensor.numel() for name, tensor in model.named_parameters() if name in float32
         ),
+        liger=model.config.model_type in LIGER,
+        layer_norms=any(type(module) is torch.nn.LayerNorm for module in model.modules()),
+        activation_bytes=0 if gated else ACTIVATION_BYTES.get(activation, 0),
         sinks=any(name.endswith(".sinks") for name, _ in model.named_parameters()),
         experts=experts,
         mxfp4=in_mxfp4(config),
