@@ -61,7 +61,7 @@ def attention_saved(shape: Shape, run: Training) -> float:
     k, row = shape.kv_heads * shape.head_dim, run.tokens / run.rows
     # q, k, v, the output and an fp32 log-sum-exp.
     kept = norm_saved(h, shape, run) + 4 * a + 4 * k + 4 * shape.heads
-    kept += norm_saved(shape.more_norms, shape, run)
+    kept += norm_saved(shape.more_norms, shape, run) + h * shape.drops
     if any(x.short in FUSED_INPUTS for x in shape.linears):
         # v is a view of all three; the rotary embedding makes q and k anew.
         kept += 2 * a + 2 * k
@@ -90,7 +90,8 @@ def mlp_saved(shape: Shape, run: Training) -> float:
     if one_operation_mlp(shape, run):
         # x A^T of down_proj is recomputed from the product.
         gates, names, inputs = 4 * i, MLP_INPUTS, {2 * h: frozenset({"gate_proj"})}
-    return norm_saved(h, shape, run) + gates + projections_saved(shape, run, names, inputs)
+    kept = norm_saved(h, shape, run) + gates + h * shape.drops
+    return kept + projections_saved(shape, run, names, inputs)
 
 
 def experts_saved(shape: Shape, run: Training) -> float:

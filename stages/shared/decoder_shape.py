@@ -62,6 +62,7 @@ class Shape:
     sinks               attention has an additional, learned score
     liger               Liger has norms and a SwiGLU for the family
     layer_norms         norms are LayerNorms, which autocast computes in float32
+    drops               dropout of the results of attention and MLP, which keeps a mask
     activation_bytes    that an MLP without a gate saves for each value between its products
     """
 
@@ -86,6 +87,7 @@ class Shape:
     sinks: bool = False
     liger: bool = True
     layer_norms: bool = False
+    drops: bool = False
     activation_bytes: int = 0
     own_code: bool = False  # transformers computes the experts by code of the family
     mxfp4: bool = False  # experts are in MXFP4 and stay so

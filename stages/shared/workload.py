@@ -30,6 +30,9 @@ from stages.shared.text_model import (
     read_config,
 )
 
+# Rates of dropout in configurations, of the results of attention and MLP.
+RESULT_DROPOUT = ("residual_dropout", "resid_pdrop", "resid_dropout", "hidden_dropout")
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -119,6 +122,7 @@ def shape_of(config: PretrainedConfig) -> Shape:
         ),
         liger=model.config.model_type in LIGER,
         layer_norms=any(type(module) is torch.nn.LayerNorm for module in model.modules()),
+        drops=any(getattr(text, name, 0) for name in RESULT_DROPOUT),
         activation_bytes=0 if gated else ACTIVATION_BYTES.get(activation, 0),
         sinks=any(name.endswith(".sinks") for name, _ in model.named_parameters()),
         experts=experts,
