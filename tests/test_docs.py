@@ -87,6 +87,13 @@ def test_constants_are_where_contributing_says():
             assert re.search(rf"\b{part}\b", text(file)), f"{file} has no {name}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_figures_end_where_they_began(page):
+    """Or a comment that is less indented would end the list that it stands in."""
+    marks = re.findall(r"^( *)<!--\[\[\[(?:cog|end)", text(page), re.MULTILINE)
+    assert marks[::2] == marks[1::2]
+
+
 def test_figures_are_those_of_the_results():
     own, shipped = (
         yaml.safe_load((ROOT / file).read_text()) for file in ("params.yaml", "tests/params.yaml")
