@@ -515,16 +515,7 @@ def longest(work: Path, side: str, lengths: list[int]) -> None:
             break
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     settings = {"shape": ROW_SHAPE, "rank": ROW_RANK, "cap_gb": ROW_CAP_GB}
-    found = results.setdefault("longest", {})
-    found[side] = settings | compared(attempts)
-    found.pop("ratio_at_least", None)
-    mine, too_long = (
-        found.get(name, {}).get(key)
-        for name, key in (("ours", "longest_trained"), ("unsloth", "out_of_memory"))
-    )
-    # Lengths between the tried ones are unknown, so this is a lower bound.
-    if mine and too_long:
-        found["ratio_at_least"] = mine / too_long
+    results.setdefault("longest", {})[side] = settings | compared(attempts)
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 

@@ -2,10 +2,11 @@
 
 import json
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import figures, random_models, scale, speed
+from benchmarks import figures, random_models, scale, speed, step_profile
 from stages.shared import layer_sources
 from stages.shared.host_memory import shared_buffer
 
@@ -78,7 +79,6 @@ def test_lengths_are_tried_up_to_the_first_that_does_not_fit(monkeypatch, tmp_pa
     found = results["longest"]
     assert [found["ours"][k] for k in ("longest_trained", "out_of_memory")] == [6000, 8000]
     assert [one["tokens"] for one in found["unsloth"]["attempts"]] == [2000, 4000]
-    assert found["ratio_at_least"] == 6000 / 4000
     monkeypatch.setattr(figures, "results", lambda name: results)
     capsys.readouterr()
     figures.longest_row()
@@ -104,6 +104,42 @@ def test_nothing_is_said_of_parts_without_results(monkeypatch, capsys):
     figures.one_rank()
     figures.longest_row()
     assert capsys.readouterr().out == ""
+
+
+def test_kernels_are_grouped_once():
+    """Products by the shapes of their factors, other kernels by name, annotations not at all."""
+
+    def event(key, ms, shapes=(), device="CUDA", note=False):
+        return SimpleNamespace(
+            key=key,
+            self_device_time_total=1000 * ms,
+            input_shapes=shapes,
+            device_type=SimpleNamespace(name=device),
+            is_user_annotation=note,
+        )
+
+    events = [
+        event("aten::mm", 5, [[64, 4096], [4096, 4096]], "CPU"),
+        event("aten::mm", 2, [[64, 4096], [4096, 48]], "CPU"),
+        event("nvjet", 7),
+        event("flash_fwd", 3),
+        event("_dequantize", 1),
+        event("Memcpy HtoD", 4),
+        event("norm", 6),
+        event("Optimizer.step", 9, note=True),
+        event("aten::add", 0, [[64]], "CPU"),
+    ]
+    found = step_profile.grouped(events, rank=16)
+    assert found == pytest.approx(
+        {
+            "base products": 0.005,
+            "adapter products": 0.002,
+            "attention": 0.003,
+            "dequantization": 0.001,
+            "copies": 0.004,
+            "other kernels": 0.006,
+        }
+    )
 
 
 def test_other_bytes_are_not_concealed(monkeypatch, capsys):
