@@ -47,7 +47,7 @@ def shape(name: str, plain: bool = True) -> Shape:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=hidden // heads,
-        silu=True,
+        swiglu=True,
         plain=plain,
         linears=tuple(
             Linear(f"model.layers.{layer}.{name}", *size)

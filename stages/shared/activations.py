@@ -51,7 +51,7 @@ from stages.shared.decoder_shape import (
 MULTIPROCESSORS = 132
 # Attention of few long rows is computed for so many queries at a time, on every GPU.
 QUERIES = 16384
-# What activations of MLPs without a gate save for one value: powers in fp32, which autocast wants.
+# What activations of MLPs without a gate save for one value; autocast computes powers in fp32.
 ACTIVATION_BYTES = {"gelu": 2, "gelu_pytorch_tanh": 2, "relu2": 6, "gelu_new": 14}
 
 
@@ -210,9 +210,9 @@ def mlp_working(shape: Shape, run: Training) -> float:
         # down_proj, backward: the product, its gradient and the weight.
         candidates.append(t * (2 * h + (product if trained else 0) + 2 * i) + dequantized)
         if not known:
-            # SwiGLU, backward: six values in addition to its inputs; autograd's own makes two, and
-            # GELU one.
-            made = 12 if one else 2 if shape.activation_bytes == 2 else 4
+            # SwiGLU, backward: six values in addition to its inputs; autograd's own makes two, GELU
+            # one, and powers in fp32 seven.
+            made = 12 if one else {0: 4, 2: 2}.get(shape.activation_bytes, 14)
             candidates.append(t * (2 * h + made * i))
         return max(candidates)
     # What down_proj's adapter saved is freed before the gradient through the base is computed.

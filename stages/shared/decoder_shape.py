@@ -60,7 +60,8 @@ class Shape:
     shared_width        like expert_width, of the experts that compute every token
     float32_parameters  that stay in float32
     sinks               attention has an additional, learned score
-    liger               Liger has norms and a SwiGLU for the family
+    swiglu              its MLPs compute what Llama's do
+    liger               Liger has norms and an MLP for the family
     layer_norms         norms are LayerNorms, which autocast computes in float32
     drops               dropout of the results of attention and MLP, which keeps a mask
     activation_bytes    that an MLP without a gate saves for each value between its products
@@ -73,7 +74,7 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
-    silu: bool
+    swiglu: bool
     plain: bool  # its layers are plain_layers of stages/shared/fast_path.py
     linears: tuple[Linear, ...]
     other_parameters: int
@@ -171,7 +172,7 @@ def liger_modules(shape: Shape, run: Training) -> bool:
 def one_operation_mlp(shape: Shape, run: Training) -> bool:
     """Whether the MLP runs as one operation (stages/training/fused_lora.py)."""
     parts = [frozenset({name}) for name in ("gate_proj", "up_proj", "down_proj")]
-    return run.fused_lora and shape.silu and all(adapts(shape, run, part) for part in parts)
+    return run.fused_lora and shape.swiglu and all(adapts(shape, run, part) for part in parts)
 
 
 def in_halves(shape: Shape, run: Training) -> bool:

@@ -14,6 +14,7 @@ from stages.shared.process import StageError
 
 # The attention of stages/training/attention.py.
 VARLEN = "varlen"
+MLP_PARTS = ("gate", "up", "down")
 # Families tested not to attend across the rows of a flattened batch, with this attention or with a
 # mask (tests/test_attention.py; transformers 5.23). Others ignore the bounds of rows, have their
 # own attention code (without any mask under varlen), or carry a state from token to token.
@@ -181,6 +182,21 @@ def supports_varlen(config: PretrainedConfig) -> bool:
     """Whether varlen attention supports the model (it has no soft cap)."""
     capped = getattr(config, "attn_logit_softcapping", None)
     return config.model_type in FLATTENED and capped is None
+
+
+def is_swiglu(mlp: torch.nn.Module) -> bool:
+    """Whether fused training computes `mlp` in one operation, if all its Linears have adapters.
+
+    False for families that do more in between, under the same names.
+    """
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    children = dict(mlp.named_children())
+    if any(f"{name}_proj" not in children for name in MLP_PARTS):
+        return False
+    code, known = (kind.forward.__code__ for kind in (type(mlp), LlamaMLP))
+    same = (code.co_code, code.co_names) == (known.co_code, known.co_names)
+    return same and type(children.get("act_fn")).__name__.startswith("SiLU")
 
 
 def plain_layers(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -15,7 +15,7 @@ from stages.shared.base_bytes import BLOCK
 from stages.shared.decoder_shape import GATES, Experts, Linear, Shape, Training
 from stages.shared.embeddings import set_vocabulary
 from stages.shared.experts import OWN_CODE, expert_stacks, expert_tensors, width_refused
-from stages.shared.fast_path import LIGER, choose_fast_path, plain_layers
+from stages.shared.fast_path import LIGER, choose_fast_path, is_swiglu, plain_layers
 from stages.shared.linears import adaptable_linears, quantized_linears, targets_of
 from stages.shared.mxfp4 import STORAGE
 from stages.shared.outputs import read_json
@@ -31,7 +31,7 @@ from stages.shared.text_model import (
 )
 
 # Rates of dropout in configurations, of the results of attention and MLP.
-RESULT_DROPOUT = ("residual_dropout", "resid_pdrop", "resid_dropout", "hidden_dropout")
+RESULT_DROPOUT = ("residual_dropout", "resid_pdrop", "resid_dropout", "hidden_dropout", "dropout")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def shape_of(config: PretrainedConfig) -> Shape:
     # If layers differ, the widest keys.
     keys = max((x.outputs for x in linears if x.name.endswith(".k_proj")), default=0)
     gated = any(x.short in GATES for x in linears)
-    names = ("hidden_act", "hidden_activation", "activation_function")
+    names = ("hidden_act", "hidden_activation", "activation_function", "activation")
     activation = next((found for name in names if (found := getattr(text, name, None))), "")
     return Shape(
         layers=text.num_hidden_layers,
@@ -110,7 +110,7 @@ def shape_of(config: PretrainedConfig) -> Shape:
         heads=heads,
         kv_heads=number_of(text, "num_key_value_heads") or keys // head_dim or heads,
         head_dim=head_dim,
-        silu=getattr(text, "hidden_act", None) == "silu",
+        swiglu=any(map(is_swiglu, model.modules())),
         plain=bool(plain_layers(model)),
         more_norms=more_norms(model, heads, head_dim),
         linears=linears,

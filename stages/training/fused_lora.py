@@ -25,15 +25,13 @@ from bitsandbytes.nn import Params4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from transformers.models.llama.modeling_llama import LlamaMLP
 
-from stages.shared.fast_path import plain_layers
+from stages.shared.fast_path import MLP_PARTS, is_swiglu, plain_layers
 from stages.shared.placement import Placement
 from stages.shared.streaming import Streamer
 from stages.training.offload import HostStash, Slot
 
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj")
-MLP_PARTS = ("gate", "up", "down")
 FIRST, SECOND = "first", "second"
 _pass = None
 
@@ -334,17 +332,8 @@ def _in_halves(kept: tuple[bool, bool], slots: list[Slot | None], tile: int):
 
 
 def _is_swiglu_mlp(module: torch.nn.Module) -> bool:
-    children = dict(module.named_children())
-    parts = [children.get(f"{name}_proj") for name in MLP_PARTS]
-    activation = type(children.get("act_fn")).__name__
-    swiglu = all(isinstance(part, LoraLayer) for part in parts) and activation.startswith("SiLU")
-    return swiglu and _computes_like_llama(module)
-
-
-def _computes_like_llama(mlp: torch.nn.Module) -> bool:
-    """False for families that do more in between, under the same names."""
-    code, known = (kind.forward.__code__ for kind in (type(mlp), LlamaMLP))
-    return (code.co_code, code.co_names) == (known.co_code, known.co_names)
+    parts = [getattr(module, f"{name}_proj", None) for name in MLP_PARTS]
+    return all(isinstance(part, LoraLayer) for part in parts) and is_swiglu(module)
 
 
 def _read_together(layers: list[LoraLayer], products: _Products) -> None:
