@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from test_fast_path import loss_and_gradients, with_random_adapter
 from tiny import SHAPE
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from stages.shared.placement import Placement
@@ -193,7 +194,7 @@ def test_swiglu_has_the_gradients_of_autograd():
     assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_which_mlps_are_one_operation():
+def test_which_mlps_are_one_operation(monkeypatch):
     def wrapped(mlp, targets):
         lora = LoraConfig(r=2, target_modules=targets)
         return get_peft_model(torch.nn.Sequential(mlp), lora).base_model.model[0]
@@ -212,6 +213,9 @@ def test_which_mlps_are_one_operation():
     config.hidden_act = "silu"
     assert not fused_lora._is_swiglu_mlp(wrapped(Clamped(config), parts))
     assert not fused_lora._is_swiglu_mlp(torch.nn.Linear(2, 2))
+    # Liger puts its own class into transformers' module before layers are fused.
+    monkeypatch.setattr(modeling_llama, "LlamaMLP", Clamped)
+    assert fused_lora._is_swiglu_mlp(wrapped(LlamaMLP(config), parts))
 
 
 def test_a_result_that_nothing_reads_takes_no_memory():

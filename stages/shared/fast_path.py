@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from stages.shared.params import Params, Train
 from stages.shared.process import StageError
@@ -189,8 +190,6 @@ def is_swiglu(mlp: torch.nn.Module) -> bool:
 
     False for families that do more in between, under the same names.
     """
-    from transformers.models.llama.modeling_llama import LlamaMLP
-
     children = dict(mlp.named_children())
     if any(f"{name}_proj" not in children for name in MLP_PARTS):
         return False
