@@ -205,6 +205,7 @@ def measure_point(name: str, *callbacks: Any) -> tuple[dict, dict]:
         "host_copy_gb": streamer.source.host_bytes / GB if streamer else 0.0,
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "built_seconds": built,
+        "fast_path": str(fast),
         # Of this GPU, in this minute.
         "tflops": rates.operations / 1e12,
     }

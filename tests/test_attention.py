@@ -182,6 +182,51 @@ def test_float32_is_cast_as_autocast_would(monkeypatch):
 
 
 @pytest.mark.parametrize("window", [None, 5])
+def test_flash_attention_4_computes_what_torchs_kernel_does(monkeypatch, window):
+    """With the head sizes that it was tested with; its gradients are wrong for 80."""
+    used = []
+
+    def flash_4(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
+        assert options["causal"]
+        assert options["deterministic"]
+        used.append(q.shape[-1])
+        window = [-1 if side is None else side for side in options["window_size"]]
+        longest = (max_seqlen_q, max_seqlen_k)
+        options = {"scale": options["softmax_scale"], "window_size": window}
+        return reference(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, **options), None
+
+    def attended(size):
+        torch.manual_seed(0)
+        given = [torch.randn(1, n, sum(LENGTHS), size) for n in (4, 2, 2)]
+        bounds = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+        options = {"cu_seq_lens_q": bounds, "max_length_q": max(LENGTHS), "scaling": 0.1}
+        return attention.varlen_attention(None, *given, None, sliding_window=window, **options)[0]
+
+    expected = {size: attended(size) for size in (64, 80)}
+    monkeypatch.setattr(attention, "_flash_4", flash_4)
+    for size, value in expected.items():
+        assert torch.equal(attended(size), value)
+    assert used == [64]
+
+
+def test_an_installation_of_flash_attention_4_that_fails_is_left_out(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert not attention.use_flash_4()
+    assert capsys.readouterr().out == ""
+    (tmp_path / "flash_attn").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not attention.use_flash_4()
+    assert capsys.readouterr().out == (
+        "train: FlashAttention 4 is left out, since it cannot be imported "
+        "(ModuleNotFoundError: No module named 'flash_attn.cute')\n"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert not attention.use_flash_4()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("window", [None, 5])
 def test_few_long_rows_are_computed_in_parts(monkeypatch, window):
     torch.manual_seed(0)
     heads = {"query": 4, "key": 2, "value": 2}

@@ -181,6 +181,42 @@ def test_a_long_row_in_parts_is_as_a_whole(monkeypatch):
     assert max(errors(attended(), whole).values()) < 1e-2
 
 
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("heads", [(8, 2), (4, 4)])
+@pytest.mark.parametrize("size", attention.FLASH_4_SIZES)
+def test_flash_attention_4_agrees_with_torchs_kernel_and_repeats(monkeypatch, size, heads, window):
+    """As a whole and in parts; with several sequences, and with a long one."""
+    monkeypatch.setattr(attention, "_flash_4", None)
+    if not attention.use_flash_4():
+        pytest.skip("FlashAttention 4 is not installed")
+    flash_4 = attention._flash_4
+    for lengths in (LENGTHS, (1500,)):
+        torch.manual_seed(0)
+        count, (query, key) = sum(lengths), heads
+        given = {
+            name: torch.randn(1, n, count, size, device="cuda")
+            for name, n in {"query": query, "key": key, "value": key}.items()
+        }
+        ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        options = {"cu_seq_lens_q": ends, "max_length_q": max(lengths), "sliding_window": window}
+
+        def attended(given=given, options=options):
+            leaves = {name: x.bfloat16().requires_grad_() for name, x in given.items()}
+            out, _ = attention.varlen_attention(None, **leaves, attention_mask=None, **options)
+            (out * torch.linspace(-1, 1, size, device="cuda")).sum().backward()
+            return {"out": out, **{name: x.grad for name, x in leaves.items()}}
+
+        monkeypatch.setattr(attention, "_flash_4", None)
+        theirs = attended()
+        monkeypatch.setattr(attention, "_flash_4", flash_4)
+        ours, again = attended(), attended()
+        assert all(torch.equal(x, again[name]) for name, x in ours.items())
+        assert max(errors(ours, theirs).values()) < 1e-2
+    for module in (attention, activations):
+        monkeypatch.setattr(module, "QUERIES", 256)
+    assert max(errors(attended(), theirs).values()) < 1e-2
+
+
 def test_offloading_gives_back_what_it_took():
     """With memory that is freed and taken again at once, and the GPU behind all the time."""
     values = [torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(8)]

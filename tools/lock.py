@@ -20,7 +20,7 @@ from pathlib import Path
 from tools.screen import fail
 
 LOCK, TORCH = Path("requirements.lock"), Path("requirements-torch.lock")
-BY_HAND = (Path("requirements-harness.lock"), Path("requirements-gguf.lock"))
+BY_HAND = [Path(f"requirements-{name}.lock") for name in ("harness", "gguf", "kernels", "hopper")]
 UV = Path(".uv/bin/uv")
 OF_TORCH = re.compile(r"(torch|triton|nvidia-.*|cuda-.*)==")
 HEAD = "# Exact versions of everything but torch, for `make env`. Written by `make lock`.\n"

@@ -126,12 +126,14 @@ PLAIN_LAYERS = {f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", 
 @dataclass(frozen=True)
 class FastPath:
     """`attention` is varlen, sdpa or eager. `padding_free` concatenates the rows of a batch,
-    `liger` uses Liger's kernels, `fused_lora` the products of training/fused_lora.py."""
+    `liger` uses Liger's kernels, `fused_lora` the products of training/fused_lora.py, and
+    `flash_attention_4` computes varlen attention (training/attention.py)."""
 
     attention: str
     padding_free: bool
     liger: bool
     fused_lora: bool
+    flash_attention_4: bool = False
 
     def __str__(self) -> str:
         used = [name.replace("_", " ") for name, on in vars(self).items() if on is True]

@@ -1,11 +1,15 @@
 """Attention over packed rows without a mask: torch's variable-length flash attention.
 
 `cu_seq_lens_q` (int32 [rows + 1]) has the start of each row of a flattened batch, so rows never
-attend to each other and there is no padding. flash-attn is not needed.
+attend to each other and there is no padding. flash-attn is not needed; if its version 4 is
+installed, a Hopper GPU computes attention with it.
 """
 
+import importlib.util
 import inspect
 import itertools
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +21,30 @@ from stages.shared.fast_path import VARLEN
 from stages.shared.process import StageError
 
 _GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+# Head sizes tested with FlashAttention 4 (tests/test_gpu.py). With 80, its gradients are wrong.
+FLASH_4_SIZES = (64, 96, 128, 256)
+# flash_attn_varlen_func of FlashAttention 4, once it is used.
+_flash_4: Callable[..., Any] | None = None
+
+
+def use_flash_4() -> bool:
+    """Attend with FlashAttention 4 from now on, if it is installed and made for the first GPU.
+
+    Its backward pass is deterministic too. On GPUs of other generations it is untested.
+    """
+    global _flash_4
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability(0)[0] == 9
+    if hopper and importlib.util.find_spec("flash_attn"):
+        # Its compiler warns of an argument that it passes to itself.
+        warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)
+        try:
+            from flash_attn.cute import flash_attn_varlen_func
+        except Exception as error:  # FlashAttention 2 alone, or versions that do not match
+            reason = " ".join(f"{type(error).__name__}: {error}"[:200].split())
+            print(f"train: FlashAttention 4 is left out, since it cannot be imported ({reason})")
+        else:
+            _flash_4 = flash_attn_varlen_func
+    return _flash_4 is not None
 
 
 def varlen_attention(
@@ -74,6 +102,22 @@ def _attend(
     longest_key: int,
     options: dict[str, Any],
 ) -> torch.Tensor:
+    if _flash_4 and q.shape[-1] == v.shape[-1] and q.shape[-1] in FLASH_4_SIZES:
+        left = options["window_size"][0]
+        out, *_ = _flash_4(
+            q,
+            k,
+            v,
+            cu_seqlens_q=bounds,
+            cu_seqlens_k=key_bounds,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest_key,
+            softmax_scale=options["scale"],
+            causal=True,
+            window_size=(left if left >= 0 else None, None),
+            deterministic=True,
+        )
+        return out
     out = varlen_attn(q, k, v, bounds, key_bounds, longest, longest_key, **options)
     assert isinstance(out, torch.Tensor)  # A tuple only with return_aux.
     return out

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.shared.adapted import check_adapted, lost_elsewhere, targets_as_written
 from stages.shared.expert_lora import stand_ins, use_factors, wrapper_names
-from stages.shared.fast_path import FastPath, plain_layers
+from stages.shared.fast_path import VARLEN, FastPath, plain_layers
 from stages.shared.linears import adaptable_linears, targets_of
 from stages.shared.params import Params
 from stages.shared.placement import Placement
@@ -25,6 +25,7 @@ from stages.training.adjusting import (
     remember_parameters,
     train_together,
 )
+from stages.training.attention import use_flash_4
 from stages.training.fused_lora import fuse_lora
 from stages.training.offload import HostStash
 from stages.training.settings import lora_config, optimizer_steps, trainer_config
@@ -117,7 +118,10 @@ def build_trainer(
 
 
 def as_installed(fast: FastPath) -> FastPath:
-    """`fast`, without Liger's kernels if they are not installed; a message says so."""
+    """`fast`, with FlashAttention 4 if it is installed, and without Liger's kernels if they are
+    not; a message says so."""
+    if fast.attention == VARLEN and use_flash_4():
+        fast = replace(fast, flash_attention_4=True)
     if not fast.liger or importlib.util.find_spec("liger_kernel"):
         return fast
     print(
