@@ -25,7 +25,7 @@ import yaml
 
 from benchmarks.cards import status
 from benchmarks.random_models import SHAPES, build, config_of, scratch, tokenizer
-from benchmarks.vram import LIBRARIES, alone, peaks, version
+from benchmarks.vram import alone, peaks
 from stages.shared import placement
 from stages.shared.outputs import GB
 from stages.shared.params import PARAMS, Params
@@ -142,6 +142,7 @@ def measure_point(name: str, *callbacks: Any) -> tuple[dict, dict]:
     from datasets import Dataset, disable_caching
     from transformers import TrainerCallback
 
+    from benchmarks.speed import versions
     from stages.shared.card import card_budget, hold_to
     from stages.shared.device import pick_device
     from stages.shared.fast_path import choose_fast_path
@@ -222,7 +223,7 @@ def measure_point(name: str, *callbacks: Any) -> tuple[dict, dict]:
         "device": torch.cuda.get_device_name(),
         "device_uuid": str(torch.cuda.get_device_properties(0).uuid),
         "date": datetime.now(UTC).date().isoformat(),
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": versions(),
         "bus_gb_per_second": rates.bus / GB,
     }
 

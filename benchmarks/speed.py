@@ -387,7 +387,8 @@ def gpu_id() -> str:
 
 def versions() -> dict[str, str]:
     found = {}
-    for name in ("torch", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel", "unsloth"):
+    optional = ("liger-kernel", "flash-attn-4", "unsloth")
+    for name in ("torch", "transformers", "peft", "trl", "bitsandbytes", *optional):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
