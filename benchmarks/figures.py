@@ -159,11 +159,12 @@ def longest_row() -> None:
         for row in [one for one in tried if one["result"] == "trained"][-1:]:
             longer = found[side]["out_of_memory"]
             more = f"{longer:,} run out of memory" if longer else "none longer was tried"
+            with_4 = " with FlashAttention 4" if "flash-attn-4" in row else ""
             print(
                 f"{name}: one row of {row['tokens']:,} tokens trains in {found[side]['cap_gb']} "
                 f"GB ({found[side]['shape']}'s shape, r = {found[side]['rank']}) with a peak of "
                 f"{row['peak_vram_gb']:.1f} GB, at {row['steady_tokens_per_second']:,.0f} "
-                f"tokens/s; {more} ({row['date']})."
+                f"tokens/s{with_4}; {more} ({row['date']})."
             )
 
 
@@ -220,6 +221,10 @@ def streamed_scores() -> None:
     )
 
 
+def kernels(point: dict) -> str:
+    return ", FlashAttention 4" * point.get("fast_path", "").endswith("flash attention 4")
+
+
 def placements() -> None:
     """Every point of benchmarks/placement.py with its prediction."""
     lines = []
@@ -231,11 +236,11 @@ def placements() -> None:
             f"({100 * (point[f'predicted_{key}'] / point[f'measured_{key}'] - 1):+.1f} %)"
             for key in ("gb", "device_gb", "ram_gb")
         ]
-        experts = ", experts too" if point.get("experts") else ""
+        more = (", experts too" if point.get("experts") else "") + kernels(point)
         cap = f"{point['cap_gb']} GB" if point["cap_gb"] else "whole card"
         lines.append(
             [
-                f"{point['shape']}, r = {point['rank']}{experts}",
+                f"{point['shape']}, r = {point['rank']}{more}",
                 f"{point['tokens_per_step']:,}",
                 cap,
                 str(placed["streamed"]),
@@ -256,11 +261,26 @@ def step_profile() -> None:
     for point in results("profile")["points"]:
         placed, step = point["placement"], point["step_seconds"]
         shares = [*point["seconds"].values(), point["idle_seconds"]]
-        name = f"{point['name']}, {placed['streamed']} layers streamed"
+        name = f"{point['name']}, {placed['streamed']} layers streamed{kernels(point)}"
         shares = [f"{100 * seconds / step:.1f}" for seconds in shares]
         lines.append([name, f"{1000 * step:.0f}", *shares])
     groups = [f"{group}:" for group in results("profile")["points"][0]["seconds"]]
     table(["point", "step in ms:", *groups, "GPU idle:"], lines)
+
+
+def flash_4() -> None:
+    """Steps with FlashAttention 4 beside those without it."""
+    points = results("profile")["points"]
+    for one in points:
+        for other in points:
+            if kernels(one) and not kernels(other) and one["name"] == other["name"]:
+                attention = [1000 * point["seconds"]["attention"] for point in (other, one)]
+                whole = [1000 * point["computing_seconds"] for point in (other, one)]
+                print(
+                    f"- {one['name']}: attention takes {attention[1]:.0f} instead of "
+                    f"{attention[0]:.0f} ms of a step, all kernels {whole[1]:.0f} instead of "
+                    f"{whole[0]:.0f} ms ({one['device']}, {one['date']})."
+                )
 
 
 def streaming() -> None:
@@ -340,10 +360,15 @@ def one_rank() -> None:
     found = results("scale")
     if run := found.get("one_run"):
         equal = "the same bytes" if found["one_same_bytes"] else "**other** bytes"
+        ways: dict[str, list[float]] = {}
+        for one in found["one"]:
+            ways.setdefault(one["way"], []).append(one["steady_tokens_per_second"])
+        spread = max(max(rates) / min(rates) - 1 for rates in ways.values())
         print(
             f"A rank in a world of one trains at {100 * found['one_steady_ratio']:.1f} % of the "
-            f"steady rate of the stage's own process, and writes {equal} ({found['one_shape']}, "
-            f"{run['device']}, {run['date']})."
+            f"steady rate of the stage's own process, where two runs of one kind differ by up to "
+            f"{100 * spread:.1f} %, and writes {equal} ({found['one_shape']}, {run['device']}, "
+            f"{run['date']})."
         )
     if run := found.get("copies_run"):
         one, two = (memory["host_gb"] for memory in found["copies"])

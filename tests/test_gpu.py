@@ -251,6 +251,14 @@ def test_weights_are_those_that_bitsandbytes_dequantizes(shape, nested, dtype):
     assert torch.equal(kernels().dequantize(packed, state), dequantize_4bit(packed, state))
 
 
+@liger_put_back()
+def test_liger_compiles_for_any_number_of_tokens(folder):
+    from liger_kernel.backends import resolve_impl
+
+    adapted(folder, "varlen", liger=True)
+    assert resolve_impl("rope").impl_name == "nvidia-triton"
+
+
 def test_swiglu_and_its_gradients_are_those_of_liger():
     from liger_kernel.ops.swiglu import swiglu_backward, swiglu_forward
 

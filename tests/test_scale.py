@@ -144,8 +144,8 @@ def test_kernels_are_grouped_once():
 
 def test_other_bytes_are_not_concealed(monkeypatch, capsys):
     where = {"device": "GPU", "date": "2026-11-30"}
-    found = scale.of_one([run("process", 100, "a"), run("rank", 99, "b")])
-    found |= {"one_run": where, "one_shape": "tiny"}
+    runs = [run("process", 100, "a"), run("rank", 99, "b"), run("process", 100, "a")]
+    found = scale.of_one(runs) | {"one": runs, "one_run": where, "one_shape": "tiny"}
     monkeypatch.setattr(figures, "results", lambda name: found)
     figures.one_rank()
     said = capsys.readouterr().out

@@ -30,8 +30,12 @@ def apply_liger(model: PreTrainedModel) -> None:
 
     A mixture of experts keeps its own SwiGLU: Liger's comes with experts that read dense weights.
     """
+    from liger_kernel.backends import set_impl
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
+    # Where CUTLASS is installed, as with FlashAttention 4, Liger takes a rotary embedding that is
+    # compiled anew for every number of tokens.
+    set_impl("nvidia-triton")
     parts = {
         "rope": True,
         "rms_norm": True,
