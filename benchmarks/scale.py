@@ -4,6 +4,7 @@
     python -m benchmarks.scale --work DIR 7b kill              # some of them
     python -m benchmarks.scale --work DIR --shape tiny --rows 200 7b kill score   # on a CPU
     python -m benchmarks.scale --work DIR --shape llama-3.2-1b score   # shorter
+    python -m benchmarks.scale --work DIR --shape llama-2-70b-8-layers --rows 300 one copies
 
     7b      Mistral-7B's shape, packed, r = 64, batch_size 8 x gradient_accumulation 2: an epoch of
             1,000 rows on one GPU, and two on all: rates, both loss curves, adapters' bytes
@@ -11,8 +12,8 @@
     kill    7b's run, rank 1 killed in the middle, and in a second run stopped: seconds until all
             has ended, the line, and the bytes after it went on
     score   evaluate and verify on one GPU and on all: figures and rates
-    one     7b's run on one GPU, in the stage's own process (also what a launcher with WORLD_SIZE=1
-            gets) and as a rank in a world of one: rates and bytes
+    one     7b's run on one GPU with random NF4 weights, in the stage's own process (also what a
+            launcher with WORLD_SIZE=1 gets) and as a rank in a world of one: rates and bytes
     copies  two processes on one GPU that stream from one host copy of a random NF4 model: host
             memory and logits
 
@@ -213,8 +214,11 @@ def large_shape(options) -> str:
     return "llama-2-70b" if options.shape == "mistral-7b" else options.shape
 
 
-def make_quantized(work: Path, shape: str) -> None:
-    """Random NF4 weights, layer by layer, since a 70B in 16 bit would not fit in memory."""
+def make_quantized(work: Path, shape: str, rows: int | None = None) -> None:
+    """Random NF4 weights, layer by layer, since a 70B in 16 bit would not fit in memory.
+
+    rows  to pack; None: a few long ones
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -225,8 +229,9 @@ def make_quantized(work: Path, shape: str) -> None:
 
     speed.SHAPE["vocab_size"] = SHAPES[shape].vocabulary
     speed.make_tokenizer(work / "models/base", SHAPES[shape].vocabulary)
-    speed.make_workspace(work, LONG_ROWS)
-    long_rows(work, SHAPES[shape].vocabulary)
+    speed.make_workspace(work, rows or LONG_ROWS)
+    if rows is None:
+        long_rows(work, SHAPES[shape].vocabulary)
     out, device = work / "models/quantized", pick_device()
     out.mkdir(parents=True)
     config = config_of(shape)
@@ -407,8 +412,9 @@ def score(work: Path, options) -> dict:
 
 
 def one(work: Path, options) -> dict:
-    base = work / "7b"
-    make(base, options.shape, options.rows)
+    base = work / "one"
+    if not (base / "models/quantized").exists():
+        make_quantized(base, options.shape, options.rows)
     write_params(base)
     # Kernels compile in the first run.
     stage(base, "train", 1)
