@@ -23,7 +23,13 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from stages.shared.interrupts import NOTE, interrupted_before
 from stages.shared.outputs import write_sums
 from stages.shared.process import StageError
-from stages.training.checkpoints import SIGNALS, Checkpoints, _bytes_of, newest_complete
+from stages.training.checkpoints import (
+    SIGNALS,
+    Checkpoints,
+    _bytes_of,
+    fingerprint,
+    newest_complete,
+)
 from stages.training.faults import EXPLODED_STEPS, MOVED_BY_STEP, Faults, row_names
 
 pytestmark = pytest.mark.slow
@@ -312,6 +318,14 @@ def test_checkpoint_of_other_parameters_is_never_used(simple, undamaged):
     assert config["r"] == 4
     set_params(simple, lora={"r": 16})
     assert "resuming from" in assert_finishes_alike(simple, undamaged).said
+
+
+def test_checkpoint_of_kernels_that_round_otherwise_is_never_used(monkeypatch):
+    keys = set()
+    for installed in ({}, {"flash-attn-4": "1"}, {"flash-attn-4": "2"}, {"liger-kernel": "1"}):
+        monkeypatch.setattr("stages.training.checkpoints.version_of", installed.get)
+        keys.add(fingerprint({}, [], [], "GPU"))
+    assert len(keys) == 4
 
 
 def test_checkpoint_of_other_code_or_data_is_never_used(simple):

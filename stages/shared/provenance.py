@@ -20,6 +20,7 @@ PACKAGES = (
     "datasets",
     "safetensors",
     "liger-kernel",
+    "flash-attn-4",
 )
 ABSENT = "not installed"
 
@@ -27,7 +28,7 @@ ABSENT = "not installed"
 def versions() -> dict[str, str]:
     """Metric key -> version of Python and of each package that affects results."""
     return {"python_version": platform.python_version()} | {
-        f"{name.replace('-', '_')}_version": _version(name) for name in PACKAGES
+        f"{name.replace('-', '_')}_version": version_of(name) for name in PACKAGES
     }
 
 
@@ -58,7 +59,8 @@ def made_with(cost: dict) -> dict:
     return {k: v for k, v in cost.items() if k in MACHINE or k.endswith("_version")}
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version, or ABSENT."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -6,7 +6,6 @@ ignored. The folder is removed when the outputs are in place.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from stages.shared.interrupts import (
 )
 from stages.shared.outputs import SUMS, check_space, check_sums, sync_folder, write_sums
 from stages.shared.process import StageError, check_inputs, lock, sha256
+from stages.shared.provenance import version_of
 from stages.shared.ranks import ALONE, World
 from stages.training.paged import page_again
 
@@ -32,6 +32,8 @@ KEPT = 2
 # A kill loses at most this much work. The variable is for tests.
 SECONDS = float(os.environ.get("CHECKPOINT_SECONDS", "600"))
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
+# Whether these are installed decides how a GPU rounds.
+LIBRARIES += ("liger-kernel", "flash-attn-4")
 
 
 def fingerprint(params: dict, inputs: list[Path], code: list[Path], device: str) -> str:
@@ -43,7 +45,7 @@ def fingerprint(params: dict, inputs: list[Path], code: list[Path], device: str)
         "params": params,
         "inputs": [sha256(folder / SUMS) for folder in inputs],
         "code": [sha256(file) for file in code],
-        "libraries": [importlib.metadata.version(name) for name in LIBRARIES],
+        "libraries": [version_of(name) for name in LIBRARIES],
         "device": device,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -11,7 +11,6 @@ import os
 import socket
 import subprocess
 import time
-from importlib import metadata
 from typing import Annotated, TypeVar
 
 from pydantic import Field
@@ -21,6 +20,7 @@ from stages.shared.outputs import SUMS
 from stages.shared.params import Params, load_params
 from stages.shared.paths import PREPARED, QUANTIZED
 from stages.shared.process import StageError, code_files, recorded, sha256
+from stages.shared.provenance import version_of
 from stages.shared.ranks import connect, host, look, put, whole_number
 from stages.training.checkpoints import LIBRARIES
 
@@ -86,7 +86,7 @@ def describe(params: Params) -> Facts:
         "params.yaml (seed, lora, train)": hashlib.sha256(trained).hexdigest(),
         "the code of train": hashlib.sha256(code).hexdigest(),
     }
-    facts |= {name: metadata.version(name) for name in LIBRARIES}
+    facts |= {name: version_of(name) for name in LIBRARIES}
     for folder in WEIGHTS_AND_ROWS:
         sums = folder / SUMS
         facts[str(folder)] = sha256(sums) if sums.exists() else "missing"
