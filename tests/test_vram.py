@@ -14,9 +14,8 @@ from moe import moe_config
 from peft import LoraConfig, get_peft_model
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from benchmarks.random_models import build, config_of, random_experts
@@ -24,18 +23,19 @@ from benchmarks.vram import ATTENTION, Point, prepare, random_rows, training_of
 from stages.quantize import quantize
 from stages.shared import activations, placement
 from stages.shared.activations import (
-    ACTIVATION_BYTES,
     attention_saved,
     attention_working,
     mlp_saved,
     mlp_working,
     norm_saved,
 )
+from stages.shared.adapted import targets_as_written
 from stages.shared.base_bytes import NF4_BYTES, weights_bytes
 from stages.shared.decoder_shape import Linear, Shape, Training, adapter_parameters, in_halves
 from stages.shared.expert_lora import stand_ins, target_parameters, use_factors
 from stages.shared.experts import expert_tensors
 from stages.shared.fast_path import LIGER
+from stages.shared.kept import FLOAT32
 from stages.shared.packed import compute_packed, put_packed
 from stages.shared.placement import Placement
 from stages.shared.workload import match_targets, read_model, shape_of
@@ -45,6 +45,8 @@ from tests.tiny import make_model
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "gemma"]
 TOKENS = 256
+# A prime, so that a dimension is a multiple of it only if it counts tokens.
+PRIME = 251
 
 
 def run_of(shape, **changes):
@@ -174,7 +176,7 @@ def test_a_layer_keeps_the_bytes_that_the_model_says(tmp_path, changes):
     assert kept / TOKENS == pytest.approx(per_token, rel=0.03)
 
 
-@pytest.mark.parametrize("arch", ["qwen3", "olmo2", "glm4", "phi3", "granite"])
+@pytest.mark.parametrize("arch", ["qwen3", "olmo2", "glm4", "phi3", "granite", "hunyuan_v1_dense"])
 def test_norms_and_fused_projections_are_counted(arch):
     """Norms of q and k, norms of results, and q, k and v as views of one tensor."""
     widths = {"hidden_size": 128, "intermediate_size": 320, "head_dim": 32, "num_hidden_layers": 1}
@@ -195,24 +197,74 @@ class Float32(TorchFunctionMode):
     """Autocast of a GPU, which computes norms and powers in float32; that of a CPU does not."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function.__name__ in ("layer_norm", "pow", "square"):
+        if function.__name__ in FLOAT32:
             args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.float, (args, kwargs))
         return function(*args, **(kwargs or {}))
+
+
+def bytes_of_whole_layer(model, base):
+    """Bytes a token of what the only layer keeps, without the scores of attention."""
+    layer = next(x for x in base.modules() if isinstance(x, torch.nn.ModuleList))[0]
+    skipped = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept, forward = {}, layer.forward
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in skipped and sum(n % PRIME == 0 for n in tensor.shape) < 2:
+            kept[storage.data_ptr()] = (storage.nbytes(), storage)
+        return tensor
+
+    def counted(stream, *args, **kwargs):
+        # Cosines and masks are shared by all layers.
+        shared = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        skipped.update(x.untyped_storage().data_ptr() for x in shared)
+        stream = stream.detach().to(torch.bfloat16).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), Float32():
+            return forward(stream, *args, **kwargs)
+
+    layer.forward = counted
+    with torch.autocast("cpu", torch.bfloat16):
+        base(input_ids=torch.arange(PRIME)[None], use_cache=False)
+    return sum(size for size, _ in kept.values()) / PRIME
+
+
+GPT = {"n_embd": 128, "n_head": 4, "n_layer": 1}
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(
     ("arch", "more"),
     [
+        # The output projection reads a copy where a part of q is rotated.
+        ("glm", {}),
+        ("stablelm", {}),
+        ("phi", {}),
+        # Its dense layer.
+        ("glm4_moe", {"first_k_dense_replace": 1}),
+        # LayerNorm, whose float32 each projection casts.
         ("starcoder2", {}),
         ("starcoder2", {"residual_dropout": 0.1}),
-        ("arcee", {}),
+        ("nemotron", {}),
         # Its MLP's dropout makes several operations of it.
         ("seed_oss", {"attention_dropout": 0.0}),
+        # Activations without a gate, of other names than most, or with a gate unlike SwiGLU.
+        ("arcee", {}),
+        ("apertus", {}),
+        ("bloom", {"n_head": 4, "n_layer": 1}),
+        ("mpt", {"d_model": 128, "n_heads": 4, "n_layers": 1}),
+        ("opt", {"ffn_dim": 512, "word_embed_proj_dim": 128, "dropout": 0.0}),
+        ("bitnet", {}),
+        # Norms of q and k in float32, without weights, or of what attention returns.
+        ("persimmon", {}),
+        ("nanochat", {}),
+        ("diffllama", {}),
+        # Projections of the same name in both halves, and one input of both.
+        ("gpt_bigcode", GPT | {"multi_query": False, "resid_pdrop": 0.0, "attn_pdrop": 0.0}),
+        ("cohere", {}),
+        ("ernie4_5", {}),
     ],
 )
 def test_layers_that_liger_does_not_know_are_counted(arch, more, fused):
-    """LayerNorm, whose float32 each projection casts, and MLPs that are not one operation."""
     widths = {"hidden_size": 128, "intermediate_size": 512, "head_dim": 32, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
     config = AutoConfig.for_model(arch, vocab_size=260, pad_token_id=0, **widths, **heads, **more)
@@ -221,25 +273,43 @@ def test_layers_that_liger_does_not_know_are_counted(arch, more, fused):
     run = run_of(shape, fused_lora=fused, liger=True)
     base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     lora = LoraConfig(r=8, target_modules=sorted(run.targets), task_type="CAUSAL_LM")
+    with targets_as_written():
+        model = get_peft_model(base, lora).train()
+    if fused:
+        fuse_lora(model, liger=False, placement=Placement(1, 1))
+    kept = bytes_of_whole_layer(model, base)
+    if not fused:
+        kept -= 2 * adapter_parameters(shape, run.rank, run.targets) / PRIME
+    if shape.drops:
+        # The mask of a CPU has the values' type, that of a GPU a byte.
+        kept -= 2 * shape.hidden
+    per_token = attention_saved(shape, run) + mlp_saved(shape, run)
+    assert kept == pytest.approx(per_token, rel=0.01)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("arch", ["gemma", "arcee", "nanochat", "bitnet"])
+def test_the_peak_of_an_activations_backward_pass_is_counted(arch, fused):
+    widths = {"hidden_size": 64, "intermediate_size": 2048, "head_dim": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    config = AutoConfig.for_model(arch, vocab_size=260, pad_token_id=0, **widths, **heads)
+    shape = shape_of(config)
+    run = run_of(shape, fused_lora=fused)
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    lora = LoraConfig(r=8, target_modules=sorted(run.targets), task_type="CAUSAL_LM")
     model = get_peft_model(base, lora).train()
     if fused:
         fuse_lora(model, liger=False, placement=Placement(1, 1))
-    casts = 0 if fused else 2 * adapter_parameters(shape, run.rank, run.targets)
-    with Float32():
-        kept = bytes_of_layer(model, base.model.layers[0], shape.hidden) - casts
-    if shape.drops:
-        # The mask of a CPU has the values' type, that of a GPU a byte.
-        kept -= 2 * TOKENS * shape.hidden
-    per_token = attention_saved(shape, run) + mlp_saved(shape, run)
-    assert kept / TOKENS == pytest.approx(per_token, rel=0.01)
-
-
-@pytest.mark.parametrize("name", ACTIVATION_BYTES)
-def test_what_an_activation_without_a_gate_keeps_is_counted(name):
-    model, x = ACT2FN[name], torch.randn(TOKENS, dtype=torch.bfloat16, requires_grad=True)
-    with Float32():
-        kept = bytes_kept(model, lambda: model(x * 1))
-    assert kept == ACTIVATION_BYTES[name] * TOKENS
+    x, dy = (torch.randn(1, TOKENS, 64, dtype=torch.bfloat16) for _ in range(2))
+    x.requires_grad_()
+    alive = Alive(x, dy, *model.parameters(), *model.buffers())
+    with torch.autocast("cpu", torch.bfloat16), Float32(), alive:
+        base.model.layers[0].mlp(x).backward(dy)
+    saved = TOKENS * (mlp_saved(shape, run) - norm_saved(64, shape, run))
+    # Copies of the adapter are counted apart.
+    casts = 0 if fused else 2 * sum(x.numel() for n, x in model.named_parameters() if "lora_" in n)
+    found = alive.most + x.nbytes + dy.nbytes - casts
+    assert found == pytest.approx(saved + mlp_working(shape, run), rel=0.02)
 
 
 def test_the_families_that_liger_knows_are_listed():
@@ -383,16 +453,18 @@ class CopiedSwiglu(torch.autograd.Function):
         return ctx.saved_tensors
 
 
-def test_gate_and_up_that_liger_copies_out_of_one_tensor_are_counted():
-    tokens, widths = 1024, {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 1}
+@pytest.mark.parametrize("fused", [True, False])
+def test_gate_and_up_that_liger_copies_out_of_one_tensor_are_counted(fused):
+    tokens, widths = 1024, {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
     config = AutoConfig.for_model("phi3", vocab_size=260, pad_token_id=0, **widths, **heads)
     shape = shape_of(config)
-    run = run_of(shape, tokens=tokens, liger=True, fused_lora=True)
+    run = run_of(shape, tokens=tokens, liger=True, fused_lora=fused)
     base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     lora = LoraConfig(r=8, target_modules=sorted(run.targets), task_type="CAUSAL_LM")
     model = get_peft_model(base, lora).train()
-    fuse_lora(model, liger=False, placement=Placement(1, 1))
+    if fused:
+        fuse_lora(model, liger=False, placement=Placement(1, 1))
     mlp = base.model.layers[0].mlp
 
     def forward(x):

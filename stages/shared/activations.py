@@ -10,13 +10,15 @@ Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198), whose layer differs 
                 returns fp32, each projection's own copy), q and output 4A,
                 k and v 4K, log-sum-exp 4 per head; if one Linear makes q, k and v, the tensor that
                 they are views of, 2A + 2K; further norms (of q and k, of results) 2 or 4 per value
-    MLP         RMSNorm 2H or 4H, input 2H, gate and up 4I (6I without Liger; GELU without a gate
-                2I), and their product 2I unless the MLP is one operation
-                (stages/training/fused_lora.py)
+    MLP         RMSNorm 2H or 4H, input 2H, gate and up 4I (6I without Liger), and their product 2I
+                unless the MLP is one operation (stages/training/fused_lora.py)
     adapters    x A^T, 2r each, and in PEFT's own layers with dropout 3 bytes per input value
 
 (transformers modeling_llama.py, peft/tuners/lora/bnb.py, liger_kernel/ops; counted by
 tests/test_vram.py.) With checkpointing, a layer or each half of it saves only its input, 2H.
+
+Layers of families that Liger does not know differ in more than that: in norms, in the rotation of
+only a part of q and k, in activations. stages/shared/kept.py counts what theirs save.
 
 Experts. A router gives each token k of E experts of width J, so there are k rows per token. Saved
 for one token of one layer are the router's scores 4E, and k times what is between the products (of
@@ -32,10 +34,8 @@ from dataclasses import replace
 
 from stages.shared.base_bytes import chunk_bytes, dequantized_bytes
 from stages.shared.decoder_shape import (
-    ATTENTION,
-    ATTENTION_INPUTS,
     FUSED_INPUTS,
-    MLP,
+    GATES,
     MLP_INPUTS,
     MLP_OUTPUT,
     Experts,
@@ -43,6 +43,7 @@ from stages.shared.decoder_shape import (
     Training,
     adapted,
     adapts,
+    attention_names,
     liger_modules,
     one_operation_mlp,
 )
@@ -51,20 +52,22 @@ from stages.shared.decoder_shape import (
 MULTIPROCESSORS = 132
 # Attention of few long rows is computed for so many queries at a time, on every GPU.
 QUERIES = 16384
-# What activations of MLPs without a gate save for one value; autocast computes powers in fp32.
-ACTIVATION_BYTES = {"gelu": 2, "gelu_pytorch_tanh": 2, "relu2": 6, "gelu_new": 14}
 
 
 def attention_saved(shape: Shape, run: Training) -> float:
     """Bytes per token that the attention half of a layer saves for its backward pass."""
     h, a = shape.hidden, shape.heads * shape.head_dim
     k, row = shape.kv_heads * shape.head_dim, run.tokens / run.rows
-    # q, k, v, the output and an fp32 log-sum-exp.
-    kept = norm_saved(h, shape, run) + 4 * a + 4 * k + 4 * shape.heads
-    kept += norm_saved(shape.more_norms, shape, run) + h * shape.drops
-    if any(x.short in FUSED_INPUTS for x in shape.linears):
-        # v is a view of all three; the rotary embedding makes q and k anew.
-        kept += 2 * a + 2 * k
+    if shape.attention_bytes and run.method != "full" and not liger_modules(shape, run):
+        # The MLP's half has a norm of its own.
+        kept = shape.attention_bytes - norm_saved(h, shape, run)
+    else:
+        # q, k, v, the output and an fp32 log-sum-exp.
+        kept = norm_saved(h + shape.more_norms, shape, run) + 4 * a + 4 * k + 4 * shape.heads
+        if any(x.short in FUSED_INPUTS for x in shape.linears):
+            # v is a view of all three; the rotary embedding makes q and k anew.
+            kept += 2 * a + 2 * k
+    kept += h * shape.drops
     if run.attention != "varlen":
         # A mask makes transformers expand K and V to all heads (use_gqa_in_sdpa).
         kept += 4 * (a - k)
@@ -77,7 +80,7 @@ def attention_saved(shape: Shape, run: Training) -> float:
     if run.attention == "varlen" and in_parts(run.sequences, run.tokens, shape.heads):
         # The output of every part, beside their concatenation.
         kept += 2 * a
-    return kept + projections_saved(shape, run, ATTENTION, {2 * h: ATTENTION_INPUTS})
+    return kept + projections_saved(shape, run, attention=True)
 
 
 def mlp_saved(shape: Shape, run: Training) -> float:
@@ -85,13 +88,10 @@ def mlp_saved(shape: Shape, run: Training) -> float:
     if shape.experts:
         return experts_saved(shape, run)
     h, i = shape.hidden, shape.intermediate
-    each = shape.activation_bytes or (4 if liger_modules(shape, run) else 6)
-    gates, names, inputs = each * i, MLP, {2 * h: MLP_INPUTS, 2 * i: MLP_OUTPUT}
-    if one_operation_mlp(shape, run):
-        # x A^T of down_proj is recomputed from the product.
-        gates, names, inputs = 4 * i, MLP_INPUTS, {2 * h: frozenset({"gate_proj"})}
+    short = liger_modules(shape, run) or one_operation_mlp(shape, run)
+    gates = 4 * i if short else shape.between_bytes or 6 * i
     kept = norm_saved(h, shape, run) + gates + h * shape.drops
-    return kept + projections_saved(shape, run, names, inputs)
+    return kept + projections_saved(shape, run, attention=False)
 
 
 def experts_saved(shape: Shape, run: Training) -> float:
@@ -147,23 +147,21 @@ def norm_saved(hidden: float, shape: Shape, run: Training) -> float:
     return hidden * (6 if run.method == "full" and not shape.layer_norms else 4)
 
 
-def projections_saved(
-    shape: Shape, run: Training, names: frozenset[str], inputs: dict[int, frozenset[str]]
-) -> float:
-    """Bytes per token that the Linears of these names save: their inputs, if they are trained.
-
-    `inputs`: bytes of an input -> Linears that share it. o_proj is not among them, since attention
-    saves its input anyway.
-    """
+def projections_saved(shape: Shape, run: Training, attention: bool) -> float:
+    """Bytes per token that the Linears of a half save: their inputs, if they are trained."""
     full = run.method == "full"
-    mine = [x for x in (shape.linears if full else adapted(shape, run.targets)) if x.short in names]
-
-    def copies(group: frozenset[str]) -> float:
-        """Of an input. LayerNorm returns fp32, of which every Linear makes a bf16 one."""
-        number = sum(x.short in group for x in mine) or (shape.layers if full else 0)
-        return number / shape.layers if shape.layer_norms else float(number > 0)
-
-    shared = sum(size * copies(group) for size, group in inputs.items())
+    trained, inside = shape.linears if full else adapted(shape, run.targets), attention_names(shape)
+    mine = [x for x in trained if (x.name in inside) == attention]
+    # Where attention and MLP read the same norm, attention's copy counts.
+    before = {""} | {x.input_of for x in trained if not attention and x.name in inside}
+    if not attention and one_operation_mlp(shape, run):
+        # It casts its input once, and recomputes x A^T of down_proj from the product.
+        mine = [x for x in mine if x.short in MLP_INPUTS]
+        reading = [x for x in mine if x.short == "gate_proj"]
+    else:
+        reading = mine
+    copies = {x.input_of: 2 * x.inputs for x in reading if x.input_of not in before}
+    shared = sum(copies.values()) / shape.layers
     if full:
         return shared
     inner = 2 * run.rank * len(mine) / shape.layers
@@ -206,14 +204,13 @@ def mlp_working(shape: Shape, run: Training) -> float:
         # down_proj, recomputed: the output and the gradient of the residual stream.
         last = replace(shape, linears=tuple(x for x in shape.linears if x.short in MLP_OUTPUT))
         candidates.append(t * (product + 4 * h - later) + dequantized_bytes(last, run) + copied)
+        candidates.append(t * (product + 4 * h) + copied)
     if run.method == "full" or run.fused_lora:
         # down_proj, backward: the product, its gradient and the weight.
         candidates.append(t * (2 * h + (product if trained else 0) + 2 * i) + dequantized)
         if not known:
-            # SwiGLU, backward: six values in addition to its inputs; autograd's own makes two, GELU
-            # one, and powers in fp32 seven.
-            made = 12 if one else {0: 4, 2: 2}.get(shape.activation_bytes, 14)
-            candidates.append(t * (2 * h + made * i))
+            # SwiGLU as one operation, backward: six values in addition to its inputs.
+            candidates.append(t * (2 * h + (12 * i if one else activation_working(shape))))
         return max(candidates)
     # What down_proj's adapter saved is freed before the gradient through the base is computed.
     freed = 3 * i if trained and dropped else 2 * i if trained else 0
@@ -223,10 +220,24 @@ def mlp_working(shape: Shape, run: Training) -> float:
     # the product and of its factors are as large.
     if trained or not known:
         candidates.append(t * (2 * h - freed + 6 * i))
+    if not known and (made := activation_working(shape)) > 4 * i:
+        candidates.append(t * (2 * h + made))
     if trained and run.method == "lora":
         # Forward: PEFT's fp32 copy of the product, and with dropout the dropped copy.
-        candidates.append(t * (2 * i + (8 * i if dropped else 4 * i) + 6 * h))
+        candidates.append(t * (2 * i + (8 * i if dropped else 4 * i) + 6 * h) + copied)
     return max(candidates)
+
+
+def activation_working(shape: Shape) -> float:
+    """Bytes per token of the backward pass through the activation and gate of an MLP, by autograd:
+    SwiGLU makes two values and GELU one; in fp32, powers seven, with a gate eleven."""
+    i = shape.intermediate
+    kept, gated = shape.between_bytes or 6 * i, any(x.short in GATES for x in shape.linears)
+    if kept <= 2 * i:
+        return 2 * i
+    if gated and kept <= 6 * i:
+        return 4 * i
+    return (22 if gated else 14) * i
 
 
 def copied_gates(shape: Shape, run: Training) -> float:

@@ -3,26 +3,27 @@
 from dataclasses import dataclass
 
 # Short names of Linears: those that read a half's input, and all. FUSED_INPUTS make q, k and v at
-# once.
+# once. Attention's output projection has many names (`attention_names`).
 FUSED_INPUTS = frozenset({"qkv_proj", "query_key_value", "Wqkv", "c_attn"})
 ATTENTION_INPUTS = FUSED_INPUTS | {"q_proj", "k_proj", "v_proj"}
 ATTENTION = ATTENTION_INPUTS | {"o_proj"}
 GATES = frozenset({"gate_proj", "gate_up_proj"})
 MLP_INPUTS = GATES | {"up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h"}
 MLP_OUTPUT = frozenset({"down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h"})
-MLP = MLP_INPUTS | MLP_OUTPUT
 
 
 @dataclass(frozen=True)
 class Linear:
     """One Linear of the base model. `quantized`: NF4 replaces it; `adaptable`: it can have an
-    adapter (stages/shared/linears.py)."""
+    adapter (stages/shared/linears.py). `reads`: identifies its input, which Linears of the same one
+    save once; empty if autograd keeps it anyway; None if its name says so (`input_of`)."""
 
     name: str
     inputs: int
     outputs: int
     quantized: bool = True
     adaptable: bool = True
+    reads: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -31,6 +32,19 @@ class Linear:
     @property
     def short(self) -> str:
         return self.name.rsplit(".", 1)[-1]
+
+    @property
+    def parent(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def input_of(self) -> str:
+        """What identifies its input. Attention keeps that of its output projection anyway."""
+        if self.reads is not None:
+            return self.reads
+        if self.short in ATTENTION_INPUTS | MLP_INPUTS:
+            return self.parent
+        return "" if self.short in ATTENTION else self.name
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,8 @@ class Shape:
     liger               Liger has norms and an MLP for the family
     layer_norms         norms are LayerNorms, which autocast computes in float32
     drops               dropout of the results of attention and MLP, which keeps a mask
-    activation_bytes    that an MLP without a gate saves for each value between its products
+    between_bytes       that an MLP saves for a token between its products; 0 if as SwiGLU
+    attention_bytes     that attention and all norms save for a token, without masks; 0 if unknown
     """
 
     layers: int
@@ -89,7 +104,8 @@ class Shape:
     liger: bool = True
     layer_norms: bool = False
     drops: bool = False
-    activation_bytes: int = 0
+    between_bytes: float = 0.0
+    attention_bytes: float = 0.0
     own_code: bool = False  # transformers computes the experts by code of the family
     mxfp4: bool = False  # experts are in MXFP4 and stay so
 
@@ -141,6 +157,12 @@ class Training:
 def adapted(shape: Shape, targets: frozenset[str]) -> list[Linear]:
     """The Linears that get an adapter."""
     return [x for x in shape.linears if x.name in targets]
+
+
+def attention_names(shape: Shape) -> frozenset[str]:
+    """Full names of the Linears of attention: those beside one of a known name."""
+    parents = {x.parent for x in shape.linears if x.short in ATTENTION}
+    return frozenset(x.name for x in shape.linears if x.parent in parents)
 
 
 def adapter_parameters(shape: Shape, rank: int, targets: frozenset[str]) -> int:

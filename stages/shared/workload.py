@@ -1,7 +1,7 @@
 """The inputs of stages/shared/placement.py: the base model's shape, the rows and the settings."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,12 @@ import pyarrow.ipc
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from stages.shared.activations import ACTIVATION_BYTES
 from stages.shared.base_bytes import BLOCK
-from stages.shared.decoder_shape import GATES, Experts, Linear, Shape, Training
+from stages.shared.decoder_shape import Experts, Linear, Shape, Training
 from stages.shared.embeddings import set_vocabulary
 from stages.shared.experts import OWN_CODE, expert_stacks, expert_tensors, width_refused
 from stages.shared.fast_path import LIGER, choose_fast_path, is_swiglu, plain_layers
+from stages.shared.kept import count_kept
 from stages.shared.linears import adaptable_linears, quantized_linears, targets_of
 from stages.shared.mxfp4 import STORAGE
 from stages.shared.outputs import read_json
@@ -98,10 +98,7 @@ def shape_of(config: PretrainedConfig) -> Shape:
     )
     # If layers differ, the widest keys.
     keys = max((x.outputs for x in linears if x.name.endswith(".k_proj")), default=0)
-    gated = any(x.short in GATES for x in linears)
-    names = ("hidden_act", "hidden_activation", "activation_function", "activation")
-    activation = next((found for name in names if (found := getattr(text, name, None))), "")
-    return Shape(
+    shape = Shape(
         layers=text.num_hidden_layers,
         vocabulary=text.vocab_size,
         hidden=text.hidden_size,
@@ -123,11 +120,24 @@ def shape_of(config: PretrainedConfig) -> Shape:
         liger=model.config.model_type in LIGER,
         layer_norms=any(type(module) is torch.nn.LayerNorm for module in model.modules()),
         drops=any(getattr(text, name, 0) for name in RESULT_DROPOUT),
-        activation_bytes=0 if gated else ACTIVATION_BYTES.get(activation, 0),
         sinks=any(name.endswith(".sinks") for name, _ in model.named_parameters()),
         experts=experts,
         mxfp4=in_mxfp4(config),
         **(experts_shape(model) if experts else {}),
+    )
+    return shape if shape.liger else with_kept(shape, model)
+
+
+def with_kept(shape: Shape, model: PreTrainedModel) -> Shape:
+    """`shape` with what its layers keep, where they can be run on the meta device."""
+    kept = count_kept(model, shape.layers)
+    if kept is None:
+        return shape
+    return replace(
+        shape,
+        linears=tuple(replace(x, reads=kept.reads.get(x.name)) for x in shape.linears),
+        attention_bytes=kept.attention,
+        between_bytes=kept.between,
     )
 
 
@@ -139,7 +149,8 @@ def more_norms(model: PreTrainedModel, heads: int, head_dim: int) -> float:
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if "Norm" in type(module).__name__ and weight is not None and re.search(r"\.\d+\.", name):
-            times = {"q_norm": heads, "k_norm": keys}.get(name.rsplit(".", 1)[-1], 1)
+            short = name.rsplit(".", 1)[-1].removesuffix("norm").removesuffix("layer")
+            times = {"q_": heads, "query_": heads, "k_": keys, "key_": keys}.get(short, 1)
             read += weight.numel() * (times if weight.numel() <= head_dim else 1)
     return max(0.0, read / text.num_hidden_layers - 2 * text.hidden_size)
 
