@@ -1,10 +1,13 @@
 """Packed experts compute the same as dequantized ones in transformers' own forward passes."""
 
+import ast
+import importlib.util
 import json
 import math
 import os
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -240,11 +243,38 @@ def test_liger_leaves_packed_experts_alone(monkeypatch):
     seen = {}
     liger = SimpleNamespace(_apply_liger_kernel_to_instance=lambda **parts: seen.update(parts))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
-    for kind, swiglu in (("qwen3_moe", False), ("qwen3", True)):
+    for kind, asked in (("qwen3_moe", {"swiglu": False}), ("qwen3", {})):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **TEXT))
+        seen.clear()
         apply_liger(model)
-        assert seen["swiglu"] == swiglu
+        assert seen.pop("model") is model
+        assert seen == asked | {"cross_entropy": False, "fused_linear_cross_entropy": False}
+
+
+def test_liger_refuses_no_family_what_it_is_asked_for(monkeypatch):
+    """Read from its source, which cannot be imported without Triton."""
+    asked = {}
+    liger = SimpleNamespace(_apply_liger_kernel_to_instance=lambda **parts: asked.update(parts))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
+    with torch.device("meta"):
+        apply_liger(AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **TEXT)))
+    found = importlib.util.find_spec("liger_kernel")
+    if not found:
+        pytest.skip("Liger's kernels are not installed")
+    file = Path(found.origin).parent / "transformers/monkey_patch.py"
+    refused = {}
+    functions = [x for x in ast.parse(file.read_text()).body if isinstance(x, ast.FunctionDef)]
+    for function in functions:
+        names = [argument.arg for argument in function.args.args][::-1]
+        values = function.args.defaults[::-1]
+        on = {name: value.value for name, value in zip(names, values, strict=False)} | asked
+        for node in ast.walk(function):
+            if isinstance(node, ast.If) and isinstance(node.body[0], ast.Raise):
+                name = ast.unparse(node.test)
+                refused[f"{function.name}: {name}"] = bool(on.get(name))
+    assert "apply_liger_kernel_to_glm4: rope" in refused
+    assert not any(refused.values()), refused
 
 
 def test_the_same_experts_compute_a_token_in_a_trial(family):

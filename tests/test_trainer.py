@@ -12,6 +12,7 @@ from datasets import Dataset
 from families import FAMILIES
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -25,9 +26,10 @@ from stages.shared.placement import Placement
 from stages.shared.ranks import ALONE
 from stages.shared.scoring import Scores
 from stages.training import progress
+from stages.training.adjusting import leave_out_attention_dropout
 from stages.training.building import TrainingSet, as_installed, build_trainer
 from stages.training.progress import WARM_STEPS, Progress
-from tests.tiny import PARAMS, make_model, make_tokenizer
+from tests.tiny import PARAMS, SHAPE, make_model, make_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -213,6 +215,19 @@ def test_no_family_of_the_fast_path_drops_weights(build, family):
     eager = replace(PLAIN, attention="eager")
     model = build(eager, dropping | {"embedding_dropout": 0.0}, {"dropout": 0.0}).model.train()
     ids = torch.arange(3, 3 + 24)[None]
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("family", ["gpt_bigcode", "gptj", "gpt_neo", "bloom"])
+def test_attention_of_older_families_drops_nothing(family):
+    """Some name the rate otherwise, or hold it in a module of its own."""
+    rates = {"attn_pdrop": 0.5, "attention_dropout": 0.5, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    rates |= {"resid_dropout": 0.0, "embed_dropout": 0.0}
+    config = AutoConfig.for_model(family, **SHAPE | FAMILIES[family].settings | rates)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
+    ids = torch.arange(3, 3 + 24)[None]
+    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert leave_out_attention_dropout(model) == 0.5
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
 
 

@@ -10,6 +10,9 @@ from transformers import PreTrainedModel
 from stages.shared.experts import expert_stacks
 from stages.shared.ranks import World
 
+# Of modules, which hold a rate or a Dropout, and of configurations.
+ATTENTION_DROPOUT = ("attention_dropout", "attn_dropout", "attn_dropout_p")
+
 
 def leave_out_attention_dropout(model: PreTrainedModel) -> float:
     """Switch attention dropout off; returns the largest rate that was set.
@@ -18,15 +21,20 @@ def leave_out_attention_dropout(model: PreTrainedModel) -> float:
     when it is recomputed. Without it, the result is the same on all hardware.
     """
     dropped = 0.0
-    module: Any
-    for module in model.modules():
-        if isinstance(share := getattr(module, "attention_dropout", None), float):
-            dropped, module.attention_dropout = max(dropped, share), 0.0
+    holder: Any
+    for holder in (*model.modules(), model.config.get_text_config()):
+        for name in ATTENTION_DROPOUT:
+            share = getattr(holder, name, None)
+            if isinstance(share, torch.nn.Dropout):
+                dropped, share.p = max(dropped, share.p), 0.0
+            elif isinstance(share, float):
+                dropped = max(dropped, share)
+                setattr(holder, name, 0.0)
     return dropped
 
 
 def apply_liger(model: PreTrainedModel) -> None:
-    """Let `model` use Liger's norms, rotary embedding and SwiGLU, but not its loss.
+    """Let `model` use what Liger has for its family, but not Liger's loss.
 
     A mixture of experts keeps its own SwiGLU: Liger's comes with experts that read dense weights.
     """
@@ -36,13 +44,11 @@ def apply_liger(model: PreTrainedModel) -> None:
     # Where CUTLASS is installed, as with FlashAttention 4, Liger takes a rotary embedding that is
     # compiled anew for every number of tokens.
     set_impl("nvidia-triton")
-    parts = {
-        "rope": True,
-        "rms_norm": True,
-        "swiglu": not expert_stacks(model),
-        "cross_entropy": False,
-    }
-    _apply_liger_kernel_to_instance(model=model, **parts, fused_linear_cross_entropy=False)
+    # Of the rest Liger's defaults hold: some families raise an error if asked for what they lack.
+    parts = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    if expert_stacks(model):
+        parts["swiglu"] = False
+    _apply_liger_kernel_to_instance(model=model, **parts)
 
 
 def train_together(model: PeftModel, world: World, seed: int) -> None:
