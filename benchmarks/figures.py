@@ -269,18 +269,23 @@ def step_profile() -> None:
 
 
 def flash_4() -> None:
-    """Steps with FlashAttention 4 beside those without it."""
+    """Attention with FlashAttention 4 and without it, and the memory beside plan's."""
     points = results("profile")["points"]
+    plain = {one["name"]: one for one in points if not kernels(one)}
     for one in points:
-        for other in points:
-            if kernels(one) and not kernels(other) and one["name"] == other["name"]:
-                attention = [1000 * point["seconds"]["attention"] for point in (other, one)]
-                whole = [1000 * point["computing_seconds"] for point in (other, one)]
-                print(
-                    f"- {one['name']}: attention takes {attention[1]:.0f} instead of "
-                    f"{attention[0]:.0f} ms of a step, all kernels {whole[1]:.0f} instead of "
-                    f"{whole[0]:.0f} ms ({one['device']}, {one['date']})."
-                )
+        if kernels(one) and (other := plain.get(one["name"])):
+            ours, theirs = (1000 * point["seconds"]["attention"] for point in (one, other))
+            print(
+                f"- {one['name']}: attention takes {ours:.0f} instead of {theirs:.0f} ms of a step "
+                f"({one['device']}, torch {one['versions']['torch']}, {one['date']})."
+            )
+    for point in results("placement")["points"]:
+        if kernels(point):
+            print(
+                f"- {point['name']}: the peak is {point['measured_gb']:.2f} GB, plan says "
+                f"{point['predicted_gb']:.2f}; in host memory {point['measured_ram_gb']:.1f} GB, "
+                f"plan says {point['predicted_ram_gb']:.1f}."
+            )
 
 
 def streaming() -> None:

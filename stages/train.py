@@ -97,7 +97,7 @@ def train(whole: Params, device: torch.device, folder: Path, world: World = ALON
         if world.size > 1 or (device.type == "cuda" and needs_probe(trainer.train_dataset)):
             # Inside the time that progress measures, and before faults records batches.
             watchers.insert(1, Probe(trainer))
-        where = f"{device_name(device)}; {fast}"
+        where = f"{device_name(device)}; {trainer.fast_path}"
         announce(whole, len(named), sum(rows.tokens), trainer, where)
         shown = trackers(whole.tracking.report_to, folder, world)
         fit(trainer, shown, validation, watchers, folder)
@@ -177,6 +177,7 @@ def outcome(
     cost = {
         **provenance(trainer.model.device),
         "ranks": world.size,
+        "fast_path": str(trainer.fast_path),
         **progress.cost(),
         **memory_of_ranks(world.gather(memory_metrics(state_bytes(trainer.optimizer)[1]))),
         **placement,

@@ -1,17 +1,19 @@
 """Rows flattened into one batch give the logits of each row alone."""
 
 import itertools
+import sys
 
 import pytest
 import torch
 from families import FAMILIES
-from tiny import SHAPE
+from tiny import ROOT, SHAPE
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.shared import activations
 from stages.shared.fast_path import FLATTENED, MASKED, VARLEN, choose_attention, supports_varlen
 from stages.shared.params import Train
 from stages.shared.process import StageError
+from stages.shared.provenance import ABSENT
 from stages.training import attention
 
 LENGTHS = (20, 13, 30)
@@ -48,6 +50,7 @@ def kernel(monkeypatch):
     """What the kernel computes, on a CPU."""
     attention.register()
     monkeypatch.setattr(attention, "varlen_attn", reference)
+    monkeypatch.setattr(attention, "_flash_4", None)
 
 
 def reference(q, k, v, bounds, key_bounds, *longest, scale, window_size, enable_gqa=False):
@@ -209,21 +212,25 @@ def test_flash_attention_4_computes_what_torchs_kernel_does(monkeypatch, window)
     assert used == [64]
 
 
-def test_an_installation_of_flash_attention_4_that_fails_is_left_out(monkeypatch, capsys, tmp_path):
+def test_flash_attention_4_is_left_out_if_it_was_not_tested(monkeypatch, capsys):
+    lock = (ROOT / "requirements-hopper.lock").read_text()
+    assert f"flash-attn-4=={attention.FLASH_4} " in lock
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert not attention.use_flash_4()
-    assert capsys.readouterr().out == ""
-    (tmp_path / "flash_attn").mkdir()
-    monkeypatch.syspath_prepend(tmp_path)
-    assert not attention.use_flash_4()
-    assert capsys.readouterr().out == (
-        "train: FlashAttention 4 is left out, since it cannot be imported "
-        "(ModuleNotFoundError: No module named 'flash_attn.cute')\n"
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    assert not attention.use_flash_4()
-    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    # As if it could not be imported, also where it is installed.
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    for capability, version, said in (
+        ((9, 0), ABSENT, ""),
+        ((8, 9), attention.FLASH_4, ""),
+        ((9, 0), "4.9", "train: flash-attn-4 4.9 is left out (4.0.0b36 was tested); to use it: "),
+        ((9, 0), attention.FLASH_4, "train: flash-attn-4 4.0.0b36 is left out (ModuleNotFoundErr"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        monkeypatch.setattr(attention, "version_of", lambda name, found=version: found)
+        assert not attention.use_flash_4()
+        printed = capsys.readouterr().out
+        assert printed.startswith(said)
+        assert bool(printed) == bool(said)
 
 
 @pytest.mark.parametrize("window", [None, 5])

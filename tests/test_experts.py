@@ -1,7 +1,6 @@
 """Packed experts compute the same as dequantized ones in transformers' own forward passes."""
 
 import ast
-import importlib.util
 import json
 import math
 import os
@@ -239,8 +238,9 @@ def test_what_scoring_takes_is_told_alike_by_files_and_configuration(family):
 
 
 def test_liger_leaves_packed_experts_alone(monkeypatch):
-    """Liger's own experts read dense weights."""
-    seen = {}
+    """Liger's own experts read dense weights. It must not choose kernels by what is installed."""
+    seen, dispatch = {}, pytest.importorskip("liger_kernel.backends.dispatch")
+    monkeypatch.setattr(dispatch, "_GLOBAL_IMPL", None)
     liger = SimpleNamespace(_apply_liger_kernel_to_instance=lambda **parts: seen.update(parts))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
     for kind, asked in (("qwen3_moe", {"swiglu": False}), ("qwen3", {})):
@@ -250,19 +250,17 @@ def test_liger_leaves_packed_experts_alone(monkeypatch):
         apply_liger(model)
         assert seen.pop("model") is model
         assert seen == asked | {"cross_entropy": False, "fused_linear_cross_entropy": False}
+        assert dispatch.get_impl() == "nvidia-triton"
 
 
 def test_liger_refuses_no_family_what_it_is_asked_for(monkeypatch):
     """Read from its source, which cannot be imported without Triton."""
-    asked = {}
+    asked, package = {}, pytest.importorskip("liger_kernel")
     liger = SimpleNamespace(_apply_liger_kernel_to_instance=lambda **parts: asked.update(parts))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
     with torch.device("meta"):
         apply_liger(AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **TEXT)))
-    found = importlib.util.find_spec("liger_kernel")
-    if not found:
-        pytest.skip("Liger's kernels are not installed")
-    file = Path(found.origin).parent / "transformers/monkey_patch.py"
+    file = Path(package.__file__).parent / "transformers/monkey_patch.py"
     refused = {}
     functions = [x for x in ast.parse(file.read_text()).body if isinstance(x, ast.FunctionDef)]
     for function in functions:

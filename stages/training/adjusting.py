@@ -1,5 +1,6 @@
 """Adjusts a loaded model for training: without attention dropout, for DDP, faster."""
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -38,12 +39,14 @@ def apply_liger(model: PreTrainedModel) -> None:
 
     A mixture of experts keeps its own SwiGLU: Liger's comes with experts that read dense weights.
     """
-    from liger_kernel.backends import set_impl
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-    # Where CUTLASS is installed, as with FlashAttention 4, Liger takes a rotary embedding that is
-    # compiled anew for every number of tokens.
-    set_impl("nvidia-triton")
+    if importlib.util.find_spec("liger_kernel.backends"):
+        from liger_kernel.backends import set_impl
+
+        # Where CUTLASS is installed, as with FlashAttention 4, Liger would take a rotary embedding
+        # that is compiled anew for every number of tokens.
+        set_impl("nvidia-triton")
     # Of the rest Liger's defaults hold: some families raise an error if asked for what they lack.
     parts = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     if expert_stacks(model):

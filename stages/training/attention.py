@@ -5,7 +5,6 @@ attend to each other and there is no padding. flash-attn is not needed; if its v
 installed, a Hopper GPU computes attention with it.
 """
 
-import importlib.util
 import inspect
 import itertools
 import warnings
@@ -19,10 +18,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from stages.shared.activations import QUERIES, in_parts
 from stages.shared.fast_path import VARLEN
 from stages.shared.process import StageError
+from stages.shared.provenance import ABSENT, version_of
 
 _GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
-# Head sizes tested with FlashAttention 4 (tests/test_gpu.py). With 80, its gradients are wrong.
-FLASH_4_SIZES = (64, 96, 128, 256)
+# As tested (tests/test_gpu.py). With heads of 80 values, its gradients are wrong.
+FLASH_4, FLASH_4_SIZES = "4.0.0b36", (64, 96, 128, 256)
 # flash_attn_varlen_func of FlashAttention 4, once it is used.
 _flash_4: Callable[..., Any] | None = None
 
@@ -33,18 +33,31 @@ def use_flash_4() -> bool:
     Its backward pass is deterministic too. On GPUs of other generations it is untested.
     """
     global _flash_4
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability(0)[0] == 9
-    if hopper and importlib.util.find_spec("flash_attn"):
+    installed, remedy = version_of("flash-attn-4"), ""
+    if installed == ABSENT or not _on_hopper():
+        return False
+    if installed != FLASH_4:
+        remedy = f"{FLASH_4} was tested"
+    else:
         # Its compiler warns of an argument that it passes to itself.
         warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)
         try:
-            from flash_attn.cute import flash_attn_varlen_func
-        except Exception as error:  # FlashAttention 2 alone, or versions that do not match
-            reason = " ".join(f"{type(error).__name__}: {error}"[:200].split())
-            print(f"train: FlashAttention 4 is left out, since it cannot be imported ({reason})")
-        else:
-            _flash_4 = flash_attn_varlen_func
-    return _flash_4 is not None
+            from flash_attn.cute import flash_attn_varlen_func as _flash_4
+        except Exception as error:  # of packages that do not match
+            remedy = " ".join(f"{type(error).__name__}: {error}"[:200].split())
+    if remedy:
+        print(
+            f"train: flash-attn-4 {installed} is left out ({remedy}); to use it: "
+            "pip install --no-deps --require-hashes -r requirements-hopper.lock"
+        )
+    return not remedy
+
+
+def _on_hopper() -> bool:
+    """Whether the first GPU is one, under CUDA 13, for which requirements-hopper.lock is."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability(0)[0] != 9:
+        return False
+    return int((torch.version.cuda or "0").partition(".")[0]) >= 13
 
 
 def varlen_attention(

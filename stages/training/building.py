@@ -108,6 +108,7 @@ def build_trainer(
         fuse_lora(trainer.model, fast.liger, placement, stash, streamer)
 
     fused = fast.fused_lora and trial.fused_layers(trainer.model, fuse)
+    trainer.fast_path = replace(fast, fused_lora=fused)
     if not fused and not placement.kept_mlp:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         trainer.model.enable_input_require_grads()

@@ -31,9 +31,11 @@ from stages.training.paged import page_again
 KEPT = 2
 # A kill loses at most this much work. The variable is for tests.
 SECONDS = float(os.environ.get("CHECKPOINT_SECONDS", "600"))
-LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
-# Whether these are installed decides how a GPU rounds.
-LIBRARIES += ("liger-kernel", "flash-attn-4")
+LIBRARIES = (
+    *("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes"),
+    # Whether these are installed decides how a GPU rounds.
+    *("liger-kernel", "flash-attn-4"),
+)
 
 
 def fingerprint(params: dict, inputs: list[Path], code: list[Path], device: str) -> str:

@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTTrainer
 
+from stages.shared.fast_path import FastPath
 from stages.shared.ranks import ALONE, World
 from stages.shared.rows import IGNORED, token_counts
 from stages.shared.scoring import Scores, score
@@ -35,6 +36,8 @@ class Trainer(SFTTrainer):
     tokens = 0
     # Whether trl's output head gives the model's own logits (stages/training/trial.py).
     fused_head = True
+    # What the trial left of it (stages/training/building.py).
+    fast_path: FastPath
     # Set if layers of the base model are streamed.
     streamer: Streamer | None = None
 
