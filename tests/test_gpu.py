@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import families
 import pytest
 import torch
 import yaml
@@ -28,6 +29,7 @@ from stages.quantize import quantize
 from stages.quantizing.nf4_tensors import nf4
 from stages.shared import activations, packed
 from stages.shared.expert_lora import Factors, stand_ins, target_parameters, use_factors
+from stages.shared.fast_path import LIGER
 from stages.shared.model import load_base, load_streamed, set_compute_dtype
 from stages.shared.outputs import write_sums
 from stages.shared.packed import Groups, Nf4Experts
@@ -50,10 +52,11 @@ FAMILIES = ("llama", "mistral", "qwen2")
 
 
 @contextmanager
-def liger_put_back():
+def liger_put_back(*more: str):
     """Liger replaces classes of transformers' modules, and later models are built of them: their
     MLPs would not be fused, and a plain one would not be plain. A stage has its own process."""
-    modules = [importlib.import_module(f"transformers.models.{f}.modeling_{f}") for f in FAMILIES]
+    names = [*(f"transformers.models.{f}.modeling_{f}" for f in FAMILIES), *more]
+    modules = [importlib.import_module(name) for name in names]
     before = [dict(vars(module)) for module in modules]
     try:
         yield
@@ -249,6 +252,22 @@ def test_weights_are_those_that_bitsandbytes_dequantizes(shape, nested, dtype):
         weight.to(dtype), blocksize=64, quant_type="nf4", compress_statistics=nested
     )
     assert torch.equal(kernels().dequantize(packed, state), dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(name for name, one in families.FAMILIES.items() if one.kind in LIGER and not one.text),
+)
+def test_liger_computes_what_its_families_do(name):
+    model = families.model_of(families.FAMILIES[name]).cuda()
+    ids = torch.arange(3, 3 + 24, device="cuda")[None]
+    expected = model(input_ids=ids, use_cache=False).logits.detach().float()
+    with liger_put_back(type(model).__module__):
+        apply_liger(model)
+        found = model(input_ids=ids, use_cache=False).logits
+        found.float().square().mean().backward()
+    assert (found.detach().float() - expected).norm() < 0.03 * expected.norm()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_swiglu_and_its_gradients_are_those_of_liger():
