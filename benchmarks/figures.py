@@ -275,9 +275,10 @@ def flash_4() -> None:
     for one in points:
         if kernels(one) and (other := plain.get(one["name"])):
             ours, theirs = (1000 * point["seconds"]["attention"] for point in (one, other))
+            gpus = "one" if one["device_uuid"] == other["device_uuid"] else "each on its own"
             print(
                 f"- {one['name']}: attention takes {ours:.0f} instead of {theirs:.0f} ms of a step "
-                f"({one['device']}, torch {one['versions']['torch']}, {one['date']})."
+                f"({gpus} {one['device']}, torch {one['versions']['torch']}, {one['date']})."
             )
     for point in results("placement")["points"]:
         if kernels(point):

@@ -35,6 +35,7 @@ from stages.shared.outputs import write_sums
 from stages.shared.packed import Groups, Nf4Experts
 from stages.shared.placement import Placement
 from stages.shared.process import StageError, sha256
+from stages.shared.provenance import ABSENT, version_of
 from stages.shared.scoring import scored_logits
 from stages.shared.streaming import stream_layers
 from stages.training import attention
@@ -190,8 +191,9 @@ def test_a_long_row_in_parts_is_as_a_whole(monkeypatch):
 def test_flash_attention_4_agrees_with_torchs_kernel_and_repeats(monkeypatch, size, heads, window):
     """As a whole and in parts; with several sequences, and with a long one."""
     monkeypatch.setattr(attention, "_flash_4", None)
-    if not attention.use_flash_4():
-        pytest.skip("FlashAttention 4 is not installed")
+    if version_of("flash-attn-4") == ABSENT or torch.cuda.get_device_capability(0)[0] != 9:
+        pytest.skip("needs FlashAttention 4 on a Hopper GPU")
+    assert attention.use_flash_4()
     flash_4 = attention._flash_4
     for lengths in (LENGTHS, (1500,)):
         torch.manual_seed(0)
