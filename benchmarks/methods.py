@@ -199,7 +199,7 @@ def strategy_path(
     from stages.training.building import as_installed
 
     gpu, layers = device.type == "cuda", config.num_hidden_layers
-    fast = as_installed(choose_fast_path(params, config, gpu))
+    fast = as_installed(choose_fast_path(params, config, gpu), config)
     named: dict[str, Any] = dict.fromkeys(set(off) & vars(fast).keys(), False)
     fast = replace(fast, **named)
     if params.train.gradient_checkpointing is not True:

@@ -173,7 +173,7 @@ def measure_point(name: str, *callbacks: Any) -> tuple[dict, dict]:
     data = data.rename_column("ids", "input_ids")
     data = data.add_column("labels", data["input_ids"])
     params, config = params_of(point), config_of(point.shape)
-    fast = as_installed(choose_fast_path(params, config, gpu=True))
+    fast = as_installed(choose_fast_path(params, config, gpu=True), config)
     where = torch.device("cpu") if placed.streamed else device
     model = build(point.shape, point.quantize == "nf4", where, fast.attention)
     streamer = stream_layers(model, device, placed.streamed) if placed.streamed else None

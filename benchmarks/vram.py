@@ -177,7 +177,7 @@ def prepare(point: Point, device: torch.device, rows):
     from stages.training.building import TrainingSet, as_installed, build_trainer
 
     params, config = params_of(point), config_of(point.shape)
-    fast = as_installed(choose_fast_path(params, config, device.type == "cuda"))
+    fast = as_installed(choose_fast_path(params, config, device.type == "cuda"), config)
     model = build(point.shape, point.method == "qlora", device, fast.attention)
     kept = 0 if point.checkpointing else config.num_hidden_layers
     placed = Placement(kept, kept, offload=offloads(point, device))

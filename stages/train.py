@@ -77,7 +77,7 @@ def train(whole: Params, device: torch.device, folder: Path, world: World = ALON
     config = AutoConfig.from_pretrained(QUANTIZED)
     set_vocabulary(config, rows.vocabulary)
     largest = step_tokens(params.train, rows.tokens, data.max_length)
-    fast = as_installed(choose_fast_path(params, config, device.type == "cuda"))
+    fast = as_installed(choose_fast_path(params, config, device.type == "cuda"), config)
     placed = place(params, config, rows, device, world, tighter())
     try:
         model, streamer = load_placed(QUANTIZED, device, fast.attention, placed, world)

@@ -227,7 +227,9 @@ def test_flash_attention_4_is_left_out_if_it_was_not_tested(monkeypatch, capsys)
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         monkeypatch.setattr(attention, "version_of", lambda name, found=version: found)
-        assert not attention.use_flash_4()
+        assert not attention.use_flash_4(80)
+        assert capsys.readouterr().out == ""
+        assert not attention.use_flash_4(128)
         printed = capsys.readouterr().out
         assert printed.startswith(said)
         assert bool(printed) == bool(said)

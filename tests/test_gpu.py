@@ -193,7 +193,7 @@ def test_flash_attention_4_agrees_with_torchs_kernel_and_repeats(monkeypatch, si
     monkeypatch.setattr(attention, "_flash_4", None)
     if version_of("flash-attn-4") == ABSENT or torch.cuda.get_device_capability(0)[0] != 9:
         pytest.skip("needs FlashAttention 4 on a Hopper GPU")
-    assert attention.use_flash_4()
+    assert attention.use_flash_4(size)
     flash_4 = attention._flash_4
     for lengths in (LENGTHS, (1500,)):
         torch.manual_seed(0)

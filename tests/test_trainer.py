@@ -196,12 +196,13 @@ def test_liger_is_planned_with_everywhere_and_taken_where_it_is(monkeypatch, cap
     spec = object() if installed else None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     params = Params.model_validate(yaml.safe_load(PARAMS.read_text()))
-    planned = choose_fast_path(params, AutoConfig.for_model("llama"), gpu=True)
+    config = AutoConfig.for_model("llama")
+    planned = choose_fast_path(params, config, gpu=True)
     assert planned.liger
-    assert as_installed(planned).liger is installed
+    assert as_installed(planned, config).liger is installed
     said = capsys.readouterr().out
     assert ("requirements-kernels.lock" in said) is not installed
-    assert as_installed(PLAIN) is PLAIN
+    assert as_installed(PLAIN, config) is PLAIN
     assert capsys.readouterr().out == ""
 
 

@@ -27,30 +27,31 @@ FLASH_4, FLASH_4_SIZES = "4.0.0b36", (64, 96, 128, 256)
 _flash_4: Callable[..., Any] | None = None
 
 
-def use_flash_4() -> bool:
-    """Attend with FlashAttention 4 from now on, if it is installed and made for the first GPU.
+def use_flash_4(head_size: int) -> bool:
+    """Attend with FlashAttention 4 from now on, if it is installed and made for the first GPU and
+    for heads of `head_size` values.
 
     Its backward pass is deterministic too. On GPUs of other generations it is untested.
     """
     global _flash_4
-    installed, remedy = version_of("flash-attn-4"), ""
-    if installed == ABSENT or not _on_hopper():
+    installed, reason = version_of("flash-attn-4"), ""
+    if installed == ABSENT or not _on_hopper() or head_size not in FLASH_4_SIZES:
         return False
     if installed != FLASH_4:
-        remedy = f"{FLASH_4} was tested"
+        reason = f"{FLASH_4} was tested"
     else:
         # Its compiler warns of an argument that it passes to itself.
         warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)
         try:
             from flash_attn.cute import flash_attn_varlen_func as _flash_4
         except Exception as error:  # of packages that do not match
-            remedy = " ".join(f"{type(error).__name__}: {error}"[:200].split())
-    if remedy:
+            reason = " ".join(f"{type(error).__name__}: {error}"[:200].split())
+    if reason:
         print(
-            f"train: flash-attn-4 {installed} is left out ({remedy}); to use it: "
+            f"train: flash-attn-4 {installed} is left out ({reason}); to use it: "
             "pip install --no-deps --require-hashes -r requirements-hopper.lock"
         )
-    return not remedy
+    return not reason
 
 
 def _on_hopper() -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stages.shared.adapted import check_adapted, lost_elsewhere, targets_as_written
 from stages.shared.expert_lora import stand_ins, use_factors, wrapper_names
@@ -118,10 +118,12 @@ def build_trainer(
     return trainer
 
 
-def as_installed(fast: FastPath) -> FastPath:
+def as_installed(fast: FastPath, config: PretrainedConfig) -> FastPath:
     """`fast`, with FlashAttention 4 if it is installed, and without Liger's kernels if they are
     not; a message says so."""
-    if fast.attention == VARLEN and use_flash_4():
+    text = config.get_text_config()
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if fast.attention == VARLEN and use_flash_4(head_size):
         fast = replace(fast, flash_attention_4=True)
     if not fast.liger or importlib.util.find_spec("liger_kernel"):
         return fast
