@@ -134,7 +134,7 @@ def placed_for(point: Point, sizes: Sizes, budget: float, rates: placement.Rates
     kept = KEPT[point.checkpointing]
     found = placement.choose(sizes, budget, rates=rates, kept=kept)
     found = found or placement.tightest(sizes, kept)
-    return found if point.streamed is None else replace(found, streamed=point.streamed)
+    return found if point.streamed is None else replace(found, streamed=point.streamed, dense=0)
 
 
 def measure_point(name: str, *callbacks: Any) -> tuple[dict, dict]:

@@ -93,6 +93,7 @@ def card(sizes: Sizes, placed: Placement) -> dict:
         "kept_attention_layers": placed.kept_attention,
         "offloaded_inputs": int(placed.offload),
         "mlp_tile_tokens": placed.tile,
+        "dense_layers": placed.dense,
         "predicted_peak_vram_gb": round(prediction.peak / GB, 3),
         "predicted_device_gb": round(prediction.device / GB, 3),
         "predicted_ram_gb": round(prediction.host / GB, 3),
@@ -105,23 +106,24 @@ def card(sizes: Sizes, placed: Placement) -> dict:
 def cards_table(found: list[dict], layers: int) -> str:
     """`cards` as a table for people."""
     lines = [
-        "  card GB  weights            kept (MLP, attention)  GPU GB  RAM GB  evaluate  verify    "
-        "GB sent a step",
+        "  card GB  weights                 kept (MLP, attention)  GPU GB  RAM GB  evaluate  "
+        "verify    GB sent a step",
     ]
     for entry in found:
         size, placed = entry["card_gb"], entry["placed"]
         others = [entry[f"{name}_streamed_layers"] for name in ("evaluate", "verify")]
         words = ["no" if n is None else "streamed" if n else "resident" for n in others]
         if placed is None:
-            lines.append(f"  {size:>7}  {'does not fit':<58}{words[0]:<10}{words[1]}")
+            lines.append(f"  {size:>7}  {'does not fit':<63}{words[0]:<10}{words[1]}")
             continue
-        streamed = placed["streamed_layers"]
-        weights = f"{streamed} of {layers} streamed" if streamed else "resident"
+        streamed, dense = placed["streamed_layers"], placed["dense_layers"]
+        weights = "resident" + f", {dense} in 16 bit" * bool(dense)
+        weights = f"{streamed} of {layers} streamed" if streamed else weights
         kept = f"{placed['kept_mlp_layers']}, {placed['kept_attention_layers']} of {layers}"
         remarks = ", MLPs in tiles" * bool(placed["mlp_tile_tokens"])
         remarks += "" if placed["copies_hide"] else ", slower"
         lines.append(
-            f"  {size:>7}  {weights:<18} {kept:<22} {placed['predicted_device_gb']:>6.1f}  "
+            f"  {size:>7}  {weights:<23} {kept:<22} {placed['predicted_device_gb']:>6.1f}  "
             f"{placed['predicted_ram_gb']:>6.1f}  {words[0]:<10}{words[1]:<10}"
             f"{placed['sent_gb_per_step']:.1f}{remarks}"
         )

@@ -6,7 +6,7 @@ quantization stores the constant in 8 bits, with an fp32 one for each 256 of the
 Every Linear except the output head is quantized (transformers, get_keys_to_not_convert).
 """
 
-from stages.shared.decoder_shape import Experts, Shape, Training
+from stages.shared.decoder_shape import Experts, Shape, Training, adapted, layer_of
 from stages.shared.mxfp4 import lookup_bytes
 
 # Experts that are dequantized at once, in bytes. A whole layer of Qwen3-30B-A3B (0.8 GB) or of
@@ -33,6 +33,18 @@ def expert_bytes(shape: Shape, method: str, double_quant: bool) -> float:
     """Bytes of all experts as stored."""
     each = NF4_BYTES[double_quant] if method == "qlora" else 2.0
     return (MXFP4_BYTES if shape.mxfp4 else each) * shape.expert_parameters
+
+
+def dense_bytes(shape: Shape, run: Training) -> tuple[float, ...]:
+    """Of each layer: the additional bytes of those NF4 weights that the fused products read
+    (stages/training/fused_lora.py), if they are in 16 bit. Empty if there are none."""
+    found = [0.0] * shape.layers
+    if run.method == "qlora" and run.fused_lora:
+        for linear in adapted(shape, run.targets):
+            layer = layer_of(linear.name)
+            if linear.quantized and layer is not None and layer < shape.layers:
+                found[layer] += (2.0 - NF4_BYTES[run.double_quant]) * linear.parameters
+    return tuple(found) if any(found) else ()
 
 
 def dequantized_bytes(shape: Shape, run: Training) -> float:

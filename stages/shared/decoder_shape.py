@@ -1,5 +1,6 @@
 """A decoder's shape and a run's settings: all that the memory of a training step depends on."""
 
+import re
 from dataclasses import dataclass
 
 # Short names of Linears: those that read a half's input, and all. FUSED_INPUTS make q, k and v at
@@ -157,6 +158,12 @@ class Training:
 def adapted(shape: Shape, targets: frozenset[str]) -> list[Linear]:
     """The Linears that get an adapter."""
     return [x for x in shape.linears if x.name in targets]
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that the module of this full name is in; None outside of layers."""
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else None
 
 
 def attention_names(shape: Shape) -> frozenset[str]:

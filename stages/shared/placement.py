@@ -9,10 +9,15 @@ A placement, for a base with L layers:
     streamed                   number of layers whose weights are kept in host memory and copied
                                ahead of use (stages/shared/streaming.py)
     tile                       tokens that an MLP computes at once; 0 for all
+    dense                      number of first layers whose NF4 weights are kept in 16 bit, instead
+                               of being dequantized for each product
 
 The result does not depend on it: the same kernels compute the same products of the same bytes. The
 exception is a tile, since products over fewer rows may use another kernel and the adapter's
 gradient becomes a sum over tiles; it is used only if nothing else fits.
+
+Dense layers take the room that is left on the card if nothing is recomputed, streamed or in tiles.
+They change nothing else of the choice, so the model of time leaves them out.
 
 Memory. The peak of a step is the maximum over the output head and each layer's backward pass, from
 the last to the first, each together with everything that earlier layers keep.
@@ -27,7 +32,7 @@ PCIe 4 x16's 25e9 bytes/s each way; on a slower card the copies hide better. Tra
 own rates.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from stages.shared.decoder_shape import Shape, Training
@@ -85,6 +90,7 @@ class Placement:
     offload: bool = False
     streamed: int = 0
     tile: int = 0
+    dense: int = 0
 
     @property
     def moving_parts(self) -> int:
@@ -136,9 +142,10 @@ def predict(sizes: Sizes, placement: Placement) -> Prediction:
     )
     context = CONTEXT + OFFLOADING_CONTEXT * (placement.offload or placement.streamed > 0)
     buffers = min(SLOTS, placement.streamed)
+    on_host = (placement.streamed - buffers) * sizes.layer_weights
     return Prediction(
         moment=name,
-        weights=sizes.weights - (placement.streamed - buffers) * sizes.layer_weights,
+        weights=sizes.weights - on_host + sum(sizes.dense[: placement.dense]),
         adapter=sizes.adapter + trained,
         optimizer=sizes.optimizer,
         activations=activations,
@@ -291,10 +298,17 @@ def choose(
     fastest = min(seconds(sizes, placement, rates) for placement in found)
     alike = [p for p in found if seconds(sizes, p, rates) <= (1 + ALIKE) * fastest]
     fewest = min(p.moving_parts for p in alike)
-    return min(
+    placed = min(
         (p for p in alike if p.moving_parts == fewest),
         key=lambda p: (seconds(sizes, p, rates), p.streamed),
     )
+    if placed.moving_parts or recomputes(sizes, placed):
+        return placed
+
+    def fits(dense: int) -> bool:
+        return predict(sizes, replace(placed, dense=dense)).device <= budget
+
+    return replace(placed, dense=_largest(len(sizes.dense), fits))
 
 
 def resident(sizes: Sizes, kept: str = "auto") -> Placement:
@@ -358,23 +372,24 @@ def _keeping(sizes: Sizes, start: Placement, most: int, fits) -> Placement:
     """`start` with as many MLPs kept as fit, which save most time per byte, then attentions."""
     if start.tile:
         return start
-
-    def largest(placed) -> int:
-        low, high = 0, most
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(placed(middle)) else (low, middle - 1)
-        return low
-
     if not sizes.halves:
         # Families that checkpoint by their own method do so for all layers or none.
         whole = replace(start, kept_mlp=most, kept_attention=most, offload=False)
         return whole if fits(whole) else start
-    mlp = largest(lambda n: replace(start, kept_mlp=n))
+    mlp = _largest(most, lambda n: fits(replace(start, kept_mlp=n)))
     start = replace(start, kept_mlp=mlp)
-    attention = largest(lambda n: replace(start, kept_attention=n))
+    attention = _largest(most, lambda n: fits(replace(start, kept_attention=n)))
     placed = replace(start, kept_attention=attention)
     return replace(placed, offload=placed.offload and recomputes(sizes, placed))
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `most` that fits; 0 does."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def predict_run(shape: Shape, run: Training) -> Prediction:

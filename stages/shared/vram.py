@@ -24,7 +24,7 @@ from stages.shared.activations import (
     mlp_saved,
     mlp_working,
 )
-from stages.shared.base_bytes import dequantized_bytes, weights_bytes
+from stages.shared.base_bytes import dense_bytes, dequantized_bytes, weights_bytes
 from stages.shared.decoder_shape import (
     ATTENTION_INPUTS,
     MLP_INPUTS,
@@ -71,6 +71,7 @@ class Sizes:
 
     norm_keeps_input   norms save the input of a half, which need not be saved again
     layer_weights      the streamable part of a layer's weights
+    dense              of each layer: bytes that `Placement.dense` adds; may be empty
     casts              autocast's copies of the adapter
     stream             the residual stream
     …_saved, …_working of half a layer, for the tokens of a step (stages/shared/activations.py)
@@ -90,6 +91,7 @@ class Sizes:
     norm_keeps_input: bool
     weights: float
     layer_weights: float
+    dense: tuple[float, ...]
     adapter: float
     gradients: float
     casts: float
@@ -137,6 +139,7 @@ def sizes_of(shape: Shape, run: Training) -> Sizes:
         norm_keeps_input=known,
         weights=weights_bytes(shape, run.method, run.double_quant),
         layer_weights=packed,
+        dense=dense_bytes(shape, run),
         adapter=adapter,
         gradients=gradients,
         casts=casts,

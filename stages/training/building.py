@@ -26,7 +26,7 @@ from stages.training.adjusting import (
     train_together,
 )
 from stages.training.attention import use_flash_4
-from stages.training.fused_lora import fuse_lora
+from stages.training.fused_lora import fuse_lora, keep_dense
 from stages.training.offload import HostStash
 from stages.training.settings import lora_config, optimizer_steps, trainer_config
 from stages.training.token_rows import train_rows
@@ -109,6 +109,8 @@ def build_trainer(
 
     fused = fast.fused_lora and trial.fused_layers(trainer.model, fuse)
     trainer.fast_path = replace(fast, fused_lora=fused)
+    if fused and placement.dense:
+        trainer.dense_bytes = keep_dense(trainer.model, fast.liger, placement.dense)
     if not fused and not placement.kept_mlp:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         trainer.model.enable_input_require_grads()

@@ -7,6 +7,8 @@ For y = x W^T + s (x A^T) B^T, with a frozen W (4-bit or 16-bit) and trained A [
 - layers with the same input x (q, k, v; gate, up) share one product with their stacked A;
 - only x and the narrow x A^T are saved for the backward pass;
 - a whole SwiGLU MLP is one operation;
+- NF4 weights of some layers are dequantized once instead of before each product, if the card has
+  room (`keep_dense`);
 - gradient checkpointing keeps the inputs of attention and of the MLP, on the GPU or on the host, so
   that recomputation skips the output and down projections, whose results nothing needs.
 
@@ -26,6 +28,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 
+from stages.shared.decoder_shape import layer_of
 from stages.shared.fast_path import MLP_PARTS, is_swiglu, plain_layers
 from stages.shared.placement import Placement
 from stages.shared.streaming import Streamer
@@ -272,16 +275,9 @@ def fuse_lora(
     recompute what `placement` does not keep, in halves, from inputs in `stash` if given; others
     checkpoint by their own method. `streamer` is asked for streamed weights.
     """
-    dequantize: Callable[..., torch.Tensor] = dequantize_4bit
-    swiglu: type = TorchSwiglu
-    if liger:
-        from stages.training.kernels import LigerSwiglu, dequantize
-
-        swiglu = LigerSwiglu
+    dequantize, swiglu = _kernels(liger)
     modules: list[Any] = list(model.modules())
-    # Those around experts only hold factors (stages/shared/expert_lora.py).
-    held: set[Any] = {m for m in modules if isinstance(m, ParamWrapper)}
-    layers = [m for m in modules if isinstance(m, LoraLayer) and m not in held]
+    layers = list(_lora_layers(model).values())
     plain: list[Any] = plain_layers(model)
     ends = {end for m in plain for end in (m.self_attn.o_proj, m.mlp.down_proj)}
     groups = [[getattr(m.self_attn, name) for name in ATTENTION_INPUTS] for m in plain]
@@ -306,6 +302,47 @@ def fuse_lora(
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return len(layers)
+
+
+def keep_dense(model: PeftModel, liger: bool, count: int) -> int:
+    """Replace the NF4 weights that the products of the first `count` layers read by the 16-bit ones
+    that they dequantize to. Returns the additional bytes, without those of NF4's constants.
+
+    After `fuse_lora`: PEFT's own layers could not read them. The packed bytes are freed one weight
+    at a time; nothing else reads the base, of which no stage saves the weights in memory.
+    """
+    dequantize, _ = _kernels(liger)
+    added = 0
+    for name, layer in _lora_layers(model).items():
+        base: Any = layer.get_base_layer()
+        packed, number = base.weight, layer_of(name)
+        if isinstance(packed, Params4bit) and number is not None and number < count:
+            dense = dequantize(packed.data, packed.quant_state)
+            added += dense.nbytes - packed.nbytes
+            base.weight = torch.nn.Parameter(dense, requires_grad=False)
+            # bitsandbytes keeps the constants here too.
+            base.quant_state = None
+    return added
+
+
+def _kernels(liger: bool) -> tuple[Callable[..., torch.Tensor], type]:
+    """What dequantizes, and what computes SwiGLU."""
+    if not liger:
+        return dequantize_4bit, TorchSwiglu
+    from stages.training.kernels import LigerSwiglu, dequantize
+
+    return dequantize, LigerSwiglu
+
+
+def _lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
+    """The LoRA layers by full name, without those around experts, which only hold factors
+    (stages/shared/expert_lora.py)."""
+    named: dict[str, Any] = dict(model.named_modules())
+    return {
+        name: module
+        for name, module in named.items()
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
+    }
 
 
 def _in_halves(kept: tuple[bool, bool], slots: list[Slot | None], tile: int):

@@ -32,7 +32,9 @@ def no_memory_for_step(
     base_bytes  bytes of the model as loaded
     """
     peak = torch.cuda.max_memory_allocated()
-    parts = {"base model": base_bytes, **(trained_parts(trainer) if trainer else {})}
+    parts = {"base model": base_bytes}
+    if trainer:
+        parts = {"base model": base_bytes + trainer.dense_bytes, **trained_parts(trainer)}
     rest = max(0, peak - sum(parts.values()))
     if trainer:
         # Managed memory is not the allocator's.

@@ -58,6 +58,7 @@ class Placed:
             "offloaded_inputs": int(self.placement.offload),
             "streamed_layers": self.placement.streamed,
             "mlp_tile_tokens": self.placement.tile,
+            "dense_layers": self.placement.dense,
             "predicted_peak_vram_gb": self.prediction.peak / GB,
             "predicted_device_gb": self.prediction.device / GB,
             "predicted_ram_gb": self.prediction.host / GB,
@@ -132,6 +133,8 @@ def describe(placed: Placement, sizes: Sizes) -> str:
     weights = "weights on the GPU"
     if placed.streamed:
         weights = f"weights of {placed.streamed} of {layers} layers streamed from host memory"
+    elif placed.dense:
+        weights += f", those of {placed.dense} of {layers} layers in 16 bit"
     recomputed = "nothing is recomputed"
     if placement.recomputes(sizes, placed):
         recomputed = (

@@ -38,6 +38,8 @@ class Trainer(SFTTrainer):
     fused_head = True
     # What the trial left of it (stages/training/building.py).
     fast_path: FastPath
+    # What weights in 16 bit add to the base as loaded.
+    dense_bytes = 0
     # Set if layers of the base model are streamed.
     streamer: Streamer | None = None
 
