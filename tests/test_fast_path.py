@@ -1,19 +1,22 @@
 """The fast path computes the loss and every adapter gradient of plain PEFT."""
 
 import copy
+import weakref
 
 import pytest
 import torch
+from bitsandbytes.nn import Params4bit
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from stages.quantize import quantize
 from stages.shared.model import load_base
+from stages.shared.nf4 import dequantize
 from stages.shared.placement import Placement
 from stages.training import fused_lora
 from stages.training.adjusting import remember_parameters
-from stages.training.fused_lora import fuse_lora
+from stages.training.fused_lora import fuse_lora, keep_dense
 from tests.tiny import SHAPE, make_model
 
 CPU = torch.device("cpu")
@@ -86,6 +89,44 @@ def test_a_second_pass_skips_the_products_that_end_a_part(quantized, monkeypatch
     loss_and_gradients(model)
     # Seven products a layer in the forward pass; q, k, v, gate and up in the second; seven back.
     assert len(read) == 2 * (7 + 5 + 7)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+@pytest.mark.parametrize("count", [1, 2])
+def test_dense_weights_are_those_that_the_first_layers_read(quantized, count, targets):
+    config = LoraConfig(r=4, target_modules=targets)
+    model = with_random_adapter(get_peft_model(load_base(quantized["llama"], CPU), config).train())
+    fuse_lora(model, liger=False, placement=Placement(2, 2))
+    loss, _ = loss_and_gradients(model)
+    parameters = model.get_nb_trainable_parameters()
+    before = {n: p for n, p in model.named_parameters() if isinstance(p, Params4bit)}
+    assert len(before) == 2 * 7
+    read = {n for n in before if ".base_layer." in n and int(n.split(".")[4]) < count}
+    assert len(read) == count * (7 if targets == "all-linear" else 2)
+    values = {n: dequantize(before[n].data, before[n].quant_state) for n in read}
+    added = sum(values[n].nbytes - before[n].nbytes for n in read)
+    freed = [weakref.ref(x) for n in read for x in (before[n], before[n].quant_state)]
+    kept = {n: p for n, p in before.items() if n not in read}
+    del before
+    assert keep_dense(model, False, count) == added
+    assert all(reference() is None for reference in freed)
+    after = dict(model.named_parameters())
+    assert {n for n, p in after.items() if isinstance(p, Params4bit)} == kept.keys()
+    assert all(after[n] is p for n, p in kept.items())
+    for name, value in values.items():
+        assert torch.equal(after[name], value)
+        assert not after[name].requires_grad
+    assert model.get_nb_trainable_parameters() == parameters
+    assert loss_and_gradients(model)[0] == loss
+    # They are what is computed with: a changed one shows in the loss or in the gradients.
+    for name in read:
+        model.zero_grad()
+        found, gradients = loss_and_gradients(model)
+        after[name].mul_(1.5)
+        model.zero_grad()
+        changed, others = loss_and_gradients(model)
+        assert changed != found, name
+        assert any(not torch.equal(others[n], g) for n, g in gradients.items())
 
 
 def test_a_pass_that_failed_leaves_nothing_for_the_next(quantized):

@@ -15,7 +15,7 @@ from stages.shared.placement import Placement
 from stages.shared.scoring import score
 from stages.shared.streaming import Streamer, stream_layers
 from stages.training.adjusting import apply_liger
-from stages.training.fused_lora import fuse_lora
+from stages.training.fused_lora import fuse_lora, keep_dense
 from stages.training.offload import HostStash
 from tests.test_gpu import LENGTHS, liger_put_back, rows
 from tests.tiny import make_model
@@ -63,6 +63,7 @@ def trained(folder, placement, steps=3, fused=True, dropout=0.0):
     if fused:
         stash = HostStash(device, sum(LENGTHS) * HIDDEN * 2) if placement.offload else None
         fuse_lora(model, liger=True, placement=placement, stash=stash, streamer=streamer)
+        keep_dense(model, True, placement.dense)
     elif not placement.kept_mlp:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -99,6 +100,8 @@ PLACEMENTS = [
     Placement(kept_mlp=3),
     Placement(kept_mlp=5, kept_attention=2, offload=True),
     Placement(LAYERS, LAYERS),
+    Placement(LAYERS, LAYERS, dense=LAYERS),
+    Placement(LAYERS, LAYERS, dense=3),
     Placement(streamed=LAYERS, offload=True),
     Placement(kept_mlp=5, kept_attention=2, streamed=5),
     Placement(LAYERS, LAYERS, streamed=LAYERS),

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.shared import placement
+from stages.shared.base_bytes import NF4_BYTES
 from stages.shared.decoder_shape import Linear, Shape, Training
 from stages.shared.outputs import GB
 from stages.shared.placement import ALIKE, RATES, SLOTS, Placement, Rates, choose, predict, seconds
 from stages.shared.vram import Sizes, sizes_of
+from stages.training.placing import describe
 
 FORMS = {
     # layers, hidden, intermediate, heads, kv heads, vocabulary
@@ -62,7 +64,11 @@ def shape(name: str, plain: bool = True) -> Shape:
 def sizes(name: str, tokens: int = 4096, plain: bool = True, **changes) -> Sizes:
     """A packed QLoRA step of `tokens` with every fused part, unless `changes` say otherwise."""
     model = shape(name, plain)
-    run = Training(
+    return sizes_of(model, replace(run_of(model), **changes, tokens=tokens, learned_tokens=tokens))
+
+
+def run_of(model: Shape) -> Training:
+    return Training(
         method="qlora",
         double_quant=True,
         rank=16,
@@ -71,8 +77,8 @@ def sizes(name: str, tokens: int = 4096, plain: bool = True, **changes) -> Sizes
         optimizer="adamw_torch_fused",
         rows=1,
         sequences=2,
-        tokens=tokens,
-        learned_tokens=tokens,
+        tokens=4096,
+        learned_tokens=4096,
         accumulation=1,
         checkpointing=True,
         offloading=False,
@@ -80,7 +86,6 @@ def sizes(name: str, tokens: int = 4096, plain: bool = True, **changes) -> Sizes
         liger=True,
         fused_lora=True,
     )
-    return sizes_of(model, replace(run, **changes))
 
 
 STEPS = {
@@ -231,9 +236,67 @@ def test_a_70b_model_streams_every_layer_through_a_card_of_12_gb():
 
 def test_a_7b_model_keeps_everything_on_a_card_of_24_gb():
     found = sizes("7b")
-    assert choose(found, 24 * GB) == Placement(32, 32)
+    placed = choose(found, 24 * GB)
+    assert replace(placed, dense=0) == Placement(32, 32)
+    assert 0 < placed.dense < 32
     # And recomputes on a card that it fills.
     assert placement.recomputes(found, choose(found, 12 * GB))
+
+
+@settings(deadline=None, max_examples=60)
+@given(steps, kinds, st.floats(0, 1.5))
+def test_dense_layers_take_what_is_left_and_change_nothing_else(found, kept, share):
+    budget = at(found, kept, share)
+    placed = choose(found, budget, kept=kept)
+    without = choose(replace(found, dense=()), budget, kept=kept)
+    if placed is None:
+        assert without is None
+        return
+    assert replace(placed, dense=0) == without
+    assert predict(found, placed).device <= budget
+    if without.moving_parts or placement.recomputes(found, without):
+        assert placed.dense == 0
+    elif placed.dense < len(found.dense):
+        more = replace(placed, dense=placed.dense + 1)
+        assert predict(found, more).device > budget
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_dense_layers_are_of_fused_products_of_nf4_weights(step):
+    name, changes = STEPS[step]
+    found = sizes(name, **changes)
+    placed = choose(found, 1e15)
+    packed = changes.get("method") != "lora" and changes.get("fused_lora", True)
+    assert placed.dense == (found.layers if packed else 0)
+    assert "in 16 bit" in describe(placed, found) or not packed
+    one = choose(found, predict(found, replace(placed, dense=1)).device)
+    assert one.dense == min(1, placed.dense)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_a_dense_layer_adds_its_16_bit_weights_without_their_nf4_bytes(double_quant):
+    """Of Linears with an adapter that NF4 replaces, layer by layer."""
+    model = shape("small")
+    layer = 256 * (256 + 128 + 128 + 256) + 3 * 256 * 512
+    unlike = tuple(
+        # What has no adapter, is not quantized, or is outside of layers.
+        replace(x, quantized="layers.1." not in x.name or x.short != "q_proj")
+        for x in model.linears
+    )
+    targets = {x.name for x in unlike if "layers.5.mlp" not in x.name} | {"lm_head"}
+    run = {"double_quant": double_quant, "targets": frozenset(targets)}
+    model = replace(model, linears=(*unlike, Linear("lm_head", 256, 4000)))
+    found = sizes_of(model, replace(run_of(shape("small")), **run))
+    each = 2 - NF4_BYTES[double_quant]
+    left_out = {1: 256 * 256, 5: 3 * 256 * 512}
+    expected = [each * (layer - left_out.get(i, 0)) for i in range(6)]
+    assert found.dense == pytest.approx(expected)
+    for count in range(7):
+        more, less = (predict(found, Placement(6, 6, dense=n)) for n in (count, 0))
+        for part in ("weights", "device", "peak"):
+            added = getattr(more, part) - getattr(less, part)
+            assert added == pytest.approx(sum(expected[:count])), part
+        assert (more.host, more.reserve) == pytest.approx((less.host, less.reserve))
 
 
 def test_equally_fast_placements_have_few_moving_parts():

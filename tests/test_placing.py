@@ -97,6 +97,23 @@ def test_what_is_placed_fits_the_card_and_its_limit(card, capsys, limit):
         assert recorded["predicted_device_gb"] == placed.prediction.device / GB
 
 
+def test_what_is_left_of_the_card_keeps_weights_in_16_bit(card, capsys):
+    params, config = mistral()
+    config.quantization_config = {"bnb_4bit_use_double_quant": True}
+    found = []
+    for free, leave in ((80, 0.0), (28, 0.0), (28, 0.1), (8, 0.0)):
+        card(free=free)
+        placed = place(params, config, ROWS, GPU, leave=leave)
+        assert placed.prediction.device <= placed.budget
+        dense = placed.placement.dense
+        said = f"weights on the GPU, those of {dense} of 32 layers in 16 bit; nothing"
+        assert (said in capsys.readouterr().out) == bool(dense)
+        assert placed.metrics()["dense_layers"] == dense
+        found.append(dense)
+    whole, some, after_a_lack, none = found
+    assert whole == 32 > some > after_a_lack > none == 0
+
+
 @pytest.mark.parametrize(("checkpointing", "kept"), [("auto", 32), (False, 32), (True, 0)])
 def test_on_the_cpu_auto_recomputes_nothing(checkpointing, kept):
     placed = place(*mistral(checkpointing), ROWS, CPU)

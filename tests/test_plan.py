@@ -233,6 +233,7 @@ def test_each_card_has_what_it_holds_or_nothing(mistral, checkpointing):
             continue
         assert placed["predicted_peak_vram_gb"] < placed["predicted_device_gb"] <= card
         assert placed["streamed_layers"] == best.streamed
+        assert placed["dense_layers"] == best.dense
         assert (placed["sent_gb_per_step"] > 0) == bool(best.streamed or best.offload)
         layers = sizes.layers
         if checkpointing != "auto":
@@ -290,6 +291,8 @@ def test_the_table_says_of_each_card_what_fits(mistral):
         assert f"{placed['predicted_device_gb']:.1f}" in words
         assert f"{placed['sent_gb_per_step']:.1f}" in line
         assert ("streamed" in words[:4]) == bool(placed["streamed_layers"])
+        dense = placed["dense_layers"]
+        assert (f"resident, {dense} in 16 bit " in line) == bool(dense)
     slow = {"copies_hide": 0, "sent_gb_per_step": 7.5, "mlp_tile_tokens": 0}
     fits = next(entry["placed"] for entry in found if entry["placed"])
     table = plan.cards_table([found[-1] | {"placed": fits | slow}], sizes.layers)

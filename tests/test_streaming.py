@@ -19,7 +19,7 @@ from stages.shared.packed import Packed
 from stages.shared.placement import SLOTS, Placement
 from stages.shared.scoring import score
 from stages.shared.streaming import Streamer, spread, stream_layers
-from stages.training.fused_lora import fuse_lora
+from stages.training.fused_lora import fuse_lora, keep_dense
 from tests.test_fast_path import with_random_adapter
 from tests.tiny import make_model
 
@@ -66,6 +66,7 @@ def trained(folder, placement, fused, steps=3, targets="all-linear", ring=False,
     use_factors(peft)
     if fused:
         fuse_lora(peft, liger=False, placement=placement, streamer=streamer)
+        keep_dense(peft, False, placement.dense)
     elif placement.kept_mlp < LAYERS:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         peft.enable_input_require_grads()
@@ -124,6 +125,8 @@ KEPT = Placement(LAYERS, LAYERS)
         Placement(streamed=4, kept_mlp=3),
         Placement(LAYERS, LAYERS, streamed=6),
         Placement(LAYERS, LAYERS, streamed=1),
+        Placement(LAYERS, LAYERS, dense=LAYERS),
+        Placement(LAYERS, LAYERS, dense=2),
     ],
     ids=str,
 )

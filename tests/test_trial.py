@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from bitsandbytes.nn import Params4bit
 from datasets import Dataset
 from families import FAMILIES
 from transformers import masking_utils
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from stages.quantize import quantize
 from stages.shared import own_logits
 from stages.shared.fast_path import FastPath
 from stages.shared.model import load_base
@@ -37,17 +39,23 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def build(tmp_path, tokenizer):
-    def build(fast=PLAIN, arch="llama", shape=None, batching="shuffle"):
+    def build(fast=PLAIN, arch="llama", shape=None, batching="shuffle", dense=None):
+        """With `dense`: on a base in NF4."""
         raw = yaml.safe_load(PARAMS.read_text())
         raw["train"] |= {"batching": batching, "batch_size": 2}
         make_model(tmp_path / "base", arch, **shape or {})
         kind = "eager" if arch == "recurrent_gemma" else fast.attention
-        base = load_base(tmp_path / "base", CPU, kind)
+        folder = tmp_path / ("base" if dense is None else "nf4")
+        if dense is not None:
+            folder.mkdir(exist_ok=True)
+            quantize(tmp_path / "base", folder, double_quant=True)
+        base = load_base(folder, CPU, kind)
         # Far enough from zero for a cap to be felt, and for one row to change another.
         base.get_output_embeddings().weight.data.mul_(20)
         data = TrainingSet(Dataset.from_dict({"input_ids": IDS, "labels": IDS}), tokenizer, 60)
         params = Params.model_validate(raw)
-        return build_trainer(base, data, params, fast, Placement(2, 2), tmp_path / "out")
+        placed = Placement(2, 2, dense=dense or 0)
+        return build_trainer(base, data, params, fast, placed, tmp_path / "out")
 
     return build
 
@@ -179,6 +187,35 @@ def test_fused_layers_that_compute_something_else_give_way_to_those_of_peft(
             if "lora_B" in name:
                 parameter.data.fill_(0.05)
     assert loss_of(trainer) == loss_of(plain)
+
+
+def packed_weights(trainer):
+    return sum(isinstance(p, Params4bit) for p in trainer.model.parameters())
+
+
+def test_training_with_weights_in_16_bit_writes_the_same_bytes(build, tmp_path):
+    found = []
+    for dense in (0, 1, 2):
+        trainer = build(FUSED, dense=dense)
+        assert packed_weights(trainer) == 7 * (2 - dense)
+        assert (trainer.dense_bytes > 0) == (dense > 0)
+        counts = trainer.model.get_nb_trainable_parameters()
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        trainer.model.save_pretrained(str(tmp_path / "adapter"))
+        saved = (tmp_path / "adapter/adapter_model.safetensors").read_bytes()
+        found.append((counts, losses, saved))
+    assert len(found[0][1]) > 1
+    assert found[0] == found[1] == found[2]
+
+
+def test_layers_that_give_way_to_those_of_peft_stay_packed(build, monkeypatch):
+    """Those of PEFT cannot read weights in 16 bit in bitsandbytes' layers."""
+    loss = loss_of(build(PLAIN, dense=2))
+    monkeypatch.setattr(building.Trial, "fused_layers", lambda *_: False)
+    trainer = build(FUSED, dense=2)
+    assert packed_weights(trainer) == 7 * 2
+    assert loss_of(trainer) == loss
 
 
 @pytest.mark.parametrize("fast", [PLAIN, FLAT, FUSED])
