@@ -1,17 +1,21 @@
 """The placement of weights and activations does not change results on a GPU (pytest -m gpu)."""
 
 import math
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from benchmarks import placement as benchmark
+from benchmarks.vram import alone
 from stages.quantize import quantize
 from stages.shared import by_layer, streaming
 from stages.shared.device import pick_device
 from stages.shared.layer_sources import HostCopy, Ring
 from stages.shared.model import load_base, load_streamed
-from stages.shared.placement import Placement
+from stages.shared.outputs import GB
+from stages.shared.placement import Placement, predict
 from stages.shared.scoring import score
 from stages.shared.streaming import Streamer, stream_layers
 from stages.training.adjusting import apply_liger
@@ -182,6 +186,34 @@ def test_hidden_states_that_move_while_others_compute_are_the_same(folder, monke
     monkeypatch.setattr(by_layer, "wait_for", lambda *_: None)
     found = score(model, scored, length, streamer=streamer)
     assert any(math.isnan(nll) for nll in found.nll)
+
+
+POINT = benchmark.Point("llama-3.2-1b", 16, 2048, steps=5)
+
+
+def measured(cap_gb):
+    """The point limited to `cap_gb`, in a process of its own."""
+    benchmark.POINTS["here"] = replace(POINT, cap_gb=cap_gb)
+    return benchmark.measure_point("here")[0]
+
+
+def test_dense_layers_need_the_memory_that_was_predicted_and_train_alike(monkeypatch):
+    # As in every stage.
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    sizes, found = benchmark.sizes_for(POINT), []
+    layers = sizes.layers
+    for dense in (0, layers // 2, layers):
+        placed = Placement(layers, layers, dense=dense)
+        prediction = predict(sizes, placed)
+        # Half a layer more.
+        point = alone(measured, (prediction.device + sizes.dense[0] / 2) / GB)
+        assert point["placement"] == asdict(placed)
+        assert point["measured_gb"] == pytest.approx(prediction.peak / GB, rel=0.05)
+        found.append(point)
+    none, half, all_of_them = found
+    assert none["losses"] == half["losses"] == all_of_them["losses"]
+    added = all_of_them["measured_gb"] - none["measured_gb"]
+    assert added == pytest.approx(sum(sizes.dense) / GB, rel=0.05)
 
 
 def test_a_buffer_that_is_overwritten_too_early_would_be_seen(folder, monkeypatch):

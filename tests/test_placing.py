@@ -98,7 +98,7 @@ def test_what_is_placed_fits_the_card_and_its_limit(card, capsys, limit):
 
 
 def test_what_is_left_of_the_card_keeps_weights_in_16_bit(card, capsys):
-    params, config = mistral()
+    params, config = mistral(batch_size=2)
     config.quantization_config = {"bnb_4bit_use_double_quant": True}
     found = []
     for free, leave in ((80, 0.0), (28, 0.0), (28, 0.1), (8, 0.0)):
