@@ -337,6 +337,7 @@ def placed(folder: Path) -> dict:
         "predicted_gb": "predicted_peak_vram_gb",
         "predicted_device_gb": "predicted_device_gb",
         "streamed_layers": "streamed_layers",
+        "dense_layers": "dense_layers",
         "kept_mlp_layers": "kept_mlp_layers",
         "kept_attention_layers": "kept_attention_layers",
     }

@@ -243,14 +243,14 @@ def placements() -> None:
                 f"{point['shape']}, r = {point['rank']}{more}",
                 f"{point['tokens_per_step']:,}",
                 cap,
-                str(placed["streamed"]),
+                f"{placed['streamed']}/{placed.get('dense', 0)}",
                 kept,
                 f"{point['steady_tokens_per_second']:,.0f}",
                 f"{100 * point['share_of_operations']:.0f} %",
                 *gb,
             ]
         )
-    head = ["shape", "tokens a step:", "limit:", "streamed layers:", "kept MLP/attention:"]
+    head = ["shape", "tokens a step:", "limit:", "layers streamed/dense:", "kept MLP/attention:"]
     head += ["tokens/s:", "of operations:"]
     table([*head, "peak GB (predicted):", "card GB:", "host GB:"], lines)
 
@@ -295,7 +295,28 @@ def streaming() -> None:
     print(
         f"With 4,096 tokens a step, a 70B shape limited to 12 GB trains at "
         f"{100 * ratios['70b_4096_12gb']:.1f} % of its resident steady rate, "
-        f"a 7B shape limited to 6 GB at {100 * ratios['7b_4096_6gb']:.0f} %."
+        f"a 7B shape limited to 6 GB at {100 * ratios['7b_4096_6gb']:.0f} % (on a host whose CPU "
+        f"limits both)."
+    )
+
+
+def dense() -> None:
+    """Rates with weights that are dequantized once, and those of whole cards."""
+    found = results("placement")
+    rates = {point["name"]: point["steady_tokens_per_second"] for point in found["points"]}
+    for tokens in (4096, 16384):
+        name = f"7b whole {tokens}"
+        print(
+            f"- {tokens:,} tokens a step: {rates[name]:,.0f} tokens/s with dense layers, "
+            f"{rates[f'{name} in 4 bit']:,.0f} without "
+            f"({100 * (found['ratios'][f'dense_{tokens}'] - 1):+.1f} %)."
+        )
+    stage = results("speed")["sides"]["ours-80"]["steady_tokens_per_second"]
+    print(
+        f"- Of 26,000 tokens/s, which the products with the base allow if they run at 760 "
+        f"TFLOP/s, that is {100 * found['ratios']['share_of_26000']:.0f} %. The stage itself, "
+        f"which does not wait for the GPU after each step, reaches {stage:,.0f} "
+        f"({100 * stage / 26_000:.0f} %) with 8 packs of 2,048 tokens in 80 GB."
     )
 
 

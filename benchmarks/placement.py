@@ -25,6 +25,7 @@ import yaml
 
 from benchmarks.cards import status
 from benchmarks.random_models import SHAPES, build, config_of, scratch, tokenizer
+from benchmarks.speed import RESULTS as SPEED
 from benchmarks.vram import alone, peaks
 from stages.shared import placement
 from stages.shared.outputs import GB
@@ -39,7 +40,8 @@ STEPS, WARM = 8, 3
 
 @dataclass(frozen=True)
 class Point:
-    """One setting. `checkpointing` is train.gradient_checkpointing; `streamed` forces a number."""
+    """One setting. `checkpointing` is train.gradient_checkpointing; `streamed` and `dense` force a
+    number of layers."""
 
     shape: str
     rank: int
@@ -51,6 +53,7 @@ class Point:
     optimizer: str = "adamw_torch_fused"
     quantize: str = "nf4"
     streamed: int | None = None
+    dense: int | None = None
     steps: int = STEPS
     held_out: bool = True
     targets: str = "all-linear"
@@ -74,7 +77,10 @@ POINTS = {
     "7b 24 GB 8192": Point("mistral-7b", 64, 8 * K, rows=4, cap_gb=24, held_out=False),
     "7b 48 GB 8192": Point("mistral-7b", 64, 8 * K, rows=4, cap_gb=48),
     "7b 80 GB 16384": Point("mistral-7b", 64, 16 * K, rows=8, cap_gb=80),
+    "7b whole 4096": Point("mistral-7b", 64, 4 * K),
+    "7b whole 4096 in 4 bit": Point("mistral-7b", 64, 4 * K, dense=0),
     "7b whole 16384": Point("mistral-7b", 64, 16 * K, rows=8, held_out=False),
+    "7b whole 16384 in 4 bit": Point("mistral-7b", 64, 16 * K, rows=8, dense=0, held_out=False),
     "7b whole 32768": Point("mistral-7b", 64, 32 * K, rows=16),
     "qwen7b 8192": Point("qwen2.5-7b", 16, 8 * K, checkpointing=False),
     "gemma 12b 4096": Point("gemma-3-12b", 16, 4 * K),
@@ -134,7 +140,9 @@ def placed_for(point: Point, sizes: Sizes, budget: float, rates: placement.Rates
     kept = KEPT[point.checkpointing]
     found = placement.choose(sizes, budget, rates=rates, kept=kept)
     found = found or placement.tightest(sizes, kept)
-    return found if point.streamed is None else replace(found, streamed=point.streamed, dense=0)
+    if point.streamed is not None:
+        found = replace(found, streamed=point.streamed, dense=0)
+    return found if point.dense is None else replace(found, dense=point.dense)
 
 
 def measure_point(name: str, *callbacks: Any) -> tuple[dict, dict]:
@@ -175,6 +183,8 @@ def measure_point(name: str, *callbacks: Any) -> tuple[dict, dict]:
     params, config = params_of(point), config_of(point.shape)
     fast = as_installed(choose_fast_path(params, config, gpu=True), config)
     where = torch.device("cpu") if placed.streamed else device
+    # The generator of a GPU has another seed in every process.
+    torch.manual_seed(0)
     model = build(point.shape, point.quantize == "nf4", where, fast.attention)
     streamer = stream_layers(model, device, placed.streamed) if placed.streamed else None
     torch.cuda.empty_cache()
@@ -257,11 +267,9 @@ def with_predictions(results: dict) -> dict:
             "streamed_layers": placed.streamed,
             "kept_layers": min(placed.kept_mlp, placed.kept_attention),
         }
-        # Else today's prediction is of something else.
-        if "of_earlier_code" not in found:
-            found["predicted_gb"] = prediction.peak / GB
-            found["predicted_device_gb"] = prediction.device / GB
-            found["predicted_ram_gb"] = prediction.host / GB
+        found["predicted_gb"] = prediction.peak / GB
+        found["predicted_device_gb"] = prediction.device / GB
+        found["predicted_ram_gb"] = prediction.host / GB
         # Of the time of a step, what its operations take at the rate of a square product.
         computing = placement.operations(sizes, placed) / (found["tflops"] * 1e12)
         steps = found["steady_tokens_per_second"] / found["tokens"]
@@ -275,13 +283,19 @@ def ratios(points: list[dict]) -> dict[str, float]:
         "70b_4096_12gb": ("70b 12 GB 4096", "70b resident 4096"),
         "70b_2048_12gb": ("70b 12 GB 2048", "70b resident 2048"),
         "7b_4096_6gb": ("7b 6 GB 4096", "7b resident 4096"),
+        "dense_4096": ("7b whole 4096", "7b whole 4096 in 4 bit"),
+        "dense_16384": ("7b whole 16384", "7b whole 16384 in 4 bit"),
     }
     found = {k: rate[a] / rate[b] for k, (a, b) in pairs.items() if a in rate and b in rate}
     whole = [rate[name] for name in rate if name.startswith("7b whole")]
     if whole:
         found["share_of_26000"] = max(whole) / 26_000
-    if "qwen7b 8192" in rate:
-        found["qwen7b_tokens_per_second"] = rate["qwen7b 8192"]
+    sides = json.loads(SPEED.read_text(encoding="utf-8"))["ratios"]
+    for gb in (24, 48, 80):
+        for suffix, key in (("", "steady_ratio"), ("_epoch", "ratio")):
+            if against := [pair[key] for pair in sides if pair["sides"][0] == f"ours-{gb}"]:
+                # Against the fastest of its ways.
+                found[f"{gb}gb_vs_unsloth{suffix}"] = min(against)
     return found
 
 

@@ -135,6 +135,7 @@ GPU_COST = {
     "peak_vram_reserved_gb": 2.03,
     "device": "NVIDIA L4",
     "streamed_layers": 12,
+    "dense_layers": 0,
     "kept_mlp_layers": 7,
     "kept_attention_layers": 3,
     "predicted_peak_vram_gb": 1.87,

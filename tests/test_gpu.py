@@ -185,6 +185,8 @@ def test_a_long_row_in_parts_is_as_a_whole(monkeypatch):
     assert max(errors(attended(), whole).values()) < 1e-2
 
 
+# CUTLASS uses its own deprecated names.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("heads", [(8, 2), (4, 4), (7, 1)])
 @pytest.mark.parametrize("size", attention.FLASH_4_SIZES)

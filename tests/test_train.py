@@ -82,8 +82,7 @@ def test_two_runs_on_as_many_threads_write_the_same_bytes(project):
         assert json.loads((project / "metrics/train_cost.json").read_text())["threads"] == threads
     for first, second in sums.values():
         assert first == second
-    # Sums in another order are rounded differently.
-    assert sums[1] != sums[2]
+    # Sums in another order may be rounded differently.
     for name, tensor in tensors[1].items():
         assert torch.allclose(tensor, tensors[2][name], atol=1e-4), name
     config = json.loads((project / "models/adapter/adapter_config.json").read_text())

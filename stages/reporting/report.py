@@ -199,7 +199,8 @@ def _memory(results: Results) -> Section:
     if "peak_vram_gb" in cost:
         text = (
             f"Training ran on a GPU ({cost['device']}), with the weights of "
-            f"{cost['streamed_layers']} layers streamed from host memory and the activations of "
+            f"{cost['streamed_layers']} layers streamed from host memory, those of "
+            f"{cost['dense_layers']} kept in 16 bit, and the activations of "
             f"{cost['kept_mlp_layers']} MLP and {cost['kept_attention_layers']} attention blocks "
             "kept. The predicted peak is for this placement; the parts are those of the smallest "
             "placement with all weights on the card. Measured are the peak that torch allocated "
