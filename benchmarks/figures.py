@@ -113,7 +113,7 @@ def speed() -> None:
         low, high = found["tokens_per_second_range"]
         lines.append(
             [
-                who,
+                who + kernels_of(side),
                 step,
                 str(found["runs"]),
                 f"{found['tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f})",
@@ -126,10 +126,16 @@ def speed() -> None:
     )
 
 
+def kernels_of(side: str) -> str:
+    """What a side of benchmarks/speed.py had in all of its runs."""
+    runs = [run for run in results("speed")["runs"] if run["side"] == side]
+    return ", FlashAttention 4" * all("flash-attn-4" in run for run in runs)
+
+
 def speed_ratios() -> None:
     lines = [
         [
-            f"{SIDES[ours][0]}, {SIDES[ours][1]}",
+            f"{SIDES[ours][0]}, {SIDES[ours][1]}{kernels_of(ours)}",
             f"{SIDES[other][0]}, {SIDES[other][1]}",
             " and ".join(map(str, found["runs"])),
             f"{found['ratio']:.2f}",
@@ -280,13 +286,13 @@ def flash_4() -> None:
                 f"- {one['name']}: attention takes {ours:.0f} instead of {theirs:.0f} ms of a step "
                 f"({gpus} {one['device']}, torch {one['versions']['torch']}, {one['date']})."
             )
-    for point in results("placement")["points"]:
-        if kernels(point):
-            print(
-                f"- {point['name']}: the peak is {point['measured_gb']:.2f} GB, plan says "
-                f"{point['predicted_gb']:.2f}; in host memory {point['measured_ram_gb']:.1f} GB, "
-                f"plan says {point['predicted_ram_gb']:.1f}."
-            )
+    measured = [point for point in results("placement")["points"] if kernels(point)]
+    for key, what in (("gb", "peak"), ("ram_gb", "host memory")):
+        errors = [100 * (p[f"predicted_{key}"] / p[f"measured_{key}"] - 1) for p in measured]
+        print(
+            f"- The {what} predicted for {len(measured)} points is between {min(errors):+.1f} and "
+            f"{max(errors):+.1f} % off."
+        )
 
 
 def streaming() -> None:
@@ -295,8 +301,8 @@ def streaming() -> None:
     print(
         f"With 4,096 tokens a step, a 70B shape limited to 12 GB trains at "
         f"{100 * ratios['70b_4096_12gb']:.1f} % of its resident steady rate, "
-        f"a 7B shape limited to 6 GB at {100 * ratios['7b_4096_6gb']:.0f} % (on a host whose CPU "
-        f"limits both)."
+        f"a 7B shape limited to 6 GB at {100 * ratios['7b_4096_6gb']:.0f} %, where the host's CPU "
+        f"limits both of its rates."
     )
 
 
@@ -313,10 +319,10 @@ def dense() -> None:
         )
     stage = results("speed")["sides"]["ours-80"]["steady_tokens_per_second"]
     print(
-        f"- Of 26,000 tokens/s, which the products with the base allow if they run at 760 "
-        f"TFLOP/s, that is {100 * found['ratios']['share_of_26000']:.0f} %. The stage itself, "
-        f"which does not wait for the GPU after each step, reaches {stage:,.0f} "
-        f"({100 * stage / 26_000:.0f} %) with 8 packs of 2,048 tokens in 80 GB."
+        f"- The faster is {100 * found['ratios']['share_of_26000']:.0f} % of the 26,000 tokens/s "
+        f"that the products with the base allow at 760 TFLOP/s. The stage itself, which does not "
+        f"wait for the GPU after each step, reaches {stage:,.0f} ({100 * stage / 26_000:.0f} %) "
+        f"with 8 packs of 2,048 tokens in 80 GB."
     )
 
 
@@ -391,9 +397,12 @@ def one_rank() -> None:
         for one in found["one"]:
             ways.setdefault(one["way"], []).append(one["steady_tokens_per_second"])
         spread = max(max(rates) / min(rates) - 1 for rates in ways.values())
+        # So short a run has no steady rate of its own.
+        short = found["one_steady_ratio"] == found["one_epoch_ratio"]
+        rate = "rate of a short run" if short else "steady rate"
         print(
             f"A rank in a world of one trains at {100 * found['one_steady_ratio']:.1f} % of the "
-            f"steady rate of the stage's own process, where two runs of one kind differ by up to "
+            f"{rate} in the stage's own process, where two runs of one kind differ by up to "
             f"{100 * spread:.1f} %, and writes {equal} ({found['one_shape']}, {run['device']}, "
             f"{run['date']})."
         )

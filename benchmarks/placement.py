@@ -274,7 +274,7 @@ def with_predictions(results: dict) -> dict:
         computing = placement.operations(sizes, placed) / (found["tflops"] * 1e12)
         steps = found["steady_tokens_per_second"] / found["tokens"]
         found["share_of_operations"] = computing * steps
-    return results | {"ratios": results.get("ratios", {}) | ratios(results["points"])}
+    return results | {"ratios": ratios(results["points"])}
 
 
 def ratios(points: list[dict]) -> dict[str, float]:

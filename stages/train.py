@@ -110,7 +110,9 @@ def train(whole: Params, device: torch.device, folder: Path, world: World = ALON
         elif placed.budget:
             try_tighter()
         raise no_memory_for_step(trainer, base_bytes, whole, placed.prediction) from None
-    return outcome(trainer, validation, progress, placed.metrics(), folder)
+    return outcome(
+        trainer, validation, progress, placed.metrics(trainer.fast_path.fused_lora), folder
+    )
 
 
 def validation_rows() -> list[dict]:

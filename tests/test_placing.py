@@ -92,7 +92,7 @@ def test_what_is_placed_fits_the_card_and_its_limit(card, capsys, limit):
         said = capsys.readouterr().out
         assert f"{placed.prediction.device / GB:.2f} GB of the card predicted" in said
         assert ("streamed from host memory" in said) == bool(placed.placement.streamed)
-        recorded = placed.metrics()
+        recorded = placed.metrics(fused=True)
         assert recorded["streamed_layers"] == placed.placement.streamed
         assert recorded["predicted_device_gb"] == placed.prediction.device / GB
 
@@ -108,7 +108,9 @@ def test_what_is_left_of_the_card_keeps_weights_in_16_bit(card, capsys):
         dense = placed.placement.dense
         said = f"weights on the GPU, those of {dense} of 32 layers in 16 bit; nothing"
         assert (said in capsys.readouterr().out) == bool(dense)
-        assert placed.metrics()["dense_layers"] == dense
+        assert placed.metrics(fused=True)["dense_layers"] == dense
+        # The trial has rejected what reads them.
+        assert placed.metrics(fused=False)["dense_layers"] == 0
         found.append(dense)
     whole, some, after_a_lack, none = found
     assert whole == 32 > some > after_a_lack > none == 0
@@ -119,7 +121,7 @@ def test_on_the_cpu_auto_recomputes_nothing(checkpointing, kept):
     placed = place(*mistral(checkpointing), ROWS, CPU)
     assert placed.placement == Placement(kept, kept)
     # There is no card to say anything of.
-    assert placed.metrics() == {}
+    assert placed.metrics(fused=True) == {}
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])

@@ -17,7 +17,8 @@ exception is a tile, since products over fewer rows may use another kernel and t
 gradient becomes a sum over tiles; it is used only if nothing else fits.
 
 Dense layers take the room that is left on the card, but for SPARED, if nothing is recomputed,
-streamed or in tiles. They change nothing else of the choice, so the model of time leaves them out.
+streamed or in tiles. They change nothing else of the choice, so the model of time leaves them out;
+it may then prefer a larger batch_size with fewer dense layers.
 
 Memory. The peak of a step is the maximum over the output head and each layer's backward pass, from
 the last to the first, each together with everything that earlier layers keep.
@@ -71,8 +72,8 @@ ALIKE = 0.03
 # Step size for the number of streamed layers to try, as a share of all.
 STREAMED_STEPS = 16
 TILE = 8192
-# Share of the card that dense layers leave free: they gain a few percent, and running out of memory
-# costs more. The GPU memory needed is predicted up to 1.6 % too low.
+# Share of the card that dense layers leave free: they gain little in a large step, and running out
+# of memory costs more. The GPU memory needed is predicted up to 1.6 % too low.
 SPARED = 0.03
 
 
@@ -388,7 +389,7 @@ def _keeping(sizes: Sizes, start: Placement, most: int, fits) -> Placement:
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest number up to `most` that fits; 0 does."""
+    """The largest number up to `most` that fits; 0 if none does."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2

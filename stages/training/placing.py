@@ -48,8 +48,11 @@ class Placed:
     # Host memory has no room for a copy of streamed weights, so they are read from their files.
     ring: bool = False
 
-    def metrics(self) -> dict[str, float]:
-        """For metrics/train_cost.json: placement, prediction and measured rates."""
+    def metrics(self, fused: bool) -> dict[str, float]:
+        """For metrics/train_cost.json: placement, prediction and measured rates.
+
+        fused  whether the trial accepted the fused products, which alone read dense layers
+        """
         if not (self.prediction and self.rates):
             return {}
         return {
@@ -58,7 +61,7 @@ class Placed:
             "offloaded_inputs": int(self.placement.offload),
             "streamed_layers": self.placement.streamed,
             "mlp_tile_tokens": self.placement.tile,
-            "dense_layers": self.placement.dense,
+            "dense_layers": self.placement.dense if fused else 0,
             "predicted_peak_vram_gb": self.prediction.peak / GB,
             "predicted_device_gb": self.prediction.device / GB,
             "predicted_ram_gb": self.prediction.host / GB,
