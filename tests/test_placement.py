@@ -401,16 +401,18 @@ def simulated(found: Sizes, placed: Placement) -> float:
             keeps = from_end <= kept
             size = saved if keeps else on_gpu["inputs"]
             stack.append((layer, keeps, size, saved + working))
-    offloads = placed.offload and any(not keeps for _, keeps, _, _ in stack)
-    # The embeddings' result is a leaf of the graph, which holds it.
-    embedded = offloads
+    again = any(not keeps for _, keeps, _, _ in stack)
+    offloads = placed.offload and again
+    # The embeddings' result is a leaf of the graph, which holds it, or without recomputation no
+    # part of it.
+    embedded = offloads - (not again)
     leaving, returned = placement.PARTS_STASH * offloads, 0
     peaks = []
     held = sum(size for _, _, size, _ in stack) + found.always + embedded * found.stream
-    scoring = held + leaving * found.stream + found.final_norm
-    peaks.append(scoring + found.stream + found.head_forward)
-    peaks.append(scoring + found.head_backward)
-    peaks.append(scoring + found.final_norm_working)
+    normed = held + leaving * found.stream + found.final_norm
+    peaks.append(normed + found.stream + found.head_forward)
+    peaks.append(normed + found.stream + found.head_backward)
+    peaks.append(normed + found.final_norm_working)
     while stack:
         layer, keeps, size, worst = stack.pop()
         held -= size

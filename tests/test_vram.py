@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.llama import modeling_llama
 
 from benchmarks.random_models import build, config_of, random_experts
 from benchmarks.vram import ATTENTION, Point, prepare, random_rows, training_of
@@ -38,6 +39,7 @@ from stages.shared.fast_path import LIGER
 from stages.shared.kept import FLOAT32
 from stages.shared.packed import compute_packed, put_packed
 from stages.shared.placement import Placement
+from stages.shared.vram import sizes_of
 from stages.shared.workload import match_targets, read_model, shape_of
 from stages.training import attention
 from stages.training.fused_lora import fuse_lora
@@ -504,6 +506,40 @@ def test_checkpointing_keeps_the_inputs_that_the_model_says(tmp_path, arch, fuse
         kept[layers] = bytes_kept(model, lambda run=base.model, ids=ids: run(input_ids=ids)[0])
     per_layer = (kept[3] - kept[1]) / 2 / TOKENS
     assert per_layer == pytest.approx(streams * 2 * shape.hidden, rel=0.02)
+
+
+class _KeepsItsInput(torch.autograd.Function):
+    """A norm as Liger's: its input is all that it saves for each value."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True)).to(x.dtype)
+        ctx.save_for_backward(x, scale)
+        return x * scale * weight
+
+    @staticmethod
+    def backward(ctx, dy):
+        raise NotImplementedError
+
+
+def test_the_first_layers_input_is_kept_only_if_something_is_recomputed(tmp_path, monkeypatch):
+    norm = modeling_llama.LlamaRMSNorm
+    monkeypatch.setattr(norm, "forward", lambda self, x: _KeepsItsInput.apply(x, self.weight))
+    make_model(tmp_path, "llama", num_hidden_layers=3)
+    kept = []
+    for count in (1, 2, 3):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(base, config).train()
+        fuse_lora(model, liger=False, placement=Placement(3, count))
+        with Alive(*model.parameters(), *model.buffers()) as alive:
+            result = base.model(input_ids=torch.arange(TOKENS)[None])[0]
+            kept.append(alive.now)
+    shape = shape_of(base.config)
+    run = run_of(shape, fused_lora=True, liger=True)
+    one_more, all_of_them = kept[1] - kept[0], kept[2] - kept[1]
+    assert result.requires_grad
+    assert one_more - all_of_them == pytest.approx(sizes_of(shape, run).embedded, rel=0.15)
 
 
 LLAMA_7B = Shape(

@@ -175,14 +175,18 @@ def moments(
     units = list(_units(sizes, placement))
     inputs = 0.0 if placement.offload else stream
     live = sum(unit.saved if unit.kept else inputs for unit in units)
+    if not again:
+        live -= sizes.embedded
     beside, always = 0.0, sizes.always
     if placement.offload and again:
         beside = stream * (PARTS_STASH if sizes.halves else OFFLOAD_STASH)
         # The first layer's input never leaves: its gradient is kept with it.
         always += stream
     norm = live + beside + always + sizes.final_norm
-    yield "scoring, forward", (before + sizes.casts, norm + stream, sizes.head_forward), 0.0
-    yield "scoring, backward", (before + held, norm, sizes.head_backward), 0.0
+    # With the final norm's output.
+    scored = norm + stream
+    yield "scoring, forward", (before + sizes.casts, scored, sizes.head_forward), 0.0
+    yield "scoring, backward", (before + held, scored, sizes.head_backward), 0.0
     final = norm + sizes.final_norm_working
     yield "the final norm, backward", (before + held, final, 0.0), 0.0
     for unit in reversed(units):

@@ -78,6 +78,8 @@ class Sizes:
     attention_sums     the part of attention_working that a single operation allocates and frees
     copied_gates       the part of mlp_working that is freed at once
     always             needed during the whole step
+    embedded           the part of attention_saved that the first layer lacks if nothing is
+                       recomputed: its input, which then needs no gradient
     operations         half those of a step that recomputes nothing: of all frozen weights, 2 a
                        token, and of attention, whose backward pass takes 2.5 times the forward
                        pass's; mlp_operations and attention_operations: of those that recomputing
@@ -105,6 +107,7 @@ class Sizes:
     copied_gates: float
     dequantized: float
     always: float
+    embedded: float
     final_norm: float
     final_norm_working: float
     head_forward: float
@@ -154,6 +157,8 @@ def sizes_of(shape: Shape, run: Training) -> Sizes:
         dequantized=dequantized_bytes(shape, run),
         # The mask, and cosines and sines of the positions.
         always=mask_bytes(run) + 4.0 * shape.head_dim * tokens,
+        # Trained embeddings need a gradient.
+        embedded=0.0 if run.method == "full" or run.token_rows else stream,
         final_norm=stream if known else 2 * stream,
         # Without Liger, the norm's backward pass makes several fp32 copies; LayerNorm's makes the
         # gradients of its output and input.
