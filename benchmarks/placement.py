@@ -290,6 +290,8 @@ def ratios(points: list[dict]) -> dict[str, float]:
     whole = [rate[name] for name in rate if name.startswith("7b whole")]
     if whole:
         found["share_of_26000"] = max(whole) / 26_000
+    if "qwen7b 8192" in rate:
+        found["qwen7b_tokens_per_second"] = rate["qwen7b 8192"]
     sides = json.loads(SPEED.read_text(encoding="utf-8"))["ratios"]
     for gb in (24, 48, 80):
         for suffix, key in (("", "steady_ratio"), ("_epoch", "ratio")):
