@@ -294,12 +294,14 @@ def flash_4() -> None:
 
 def streaming() -> None:
     """Rates with streamed weights, as shares of the resident ones."""
-    ratios = results("placement")["ratios"]
+    ratios, points = (results("placement")[key] for key in ("ratios", "points"))
+    shares = {point["name"]: 100 * point["share_of_operations"] for point in points}
+    small, whole = shares["7b 6 GB 4096"], shares["7b resident 4096"]
     print(
         f"With 4,096 tokens a step, a 70B shape limited to 12 GB trains at "
         f"{100 * ratios['70b_4096_12gb']:.1f} % of its resident steady rate, "
-        f"a 7B shape limited to 6 GB at {100 * ratios['7b_4096_6gb']:.0f} %, where the host's CPU "
-        f"limits both of its rates."
+        f"a 7B shape limited to 6 GB at {100 * ratios['7b_4096_6gb']:.0f} %, where operations "
+        f"take {small:.0f} and {whole:.0f} % of a step."
     )
 
 
