@@ -29,8 +29,9 @@ from transformers import (
 from stages.shared.experts import expert_tensors
 from stages.shared.model import set_compute_dtype
 from stages.shared.outputs import write_sums
-from stages.shared.packed import Nf4Experts, compute_packed, put_packed
+from stages.shared.packed import compute_packed, put_packed
 from stages.shared.packed_model import linear4bit
+from stages.shared.packed_storages import Nf4Experts
 from stages.shared.process import sha256
 
 SPREAD = 0.02

@@ -1,6 +1,8 @@
 """Rows flattened into one batch give the logits of each row alone."""
 
+import fcntl
 import itertools
+import os
 import sys
 
 import pytest
@@ -219,6 +221,7 @@ def test_flash_attention_4_is_left_out_if_it_was_not_tested(monkeypatch, capsys)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     # As if it could not be imported, also where it is installed.
     monkeypatch.setitem(sys.modules, "flash_attn", None)
+    monkeypatch.setattr(attention, "_keep_compiled", lambda: None)
     for capability, version, said in (
         ((9, 0), ABSENT, ""),
         ((8, 9), attention.FLASH_4, ""),
@@ -233,6 +236,27 @@ def test_flash_attention_4_is_left_out_if_it_was_not_tested(monkeypatch, capsys)
         printed = capsys.readouterr().out
         assert printed.startswith(said)
         assert bool(printed) == bool(said)
+
+
+def test_kernels_of_flash_attention_4_are_kept_where_files_can_be_locked(monkeypatch, tmp_path):
+    folder = "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"
+    enabled = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
+
+    def kept(**variables):
+        monkeypatch.setattr(os, "environ", dict(variables))
+        attention._keep_compiled()
+        return {name: os.environ[name] for name in (folder, enabled) if name in os.environ}
+
+    own = str(tmp_path / "flash_attention_4")
+    inside = str(tmp_path / ".cache" / "flash_attention_4")
+    assert kept(XDG_CACHE_HOME=str(tmp_path)) == {folder: own, enabled: "1"}
+    assert kept(HOME=str(tmp_path)) == {folder: inside, enabled: "1"}
+    chosen = {folder: "/elsewhere", enabled: "0"}
+    assert kept(XDG_CACHE_HOME=str(tmp_path), **chosen) == chosen
+    (tmp_path / "file").touch()
+    assert kept(XDG_CACHE_HOME=str(tmp_path / "file")) == {}
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError("no locks")))
+    assert kept(XDG_CACHE_HOME=str(tmp_path)) == {}
 
 
 @pytest.mark.parametrize("window", [None, 5])

@@ -32,7 +32,8 @@ from stages.shared.expert_lora import Factors, stand_ins, target_parameters, use
 from stages.shared.fast_path import LIGER
 from stages.shared.model import load_base, load_streamed, set_compute_dtype
 from stages.shared.outputs import write_sums
-from stages.shared.packed import Groups, Nf4Experts
+from stages.shared.packed import Groups
+from stages.shared.packed_storages import Nf4Experts
 from stages.shared.placement import Placement
 from stages.shared.process import StageError, sha256
 from stages.shared.provenance import ABSENT, version_of

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from stages.shared.end_tokens import GENERATION
 from stages.shared.experts import PACKED, expert_tensors, packed_name
-from stages.shared.packed import STORAGES, compute_packed, put_packed
+from stages.shared.packed import compute_packed, put_packed
+from stages.shared.packed_storages import STORAGES
 from stages.shared.process import StageError
 from stages.shared.weights import NF4_PARTS, NF4_STATE
 

@@ -5,10 +5,13 @@ attend to each other and there is no padding. flash-attn is not needed; if its v
 installed, a Hopper GPU computes attention with it.
 """
 
+import fcntl
 import inspect
 import itertools
+import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +45,7 @@ def use_flash_4(head_size: int) -> bool:
     else:
         # Its compiler warns of an argument that it passes to itself.
         warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)
+        _keep_compiled()
         try:
             from flash_attn.cute import flash_attn_varlen_func as _flash_4
         except Exception as error:  # of packages that do not match
@@ -52,6 +56,24 @@ def use_flash_4(head_size: int) -> bool:
             "pip install --no-deps --require-hashes -r requirements-hopper.lock"
         )
     return not reason
+
+
+def _keep_compiled() -> None:
+    """Have FlashAttention 4 keep its kernels on disk, unless the user's variables say otherwise.
+
+    Compiling them takes seconds at each start. By default it would keep them in /tmp, where other
+    users may write, and end the run where a file cannot be locked.
+    """
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        cache = home / "flash_attention_4"
+        cache.mkdir(parents=True, exist_ok=True)
+        with (cache / "lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (OSError, RuntimeError):  # Without a home it is a RuntimeError.
+        return
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache))
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
 
 
 def _on_hopper() -> bool:
