@@ -138,4 +138,4 @@ test-harness: .harness/ready  ## Run a task of lm-evaluation-harness on a tiny m
 	@PYTHONPATH=$(CURDIR)/.harness pytest tests/harness/check_harness.py
 
 experiments: $(READY)  ## Show the experiments with the important columns.
-	@dvc exp show --only-changed --drop '^(?!(Experiment|((group|source_[0-9]+)_)?(perplexity|exact_match|command_and_flags)_after|retention_change_percent|merge_change_percent|train_minutes|v?ram_gb|seed|(lora|train|quantize|merge|model|dataset|prepare)\..*)$$)'
+	@dvc exp show --only-changed --drop '^(?!(Experiment|\w+_after|retention_change_percent|merge_change_percent|train_minutes|v?ram_gb|seed|(lora|train|quantize|merge|model|dataset|prepare)\..*)$$)'

@@ -7,9 +7,9 @@ not. Kernels are grouped by name, matrix products by the shapes of their factors
 benchmarks/results/profile.json after every point.
 """
 
+import argparse
 import json
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,9 @@ def profile(name: str) -> dict:
 def main() -> None:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     saved = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"points": []}
-    for name in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="+", choices=placement.POINTS, metavar="NAME")
+    for name in parser.parse_args().names:
         found = alone(profile, name)
         key = (name, found["fast_path"])
         others = [p for p in saved["points"] if (p["name"], p["fast_path"]) != key]

@@ -202,7 +202,7 @@ def refuse_over_limit(
     change = cheapest_change(config, shape, params, rows, limit * GB)
     raise StageError(
         f"training needs at least {needed / GB:.2f} GB, but plan.vram_limit_gb is "
-        f"{limit:g}; cheapest change that fits: {change}"
+        f"{limit:g}; {change}"
     )
 
 

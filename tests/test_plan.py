@@ -185,7 +185,7 @@ def test_the_advised_change_fits_and_is_the_first_that_does(mistral, settings):
             if placed := chosen(mistral, changed, limit):
                 needed = placement.predict(sizes_for(mistral, changed), placed).device
                 assert needed <= limit
-                assert said == f"{text} ({needed / 1e9:.2f} GB)"
+                assert said == f"cheapest change that fits: {text} ({needed / 1e9:.2f} GB)"
                 break
         else:
             text = "no single setting"

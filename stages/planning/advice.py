@@ -52,10 +52,11 @@ def changes(params: Params) -> Iterator[tuple[str, Params]]:
 def cheapest_change(
     config: PretrainedConfig, shape: Shape, params: Params, rows: Lengths, limit: float
 ) -> str:
-    """The first of `changes` that fits into `limit` bytes, as an argument of -S."""
+    """The first of `changes` that fits into `limit` bytes, in words."""
     for text, changed in changes(params):
         sizes = sizes_of(shape, planned(config, shape, changed, rows))
         kept = KEPT[changed.train.gradient_checkpointing]
         if placed := placement.choose(sizes, limit, kept=kept):
-            return f"{text} ({placement.predict(sizes, placed).device / GB:.2f} GB)"
+            needed = placement.predict(sizes, placed).device / GB
+            return f"cheapest change that fits: {text} ({needed:.2f} GB)"
     return "no single setting is enough; use a smaller base or a shorter prepare.max_length"
