@@ -16,7 +16,7 @@ from stages.shared.fitting import Scored
 from stages.shared.outputs import GB
 from stages.shared.params import Evaluate
 from stages.shared.streaming import Streamer
-from stages.shared.text_model import largest_of, number_of
+from stages.shared.text_model import head_size, number_of
 
 # KV cache of one batch. The longest prompts come first, so that running out of memory shows early.
 CACHE_BYTES = {"cuda": 2**31, "cpu": 2**29}
@@ -170,8 +170,7 @@ def _cached_tokens(model) -> int:
     """Tokens that fit the KV cache, assuming standard attention heads."""
     config = model.config.get_text_config()
     heads = number_of(config, "num_key_value_heads") or config.num_attention_heads
-    width = number_of(config, "head_dim") or largest_of(model, "head_dim")
-    width = width or config.hidden_size // config.num_attention_heads
+    width = head_size(config, model)
     size = torch.finfo(model.get_output_embeddings().weight.dtype).bits // 8
     return CACHE_BYTES[model.device.type] // (2 * config.num_hidden_layers * heads * width * size)
 

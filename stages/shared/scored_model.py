@@ -19,7 +19,7 @@ from stages.shared.model import load_base, load_streamed
 from stages.shared.outputs import GB
 from stages.shared.ranks import ALONE, World
 from stages.shared.streaming import Streamer
-from stages.shared.text_model import chosen_experts, number_of
+from stages.shared.text_model import chosen_experts, head_size, number_of
 from stages.shared.weights import Weights, model_weights
 
 
@@ -52,7 +52,7 @@ def decoder_in(weights: Weights) -> Decoder:
     """The sizes of the decoder in a folder, from its files; the widest Linear counts as its MLP."""
     config = AutoConfig.from_pretrained(weights.folder, local_files_only=True).get_text_config()
     heads = config.num_attention_heads
-    width = number_of(config, "head_dim") or config.hidden_size // heads
+    width = head_size(config)
     shapes = weights.shapes
     matrices = [name for name, shape in shapes.items() if len(shape) > 1]
     packed = weights.nf4 and weights.nf4 | weights.mxfp4

@@ -212,7 +212,11 @@ def number_of(config: PretrainedConfig, key: str) -> int | None:
     return max(value) if isinstance(value, list) else value
 
 
-def largest_of(model: torch.nn.Module, key: str) -> int | None:
-    """The largest value of this attribute over the modules of `model`."""
-    found = (getattr(module, key, None) for module in model.modules())
-    return max((value for value in found if isinstance(value, int)), default=None)
+def head_size(config: PretrainedConfig, model: torch.nn.Module | None = None) -> int:
+    """Values of an attention head, the largest if layers differ: as `config` says, else as the
+    modules of `model` do, else as is usual."""
+    modules = model.modules() if model is not None else ()
+    found = (getattr(module, "head_dim", None) for module in modules)
+    largest = max((value for value in found if isinstance(value, int)), default=None)
+    heads = number_of(config, "num_attention_heads")
+    return number_of(config, "head_dim") or largest or config.hidden_size // heads

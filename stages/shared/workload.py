@@ -24,8 +24,8 @@ from stages.shared.process import StageError
 from stages.shared.rows import lengths
 from stages.shared.text_model import (
     chosen_experts,
+    head_size,
     kept_in_float32,
-    largest_of,
     number_of,
     read_config,
 )
@@ -93,9 +93,7 @@ def shape_of(config: PretrainedConfig) -> Shape:
     heads = number_of(text, "num_attention_heads")
     if not heads or not linears:
         raise ValueError("it has no layers of attention and products")
-    head_dim = (
-        number_of(text, "head_dim") or largest_of(model, "head_dim") or text.hidden_size // heads
-    )
+    head_dim = head_size(text, model)
     # If layers differ, the widest keys.
     keys = max((x.outputs for x in linears if x.name.endswith(".k_proj")), default=0)
     shape = Shape(

@@ -19,7 +19,7 @@ from stages.shared.placement import Placement
 from stages.shared.ranks import ALONE, World
 from stages.shared.rows import token_counts
 from stages.shared.streaming import Streamer
-from stages.shared.text_model import number_of
+from stages.shared.text_model import head_size
 from stages.training.adjusting import (
     apply_liger,
     leave_out_attention_dropout,
@@ -125,9 +125,8 @@ def as_installed(fast: FastPath, config: PretrainedConfig) -> FastPath:
     """`fast`, with FlashAttention 4 if it is installed, and without Liger's kernels if they are
     not; a message says so."""
     if fast.attention == VARLEN:
-        text = config.get_text_config()
-        width = number_of(text, "head_dim") or text.hidden_size // text.num_attention_heads
-        fast = replace(fast, flash_attention_4=use_flash_4(width))
+        flash_4 = use_flash_4(head_size(config.get_text_config()))
+        fast = replace(fast, flash_attention_4=flash_4)
     if not fast.liger or importlib.util.find_spec("liger_kernel"):
         return fast
     print(
