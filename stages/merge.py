@@ -46,6 +46,7 @@ from stages.shared.adapter import (
     rows_needed,
 )
 from stages.shared.device import memory_metrics, pick_device
+from stages.shared.embeddings import has_own_head
 from stages.shared.merging import check_rounding, merged_rows, merged_shape
 from stages.shared.named_base import check_named_base
 from stages.shared.provenance import provenance
@@ -179,7 +180,8 @@ def main() -> None:
         print(f"merge: the base's experts are in MXFP4; the merge is {params.dtype} throughout")
     with whole_folder(MERGED, sums=sums) as out:
         counts = write_weights(out, sources, dtype, device, sums)
-        write_companions(out, BASE, tokenizer, dtype, rows_needed(ADAPTER))
+        rows, own_head = rows_needed(ADAPTER), has_own_head(BASE, QUANTIZED)
+        write_companions(out, BASE, tokenizer, dtype, rows, own_head)
         record = params.model_dump() | {"adapter_sha256": sha256(ADAPTER / WEIGHTS)} | counts
         write_json(out / "merge.json", record, sort_keys=True)
     cost = {"merge_seconds": time.monotonic() - started} | memory_metrics()

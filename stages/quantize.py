@@ -40,6 +40,7 @@ from transformers import BitsAndBytesConfig
 from stages.quantizing.names import Names, check_names
 from stages.quantizing.nf4_tensors import Stacks, quantized_tensors
 from stages.shared.device import memory_metrics, pick_device
+from stages.shared.embeddings import untied
 from stages.shared.experts import part_of
 from stages.shared.mxfp4 import STORAGE
 from stages.shared.paths import BASE, QUANTIZED
@@ -80,7 +81,7 @@ def quantize(base: Path, out: Path, double_quant: bool) -> None:
         print("quantize: the experts are in MXFP4 already, and stay so to the bit")
     stream(base, out, names, made)
     stacks.check_whole()
-    config = config_of(base)
+    config = config_of(base, names)
     config["dtype"] = "bfloat16"
     config["quantization_config"] = quantization_config(double_quant).to_dict()
     write_json(out / "config.json", config, sort_keys=True)
@@ -134,14 +135,15 @@ def write_names(out: Path, names: Names) -> None:
         write_json(out / KEPT, {"names": sorted(names.kept)})
 
 
-def config_of(base: Path) -> dict:
-    """config.json of the language model: where it is all of the checkpoint, that of the files."""
+def config_of(base: Path, names: Names) -> dict:
+    """config.json of the language model: where it is all of the checkpoint, that of the files, but
+    for an output head that it ties and that differs."""
     config, language = read_json(base / "config.json"), read_config(base)
     if config.pop("quantization_config", None):
         config[STORAGE] = "mxfp4"
-    if language.model_type == config["model_type"]:
-        return config
-    return language.to_diff_dict()
+    if language.model_type != config["model_type"]:
+        config = language.to_diff_dict()
+    return untied(config) if names.own_head else config
 
 
 def name_shards(out: Path, shards: list[dict[str, int]]) -> None:
@@ -168,12 +170,15 @@ def link(base: Path, out: Path) -> None:
         keys = {name: key for key, name in names.of.items()}
         # Those of an expert stay apart, under the names by which transformers joins them.
         stream(base, out, names, lambda name, x: {keys[name] if part_of(name) else name: x})
-        write_json(out / "config.json", config_of(base), sort_keys=True)
+        write_json(out / "config.json", config_of(base, names), sort_keys=True)
         return
     for file in [*base.glob("*.safetensors"), *base.glob("*.safetensors.index.json")]:
         link_or_copy(file, out / file.name)
     write_names(out, names)
-    shutil.copyfile(base / "config.json", out / "config.json")
+    if names.own_head:
+        write_json(out / "config.json", config_of(base, names), sort_keys=True)
+    else:
+        shutil.copyfile(base / "config.json", out / "config.json")
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ import torch
 
 from stages.shared.adapter import Change, check_adapter_sums, read_adapter, rows_needed
 from stages.shared.device import pick_device
-from stages.shared.embeddings import extend
+from stages.shared.embeddings import extend, has_own_head
 from stages.shared.launch import on_devices
 from stages.shared.merging import merged_rows
 from stages.shared.model import load_adapter
@@ -66,7 +66,8 @@ def check_inputs(params) -> list[dict]:
         check_sums(folder, stage)
     check_adapter_sums(ADAPTER)
     check_record(MERGED, ADAPTER, params.merge.base, params.merge.dtype)
-    check_companions(MERGED, BASE, params.merge.dtype, rows_needed(ADAPTER))
+    vocabulary, own_head = rows_needed(ADAPTER), has_own_head(BASE, QUANTIZED)
+    check_companions(MERGED, BASE, params.merge.dtype, vocabulary, own_head)
     rows = read_rows(held_out_sets()[""])
     check_tokenizer(MERGED, PREPARED / "tokenizer", ADAPTER, rows)
     return rows

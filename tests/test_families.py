@@ -13,11 +13,12 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages.merging.companions import served_config
+from stages.merging.companions import served_config, write_companions
 from stages.plan import tell_left_out
 from stages.quantize import link, quantize
 from stages.quantizing.names import check_names
 from stages.shared.adapted import check_adapted, targets_as_written
+from stages.shared.embeddings import has_own_head
 from stages.shared.linears import quantized_linears
 from stages.shared.model import load_base
 from stages.shared.multimodal import MULTIMODAL
@@ -28,7 +29,7 @@ from stages.shared.text_model import find_backbone, key_mapping, language_config
 from stages.shared.weights import Weights, other_names
 from stages.shared.workload import match_targets, shape_of
 from stages.training.settings import lora_config
-from stages.verifying.folder_check import without_old_names
+from stages.verifying.folder_check import check_companions, without_old_names
 
 pytestmark = pytest.mark.slow
 
@@ -113,6 +114,27 @@ def test_what_transformers_4_reads_of_a_configuration_changes_nothing_in_5(name,
     (tmp_path / "config.json").write_text(json.dumps(served))
     found = AutoConfig.from_pretrained(tmp_path).to_dict()
     assert without_old_names(found, expected) == expected
+
+
+def test_a_head_that_differs_is_not_tied_in_a_model_with_towers(tmp_path):
+    """Its configuration, and that of the text, would tie it."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    make_checkpoint(base, FAMILIES["gemma3"])
+    config = json.loads((base / "config.json").read_text()) | {"tie_word_embeddings": True}
+    config["text_config"] |= {"tie_word_embeddings": True}
+    (base / "config.json").write_text(json.dumps(config))
+    out.mkdir()
+    quantize(base, out, double_quant=True)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    assert has_own_head(base, out)
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    write_companions(merged, base, base, torch.float16, own_head=True)
+    check_companions(merged, base, "float16", own_head=True)
+    served = json.loads((merged / "config.json").read_text())
+    assert served["tie_word_embeddings"] is served["text_config"]["tie_word_embeddings"] is False
+    with pytest.raises(StageError, match="json: text_config is "):
+        check_companions(merged, base, "float16")
 
 
 @pytest.mark.parametrize("name", ["falcon", "gemma3n_text", "llama", "gptj"])

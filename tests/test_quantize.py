@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from stages import quantize as stage
 from stages.quantize import link, quantization_config, quantize
+from stages.shared.embeddings import has_own_head, names_of_embeddings
 from stages.shared.model import load_base, set_compute_dtype
 from stages.shared.process import StageError
 from tests.tiny import make_model, make_workspace
@@ -192,6 +193,46 @@ def test_names_that_transformers_knows_better_are_kept_beside_the_weights(tmp_pa
     assert not (tmp_path / "whole-out/names.json").exists()
     names = json.loads((out / "names.json").read_text())
     assert names["model.norm.weight"] == "norm.weight"
+
+
+def with_head(change):
+    def add(tensors):
+        head = tensors["model.embed_tokens.weight"].clone()
+        head[-1, -1] += change
+        tensors["lm_head.weight"] = head
+
+    return add
+
+
+@pytest.mark.parametrize("form", [lambda base, out: quantize(base, out, True), link])
+def test_a_head_that_differs_from_the_embeddings_is_not_tied(tmp_path, form, capsys):
+    """transformers 4 would tie it in the release."""
+    make_model(tmp_path / "base")
+    edit_tensors(tmp_path / "base", with_head(1.0))
+    (tmp_path / "out").mkdir()
+    form(tmp_path / "base", tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    model = load_base(tmp_path / "out", CPU)
+    assert names_of_embeddings(model) == ["model.embed_tokens", "lm_head"]
+    head = load_file(tmp_path / "base/model.safetensors")["lm_head.weight"]
+    assert torch.equal(model.lm_head.weight, head.float())
+    assert "quantize: lm_head.weight differs from model.embed_tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("edit", [with_head(0.0), lambda _: None], ids=["same", "absent"])
+def test_a_head_that_is_the_embeddings_changes_nothing(tmp_path, edit):
+    make_model(tmp_path / "base")
+    edit_tensors(tmp_path / "base", edit)
+    for name in ("nf4", "none"):
+        (tmp_path / name).mkdir()
+    quantize(tmp_path / "base", tmp_path / "nf4", double_quant=True)
+    link(tmp_path / "base", tmp_path / "none")
+    own = (tmp_path / "base/config.json").read_bytes()
+    assert (tmp_path / "none/config.json").read_bytes() == own
+    expected = json.loads(own) | {"quantization_config": quantization_config(True).to_dict()}
+    assert json.loads((tmp_path / "nf4/config.json").read_text()) == expected
+    assert not has_own_head(tmp_path / "base", tmp_path / "nf4")
 
 
 def test_left_over_weights_are_named_where_transformers_would_warn(tmp_path, capsys):

@@ -10,6 +10,7 @@ from peft.tuners.lora.bnb import Linear4bit
 from transformers import AutoModelForCausalLM
 
 from stages import merge, verify
+from stages.quantize import quantize
 from stages.shared import adapter, scored_model, scoring, streaming
 from stages.shared.model import load_base
 from stages.shared.outputs import SUMS, write_sums
@@ -70,6 +71,30 @@ def test_a_right_merge_passes(arch, dtype, tmp_path, monkeypatch, capsys):
     assert found["nonfinite_values"] == 0
     assert (tmp_path / "models/verify.ok").read_text() == "verified\n"
     assert "verify: passed" in capsys.readouterr().out
+
+
+def test_a_head_of_its_own_stays_one(tmp_path, monkeypatch):
+    """Of a base whose config.json ties it: transformers 4 would compute something else."""
+    make_prepared(make_sources(tmp_path))
+    models = tmp_path / "models"
+
+    def add_head(content):
+        content["lm_head.weight"] = content["model.embed_tokens.weight"].flip(0).clone()
+
+    edit_tensors(models / "base/model.safetensors", add_head)
+    shutil.rmtree(models / "quantized")
+    (models / "quantized").mkdir()
+    quantize(models / "base", models / "quantized", double_quant=True)
+    for name in ("base", "quantized"):
+        write_sums(models / name)
+    run(merge, tmp_path, monkeypatch)
+    run(verify, tmp_path, monkeypatch)
+    config = models / "merged/config.json"
+    assert json.loads(config.read_text())["tie_word_embeddings"] is False
+    edit_json(config, tie_word_embeddings=True)
+    write_sums(models / "merged")
+    with pytest.raises(StageError, match="tie_word_embeddings is True and must be False"):
+        run(verify, tmp_path, monkeypatch)
 
 
 def in_shards(root, change):

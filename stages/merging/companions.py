@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE
 from transformers.utils.hub import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE as PROCESSOR_TEMPLATE
 
-from stages.shared.embeddings import with_vocabulary
+from stages.shared.embeddings import untied, with_vocabulary
 from stages.shared.end_tokens import end_tokens
 from stages.shared.loading import check_tokenizer
 from stages.shared.outputs import check_sums, read_json, write_json
@@ -39,13 +39,21 @@ SETTLED = ("eos_token", "pad_token")
 
 
 def write_companions(
-    out: Path, base: Path, tokenizer: Path, dtype: torch.dtype, vocabulary: int = 0
+    out: Path,
+    base: Path,
+    tokenizer: Path,
+    dtype: torch.dtype,
+    vocabulary: int = 0,
+    own_head: bool = False,
 ) -> None:
     """Write configs, tokenizer, chat templates, processor files and licence into `out`.
 
     vocabulary  rows that the embeddings have at the least
+    own_head    whether the output head differs from the embeddings, though the base ties them
     """
     config = served_config(read_json(base / "config.json"))
+    if own_head:
+        config = untied(config)
     config = with_vocabulary(config, base, vocabulary)
     config["dtype"] = str(dtype).removeprefix("torch.")
     write_json(out / "config.json", config, sort_keys=True)

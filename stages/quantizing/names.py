@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
@@ -18,7 +19,7 @@ from stages.shared.text_model import (
     language_names,
     loading_report,
 )
-from stages.shared.weights import NF4_STATE, TYPES
+from stages.shared.weights import NF4_STATE, TYPES, Weights, row_blocks
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Names:
     experts    shapes [E, a, b] of the model's tensors of experts, by name
     kept       those that keep their type
     packed     parts of experts that are in MXFP4 already, by their new names
+    own_head   whether the output head differs from the embeddings, though config.json ties them
     apart      whether a folder of the language model in 16 bit is another than the checkpoint
     """
 
@@ -38,6 +40,7 @@ class Names:
     experts: dict[str, tuple[int, ...]]
     kept: set[str]
     packed: set[str]
+    own_head: bool
     apart: bool
 
     @property
@@ -103,7 +106,33 @@ def check_names(folder: Path) -> Names:
     apart = language is not model or any(k != n and not part_of(n) for k, n in of.items())
     experts = {name: tuple(tensor.shape) for name, tensor in expert_tensors(language).items()}
     kept = kept_in_float32(language, of.values())
-    return Names(of, wanted, experts, kept, set(packed.values()), apart)
+    own_head = differs_from_embeddings(folder, language, of)
+    return Names(of, wanted, experts, kept, set(packed.values()), own_head, apart)
+
+
+def differs_from_embeddings(folder: Path, model: PreTrainedModel, of: dict[str, str]) -> bool:
+    """Whether the files have an output head that differs from the embeddings, though config.json
+    ties them.
+
+    transformers 5 then does not tie them; transformers 4 and others do, and compute something else.
+    """
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return False
+    modules = {module: f"{name}.weight" for name, module in model.named_modules()}
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = [modules[module] for module in (embeddings, head) if module in modules]
+    if len(names) < 2 or not set(names) <= set(of.values()):
+        return False
+    weights, cpu = Weights(folder, of), torch.device("cpu")
+    first, second = (weights.reader(name, cpu) for name in names)
+    blocks = row_blocks(weights.shapes[names[0]], cpu)
+    if all(torch.equal(first(block), second(block)) for block in blocks):
+        return False
+    tell(
+        f"quantize: {names[1]} differs from {names[0]}, to which config.json ties it; it stays "
+        "a matrix of its own (tie_word_embeddings: false)"
+    )
+    return True
 
 
 def check_types(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from stages.shared.outputs import read_json
 from stages.shared.process import StageError
 
 # More new rows than any template needs.
@@ -80,6 +81,28 @@ def names_of_embeddings(model: PreTrainedModel) -> list[str]:
         wanted.append(model.get_output_embeddings())
     names = {module: name for name, module in model.named_modules()}
     return [names[module] for module in wanted]
+
+
+def has_own_head(base: Path, quantized: Path) -> bool:
+    """Whether quantize found that the output head of `base` differs from the embeddings, to which
+    its configuration ties it."""
+    if read_json(quantized / "config.json").get("tie_word_embeddings") is not False:
+        return False
+    config = AutoConfig.from_pretrained(base)
+    # One family says it only of the text.
+    says = config if hasattr(config, "tie_word_embeddings") else config.get_text_config()
+    return bool(getattr(says, "tie_word_embeddings", False))
+
+
+def untied(config: dict) -> dict:
+    """`config` (a config.json) with an output head of its own.
+
+    Of several towers transformers 4 asks that of the text, 5 that of the whole.
+    """
+    made = config | {"tie_word_embeddings": False}
+    if "text_config" in made:
+        made["text_config"] = made["text_config"] | {"tie_word_embeddings": False}
+    return made
 
 
 def with_vocabulary(config: dict, base: Path, count: int) -> dict:

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from stages.shared.adapter import WEIGHTS, Change
-from stages.shared.embeddings import with_vocabulary
+from stages.shared.embeddings import untied, with_vocabulary
 from stages.shared.merging import merged_shape
 from stages.shared.outputs import read_json
 from stages.shared.process import StageError, sha256
@@ -32,9 +32,11 @@ def check_record(folder: Path, adapter: Path, kind: str, dtype: str) -> None:
             raise StageError(f"{folder} was merged with {key} {record[key]}, not {value}; {AGAIN}")
 
 
-def check_companions(folder: Path, base: Path, dtype: str, vocabulary: int = 0) -> None:
+def check_companions(
+    folder: Path, base: Path, dtype: str, vocabulary: int = 0, own_head: bool = False
+) -> None:
     """Check that the files that serving reads beside the weights exist and match the base's, with
-    `dtype` and at least `vocabulary` rows.
+    `dtype`, at least `vocabulary` rows and, with `own_head`, an output head that is not tied.
 
     Raises StageError.
     """
@@ -43,6 +45,8 @@ def check_companions(folder: Path, base: Path, dtype: str, vocabulary: int = 0) 
             raise StageError(f"{folder} lacks {name}; {AGAIN}")
     found, expected = (AutoConfig.from_pretrained(f).to_dict() for f in (folder, base))
     expected = with_vocabulary(expected, base, vocabulary)
+    if own_head:
+        expected = untied(expected)
     found = without_old_names(found, expected)
     _same(folder / "config.json", found, expected | {"dtype": dtype}, STORAGE)
     found = read_json(folder / "generation_config.json")
