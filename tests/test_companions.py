@@ -89,6 +89,21 @@ def test_what_was_not_changed_keeps_its_bytes(base, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
 
 
+def test_paths_of_the_machine_stay_on_it(base, tmp_path):
+    """The release may be published."""
+    origins = ("name_or_path", "special_tokens_map_file", "tokenizer_file")
+    paths = dict.fromkeys(origins, "/home/me/tiny")
+    (base / "tokenizer_config.json").write_text(json.dumps(OLD | paths))
+    own = {"_name_or_path": "/home/me/tiny"}
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((base / name).read_text()) if (base / name).exists() else {}
+        (base / name).write_text(json.dumps(content | own))
+    out = tmp_path / "out"
+    config = written(base, settle(base, tmp_path / "settled"), out)
+    assert config == OLD | {"eos_token": "<|im_end|>", "pad_token": "<pad>"}
+    assert [f.name for f in out.rglob("*") if f.is_file() and b"/home/me" in f.read_bytes()] == []
+
+
 @pytest.mark.parametrize("inline", [True, False])
 def test_templates_under_other_names_stay(base, tmp_path, inline):
     if inline:

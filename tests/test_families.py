@@ -117,11 +117,12 @@ def test_what_transformers_4_reads_of_a_configuration_changes_nothing_in_5(name,
 
 
 def test_a_head_that_differs_is_not_tied_in_a_model_with_towers(tmp_path):
-    """Its configuration, and that of the text, would tie it."""
+    """Its configuration, and that of the text, would tie it and say where they were."""
     base, out = tmp_path / "base", tmp_path / "out"
     make_checkpoint(base, FAMILIES["gemma3"])
     config = json.loads((base / "config.json").read_text()) | {"tie_word_embeddings": True}
     config["text_config"] |= {"tie_word_embeddings": True}
+    config["vision_config"] |= {"_name_or_path": "/home/me/tower"}
     (base / "config.json").write_text(json.dumps(config))
     out.mkdir()
     quantize(base, out, double_quant=True)
@@ -133,6 +134,7 @@ def test_a_head_that_differs_is_not_tied_in_a_model_with_towers(tmp_path):
     check_companions(merged, base, "float16", own_head=True)
     served = json.loads((merged / "config.json").read_text())
     assert served["tie_word_embeddings"] is served["text_config"]["tie_word_embeddings"] is False
+    assert "_name_or_path" not in served["vision_config"]
     with pytest.raises(StageError, match="json: text_config is "):
         check_companions(merged, base, "float16")
 

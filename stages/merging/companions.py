@@ -15,6 +15,7 @@ from transformers.utils.hub import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE as PROCES
 from stages.shared.embeddings import untied, with_vocabulary
 from stages.shared.end_tokens import end_tokens
 from stages.shared.loading import check_tokenizer
+from stages.shared.origins import without_origins
 from stages.shared.outputs import check_sums, read_json, write_json
 
 TOKENIZER_FILES = (
@@ -60,7 +61,7 @@ def write_companions(
     write_tokenizer(out, base, tokenizer)
     copy(base, out, (*PROCESSORS, *LICENCES))
     if (base / "generation_config.json").exists():
-        generation = read_json(base / "generation_config.json")
+        generation = without_origins(read_json(base / "generation_config.json"))
     else:
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = {key: config[key] for key in ids if config.get(key) is not None}
@@ -80,12 +81,13 @@ def tokenizer_folder(adapter: Path, prepared: Path) -> Path:
 
 
 def served_config(config: dict) -> dict:
-    """config.json without the base's storage settings, with rotary embeddings also in version 4's
-    keys.
+    """config.json without the base's storage settings and paths, with rotary embeddings also in
+    version 4's keys.
 
     transformers 4 ignores `rope_parameters` and would use 10,000 for rope_theta.
     """
-    made = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype")}
+    made = without_origins(config)
+    made = {k: v for k, v in made.items() if k not in ("quantization_config", "torch_dtype")}
     if "text_config" in made:
         made["text_config"] = served_config(made["text_config"])
     rope = made.get("rope_parameters") or {}
@@ -144,8 +146,9 @@ def settle(folder: Path, chosen: PreTrainedTokenizerBase) -> None:
 
 def old_form(config: dict) -> dict:
     """tokenizer_config.json in the form of transformers 4, which 5 still reads."""
-    # How it was loaded does not belong there.
-    made = {k: v for k, v in config.items() if k not in ("is_local", "local_files_only")}
+    # How and from where it was loaded does not belong there.
+    made = without_origins(config)
+    made = {k: v for k, v in made.items() if k not in ("is_local", "local_files_only")}
     if made.get("tokenizer_class") == "TokenizersBackend":
         made["tokenizer_class"] = "PreTrainedTokenizerFast"
         made.pop("backend", None)

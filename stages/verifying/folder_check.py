@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from stages.shared.adapter import WEIGHTS, Change
 from stages.shared.embeddings import untied, with_vocabulary
 from stages.shared.merging import merged_shape
+from stages.shared.origins import without_origins
 from stages.shared.outputs import read_json
 from stages.shared.process import StageError, sha256
 from stages.shared.weights import LETTERS, Weights, kept_names, other_names
@@ -20,7 +21,7 @@ TAKEN = "dvc commit --force train && dvc repro"
 # Keys that served_config of stages/merging/companions.py adds.
 OF_4 = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq"}
 # Keys of a configuration about how, and by what, the base was stored.
-STORAGE = {"quantization_config", "torch_dtype", "transformers_version", "_name_or_path"}
+STORAGE = {"quantization_config", "torch_dtype", "transformers_version"}
 
 
 def check_record(folder: Path, adapter: Path, kind: str, dtype: str) -> None:
@@ -43,7 +44,9 @@ def check_companions(
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         if not (folder / name).exists():
             raise StageError(f"{folder} lacks {name}; {AGAIN}")
-    found, expected = (AutoConfig.from_pretrained(f).to_dict() for f in (folder, base))
+    found, expected = (
+        without_origins(AutoConfig.from_pretrained(f).to_dict()) for f in (folder, base)
+    )
     expected = with_vocabulary(expected, base, vocabulary)
     if own_head:
         expected = untied(expected)
@@ -51,7 +54,7 @@ def check_companions(
     _same(folder / "config.json", found, expected | {"dtype": dtype}, STORAGE)
     found = read_json(folder / "generation_config.json")
     if (base / "generation_config.json").exists():
-        expected = read_json(base / "generation_config.json")
+        expected = without_origins(read_json(base / "generation_config.json"))
     else:
         expected = {key: expected.get(key) for key in found}
     # prepare may have added an end token: stages/verifying/tokenizer_check.py.
