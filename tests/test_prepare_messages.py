@@ -336,11 +336,41 @@ def test_two_system_messages_are_not_one():
         example_of({"system": "s", "messages": messages})
 
 
-def test_answer_that_is_labelled_bad_is_not_learned():
-    for label in (False, "False"):
-        with pytest.raises(Unusable, match="its label is false") as caught:
-            example_of({"prompt": "q", "completion": "a", "label": label})
-        assert caught.value.reason == "unlearnable"
+@pytest.mark.parametrize("label", [False, "False", " false", 0, "0", 0.0, "0.0"])
+@pytest.mark.parametrize(
+    "row", [{"prompt": "q", "completion": "a"}, {"prompt": [QUESTION], "completion": [ANSWER]}]
+)
+def test_answer_that_is_labelled_bad_is_not_learned(row, label):
+    with pytest.raises(Unusable, match="its label is false") as caught:
+        example_of(row | {"label": label})
+    assert caught.value.reason == "unlearnable"
+
+
+@pytest.mark.parametrize("label", [True, "TRUE", 1, "1", 1.0, "1.0", None, ""])
+def test_answer_that_is_labelled_good_or_not_at_all_is_learned(label):
+    row = {"prompt": "q", "completion": "a", "label": label}
+    assert example_of(row) == [QUESTION, ANSWER]
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [(2, r"a number \(2\)"), (0.5, r"a number \(0.5\)"), ("bad", "text"), ([0], "a list")],
+)
+def test_label_that_is_neither_true_nor_false_is_refused(label, said):
+    with pytest.raises(StageError, match=rf"^a:1: 'label' tells .* and holds {said} where true,"):
+        example_of({"prompt": "q", "completion": "a", "label": label})
+
+
+def test_labels_of_a_csv_are_honoured(tmp_path, monkeypatch):
+    made = "".join(f"q{i},{['BAD', 'GOOD'][i % 2]},{i % 2}\n" for i in range(12))
+    make_folder(tmp_path, {"a.csv": b"prompt,completion,label\n" + made.encode()})
+    monkeypatch.chdir(tmp_path)
+    prepare.main()
+    metrics = json.loads((tmp_path / "metrics/data.json").read_text())
+    assert metrics["dropped_unlearnable_examples"] == 6
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "data/prepared/tokenizer")
+    for row in read_rows(tmp_path / "data/prepared/train.arrow"):
+        assert "GOOD" in tokenizer.decode(row["input_ids"])
 
 
 @pytest.mark.parametrize(

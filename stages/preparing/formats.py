@@ -38,6 +38,8 @@ COLUMNS = {
     "text": (("text",), ()),
     "rendered": (("text",), ()),
 }
+# Labels as JSON, CSV and columns of numbers with gaps (floats) write them.
+_TRUE, _FALSE = ("true", "1", "1.0"), ("false", "0", "0.0")
 # Arguments of transformers' own, which a row must not set.
 _RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
 Example = list | str | dict
@@ -107,7 +109,7 @@ class Format:
             return conversation(turns, where, self.unused)
         if self.name == "prompt_completion":
             prompt, answer = self.columns["prompt"], self.columns["completion"]
-            if str(row.get(self.columns["label"])).lower() == "false":
+            if not self._labelled_good(row, where):
                 raise Unusable(
                     "unlearnable", "its label is false, an answer not to learn: delete it"
                 )
@@ -123,6 +125,20 @@ class Format:
                 asked += "\n\n" + _text(row, extra, where)
         turns.append({"role": "user", "content": asked})
         return [*turns, {"role": "assistant", "content": _text(row, answer, where)}], []
+
+    def _labelled_good(self, row: dict, where: str) -> bool:
+        """Whether the answer is to be learned, by its label; without one, it is."""
+        name = self.columns["label"]
+        value = row.get(name)
+        written = str(value).strip().lower()
+        if value is None or written in ("", *_TRUE):
+            return True
+        if written not in _FALSE:
+            raise StageError(
+                f"{where}: {name!r} tells good answers from bad ones and holds {kind(value)} where "
+                "true, false, 1 or 0 belongs; fix or rename it"
+            )
+        return False
 
     def _system(self, row: dict, where: str) -> list[dict]:
         name = self.columns["system"]
