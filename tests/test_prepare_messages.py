@@ -92,8 +92,11 @@ def test_rows_with_tools_go_through_the_stage(tmp_path, monkeypatch):
 
 def test_functions_are_tools_by_their_older_name():
     function = TOOLS[0]["function"]
-    row = {"messages": [QUESTION, CALL], "functions": [function]}
-    assert chat_of(example_of(row)).given == {"tools": TOOLS}
+    for functions in ([function], TOOLS):
+        row = {"messages": [QUESTION, CALL], "functions": functions}
+        assert chat_of(example_of(row)).given == {"tools": TOOLS}
+    both = {"messages": [QUESTION, CALL], "functions": [*TOOLS, function]}
+    assert chat_of(example_of(both)).given == {"tools": TOOLS * 2}
 
 
 def test_documents_and_variables_reach_the_template():
@@ -161,6 +164,38 @@ def test_template_without_tools_is_named():
 def test_arguments_are_what_the_template_takes(name, written, chat):
     row = {"messages": [QUESTION, chat, tell("18"), ANSWER]}
     assert written in text_of(name, row)[0]
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters", "input", "args"])
+@pytest.mark.parametrize("store", [dict, json.dumps], ids=["object", "text"])
+def test_arguments_of_a_call_have_several_names(key, store):
+    given = {"name": "weather", key: store({"city": "T0"})}
+    called = {"type": "function", "function": {"name": "weather", "arguments": {"city": "T0"}}}
+    for answer in (
+        {"role": "assistant", "content": "", "tool_calls": [given]},
+        {"role": "assistant", "content": "", "tool_calls": [given | {"type": "tool_use"}]},
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": given}]},
+        {"role": "assistant", "tool_calls": [given | {"arguments": {}, key: given[key]}]},
+        {"role": "assistant", "content": None, "function_call": given},
+        {"from": "function_call", "value": json.dumps(given)},
+    ):
+        messages, _ = conversation([QUESTION, answer], "a:1", Counter())
+        assert messages[1]["tool_calls"] == [called]
+        _, rest = text_of("qwen3_5_think", {"messages": [QUESTION, messages[1]]})
+        assert "<parameter=city>\nT0\n</parameter>" in rest
+
+
+@pytest.mark.parametrize(
+    ("called", "message"),
+    [
+        ({"name": "f", "arguments": {"a": 1}, "input": {"b": 2}}, "with arguments and input: keep"),
+        ({"arguments": {"a": 1}}, "message 2: a tool call without a name: fix"),
+        ({"function": "f", "arguments": {"a": 1}}, "message 2: a tool call without a name: fix"),
+    ],
+)
+def test_call_that_cannot_be_learned_whole_is_dropped(called, message):
+    with pytest.raises(Unusable, match=message):
+        example_of({"messages": [QUESTION, say("", tool_calls=[called])]})
 
 
 def test_arguments_that_would_be_printed_by_python_are_given_as_text():

@@ -180,7 +180,10 @@ class Format:
                 )
             check_json(each, f"{where}: {name!r}")
             if name == "functions":
-                each = [{"type": "function", "function": one} for one in each]
+                each = [
+                    one if "function" in one else {"type": "function", "function": one}
+                    for one in each
+                ]
             given |= each[0] if variables else {standard: each}
             if variables and (taken := sorted(_RESERVED & value.keys())):
                 raise StageError(f"{where}: {name!r} must not set {taken[0]!r}; remove it")

@@ -38,6 +38,8 @@ _KEYS = {
     "tool_call_id": "tool_call_id",
     "name": "name",
 }
+# Names of a tool call's arguments: transformers', Llama's, Anthropic's and LangChain's.
+_ARGUMENTS = ("arguments", "parameters", "input", "args")
 _CONTENT = {"content", "value"}
 # Keys that switch learning of a message on or off.
 _SWITCHES = ("weight", "train", "training", "trainable", "loss")
@@ -141,19 +143,28 @@ def _check_extras(message: dict, at: str, where: str) -> None:
             raise Unusable("roles", f"{at}: a tool call that is not a JSON object: fix the row")
         message["tool_calls"] = [_call(call, at) for call in calls]
     check_json(message, f"{where}: {at}: a tool call")
+    if not all(call["function"].get("name") for call in message.get("tool_calls", ())):
+        raise Unusable("roles", f"{at}: a tool call without a name: fix or delete the row")
 
 
 def _call(call: dict, at: str) -> dict:
     """The call in transformers' form, with arguments decoded to an object."""
     function = call.get("function")
     if not isinstance(function, dict):
-        function = {key: call[key] for key in ("name", "arguments") if key in call}
-        call = {"type": "function"} | {k: v for k, v in call.items() if k not in function}
-    if "arguments" in function:
-        arguments = decoded(function["arguments"] or {})
+        function = {key: call[key] for key in ("name", *_ARGUMENTS) if key in call}
+        rest = {k: v for k, v in call.items() if k not in (*function, "type")}
+        call = {"type": "function"} | rest
+    given = [key for key in _ARGUMENTS if not _blank(function.get(key))]
+    if len(given) > 1:
+        twice = " and ".join(given)
+        raise Unusable("roles", f"{at}: a tool call with {twice}: keep one of them")
+    if name := next((key for key in (*given, *_ARGUMENTS) if key in function), None):
+        arguments = decoded(function[name] or {})
         if isinstance(arguments, str) and arguments.lstrip().startswith("{"):
             raise Unusable("roles", f"{at}: arguments that are broken JSON: fix or delete the row")
-        function = function | {"arguments": arguments}
+        kept = {k: v for k, v in function.items() if k == name or k not in _ARGUMENTS}
+        function = {("arguments" if k == name else k): v for k, v in kept.items()}
+        function["arguments"] = arguments
     return call | {"function": function}
 
 
