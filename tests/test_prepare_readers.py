@@ -510,11 +510,84 @@ def test_turns_may_be_stored_otherwise(column, store):
 
 
 @pytest.mark.parametrize("name", ["auto", "alpaca"])
-def test_optional_column_may_come_in_a_later_row_alone(name):
-    form = recognize(name, None, {"instruction": "i", "output": "o"}, "a:1")
-    later = {"instruction": "i", "input": "x", "output": "o", "system": "s"}
+@pytest.mark.parametrize("extra", ["input", "context"])
+@pytest.mark.parametrize("system", ["system", "system_prompt", "system_message"])
+@pytest.mark.parametrize("first", [{}, {"input": ""}, {"context": "", "system": None}])
+def test_optional_column_may_come_in_a_later_row_alone(name, extra, system, first):
+    form = recognize(name, None, {"instruction": "i", "output": "o"} | first, "a:1")
+    later = {"instruction": "i", "output": "o"} | first | {extra: "x", system: "s"}
     example = form.example(later, "a:2")
     assert [message["content"] for message in example] == ["s", "i\n\nx", "o"]
+    assert form.not_used(later) == []
+
+
+def test_of_two_columns_with_one_meaning_the_other_is_not_used():
+    row = {"instruction": "i", "output": "o", "context": "c", "input": "x", "id": 7, "note": ""}
+    form = recognize("auto", None, row, "a:1")
+    assert form.example(row, "a:1")[0]["content"] == "i\n\nx"
+    assert form.not_used(row) == ["context", "id"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_column_of_later_rows_that_is_not_used_is_said(name, tmp_path, monkeypatch, capsys):
+    rows = [row | {"first": 1} for row in FORMATS[name]]
+    rows[1:] = [row | {"note": i, "none": None} for i, row in enumerate(rows[1:])]
+    make_folder(tmp_path, {"a.jsonl": lines(rows)})
+    monkeypatch.chdir(tmp_path)
+    prepare.main()
+    said = capsys.readouterr().out
+    assert "first\n" in said
+    assert "prepare: not used: column note (8)\n" in said
+
+
+def test_functions_may_come_in_a_later_row_alone():
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    form = recognize("auto", None, row, "a:1")
+    example = form.example(row | {"functions": [{"name": "f"}]}, "a:2")
+    assert example["given"] == {"tools": [{"type": "function", "function": {"name": "f"}}]}
+
+
+@pytest.mark.parametrize("column", ["input", "context", "history"])
+def test_later_column_that_changes_the_meaning_is_not_lost(column, tmp_path, monkeypatch, capsys):
+    rows = [{"prompt": f"p{i}", "completion": "c"} for i in range(12)]
+    rows[1][column] = ""
+    rows[5][column] = [["q0", "a0"]] if column == "history" else "CTX"
+    make_folder(tmp_path, {"a.jsonl": lines(rows)})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        StageError, match=rf"a.jsonl:6: format .* would not use '{column}'; set"
+    ) as e:
+        prepare.main()
+    advice = str(e.value).partition("columns: {")[2].partition("}")[0]
+    columns = dict(pair.split(": ") for pair in advice.split(", "))
+    assert set(columns.values()) == {"prompt", "completion", column}
+    make_folder(tmp_path, {"a.jsonl": lines(rows)}, columns=columns)
+    prepare.main()
+    capsys.readouterr()
+    alone = {"prompt": "prompt", "completion": "completion"}
+    make_folder(tmp_path, {"a.jsonl": lines(rows)}, columns=alone)
+    prepare.main()
+    assert f"not used: column {column} (1)\n" in capsys.readouterr().out
+
+
+def test_named_column_that_no_row_has_is_refused(tmp_path, monkeypatch):
+    rows = [{"prompt": f"p{i}", "completion": "c"} for i in range(12)]
+    columns = {"prompt": "prompt", "completion": "completion", "system": "sistem"}
+    make_folder(tmp_path, {"a.jsonl": lines(rows)}, columns=columns)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        StageError, match=r"prepare.columns names 'sistem', which no row of a.jsonl"
+    ):
+        prepare.main()
+
+
+def test_of_many_columns_that_are_not_used_some_are_named(tmp_path, monkeypatch, capsys):
+    rows = [{"text": f"t{i}"} for i in range(9)]
+    rows[1] |= {f"c{i:03}": 1 for i in range(60)}
+    make_folder(tmp_path, {"a.jsonl": lines(rows)})
+    monkeypatch.chdir(tmp_path)
+    prepare.main()
+    assert ", column c049 (1) and 10 more\n" in capsys.readouterr().out
 
 
 def test_zero_in_an_optional_column_is_no_empty_one():

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stages.preparing.messages import (
     Unusable,
+    blank,
     check_json,
     checked_text,
     conversation,
@@ -74,13 +75,30 @@ def text_and_answers(example: Example) -> tuple[str, list[list[int]]]:
 @dataclass(frozen=True)
 class Format:
     """A recognized format. `columns` maps standard column names, optional ones included, to the
-    names in the data."""
+    names in the data, `others` to further names that a row may have. `refused` are columns that
+    change the meaning of an answer and that the format does not use."""
 
     name: str
     columns: dict[str, str]
     shape: Shape | None = None
-    # Unused keys of messages, counted while rows are read.
+    others: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    refused: tuple[str, ...] = ()
+    # Unused columns and keys of messages, counted while rows are read.
     unused: Counter[str] = field(default_factory=Counter)
+
+    def column(self, row: dict, standard: str) -> str:
+        """The name of the standard column in this row."""
+        usual = self.columns[standard]
+        if blank(row.get(usual)):
+            for name in self.others.get(standard, ()):
+                if not blank(row.get(name)):
+                    return name
+        return usual
+
+    def not_used(self, row: dict) -> list[str]:
+        """The columns of this row that hold something and are not used."""
+        used = {self.column(row, standard) for standard in self.columns}
+        return [name for name in row if name not in used and not blank(row[name])]
 
     def example(self, row: dict, where: str) -> Example:
         """The example of one row.
@@ -118,7 +136,7 @@ class Format:
                 return conversation(turns, where, self.unused)
             asked = _text(row, prompt, where)
         else:
-            answer, extra = self.columns["output"], self.columns["input"]
+            answer, extra = self.columns["output"], self.column(row, "input")
             turns += self._history(row, where)
             asked = _text(row, self.columns["instruction"], where)
             if row.get(extra) not in (None, ""):
@@ -141,7 +159,7 @@ class Format:
         return False
 
     def _system(self, row: dict, where: str) -> list[dict]:
-        name = self.columns["system"]
+        name = self.column(row, "system")
         if row.get(name) in (None, ""):
             return []
         return [{"role": "system", "content": _text(row, name, where)}]
@@ -165,7 +183,7 @@ class Format:
         """Further arguments of apply_chat_template beside the messages."""
         given: dict = {}
         for standard in _GIVEN:
-            name = self.columns[standard]
+            name = self.column(row, standard)
             value = decoded(row.get(name))
             if value in (None, "", [], {}):
                 continue

@@ -66,11 +66,11 @@ def conversation(
     before: str | None = None
     for number, turn in enumerate(turns, 1):
         at = f"message {number}"
-        left = {key: turn[key] for key in turn.keys() - _CONTENT if not _blank(turn[key])}
+        left = {key: turn[key] for key in turn.keys() - _CONTENT if not blank(turn[key])}
         role, name = _role(left, turn, at, where)
         learned = not left or _switched(left, role, f"{where}: {at}", unused)
         content = turn.get("content", turn.get("value"))
-        if role == "system" and _blank(content):
+        if role == "system" and blank(content):
             continue
         if before not in _FOLLOWS[role]:
             after = f"follows {before}" if before else "comes first"
@@ -100,8 +100,8 @@ def conversation(
     return messages, silent
 
 
-def _blank(value) -> bool:
-    """Whether the value means an absent key: in Parquet every message has every key."""
+def blank(value) -> bool:
+    """Whether the value means an absent key or column: in Parquet every message has every key."""
     return value in (None, "", [], {}) or (isinstance(value, str) and value.isspace())
 
 
@@ -154,7 +154,7 @@ def _call(call: dict, at: str) -> dict:
         function = {key: call[key] for key in ("name", *_ARGUMENTS) if key in call}
         rest = {k: v for k, v in call.items() if k not in (*function, "type")}
         call = {"type": "function"} | rest
-    given = [key for key in _ARGUMENTS if not _blank(function.get(key))]
+    given = [key for key in _ARGUMENTS if not blank(function.get(key))]
     if len(given) > 1:
         twice = " and ".join(given)
         raise Unusable("roles", f"{at}: a tool call with {twice}: keep one of them")

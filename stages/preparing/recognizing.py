@@ -1,9 +1,13 @@
-"""Recognizes the format of a data set by the columns of its first row."""
+"""Recognizes the format of a data set by the columns of its first row.
+
+Optional columns may come in later rows, by any of their names; those that must not be lost are
+refused in every row.
+"""
 
 import difflib
 
 from stages.preparing.formats import COLUMNS, Format, turns_of
-from stages.preparing.messages import names_of
+from stages.preparing.messages import blank, names_of
 from stages.preparing.shapes import shape_of
 from stages.shared.process import StageError
 
@@ -25,6 +29,8 @@ _OTHER_NAMES = {
 }
 # Columns that change the meaning of an answer, so they must not be ignored.
 _MEANING = ("input", "history")
+_NEEDED = {c for needed, _ in COLUMNS.values() for c in needed}
+_KNOWN = sorted({c for needed, more in COLUMNS.values() for c in (*needed, *more)})
 
 
 def recognize(
@@ -36,21 +42,20 @@ def recognize(
     Raises StageError if no format fits.
     """
     own = columns or {}
-    known = sorted({c for needed, more in COLUMNS.values() for c in (*needed, *more)})
     for standard, column in own.items():
-        if standard not in known:
-            near = difflib.get_close_matches(standard, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        if standard not in _KNOWN:
+            near = difflib.get_close_matches(standard, _KNOWN, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_KNOWN)}"
             raise StageError(f"params.yaml: {section}.columns: unknown name {standard!r}; {hint}")
-        if column not in first:
+        if column not in first and standard in _NEEDED:
             raise StageError(
                 f"{where}: no column {column!r} ({section}.columns.{standard}); "
                 f"the columns are {names_of(first)}"
             )
     # Named columns are used exclusively.
-    called = {c: own.get(c, c) if own else _name_in(first, c) for c in known}
+    called = {c: own.get(c, c) if own else _name_in(first, c) for c in _KNOWN}
     present = {c: column for c, column in called.items() if column in first}
-    if name == "auto":
+    if recognized := name == "auto":
         name = _recognized(present, own, first, where, section)
     needed, optional = COLUMNS[name]
     for standard in own:
@@ -67,8 +72,25 @@ def recognize(
             )
     # An optional column may first appear in a later row.
     used = {column: called[column] for column in (*needed, *optional)}
+    others = {c: _names(c, but=used[c]) for c in optional if c in _SAME and not own}
+    strict = recognized and not own and name == "prompt_completion"
+    refused = tuple(column for c in _MEANING for column in _names(c) if strict)
     shape = shape_of(first[used["text"]]) if name == "rendered" else None
-    return Format(name, used, shape)
+    form = Format(name, used, shape, others, refused)
+    refuse_lost(form, first, where, section)
+    return form
+
+
+def refuse_lost(form: Format, row: dict, where: str, section: str) -> None:
+    """Raise StageError if `row` has a column that `form` must not lose."""
+    for column in form.refused:
+        if column in row and not blank(row[column]):
+            present = {c: name for c in _KNOWN if (name := _name_in(row, c)) in row}
+            raise StageError(
+                f"{where}: format {form.name} would not use {column!r}; "
+                f"{_remedy(present, row, section)}, or name prompt and completion alone to "
+                "leave it out"
+            )
 
 
 def _recognized(
@@ -81,13 +103,6 @@ def _recognized(
             match turns_of(first.get(present.get("conversations"))):
                 case [{"role": _}, *_] if name == "sharegpt":
                     continue
-            lost = [present[c] for c in _MEANING if c in present and c not in optional]
-            if name == "prompt_completion" and lost and not own:
-                raise StageError(
-                    f"{where}: format {name} would not use {lost[0]!r}; "
-                    f"{_remedy(present, first, section)}, or name prompt and completion alone to "
-                    "leave it out"
-                )
             return name
     raise StageError(
         f"{where}: no known format has the columns {names_of(first)}; "
@@ -117,5 +132,9 @@ def _remedy(present: dict[str, str], first: dict, section: str) -> str:
 
 def _name_in(first: dict, standard: str) -> str:
     """The name of the standard column in this data."""
-    names = (standard, *_SAME.get(standard, ()))
-    return next((name for name in names if name in first), standard)
+    return next((name for name in _names(standard) if name in first), standard)
+
+
+def _names(standard: str, but: str | None = None) -> tuple[str, ...]:
+    """The names of the standard column, without `but`."""
+    return tuple(name for name in (standard, *_SAME.get(standard, ())) if name != but)

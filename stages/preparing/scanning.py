@@ -1,6 +1,7 @@
 """Reads the rows of a source into the store, each by the format of the source."""
 
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from tqdm import tqdm
@@ -8,7 +9,7 @@ from tqdm import tqdm
 from stages.preparing.contract import Drops
 from stages.preparing.formats import Format
 from stages.preparing.messages import Unusable, names_of
-from stages.preparing.recognizing import recognize
+from stages.preparing.recognizing import recognize, refuse_lost
 from stages.preparing.splitting import Store
 from stages.shared.mix import label
 from stages.shared.params import Mixed, Prepare, Source
@@ -16,6 +17,9 @@ from stages.shared.paths import RAW
 from stages.shared.process import StageError
 from stages.shared.readers import files_to_read, read_file, split_of
 from stages.shared.screen import on_screen, tell
+
+# Unused columns and message keys that are named.
+_MOST_NAMED = 50
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ def scan(folder: str, source: Source, number: int, params: Prepare, store: Store
         for names in files_to_read(RAW / folder, source, eval_file)
     )
     form: Format | None = None
+    said: set[str | None] = set()
+    known: set[str | None] = set()
+    awaited = set((own.columns or {}).values())
     drops, names = Drops(), train + given
     size = sum((RAW / name).stat().st_size for name in names)
     files = "1 file" if len(names) == 1 else f"{len(names)} files"
@@ -64,7 +71,15 @@ def scan(folder: str, source: Source, number: int, params: Prepare, store: Store
             where = f"{path}:{line}"
             if form is None:
                 form = recognize(own.format, own.columns, row, where, section)
-                tell(f"prepare: {describe(form, row, group_by)}")
+                left = ignored(form, row, group_by)
+                tell(f"prepare: {describe(form, row, left)}")
+                said = {group_by, *left}
+                known = said | {*form.columns.values()}
+            refuse_lost(form, row, where, section)
+            awaited -= row.keys()
+            # Quick, since most rows have no other columns.
+            if not row.keys() <= known:
+                form.unused.update(f"column {c}" for c in form.not_used(row) if c not in said)
             drops.seen += 1
             if name not in given:
                 refuse_test_row(row, source, where)
@@ -73,10 +88,17 @@ def scan(folder: str, source: Source, number: int, params: Prepare, store: Store
             except Unusable as why:
                 drops.add(where, why)
     assert form is not None  # Every file has a row.
+    if awaited:
+        raise StageError(
+            f"params.yaml: {section}.columns names {min(awaited)!r}, which no row of "
+            f"{', '.join(names[:5])} has: correct or remove it"
+        )
     drops.check()
     if form.unused:
-        counts = ", ".join(f"{key} ({count:,})" for key, count in sorted(form.unused.items()))
-        tell(f"prepare: not used: {counts}")
+        most = sorted(form.unused.most_common(_MOST_NAMED))
+        counts = ", ".join(f"{key} ({count:,})" for key, count in most)
+        more = len(form.unused) - len(most)
+        tell(f"prepare: not used: {counts}" + f" and {more:,} more" * bool(more))
     return Scanned(label(source, number), share, train, given, form, drops)
 
 
@@ -107,11 +129,16 @@ def group_of(row: dict, group_by: str | None, where: str) -> str:
     return str(row[group_by])
 
 
-def describe(form: Format, row: dict, group_by: str | None) -> str:
-    """A description of the format and the columns that it uses."""
-    named = [(name, own) for name, own in form.columns.items() if own in row]
+def ignored(form: Format, row: dict, group_by: str | None) -> list[str]:
+    """The columns of the first row that no row uses."""
+    names = {*form.columns.values(), *chain(*form.others.values()), group_by}
+    return [name for name in row if name not in names]
+
+
+def describe(form: Format, row: dict, left: list[str]) -> str:
+    """A description of the format, the columns that it uses and those that are `left`."""
+    named = [(name, own) for name in form.columns if (own := form.column(row, name)) in row]
     used = [f"{own} as {name}" if own != name else own for name, own in named]
-    ignored = [c for c in row if c not in (*form.columns.values(), group_by)]
     shape = f" in the {form.shape.name} shape" if form.shape else ""
-    rest = f"; not used: {names_of(ignored)}" if ignored else ""
+    rest = f"; not used: {names_of(left)}" if left else ""
     return f"format {form.name}{shape}, columns {', '.join(used)}{rest}"
