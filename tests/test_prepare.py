@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -513,6 +514,19 @@ def test_row_that_leaks_into_the_evaluation_file_is_refused(tmp_path, monkeypatc
         "from one of the two"
     )
     assert not (tmp_path / "data/prepared").exists()
+
+
+def test_prompt_in_another_unicode_spelling_leaks_as_well(tmp_path, monkeypatch):
+    rows = [{"prompt": f"Où est le café {i} ?", "completion": f"c{i}"} for i in range(40)]
+    spelt = [row | {"prompt": unicodedata.normalize("NFD", row["prompt"])} for row in rows]
+    files = {"a.jsonl": jsonl(spelt), "b.jsonl": jsonl(rows[:3])}
+    with pytest.raises(StageError, match=r"a.jsonl:1: has the same prompt as a row of b"):
+        run(tmp_path / "given", monkeypatch, files, eval_file="b.jsonl")
+    options = {"eval_rows": 8, "max_length": 512}
+    sets = run(tmp_path / "split", monkeypatch, {"a.jsonl": jsonl(rows + spelt)}, **options)
+    numbers = [{int(row["row"].partition(":")[2]) % 40 for row in sets[name]} for name in SETS[:2]]
+    assert numbers[0]
+    assert not numbers[0] & numbers[1]
 
 
 MIXED = [

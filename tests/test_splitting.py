@@ -4,11 +4,13 @@ import hashlib
 import json
 import math
 import tempfile
+import unicodedata
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from stages.preparing.scanning import group_of
 from stages.preparing.splitting import (
     Store,
     after_held_out,
@@ -83,6 +85,27 @@ def test_the_words_by_which_rows_are_alike():
     assert text_of(given) == 'Be  brief.\nWho?\nI.\n{"tools": ["t"]}'
     called = [turn("user", "Q"), turn("assistant", "A", calls=["c"])]
     assert text_of(called) == 'Q\nA\n{"role": "assistant", "calls": ["c"]}'
+
+
+def test_spellings_of_the_same_characters_are_one_prompt():
+    texts = ["Où est le café ?", "Ångström", "한국어", "Việt Nam"]
+    for text in texts:
+        composed, parts = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+        assert composed != parts
+        assert prompt_and_rest([turn("user", parts)]) == prompt_and_rest([turn("user", composed)])
+    assert normal("\u212bngstr\u00f6m") == normal("\u00c5ngstr\u00f6m")
+
+
+def test_spellings_of_the_same_characters_are_one_group():
+    for form in ("NFC", "NFD"):
+        row = {"group": unicodedata.normalize(form, "café")}
+        assert group_of(row, "group", "a:1") == "caf\u00e9"
+
+
+def test_text_in_nfc_is_split_as_ever():
+    for text in ("Où  est\nLE café ?", "STRASSE Straße", "İstanbul ǰ ΐ", "ﬁne ②", "日本語"):
+        assert text == unicodedata.normalize("NFC", text)
+        assert normal(text) == " ".join(text.casefold().split())
 
 
 def test_the_hash_is_64_bits_of_blake2b():

@@ -1,5 +1,6 @@
 """Reads the rows of a source into the store, each by the format of the source."""
 
+import unicodedata
 from dataclasses import dataclass
 from itertools import chain
 
@@ -126,7 +127,7 @@ def group_of(row: dict, group_by: str | None, where: str) -> str:
         )
     if row[group_by] in (None, ""):
         raise Unusable("empty", f"{group_by!r} is empty: name the row's group")
-    return str(row[group_by])
+    return unicodedata.normalize("NFC", str(row[group_by]))
 
 
 def ignored(form: Format, row: dict, group_by: str | None) -> list[str]:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import tempfile
+import unicodedata
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -66,8 +67,9 @@ def text_of(example: Example) -> str:
 
 
 def normal(text: str) -> str:
-    """The text in lower case with runs of white space collapsed."""
-    return " ".join(text.casefold().split())
+    """The text in lower case and NFC, with runs of white space collapsed."""
+    # NFC first: the result for text in NFC, by which rows are split, stays as it was.
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
 def hash64(text: str) -> int:
