@@ -32,6 +32,7 @@ from stages.reporting.model_card import model_card
 from stages.reporting.page import to_html, to_markdown
 from stages.reporting.report import report
 from stages.reporting.results import Results, memory_parts, summary, title
+from stages.shared.adapter_record import split_record, trained_here
 from stages.shared.paths import MERGED, PREPARED, RETENTION, TOKENIZER
 
 RELEASE = Path("models/release")
@@ -63,8 +64,9 @@ def read_results(params: dict, merged: Path) -> Results:
     }
     curve = _csv(METRICS / "curve.csv")
     costs = {stage: read_json(METRICS / f"{name}_cost.json") for stage, name in COSTS.items()}
-    trained = metrics["train_cost"].pop("adapter_sha256")
-    if read_json(merged / "merge.json")["adapter_sha256"] != trained:
+    if trained_here(read_json(merged / "merge.json"), metrics["train_cost"]):
+        _, metrics["train_cost"] = split_record(metrics["train_cost"])
+    else:
         metrics["train"], metrics["train_cost"], curve, costs["train"] = {}, {}, [], {}
     samples = (METRICS / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     return Results(

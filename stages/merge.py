@@ -23,7 +23,7 @@ from stages.shared.outputs import (
 )
 from stages.shared.params import load_params
 from stages.shared.paths import ADAPTER, BASE, MERGED, PREPARED, QUANTIZED
-from stages.shared.process import StageError, begin, sha256
+from stages.shared.process import StageError, begin
 
 if __name__ == "__main__":
     begin("merge")
@@ -39,12 +39,12 @@ from tqdm import tqdm
 from stages.merging.companions import tokenizer_folder, write_companions
 from stages.merging.shards import Entry, copied_entry, write_shard
 from stages.shared.adapter import (
-    WEIGHTS,
     Change,
     check_adapter_sums,
     read_adapter,
     rows_needed,
 )
+from stages.shared.adapter_record import adapter_record
 from stages.shared.device import memory_metrics, pick_device
 from stages.shared.embeddings import has_own_head
 from stages.shared.merging import check_rounding, merged_rows, merged_shape
@@ -182,7 +182,7 @@ def main() -> None:
         counts = write_weights(out, sources, dtype, device, sums)
         rows, own_head = rows_needed(ADAPTER), has_own_head(BASE, QUANTIZED)
         write_companions(out, BASE, tokenizer, dtype, rows, own_head)
-        record = params.model_dump() | {"adapter_sha256": sha256(ADAPTER / WEIGHTS)} | counts
+        record = params.model_dump() | adapter_record(ADAPTER) | counts
         write_json(out / "merge.json", record, sort_keys=True)
     cost = {"merge_seconds": time.monotonic() - started} | memory_metrics()
     write_metrics(COST, provenance(device) | cost)

@@ -16,7 +16,7 @@ from typing import Any
 from stages.shared.libraries import load_libraries
 from stages.shared.outputs import check_sums, read_json, whole_folder, write_json, write_metrics
 from stages.shared.params import Params, load_params
-from stages.shared.process import StageError, begin, code_files, sha256
+from stages.shared.process import StageError, begin, code_files
 
 if __name__ == "__main__":
     begin("train")
@@ -26,6 +26,7 @@ import torch
 from datasets import Dataset, disable_caching
 from transformers import AutoConfig, AutoTokenizer
 
+from stages.shared.adapter_record import adapter_record
 from stages.shared.device import memory_metrics, memory_of_ranks, pick_device
 from stages.shared.embeddings import extend, set_vocabulary
 from stages.shared.fast_path import choose_fast_path, step_tokens
@@ -199,10 +200,9 @@ def write_outputs(made: dict[str, Any], folder: Path) -> None:
     """Write the result of `outcome` and the adapter in `folder`."""
     with whole_folder(ADAPTER) as out:
         shutil.copytree(folder / "adapter", out, dirs_exist_ok=True)
-    # Tells export whether these figures belong to the merged adapter.
-    adapter = {"adapter_sha256": sha256(ADAPTER / "adapter_model.safetensors")}
     write_metrics(Path("metrics/train.json"), made["metrics"])
-    write_metrics(Path("metrics/train_cost.json"), adapter | made["cost"])
+    # Tells export whether these figures belong to the merged adapter.
+    write_metrics(Path("metrics/train_cost.json"), adapter_record(ADAPTER) | made["cost"])
     write_curve(Path("metrics/curve.csv"), made["history"], made["metrics"].get("kept_step"))
     loss, seconds = made["metrics"]["train_loss"], made["cost"]["train_seconds"]
     print(f"train: loss {loss:.4f}, {seconds:.0f} s")

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from merging import edit_tensors, make_adapter
+from merging import edit_json, edit_tensors, make_adapter
 from quick import Stage, run
 
 pytestmark = pytest.mark.slow
@@ -56,6 +56,24 @@ def test_the_report_does_not_say_that_it_was_trained_here(folder):
         "predicted_vram_gb",
         "fits_gpus",
     }
+
+
+def test_an_edited_one_is_none_of_this_run(finished, tmp_path):
+    """Its factors are those that train wrote, but they count ten times as much."""
+    folder = tmp_path / "project"
+    shutil.copytree(finished, folder)
+    adapter = folder / "models/adapter"
+    alpha = json.loads((adapter / "adapter_config.json").read_text())["lora_alpha"]
+    edit_json(adapter / "adapter_config.json", lora_alpha=10 * alpha)
+    (adapter / "SHA256SUMS").unlink()
+    for name in AFTER[1:]:
+        run(name, folder)
+    for name in ("metrics/report.md", "models/release/README.md"):
+        own, found = ((each / name).read_text() for each in (finished, folder))
+        for claim in ("tuned on", "Update scale"):
+            assert claim in own, claim
+            assert claim not in found, claim
+        assert "was not trained by this pipeline" in found
 
 
 def test_a_damaged_one_is_refused_in_one_line(folder):

@@ -211,7 +211,7 @@ def test_adapter_from_elsewhere(llama, monkeypatch, capsys):
     assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
     assert not (llama / "models/merged/training_args.bin").exists()
     said = capsys.readouterr().out
-    assert "models/adapter has no SHA256SUMS: an adapter from elsewhere" in said
+    assert "models/adapter has no SHA256SUMS: taken as it is" in said
     assert "models/adapter has no tokenizer; using that of the rows" in said
 
 

@@ -15,6 +15,7 @@ from quick import Stage, run
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerControl, TrainerState
 
+from stages.shared.adapter_record import adapter_record
 from stages.shared.fast_path import choose_fast_path
 from stages.shared.model import load_base
 from stages.shared.params import Params
@@ -111,6 +112,8 @@ def test_metrics_and_curve(project):
     cost = json.loads((project / "metrics/train_cost.json").read_text())
     assert cost["train_seconds"] > 0
     assert "peak_vram_gb" not in cost
+    recorded = {"adapter_config_sha256", "adapter_sha256"}
+    assert {key: cost[key] for key in recorded} == adapter_record(project / "models/adapter")
 
 
 def test_tokens_of_part_of_an_epoch_are_those_of_its_steps(project):

@@ -256,6 +256,10 @@ FOLDERS = [
     (lambda m: (m / shard(1)).unlink(), f"{shard(1)}: cannot be read"),
     (lambda m: edit_json(m / "merge.json", base="original"), "merged with base original, not deq"),
     (lambda m: edit_json(m / "merge.json", adapter_sha256="0"), "merged with adapter_sha256 0"),
+    (
+        lambda m: edit_json(m / "merge.json", adapter_config_sha256="0"),
+        "merged with adapter_config_sha256 0",
+    ),
 ]
 
 
@@ -501,7 +505,7 @@ def test_a_16_bit_base_and_an_adapter_without_sums(tmp_path, monkeypatch, capsys
     run(verify, tmp_path, monkeypatch)
     assert "other_base_mean_kl" not in results(tmp_path)
     assert results(tmp_path)["mean_kl"] < 1e-6
-    assert capsys.readouterr().out.count("an adapter from elsewhere") == 2
+    assert capsys.readouterr().out.count("no SHA256SUMS: taken as it is") == 2
 
 
 def test_kl_is_that_of_the_reference_to_the_model(project, monkeypatch):

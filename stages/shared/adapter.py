@@ -108,7 +108,7 @@ def check_adapter_sums(folder: Path) -> None:
     if (folder / SUMS).exists():
         check_sums(folder, "train")
     else:
-        print(f"{folder} has no {SUMS}: an adapter from elsewhere, taken as it is")
+        print(f"{folder} has no {SUMS}: taken as it is")
 
 
 def read_adapter(

@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from stages.shared.adapter import WEIGHTS, Change
+from stages.shared.adapter import Change
+from stages.shared.adapter_record import adapter_record
 from stages.shared.embeddings import untied, with_vocabulary
 from stages.shared.merging import merged_shape
 from stages.shared.origins import without_origins
 from stages.shared.outputs import read_json
-from stages.shared.process import StageError, sha256
+from stages.shared.process import StageError
 from stages.shared.weights import LETTERS, Weights, kept_names, other_names
 
 # Forced, since DVC would restore the wrong files from its cache.
@@ -27,10 +28,10 @@ STORAGE = {"quantization_config", "torch_dtype", "transformers_version"}
 def check_record(folder: Path, adapter: Path, kind: str, dtype: str) -> None:
     """The merge must be of this adapter and these parameters. Raises StageError."""
     record = read_json(folder / "merge.json")
-    now = {"base": kind, "dtype": dtype, "adapter_sha256": sha256(adapter / WEIGHTS)}
+    now = {"base": kind, "dtype": dtype} | adapter_record(adapter)
     for key, value in now.items():
-        if record[key] != value:
-            raise StageError(f"{folder} was merged with {key} {record[key]}, not {value}; {AGAIN}")
+        if (merged := record.get(key)) != value:
+            raise StageError(f"{folder} was merged with {key} {merged}, not {value}; {AGAIN}")
 
 
 def check_companions(
