@@ -31,6 +31,7 @@ from stages.shared.device import memory_metrics, memory_of_ranks, pick_device
 from stages.shared.embeddings import extend, set_vocabulary
 from stages.shared.fast_path import choose_fast_path, step_tokens
 from stages.shared.launch import devices, run_ranks, see_one
+from stages.shared.named_base import named_base
 from stages.shared.packed import parameters_of
 from stages.shared.paths import ADAPTER, PREPARED, QUANTIZED
 from stages.shared.provenance import device_name, provenance
@@ -218,9 +219,7 @@ def write_adapter(trainer: Trainer, out: Path) -> None:
     for key in ("target_modules", "exclude_modules"):
         if config[key]:
             config[key] = sorted(config[key])
-    config["base_model_name_or_path"] = source["id"] if source["source"] == "hub" else "models/base"
-    config["revision"] = source["commit"]
-    write_json(out / "adapter_config.json", config, sort_keys=True)
+    write_json(out / "adapter_config.json", config | named_base(source), sort_keys=True)
     shutil.copytree(PREPARED / "tokenizer", out, dirs_exist_ok=True)
 
 

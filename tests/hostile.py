@@ -217,7 +217,7 @@ def read_adapter(folder: Path, change: Callable[[Path], object]) -> None:
     read_adapter(folder / "adapter", shapes)
     (folder / "base").mkdir()
     files = {"model.safetensors": sha256(model() / "model.safetensors")}
-    record = {"source": "local", "id": "model", "commit": None, "files": files}
+    record = {"source": "local", "id": "tiny", "commit": None, "files": files}
     (folder / "base/source.json").write_text(json.dumps(record))
     check_named_base(folder / "adapter", folder / "base")
     load_adapter(base, folder / "adapter")

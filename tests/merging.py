@@ -56,7 +56,7 @@ def make_adapter(base: Path, folder: Path, seed: int = 1, scale: float = 0.05, *
         if "lora_B" in name or "trainable_tokens_delta" in name:
             torch.nn.init.normal_(parameter, std=scale)
     model.save_pretrained(folder)
-    edit_json(folder / "adapter_config.json", base_model_name_or_path="models/base")
+    edit_json(folder / "adapter_config.json", base_model_name_or_path="tiny")
     make_tokenizer(folder)
     write_sums(folder)
 

@@ -9,6 +9,7 @@ from moe import MOE
 from tiny import TEXTS, make_model, make_rows, make_tokenizer, make_workspace
 
 from stages.shared.outputs import write_sums
+from stages.shared.process import sha256
 from stages.shared.rows import IGNORED, SCHEMA, set_sha256
 
 SOURCE = {"source": "local", "id": "tiny", "revision": None, "commit": None, "files": {}}
@@ -41,7 +42,8 @@ def make_prepared_workspace(folder: Path, **sections: dict) -> Path:
     (retention / "texts.jsonl").write_text(json.dumps({"row": "texts.txt:1", "text": TEXTS}) + "\n")
     write_sums(retention)
     shutil.copytree(folder / "tiny", folder / "models/base")
-    (folder / "models/base/source.json").write_text(json.dumps(SOURCE))
+    files = {"model.safetensors": sha256(folder / "models/base/model.safetensors")}
+    (folder / "models/base/source.json").write_text(json.dumps(SOURCE | {"files": files}))
     write_sums(folder / "models/base")
     (folder / "models/plan.ok").write_text("ok")
     return folder

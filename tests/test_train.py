@@ -1,5 +1,6 @@
 """What training must not change, what it must change, and what it writes."""
 
+import hashlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -89,6 +90,8 @@ def test_two_runs_on_as_many_threads_write_the_same_bytes(project):
     config = json.loads((project / "models/adapter/adapter_config.json").read_text())
     assert config["target_modules"] == sorted(config["target_modules"])
     assert config["base_model_name_or_path"] == "models/base"
+    digest = sha256(project / "models/base/model.safetensors")
+    assert config["revision"] == "sha256:" + hashlib.sha256(f"{digest}\n".encode()).hexdigest()
 
 
 def test_metrics_and_curve(project):
