@@ -196,8 +196,8 @@ def test_plain_text_is_mixed_with_conversations(tmp_path, monkeypatch):
         places = of_source(sets["train"], text)
         assert places
         for place, row in enumerate(sets["train"]):
-            # A BOS at the most is not learned of a text; of a conversation its prompt is not.
-            assert (row["prompt_tokens"] <= 1) == (place in places)
+            # A text asks nothing.
+            assert (row["prompt_tokens"] == 0) == (place in places)
 
 
 COLUMNS = {"columns": {"prompt": "q", "completion": "a"}}

@@ -575,6 +575,17 @@ def test_every_row_is_accounted_for(too_long, expected, tmp_path, monkeypatch, c
     assert len(parts) == expected["split_examples"]
 
 
+def test_part_of_a_split_row_has_its_number_though_one_before_it_is_not_learned(
+    tmp_path, monkeypatch
+):
+    rows = [{"prompt": f"{i}?" + "q" * 80, "completion": "a" * 50} for i in range(9)]
+    options = {"max_length": 64, "too_long": "split"}
+    sets = run(tmp_path, monkeypatch, {"a.jsonl": jsonl(rows)}, **options)
+    found = sets["train"] + sets["eval"]
+    assert {row["row"].rpartition("#")[2] for row in found} == {"2", "3"}
+    assert not any(row["prompt_tokens"] for row in found)
+
+
 def rows_of(sets: dict[str, list[dict]], name: str) -> list[str]:
     return [row["row"] for row in sets[name]]
 

@@ -158,7 +158,8 @@ def test_raw_text_gets_bos_once_and_an_end(shape):
     tokenizer = encoder.tokenizer
     assert row.ids.tolist() == [*tokenizer("az ok")["input_ids"], tokenizer.eos_token_id]
     assert row.learned.tolist() == [False] + [True] * (len(row.ids) - 1)
-    assert row.prompt_tokens == SHAPES[shape].adds_bos
+    # A BOS alone asks nothing.
+    assert row.prompt_tokens == 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -473,9 +474,34 @@ def test_split_row_keeps_every_token_and_one_end():
     assert [len(part.ids) for part in parts] == [20, 20, 12]
     assert [i for part in parts for i in part.ids.tolist()] == whole.ids.tolist()
     assert [part.truncated for part in parts] == [True, True, False]
-    assert [part.prompt_tokens for part in parts] == [1, 0, 0]
+    assert [part.prompt_tokens for part in parts] == [0, 0, 0]
     # The first token of each part has nothing before it that could predict it.
     assert [int(part.learned.sum()) for part in parts] == [19, 19, 11]
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+@pytest.mark.parametrize("too_long", ["split", "truncate"])
+def test_part_of_a_prompt_is_never_the_question(loss_on, too_long):
+    chat = [{"role": "user", "content": "q" * 50}, {"role": "assistant", "content": "b" * 50}]
+    whole = encoded(encoder_of("gemma"), chat)
+    for length in (20, whole.prompt_tokens, whole.prompt_tokens + 1):
+        options = {"loss_on": loss_on, "too_long": too_long}
+        (parts,) = encoder_of("gemma", max_length=length, **options).encode([chat])
+        if isinstance(parts, Unusable):
+            continue
+        for part in parts:
+            start = part.part * length
+            assert part.ids.tolist() == whole.ids[start : start + length].tolist()
+            asked = start == 0 and length > whole.prompt_tokens
+            assert part.prompt_tokens == (whole.prompt_tokens if asked else 0)
+
+
+def test_rendered_text_of_no_known_shape_asks_nothing():
+    form = recognize("rendered", None, {"text": "a story"}, "a:1")
+    sample = form.example({"text": "a story"}, "a:1")
+    row = encoded(encoder_of("llama-3", form, sample, loss_on="all"), sample)
+    assert row.prompt_tokens == 0
+    assert row.learned.tolist() == [False] + [True] * (len(row.ids) - 1)
 
 
 def no_answers(tokenizer):

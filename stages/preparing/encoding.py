@@ -21,13 +21,17 @@ from stages.shared.params import Prepare
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row: `ids` int32 [T], `learned` bool [T] (False at 0, which is not predicted)."""
+    """One row: `ids` int32 [T], `learned` bool [T] (False at 0, which is not predicted).
+
+    `part` counts the parts of a split row from 0. `prompt_tokens` is 0 if nothing can be asked.
+    """
 
     ids: np.ndarray
     learned: np.ndarray
     prompt_tokens: int
     scored_bytes: int
     truncated: bool
+    part: int
 
 
 def _of_bearable_size(row: Rendered | Unusable) -> Rendered | Unusable:
@@ -103,7 +107,8 @@ class Encoder:
             for start, end in row.spans:
                 inside = (begins >= start) & (ends <= end) & (begins < ends)
                 learned[: len(prompt)][inside] = self.loss_on != "all"
-        return self._fit(row, ids, learned, len(prompt))
+        asked = len(prompt) if prompt != [self.tokenizer.bos_token_id] else 0
+        return self._fit(row, ids, learned, asked)
 
     def _bounds(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Start and end of each token of `text`, int [T]; special tokens without the white space
@@ -130,15 +135,14 @@ class Encoder:
         else:
             starts = [0] if self.too_long == "truncate" else range(0, length, most)
         made = []
-        for start in starts:
+        for number, start in enumerate(starts):
             part, mask = ids[start : start + most], learned[start : start + most].copy()
             mask[0] = False
             if mask.any():
+                # A part of a prompt asks nothing, and a later part lacks the beginning of it.
+                asked = prompt_tokens if not start and prompt_tokens < len(part) else 0
                 words = self._scored_bytes(row, ids, part, mask)
-                cut = start + most < length
-                made.append(
-                    Encoded(part, mask, max(min(prompt_tokens - start, len(part)), 0), words, cut)
-                )
+                made.append(Encoded(part, mask, asked, words, start + most < length, number))
         return made or Unusable(
             "unlearnable",
             f"the prompt alone has {prompt_tokens} tokens, prepare.max_length is {most}: raise it",

@@ -44,8 +44,9 @@ _job: dict = {}
 
 @dataclass
 class Part:
-    """Rows made from some candidates, flat. `rows` int32 [R, 5]: index of the candidate, tokens,
-    prompt tokens, scored bytes, whether truncated. `ids` int32 [T], `learned` bool [T]."""
+    """Rows made from some candidates, flat. `rows` int32 [R, 6]: index of the candidate, tokens,
+    prompt tokens, scored bytes, whether truncated, number of the part from 0. `ids` int32 [T],
+    `learned` bool [T]."""
 
     rows: np.ndarray
     ids: np.ndarray
@@ -102,7 +103,7 @@ def write_set(
 
     drop(row, why) is called for each unusable candidate.
     """
-    made, learned, seen, rows = [np.zeros((0, 5), np.int64)], 0, 0, 0
+    made, learned, seen, rows = [np.zeros((0, 6), np.int64)], 0, 0, 0
     ends: set[int] = set()
     wanted = len(candidates) if limit is None else min(limit, len(candidates))
     with (
@@ -247,11 +248,12 @@ def _encode(chunk: np.ndarray) -> Part:
     unusable = [(place, each) for place, each in enumerate(made) if isinstance(each, Unusable)]
     whole = [(i, row) for i, each in enumerate(made) if isinstance(each, list) for row in each]
     rows = [
-        (i, len(row.ids), row.prompt_tokens, row.scored_bytes, row.truncated) for i, row in whole
+        (i, len(row.ids), row.prompt_tokens, row.scored_bytes, row.truncated, row.part)
+        for i, row in whole
     ]
     empty = np.zeros(0, np.int32)
     return Part(
-        np.array(rows, np.int32).reshape(-1, 5),
+        np.array(rows, np.int32).reshape(-1, 6),
         np.concatenate([empty, *(row.ids for _, row in whole)]),
         np.concatenate([empty.astype(bool), *(row.learned for _, row in whole)]),
         unusable,
@@ -259,11 +261,11 @@ def _encode(chunk: np.ndarray) -> Part:
 
 
 def _batch(store: Store, chunk: np.ndarray, part: Part) -> pa.RecordBatch:
-    places, lengths, prompts, scored, _ = part.rows.T
-    names, pieces = [], 0
-    for i, place in enumerate(places):
-        pieces = pieces + 1 if i and places[i - 1] == place else 0
-        names.append(store.where(chunk[place]) + (f"#{pieces + 1}" if pieces else ""))
+    places, lengths, prompts, scored, _, numbers = part.rows.T
+    names = [
+        store.where(chunk[place]) + (f"#{number + 1}" if number else "")
+        for place, number in zip(places, numbers, strict=True)
+    ]
     ends = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     labels = np.where(part.learned, part.ids, np.int32(IGNORED))
     columns = [

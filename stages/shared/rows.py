@@ -10,7 +10,8 @@ and pad token), source.json (provenance) and prepared.json. Columns of a set:
                            `train.jsonl:12#2`
     input_ids      int32   the rendered row, at most prepare.max_length tokens
     labels         int32   input_ids where learned, -100 elsewhere (not shifted)
-    prompt_tokens  int32   leading tokens that are the prompt at inference
+    prompt_tokens  int32   leading tokens that are the prompt at inference; 0 for text without one,
+                           for a part of a prompt and for later parts of a split row
     scored_bytes   int32   UTF-8 bytes of the learned text
 """
 
