@@ -86,6 +86,17 @@ def test_row_is_what_transformers_writes(name):
         assert whole.rstrip() in (text, text.removesuffix(tokenizer.eos_token).rstrip())
 
 
+@pytest.mark.parametrize("loss_on", ["completion", "assistant"])
+@pytest.mark.parametrize("name", NAMES)
+def test_special_tokens_within_an_answer_are_no_scored_bytes(name, loss_on):
+    """Such as those between gpt-oss's thought and answer, and Phi-3's first of two end tokens."""
+    for chat in ("plain", "key"):
+        tokenizer, row = made(template(name), chat, loss_on)
+        if not isinstance(row, Unusable):
+            text = tokenizer.decode(row.ids[row.learned], skip_special_tokens=True)
+            assert row.scored_bytes == len(text.encode())
+
+
 def learned_in_trl(tokenizer, chat: str) -> tuple[list[int], list[bool]]:
     """(ids, mask) of trl, the mask without what nobody generates: prompts, and new lines behind
     an answer's end."""

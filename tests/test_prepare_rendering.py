@@ -496,12 +496,22 @@ def test_part_of_a_prompt_is_never_the_question(loss_on, too_long):
             assert part.prompt_tokens == (whole.prompt_tokens if asked else 0)
 
 
-def test_rendered_text_of_no_known_shape_asks_nothing():
-    form = recognize("rendered", None, {"text": "a story"}, "a:1")
-    sample = form.example({"text": "a story"}, "a:1")
+@pytest.mark.parametrize("bos", ["", "<|begin_of_text|>"])
+def test_rendered_text_of_no_known_shape_asks_nothing(bos):
+    form = recognize("rendered", None, {"text": f"{bos}a story"}, "a:1")
+    sample = form.example({"text": f"{bos}a story"}, "a:1")
     row = encoded(encoder_of("llama-3", form, sample, loss_on="all"), sample)
     assert row.prompt_tokens == 0
     assert row.learned.tolist() == [False] + [True] * (len(row.ids) - 1)
+    assert row.scored_bytes == len("a story")
+
+
+@pytest.mark.parametrize("shape", CHATS)
+@pytest.mark.parametrize("answer", ["az", " ok az ", "\né"])
+def test_scored_bytes_of_an_answer_depend_on_no_loss_on(shape, answer):
+    chat = [CHAT[0], {"role": "assistant", "content": answer}]
+    rows = [encoded(cached_encoder(shape, loss_on=on), chat) for on in ("completion", "assistant")]
+    assert rows[0].scored_bytes == rows[1].scored_bytes >= len(answer.strip().encode())
 
 
 def no_answers(tokenizer):

@@ -150,7 +150,19 @@ class Encoder:
 
     def _scored_bytes(self, row: Rendered, ids, part, mask) -> int:
         """UTF-8 bytes of the learned text without special tokens."""
-        if len(part) == len(ids) and self.loss_on == "completion" and not row.raw:
+        words = part[mask].tolist()
+        if (
+            len(part) == len(ids)
+            and self.loss_on == "completion"
+            and not (row.raw or self.dummy_space)
+            and self.end_ids.isdisjoint(words[:-1])
+        ):
             return len(row.answer.removesuffix(row.end).encode())
-        text = self.backend.decode(part[mask].tolist(), skip_special_tokens=True)
-        return len(text.encode())
+        # Decoding drops the first space, which sentencepiece models add to a text and behind a
+        # special token; behind another token it is text.
+        at = int(mask.argmax())
+        before = part[at - 1 : at].tolist() if self.dummy_space else []
+        return self._bytes(before + words) - self._bytes(before)
+
+    def _bytes(self, ids: list[int]) -> int:
+        return len(self.backend.decode(ids, skip_special_tokens=True).encode())
