@@ -237,6 +237,26 @@ def test_json_is_asked_of_rows_whose_reference_is_json(reference, answer, expect
     assert scoring.json_valid(reference, answer) == expected
 
 
+@pytest.mark.parametrize("empty", ["<think>\n\n</think>\n\n", "<think></think>", "\n</think>\n\n"])
+def test_an_empty_thought_is_scored_neither_in_a_reference_nor_in_an_answer(empty, monkeypatch):
+    monkeypatch.setattr(
+        measures, "mine", lambda *texts: texts[1:] == ('{"n": 1}',) * 2, raising=False
+    )
+    expected = scores_of("r:1", "p", '{"n": 1}', Answer('{"n": 1}', 9, True), ["mine"])
+    assert expected["mine"] == expected["exact_match"] == expected["json_valid"] == 1
+    for thought, other in ((empty, ""), ("", empty), (empty, empty)):
+        answer = Answer(other + '{"n": 1}', 9, True)
+        assert scores_of("r:1", "p", thought + '{"n": 1}', answer, ["mine"]) == expected
+
+
+def test_a_thought_with_content_is_part_of_an_answer():
+    scores = scores_of("r:1", "p", "<think>\nr\n</think>\n\na", Answer("a", 1, True), [])
+    assert scores["exact_match"] == 0
+    assert scores["rouge_l"] == pytest.approx(2 / 5)
+    scores = scores_of("r:1", "p", "a <think></think>", Answer("a", 1, True), [])
+    assert scores["exact_match"] == 0
+
+
 def test_equal_but_for_blanks_is_an_exact_match():
     assert scoring.exact_match("az vm list", " az vm list\n") == 1
     assert scoring.exact_match("az vm list", "az vm  list") == 0

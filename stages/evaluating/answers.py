@@ -7,7 +7,8 @@
     answer_tokens  tokens before the end token
     ended          1 if the model emitted an end token
 
-Each is a mean over rows. Your own measures, from measures.py, come first.
+Each is a mean over rows. Your own measures, from measures.py, come first. An empty thought, which
+templates such as Qwen3's put before an answer, is part of no text that is scored.
 """
 
 import inspect
@@ -30,6 +31,8 @@ from stages.shared.sets import set_name, stem_of
 
 WHO = ("base", "tuned")
 _CHRF = CHRF()
+# The prompt may have opened it.
+_EMPTY_THOUGHT = re.compile(r"\s*(<think>\s*)?</think>\s*")
 Scores = dict[str, float | None]
 
 
@@ -85,18 +88,23 @@ def _json(text: str):
 
 def scores_of(row: str, prompt: str, reference: str, answer: Answer, own: list[str]) -> Scores:
     """Measure name -> score of one answer; those named in `own` come first."""
+    reference, text = map(_without_empty_thought, (reference, answer.text))
     scores: Scores = {
-        name: _own_score(getattr(measures, name), row, (prompt, reference, answer.text))
-        for name in own
+        name: _own_score(getattr(measures, name), row, (prompt, reference, text)) for name in own
     }
     return scores | {
-        "exact_match": exact_match(reference, answer.text),
-        "rouge_l": rouge_l(reference, answer.text),
-        "chrf": chrf(reference, answer.text),
-        "json_valid": json_valid(reference, answer.text),
+        "exact_match": exact_match(reference, text),
+        "rouge_l": rouge_l(reference, text),
+        "chrf": chrf(reference, text),
+        "json_valid": json_valid(reference, text),
         "answer_tokens": float(answer.tokens),
         "ended": float(answer.ended),
     }
+
+
+def _without_empty_thought(text: str) -> str:
+    thought = _EMPTY_THOUGHT.match(text)
+    return text[thought.end() :] if thought else text
 
 
 def _own_score(measure: Callable, row: str, texts: tuple[str, str, str]) -> float:

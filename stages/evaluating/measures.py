@@ -7,6 +7,7 @@ an answer as right if the first measure exceeds 0.5.
     reference  the held-out row's own answer
     answer     what the model wrote, up to its end token
 
+Neither begins with an empty thought such as Qwen3's; one with content is part of both texts.
 docs/evaluation.md shows how to add one.
 """
 
