@@ -12,6 +12,7 @@ from prepare_folder import jsonl, make_folder, pairs
 from transformers import AutoTokenizer
 
 from stages import prepare
+from stages.preparing.chat_template import ChatTemplate
 from stages.preparing.formats import chat_of
 from stages.preparing.messages import Unusable, conversation
 from stages.preparing.recognizing import recognize
@@ -456,3 +457,36 @@ def test_row_of_another_split_is_not_trained_on(split, tmp_path, monkeypatch):
         return prepare.main()
     with pytest.raises(StageError, match=rf"a.jsonl:10: its column 'split' says '{split}', but"):
         prepare.main()
+
+
+def trace(calls: int) -> dict:
+    rounds = [turn for i in range(calls) for turn in (call(f"T{i}"), tell(f"{i}"))]
+    return {"messages": [ask("q"), *rounds, say("a")], "tools": TOOLS}
+
+
+def test_each_call_of_a_long_trace_is_looked_for():
+    text = template("qwen3").replace(
+        "if message.tool_calls ", "if message.tool_calls and loop.index0 != 7 "
+    )
+    assert text != template("qwen3")
+    _, made = made_of(text, trace(6))
+    assert isinstance(made, Unusable)
+    assert "the template omits the tool_calls of message 8" in made.message
+    # Of names that the template does not write it says nothing.
+    _, made = made_of(text.replace("tool_call.name", "'weather'"), trace(3))
+    assert not isinstance(made, Unusable)
+
+
+def test_a_trace_is_rendered_as_often_whatever_its_length(monkeypatch):
+    rendered = []
+    apply = ChatTemplate.apply
+    monkeypatch.setattr(
+        ChatTemplate, "apply", lambda *given, **more: rendered.append(1) or apply(*given, **more)
+    )
+    counts = []
+    for calls in (3, 30):
+        rendered.clear()
+        _, made = made_of(template("qwen3"), trace(calls))
+        assert not isinstance(made, Unusable)
+        counts.append(len(rendered))
+    assert counts[0] == counts[1]

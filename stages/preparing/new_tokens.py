@@ -7,7 +7,8 @@ from typing import Any
 from tokenizers import AddedToken
 
 from stages.preparing.formats import Example, chat_of
-from stages.preparing.rendering import Rendered, Renderer
+from stages.preparing.messages import Unusable
+from stages.preparing.rendering import Rendered
 from stages.shared.params import Prepare
 from stages.shared.process import StageError
 from stages.shared.screen import tell
@@ -36,11 +37,15 @@ def add_tokens(tokenizer, tokens: list[str]) -> dict[str, dict[str, int]]:
     return {key: ids for key, ids in (("new_tokens", new), ("known_tokens", known)) if ids}
 
 
-def check_marks(tokenizer, params: Prepare, samples: list[Example]) -> str:
+def check_marks(
+    tokenizer, params: Prepare, samples: list[Example], made: list[Rendered | Unusable]
+) -> str:
     """Raise StageError if the template writes markers that are not tokens, which would be learned
-    letter by letter. For the model's own template, which may intend this, returns a message."""
+    letter by letter. For the model's own template, which may intend this, returns a message.
+
+    made: the rendered samples
+    """
     known, missing = tokenizer.get_vocab(), dict[str, None]()
-    made = Renderer(tokenizer, params.loss_on).render(samples)
     for sample, row in zip(samples, made, strict=True):
         chat = chat_of(sample)
         if chat and isinstance(row, Rendered):

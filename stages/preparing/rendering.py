@@ -143,6 +143,7 @@ class Renderer:
 
         Earlier answers are not checked, since templates drop their reasoning on purpose.
         """
+        shown = self._shown_calls(chat, whole)
         for number, message in enumerate(chat.messages, 1):
             last = number == len(chat.messages)
             if (last or message["role"] != "assistant") and not holds(
@@ -150,6 +151,8 @@ class Renderer:
             ):
                 return f"text of message {number} ({message['role']})"
             for key in ("tool_calls", "reasoning_content") if last else ("tool_calls",):
+                if key == "tool_calls" and number in shown:
+                    continue
                 less = [*chat.messages]
                 less[number - 1] = {k: v for k, v in message.items() if k != key}
                 if key in message and self.template.writes(chat._replace(messages=less), whole):
@@ -159,6 +162,27 @@ class Renderer:
             if self.template.writes(chat._replace(given=given), whole):
                 return key
         return None
+
+    def _shown_calls(self, chat: Chat, whole: str) -> set[int]:
+        """Numbers of messages whose calls appear if their functions have other names.
+
+        This takes one rendering, where leaving out the calls of each message takes one for each, so
+        that the time for a long trace would grow with the square of its length.
+        """
+        marks, messages = {}, []
+        for number, message in enumerate(chat.messages, 1):
+            if calls := message.get("tool_calls"):
+                marks[number] = mark = f"call{number}of{len(chat.messages)}"
+                renamed = [each | {"function": each["function"] | {"name": mark}} for each in calls]
+                message = message | {"tool_calls": renamed}
+            messages.append(message)
+        if len(marks) < 2:
+            return set()
+        try:
+            (text,) = self.template.apply([chat._replace(messages=messages)])
+        except TEMPLATE_FAULTS:
+            return set()
+        return {number for number, mark in marks.items() if mark in text and mark not in whole}
 
     def _finish(self, prompt: str, answer: str, spans: list, raw: bool = False) -> Rendered:
         """The row with its answer cut after the end token, or given one."""

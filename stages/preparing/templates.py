@@ -8,6 +8,7 @@ import jinja2
 
 from stages.preparing.chat_template import TEMPLATE_FAULTS, bos_of
 from stages.preparing.formats import Example, Format, chat_of, text_and_answers
+from stages.preparing.messages import Unusable
 from stages.preparing.new_tokens import check_marks
 from stages.preparing.rendering import Rendered, Renderer
 from stages.preparing.shapes import Shape, read_rendered
@@ -49,9 +50,9 @@ def settle(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> 
     text, said = _template(tokenizer, params, form, samples)
     if "strftime_now" in text:
         text, said = _FIXED_DATE + text, f"{said} with a fixed date"
-    tokenizer.chat_template, thoughts = _thinking(tokenizer, params, text, samples)
-    marks = check_marks(tokenizer, params, samples)
-    _settle_eos(tokenizer, params, samples)
+    made, tokenizer.chat_template, thoughts = _thinking(tokenizer, params, text, samples)
+    marks = check_marks(tokenizer, params, samples, made)
+    _settle_eos(tokenizer, params, samples, made)
     said += thoughts
     said = f"{said}, answers end with {tokenizer.eos_token}, {pad}{marks}"
     if form.shape and form.shape.end not in tokenizer.get_vocab():
@@ -63,17 +64,21 @@ def settle(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> 
     return said
 
 
-def _settle_eos(tokenizer, params: Prepare, samples: list[Example]) -> None:
-    def render() -> list[Rendered]:
-        made = Renderer(tokenizer, params.loss_on).render(samples)
-        return [row for row in made if isinstance(row, Rendered)]
-
-    before, eos = render(), tokenizer.eos_token
-    ends = Counter(row.end for row in before)
+def _settle_eos(
+    tokenizer, params: Prepare, samples: list[Example], before: list[Rendered | Unusable]
+) -> None:
+    eos = tokenizer.eos_token
+    ends = Counter(row.end for row in _rendered(before))
     tokenizer.eos_token = max(ends, key=ends.__getitem__, default=eos)
     # A template that uses `eos_token` would write the new one.
-    if "eos_token" in tokenizer.chat_template and render() != before:
-        tokenizer.eos_token = eos
+    if tokenizer.eos_token != eos and "eos_token" in tokenizer.chat_template:
+        after = Renderer(tokenizer, params.loss_on).render(samples)
+        if _rendered(after) != _rendered(before):
+            tokenizer.eos_token = eos
+
+
+def _rendered(rows: list[Rendered | Unusable]) -> list[Rendered]:
+    return [row for row in rows if isinstance(row, Rendered)]
 
 
 def _template(tokenizer, params: Prepare, form: Format, samples: list[Example]) -> tuple[str, str]:
@@ -108,17 +113,19 @@ def _template(tokenizer, params: Prepare, form: Format, samples: list[Example]) 
     return tokenizer.get_chat_template(tools=tools or None), "the tokenizer's chat template"
 
 
-def _thinking(tokenizer, params: Prepare, text: str, samples: list[Example]) -> tuple[str, str]:
-    """(template, description of the change) with the setting of enable_thinking that renders most
-    samples: the default, or another if its prompt opens a thought that answers lack, or lacks one
-    that they have."""
+def _thinking(
+    tokenizer, params: Prepare, text: str, samples: list[Example]
+) -> tuple[list[Rendered | Unusable], str, str]:
+    """(rows, template, description of the change) with the setting of enable_thinking that renders
+    most samples: the default, or another if its prompt opens a thought that answers lack, or lacks
+    one that they have."""
     tries = []
     for value in ("", "false", "true"):
         setting = f"{{%- set enable_thinking = enable_thinking | default({value}) -%}}"
         changed, said = (setting + text, f", enable_thinking {value}") if value else (text, "")
         tokenizer.chat_template = changed
         made = Renderer(tokenizer, params.loss_on).render(samples)
-        tries.append((sum(isinstance(row, Rendered) for row in made), changed, said))
+        tries.append((len(_rendered(made)), made, changed, said))
         if "enable_thinking" not in text or tries[-1][0] == len(samples):
             break
     return max(tries, key=lambda each: each[0])[1:]
