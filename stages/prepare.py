@@ -43,7 +43,8 @@ from stages.preparing.scanning import Scanned, owners, scan
 from stages.preparing.splitting import Store, hash_order, make_pools
 from stages.preparing.summary import summary
 from stages.preparing.templates import settle
-from stages.shared.bounded import bounded
+from stages.preparing.writing import SHORTER, seconds_for_turns
+from stages.shared.bounded import SECONDS, bounded
 from stages.shared.end_tokens import GENERATION
 from stages.shared.mix import sources_of
 from stages.shared.paths import PREPARED, RAW, TOKENIZER
@@ -96,8 +97,10 @@ def settle_bounded(tokenizer, params: Prepare, form: Format, samples: list[Examp
         return said, tokenizer.chat_template, tokenizer.eos_token, tokenizer.pad_token
 
     remedy = "set another prepare.template, or another model if its tokenizer is the cause"
-    where = f"{TOKENIZER}: rendering and tokenizing the first rows"
-    said, template, eos, pad = bounded(work, where, remedy)
+    where, seconds = f"{TOKENIZER}: rendering and tokenizing the first rows", None
+    if params.loss_on != "completion":
+        remedy, seconds = f"{SHORTER}, {remedy}", SECONDS + seconds_for_turns(samples)
+    said, template, eos, pad = bounded(work, where, remedy, seconds)
     tokenizer.chat_template, tokenizer.eos_token, tokenizer.pad_token = template, eos, pad
     return said
 

@@ -262,6 +262,19 @@ def test_rows_that_are_slow_together_are_refused_without_trying_all(tmp_path, mo
     assert not multiprocessing.active_children()
 
 
+def test_slow_conversations_have_time_with_the_square_of_their_length(tmp_path, monkeypatch):
+    short, long = ([{"role": "user", "content": "q"}] * n for n in (2, 100))
+    assert writing.seconds_for_turns([short, "text"]) < 0.001
+    assert writing.seconds_for_turns([short, long]) == pytest.approx(1, rel=0.01)
+    assert writing.seconds_for_turns([long * 1000]) == 600
+    # Where each answer is rendered, they may be the cause.
+    monkeypatch.setattr(writing, "seconds_for_turns", lambda examples: -3.5)
+    monkeypatch.setattr(writing, "_encode", lambda chunk: compute(9))
+    rows = {"a.jsonl": jsonl(pairs(20))}
+    with pytest.raises(StageError, match="takes too long; divide long conversations, "):
+        run(tmp_path, monkeypatch, rows, eval_rows=2, loss_on="assistant")
+
+
 def test_fault_in_a_worker_is_told_with_its_place(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "_WORTH_WORKERS", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})

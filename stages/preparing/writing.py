@@ -19,6 +19,7 @@ import pyarrow.ipc
 from tqdm import tqdm
 
 from stages.preparing.encoding import Encoder
+from stages.preparing.formats import Example, chat_of
 from stages.preparing.messages import Unusable
 from stages.preparing.splitting import Store
 from stages.shared.bounded import OUT_OF_TIME, limit_worker, limited
@@ -38,6 +39,9 @@ _BY_A_ROW = {
     signal.SIGABRT: "ended the process (SIGABRT)",
     signal.SIGSEGV: "ended the process (SIGSEGV)",
 }
+# A template that never ends would otherwise take as long as its rows are long.
+_MOST_SECONDS = 600
+SHORTER = "divide long conversations, whose time grows with the square of their length"
 # Inherited by forked workers.
 _job: dict = {}
 
@@ -211,6 +215,8 @@ def _receive(
 def _name_culprit(chunk: np.ndarray, what: str) -> None:
     """Raise StageError naming the row of `chunk` that killed a worker, if it does so again."""
     remedy = "set another prepare.template or, if the tokenizer is to blame, another model"
+    if _job["encoder"].loss_on != "completion":
+        remedy = f"{SHORTER}, {remedy}"
     first, last = (RAW / _job["store"].where(row) for row in chunk[[0, -1]])
     if len(chunk) == 1:
         raise StageError(f"{first}: rendering and tokenizing it {what}; {remedy}")
@@ -240,7 +246,17 @@ def _work(chunks: list[np.ndarray], numbers: Connection, to: Connection, stage: 
 
 def seconds_for(chunk: np.ndarray) -> float:
     """CPU seconds allowed for rendering and tokenizing; the slowest tokenizers do 1 MB/s."""
-    return 4 + 0.02 * len(chunk) + _job["store"].size(chunk) / 100_000
+    store, seconds = _job["store"], 0.0
+    if _job["encoder"].loss_on != "completion":
+        seconds = seconds_for_turns([store.example(row) for row in chunk])
+    return 4 + 0.02 * len(chunk) + store.size(chunk) / 100_000 + seconds
+
+
+def seconds_for_turns(examples: list[Example]) -> float:
+    """CPU seconds allowed in addition if a conversation is rendered up to each of its messages,
+    which takes 30 us for each message of each part."""
+    chats = filter(None, map(chat_of, examples))
+    return min(_MOST_SECONDS, 0.0001 * sum(len(chat.messages) ** 2 for chat in chats))
 
 
 def _encode(chunk: np.ndarray) -> Part:
