@@ -65,8 +65,8 @@ COST = Path("metrics/merge_cost.json")
 
 class Sources(NamedTuple):
     """What is merged: weights, names of all tensors by file of the result, updates by name, the
-    base, and what is copied from it: other towers than the language model, and what keeps its
-    type."""
+    base, and what is copied from it: other towers than the language model, what belongs to no
+    module, and what keeps its type."""
 
     weights: Weights
     shards: dict[str, list[str]]
@@ -83,10 +83,16 @@ def check_quantized(base: Weights, quantized: Weights) -> None:
                 f"{quantized.folder}: {name} has shape {quantized.shapes[name]} and in the base "
                 f"{base.shapes.get(name)}; repair it with: python -m tools.repair quantize"
             )
+    kept = kept_names(quantized.folder)
+    if missing := sorted(kept - set(base.names)):
+        raise StageError(
+            f"{quantized.folder}: {missing[0]} is not in the base; repair it with: "
+            "python -m tools.repair quantize"
+        )
     if other_names(quantized.folder) is not None:
         return  # Of a checkpoint with further towers all that quantize found names for is there.
     config = read_json(base.folder / "config.json")
-    for name in sorted(set(base.names) - set(quantized.names)):
+    for name in sorted(set(base.names) - set(quantized.names) - kept):
         # transformers leaves these out when it saves: it has them from elsewhere.
         tied = name == "lm_head.weight" and config.get("tie_word_embeddings")
         if not tied and not name.endswith("rotary_emb.inv_freq"):
@@ -154,7 +160,7 @@ def read_sources(kind: str) -> Sources:
     updates = read_adapter(ADAPTER, quantized.shapes, QUANTIZED)
     if lost := sorted(updates.keys() & copied):
         raise StageError(
-            f"{ADAPTER}: changes {lost[0]}, which stays in float32 as it is; train without it in "
+            f"{ADAPTER}: changes {lost[0]}, which stays as it is in the base; train without it in "
             "lora.target_modules"
         )
     shards: dict[str, list[str]] = {}

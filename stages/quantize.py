@@ -132,7 +132,8 @@ def write_names(out: Path, names: Names) -> None:
         keys = {name: key for key, name in names.of.items()}
         write_json(out / NAMES, keys, sort_keys=True)
     if names.kept:
-        write_json(out / KEPT, {"names": sorted(names.kept)})
+        carried = {"carried": sorted(names.carried)} if names.carried else {}
+        write_json(out / KEPT, {"names": sorted(names.kept)} | carried)
 
 
 def config_of(base: Path, names: Names) -> dict:

@@ -162,7 +162,8 @@ def verify(params, rows: list[dict], device: torch.device, world: World = ALONE)
         base_model, streamer = load_to_score("verify", QUANTIZED, sizes, device, world)
         extend(base_model, rows_needed(ADAPTER))
         model: Any = load_adapter(base_model, ADAPTER)
-        check_tensors(merged, model, source, base, dtype, device, world, streamer)
+        copied = kept_names(QUANTIZED) | (set(merged.names) - set(quantized.names))
+        check_tensors(merged, model, source, base, dtype, device, world, streamer, copied)
         ref = reference(model, rows, cache, world, streamer)
         # Only one of the models is in memory at a time.
         del base_model, model, streamer

@@ -39,7 +39,13 @@ from stages.shared.own_logits import ROUNDING, difference, same_experts
 from stages.shared.process import StageError
 from stages.shared.scored_model import decoder_in, model_sizes
 from stages.shared.text_model import find_backbone, kept_in_float32
-from stages.shared.weights import EXPERT_VALUES, model_weights, other_names, row_blocks
+from stages.shared.weights import (
+    EXPERT_VALUES,
+    Weights,
+    model_weights,
+    other_names,
+    row_blocks,
+)
 from stages.shared.workload import read_model
 from stages.training.adjusting import apply_liger
 from stages.verifying import merged_model
@@ -151,6 +157,22 @@ def test_what_stays_in_float32_is_kept_to_the_bit(family):
     tensors = dict(loaded.named_parameters()) | dict(loaded.named_buffers())
     own = dict(model.named_parameters()) | dict(model.named_buffers())
     assert all(torch.equal(tensors[name], own[name]) for name in kept)
+
+
+def test_a_buffer_that_transformers_does_not_load_is_not_loaded(tmp_path):
+    """Old checkpoints contain one; of 3 values it would not even fit."""
+    model = AutoModelForCausalLM.from_config(moe_config("qwen3_moe"), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    name = "model.rotary_emb.inv_freq"
+    save_file(load_file(file) | {name: torch.ones(3)}, file, metadata={"format": "pt"})
+    (tmp_path / "out").mkdir()
+    quantize(tmp_path / "base", tmp_path / "out", True)
+    own = dict(model.named_buffers())[name]
+    packed_model = load_base(tmp_path / "out", CPU)
+    merged = merged_model.empty_merged(Weights(tmp_path / "base"))
+    for loaded in (packed_model, merged):
+        assert torch.equal(dict(loaded.named_buffers())[name], own)
 
 
 def test_each_tensor_of_the_checkpoint_is_read_alone(family):

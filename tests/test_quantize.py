@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import shutil
+from functools import partial
 
 import pytest
 import quick
@@ -13,10 +15,14 @@ from transformers import AutoModelForCausalLM
 
 from stages import quantize as stage
 from stages.quantize import link, quantization_config, quantize
+from stages.quantizing.names import check_types
 from stages.shared.embeddings import has_own_head, names_of_embeddings
 from stages.shared.model import load_base, set_compute_dtype
 from stages.shared.process import StageError
-from tests.tiny import make_model, make_workspace
+from stages.shared.scored_model import decoder_in
+from stages.shared.text_model import language_model, read_config
+from stages.shared.weights import model_weights
+from tests.tiny import make_model, make_tokenizer, make_workspace
 
 pytestmark = pytest.mark.slow
 
@@ -252,14 +258,85 @@ OLD = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
 EXTRA = {"model.extra.weight": torch.ones(8, 8), "\x1b[2J": torch.ones(8)}
 
 
-def test_a_model_with_left_over_weights_is_merged_and_verified(tmp_path):
-    project = make_workspace(tmp_path / "ws")
-    edit_tensors(project / "tiny", lambda tensors: tensors.update(OLD | EXTRA))
+# As old checkpoints contain them beside an attention, and some that no family has.
+BESIDE = {
+    "bias": torch.ones(1, 1, 16, 16, dtype=torch.bool).tril(),
+    "masked_bias": torch.tensor(-1e9).half(),  # -inf
+    "rotary_emb.inv_freq": torch.rand(8),
+    "large": torch.tensor([-1e9]),
+    "causal_mask": torch.ones(1, 1, 16, 16, dtype=torch.uint8).tril(),
+    "position_ids": torch.arange(300)[None],
+    "nan": torch.full((2, 3), float("nan"), dtype=torch.float64),
+    "empty": torch.empty(0, 4),
+    "scale": torch.tensor(1e-30),
+    "unsigned": torch.tensor([2**16 - 1], dtype=torch.uint16),
+    "eight.weight": torch.rand(64, 64).to(torch.float8_e4m3fn),
+    # No Linear to adapt.
+    "further.q_proj.weight": torch.randn(64, 64),
+}
+ATTENTIONS = {
+    "gpt_neox": "gpt_neox.layers.1.attention",
+    "gptj": "transformer.h.1.attn",
+    "llama": "model.layers.1.self_attn",
+}
+
+
+SIZES = {"gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "rotary_dim": 8}}
+FORMS = {"nf4": partial(quantize, double_quant=True), "none": link}
+
+
+def bits(tensor):
+    return tensor.dtype, tensor.shape, tensor.reshape(-1).view(torch.uint8).tolist()
+
+
+@pytest.mark.parametrize(
+    ("arch", "form", "base"),
+    [
+        ("gpt_neox", "nf4", "dequantized"),
+        ("gpt_neox", "none", "original"),
+        ("gptj", "nf4", "original"),
+        ("gptj", "none", "dequantized"),
+        ("llama", "nf4", "dequantized"),
+        ("llama", "none", "original"),
+    ],
+)
+def test_what_belongs_to_no_module_is_carried_along_bit_by_bit(tmp_path, arch, form, base):
+    """Also through a merge in float16, with an adapter on all Linears."""
+    project = make_workspace(
+        tmp_path / "ws",
+        quantize={"type": form},
+        merge={"base": base, "dtype": "float16"},
+        train={"epochs": 0.1},
+        evaluate={"samples": 1, "max_answer_tokens": 4},
+    )
+    shutil.rmtree(project / "tiny")
+    make_tokenizer(project / "tiny")
+    make_model(project / "tiny", arch, tie_word_embeddings=False, **SIZES.get(arch, {}))
+    shutil.copytree(project / "tiny", tmp_path / "plain")
+    own = load_file(project / "tiny/model.safetensors").keys()
+    beside = {f"{ATTENTIONS[arch]}.{name}": tensor for name, tensor in BESIDE.items()}
+    edit_tensors(project / "tiny", lambda tensors: tensors.update(OLD | EXTRA | beside))
     for name in yaml.safe_load((project / "dvc.yaml").read_text())["stages"]:
         quick.run(name, project)
-        if name == "verify":
-            break
-    assert EXTRA.keys() <= load_file(project / "models/merged/model.safetensors").keys()
+    expected = {name: bits(tensor) for name, tensor in (OLD | EXTRA | beside).items()}
+    for folder in ("quantized", "merged", "release"):
+        found = load_file(project / f"models/{folder}/model.safetensors")
+        assert {name: bits(found[name]) for name in expected} == expected, folder
+    assert found.keys() == own | expected.keys()
+    assert {found[name].dtype for name in own} == {torch.float16}
+    weights = model_weights(project / "models/quantized")
+    assert not weights.shapes.keys() & expected.keys()
+    # Scoring counts only what is loaded.
+    (tmp_path / "out").mkdir()
+    FORMS[form](tmp_path / "plain", tmp_path / "out")
+    assert decoder_in(weights) == decoder_in(model_weights(tmp_path / "out"))
+
+
+def test_a_type_that_cannot_be_copied_is_refused_before_training(tmp_path):
+    make_model(tmp_path / "base")
+    with pytest.raises(StageError) as error:
+        check_types(tmp_path, language_model(read_config(tmp_path / "base")), {}, {"a": "F4"})
+    assert str(error.value).startswith(f"{tmp_path}: a is F4, which is not known here; remove it")
 
 
 def test_without_quantization_the_weights_are_those_of_the_base(tmp_path):

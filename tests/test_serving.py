@@ -12,6 +12,7 @@ import gguf
 import jinja2
 import numpy as np
 import pytest
+import torch
 from known_templates import make_tokenizer as make_marked
 from known_templates import template
 from safetensors.torch import load_file, save_file
@@ -78,6 +79,16 @@ def checked(file, release, capsys, monkeypatch):
     except SystemExit as ended:
         status = ended.code
     return status, capsys.readouterr().out
+
+
+def test_what_the_converter_leaves_out_is_not_missed(release, tmp_path, capsys, monkeypatch):
+    write_gguf(tmp_path / "it.gguf", release)
+    old = shutil.copytree(release, tmp_path / "old")
+    weights = load_file(old / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(weights, old / "model.safetensors", metadata={"format": "pt"})
+    status, said = checked(tmp_path / "it.gguf", old, capsys, monkeypatch)
+    assert status == 0, said
 
 
 def test_a_file_that_holds_the_release_passes(release, tmp_path, capsys, monkeypatch):

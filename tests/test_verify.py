@@ -2,11 +2,13 @@ import json
 import shutil
 import tempfile
 from collections import Counter
+from types import SimpleNamespace
 from weakref import WeakValueDictionary
 
 import pytest
 import torch
 from peft.tuners.lora.bnb import Linear4bit
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from stages import merge, verify
@@ -567,3 +569,28 @@ def test_a_tensor_is_compared_some_rows_at_a_time(values, monkeypatch):
         assert said == f"1 of {found.numel()} values differ"
         found.view(-1)[0] = torch.nan
         assert "1 values are NaN" in tensor_check.difference(found, expected, expected)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.tensor(torch.nan),
+        torch.tensor([0.0, -0.0]),
+        torch.tensor([True, False]),
+        torch.arange(3),
+    ],
+    ids=str,
+)
+def test_copies_are_compared_bit_by_bit(values, tmp_path):
+    changed = values.clone().reshape(-1)
+    changed[0] = -changed[0] if values.is_floating_point() else not changed[0]
+    contents = {"base": values, "same": values, "other": changed.view(values.shape)}
+    for name, tensor in contents.items():
+        (tmp_path / name).mkdir()
+        save_file({"mask": tensor}, tmp_path / name / SINGLE)
+    base, same, other = (Weights(tmp_path / name) for name in contents)
+    model = SimpleNamespace(get_base_model=lambda: torch.nn.Module())
+    own = model, base, base, torch.bfloat16, torch.device("cpu")
+    tensor_check.check_tensors(same, *own, copied={"mask"})
+    with pytest.raises(StageError, match=r"mask \(a copy that differs from the base\); merge it"):
+        tensor_check.check_tensors(other, *own, copied={"mask"})

@@ -18,8 +18,9 @@ from stages.shared.text_model import (
     language_model,
     language_names,
     loading_report,
+    of_no_module,
 )
-from stages.shared.weights import NF4_STATE, TYPES, Weights, row_blocks
+from stages.shared.weights import NF4_STATE, READ, TYPES, Weights, row_blocks
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Names:
     of         by name in the files; what is of other towers is left out
     quantized  those of the weights to quantize: what transformers would, by their new names
     experts    shapes [E, a, b] of the model's tensors of experts, by name
-    kept       those that keep their type
+    kept       those that keep their type and values
+    carried    those of `kept` that belong to no module
     packed     parts of experts that are in MXFP4 already, by their new names
     own_head   whether the output head differs from the embeddings, though config.json ties them
     apart      whether a folder of the language model in 16 bit is another than the checkpoint
@@ -39,6 +41,7 @@ class Names:
     quantized: set[str]
     experts: dict[str, tuple[int, ...]]
     kept: set[str]
+    carried: set[str]
     packed: set[str]
     own_head: bool
     apart: bool
@@ -87,14 +90,16 @@ def check_names(folder: Path) -> Names:
         raise StageError(_missing(folder, model, missing, left))
     if left:
         tell(f"quantize: not part of the model, and without effect: {_shown(left)}")
-    of = language_names(model, set(keys)) | packed
+    of, carried = language_names(model, set(keys)) | packed, set[str]()
     if is_multimodal(model.config):
         language = language_model(model.config)
         tell_left_out(model, language)
     else:
         language = model
-        # Of no module: carried along.
-        of |= {key: key for key in keys.keys() - of.keys() if key not in of.values()}
+        # Of no module, or joined with others by transformers.
+        others = keys.keys() - of.keys() - set(of.values())
+        carried = of_no_module(model, others)
+        of |= {key: key for key in others}
     check_types(folder, language, of, letters)
     wanted = {f"{name}.weight" for name in quantized_linears(language)}
     if renamed := sorted(wanted - set(of.values())):
@@ -105,9 +110,10 @@ def check_names(folder: Path) -> Names:
     # transformers itself makes one tensor of those of several experts.
     apart = language is not model or any(k != n and not part_of(n) for k, n in of.items())
     experts = {name: tuple(tensor.shape) for name, tensor in expert_tensors(language).items()}
-    kept = kept_in_float32(language, of.values())
+    whole_numbers = {name for key, name in of.items() if letters[key] not in TYPES}
+    kept = kept_in_float32(language, of.values()) | carried | whole_numbers - set(packed.values())
     own_head = differs_from_embeddings(folder, language, of)
-    return Names(of, wanted, experts, kept, set(packed.values()), own_head, apart)
+    return Names(of, wanted, experts, kept, carried, set(packed.values()), own_head, apart)
 
 
 def differs_from_embeddings(folder: Path, model: PreTrainedModel, of: dict[str, str]) -> bool:
@@ -138,7 +144,8 @@ def differs_from_embeddings(folder: Path, model: PreTrainedModel, of: dict[str, 
 def check_types(
     folder: Path, model: PreTrainedModel, of: dict[str, str], letters: dict[str, str]
 ) -> None:
-    """Raise StageError if a tensor that becomes a parameter of `model` is not of a float type.
+    """Raise StageError if a tensor that becomes a parameter of `model` is not of a float type, or
+    another of a type that merge cannot copy.
 
     of       by name in the files, the names here
     letters  the types by name in the files, as safetensors calls them
@@ -149,6 +156,12 @@ def check_types(
             raise StageError(
                 f"{folder}: {key} is {letters[key]}, not a float type: the weights are quantized "
                 "in a form that is not supported; choose their 16-bit original"
+            )
+    for key, kind in sorted(letters.items()):
+        if kind not in READ:
+            raise StageError(
+                f"{folder}: {key} is {kind}, which is not known here; remove it from a copy, with "
+                "model.source: local, or choose another model"
             )
 
 

@@ -77,8 +77,10 @@ def merged_rows(
 
 def merged_shape(weights: Weights, name: str, update: Change | None) -> tuple[int, ...]:
     """Shape of the merged tensor, which may have rows of new tokens beyond the base's."""
-    rows, *width = weights.shapes[name]
-    return (max(rows, update.count) if isinstance(update, Rows) else rows, *width)
+    shape = weights.shapes[name]
+    if not isinstance(update, Rows):
+        return shape
+    return (max(shape[0], update.count), *shape[1:])
 
 
 def _with_rows(weights: Weights, name: str, update: Rows, dtype: torch.dtype) -> Iterator[RowBlock]:

@@ -18,7 +18,7 @@ from stages.shared.experts import PACKED, expert_tensors, packed_name
 from stages.shared.packed import compute_packed, put_packed
 from stages.shared.packed_storages import STORAGES
 from stages.shared.process import StageError
-from stages.shared.weights import NF4_PARTS, NF4_STATE
+from stages.shared.weights import NF4_PARTS, NF4_STATE, carried_names
 
 AGAIN = "repair it with: python -m tools.repair quantize"
 
@@ -64,9 +64,11 @@ def load_packed(
     compute_packed(model)
     for key in (key for key in tensors if key.endswith(NF4_STATE)):
         _put_linear(model, key.removesuffix(f".weight.{NF4_STATE}"), tensors, get)
+    # Some have the name of a buffer that transformers does not load.
+    carried = carried_names(folder)
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         owner, _, key = name.rpartition(".")
-        if name not in tensors or isinstance(parameter, Params4bit):
+        if name not in tensors or name in carried or isinstance(parameter, Params4bit):
             continue
         value = get(name)
         if value.shape != parameter.shape:

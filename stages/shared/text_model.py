@@ -140,6 +140,18 @@ def language_names(whole: PreTrainedModel, keys: set[str]) -> dict[str, str]:
     return found
 
 
+def of_no_module(whole: PreTrainedModel, keys: Iterable[str]) -> set[str]:
+    """Those of `keys`, tensor names in the checkpoint of `whole`, that transformers loads into none
+    of its tensors. Of some it says so, others it ignores: masks that old checkpoints contain."""
+    renamings, converters = _transforms(whole)
+    prefix, state = whole.base_model_prefix, whole.state_dict()
+    return {
+        key
+        for key in keys
+        if rename_source_key(key, renamings, converters, prefix, state)[0] not in state
+    }
+
+
 def _transforms(model: PreTrainedModel) -> tuple[list[Any], list[WeightConverter]]:
     """(renamings, converters) that transformers applies to a checkpoint's tensors; a converter
     combines several."""

@@ -4,7 +4,7 @@ Mapped pages would count as memory of the process: 140 GB for a 70B model.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from functools import cache, cached_property
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -26,7 +26,8 @@ LETTERS = {torch.float16: "F16", torch.bfloat16: "BF16"}
 # Tensor names of the model -> names in the checkpoint, if names differ or the model lacks some
 # (stages/shared/text_model.py).
 NAMES = "names.json"
-# `names` of the model's tensors that keep their type in the checkpoint.
+# `names` of tensors that keep the type and values of the checkpoint; `carried` are those of them
+# that belong to no module of the model.
 KEPT = "kept.json"
 # What bitsandbytes saves beside a packed weight, as <weight name>.<part>.
 NF4_STATE = "quant_state.bitsandbytes__nf4"
@@ -34,7 +35,9 @@ NF4_PARTS = (NF4_STATE, "absmax", "quant_map", "nested_absmax", "nested_quant_ma
 TYPES = {"F64": torch.float64, "F32": torch.float32} | {v: k for k, v in LETTERS.items()}
 # Types that can be read.
 READ = TYPES | {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16}
-READ |= {"I32": torch.int32, "I64": torch.int64}
+READ |= {"I32": torch.int32, "I64": torch.int64, "U16": torch.uint16, "U32": torch.uint32}
+READ |= {"U64": torch.uint64, "C64": torch.complex64, "F8_E8M0": torch.float8_e8m0fnu}
+READ |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 # Values of one block: 1 MB in float32, which stays in the processor's cache. Blocks four times as
 # large took 30 % longer, most of it in page faults.
 BLOCK_VALUES = 2**18
@@ -52,6 +55,7 @@ class Weights:
     the checkpoint (stages/shared/experts.py).
 
     renamed  name in the files -> name of the model, if they differ
+    without  names to leave out
     names    the model's, sorted
     keys     name of the model -> name in the files, for those that are renamed
     nf4      names of those in NF4
@@ -64,7 +68,12 @@ class Weights:
     Raises StageError if a file is missing, broken, or not what the index says.
     """
 
-    def __init__(self, folder: Path, renamed: dict[str, str] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        renamed: dict[str, str] | None = None,
+        without: Set[str] = frozenset(),
+    ):
         self.folder, self.index = folder, None
         renamed = renamed or {}
         self.keys = {name: key for key, name in renamed.items()}
@@ -87,7 +96,7 @@ class Weights:
         self.nf4 = {k.removesuffix(f".{NF4_STATE}") for k in self.files if k.endswith(NF4_STATE)}
         parts = {f"{weight}.{part}" for weight in self.nf4 for part in NF4_PARTS}
         parts |= {key for key in self.files if f"{PACKED}." in key}
-        self.names = sorted(self.files.keys() - parts)
+        self.names = sorted(self.files.keys() - parts - without)
         self._stored = {name: (dtypes[name], shapes[name]) for name in self.files}
         self.dtypes = {name: dtypes[name] for name in self.names}
         self.shapes = {name: shapes[name] for name in self.names}
@@ -269,14 +278,21 @@ def other_names(folder: Path) -> dict[str, str] | None:
 
 
 def model_weights(folder: Path) -> Weights:
-    """The weights of models/quantized or the like, by the model's names."""
+    """The weights of models/quantized or the like, by the model's names, without what belongs to no
+    module."""
     renamed = other_names(folder) or {}
-    return Weights(folder, {key: name for key, name in renamed.items() if part_of(name)})
+    parts = {key: name for key, name in renamed.items() if part_of(name)}
+    return Weights(folder, parts, carried_names(folder))
 
 
 def kept_names(folder: Path) -> set[str]:
-    """Names of the tensors of models/quantized or the like that keep their type."""
+    """Names of the tensors in models/quantized or the like that keep their type and values."""
     return set(read_json(folder / KEPT)["names"]) if (folder / KEPT).exists() else set()
+
+
+def carried_names(folder: Path) -> set[str]:
+    """Those of `kept_names` that belong to no module of the model."""
+    return set(read_json(folder / KEPT).get("carried", ())) if (folder / KEPT).exists() else set()
 
 
 @cache

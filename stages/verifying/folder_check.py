@@ -89,8 +89,8 @@ def check_headers(
 ) -> None:
     """Names, shapes, files and types against the base's. Raises StageError naming a tensor."""
     whole = other_names(quantized.folder) is not None
-    expected = {*base.names} if whole else {*quantized.names}
     kept = kept_names(quantized.folder)
+    expected = {*base.names} if whole else {*quantized.names, *kept}
     for name in sorted({*expected, *merged.names}):
         if name not in merged.shapes:
             raise StageError(f"{merged.folder} lacks {name}; {AGAIN}")
@@ -98,7 +98,7 @@ def check_headers(
             raise StageError(f"{merged.folder} holds {name}, which the base lacks; {AGAIN}")
         where = f"{merged.files[name]}: {name}"
         shape = merged_shape(base, name, updates.get(name))
-        # Other towers are copied, as is what keeps its type.
+        # Other towers are copied, as is what belongs to no module or keeps its type.
         copied = name not in quantized.shapes or name in kept
         kind = base.dtypes[name] if copied else LETTERS[dtype]
         if merged.shapes[name] != shape:

@@ -80,8 +80,9 @@ def empty_merged(weights: Weights) -> PreTrainedModel:
         empty = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
         setattr(model.get_submodule(owner), key, torch.nn.Parameter(empty, requires_grad=False))
     model.tie_weights()
+    loaded = weights.shapes.keys() & model.state_dict().keys()
     for name, buffer in model.named_buffers():
-        if name in weights.shapes:
+        if name in loaded:
             buffer.data = weights.read(name)
     find_backbone(model)
     model.config.use_cache = False

@@ -4,7 +4,7 @@ The expected values come from the model as loaded by transformers and PEFT, so t
 itself are found.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from functools import partial
 from typing import Any
 
@@ -39,9 +39,10 @@ def check_tensors(
     device: torch.device,
     world: World = ALONE,
     streamer: Streamer | None = None,
+    copied: Set[str] = frozenset(),
 ) -> None:
-    """Compare every merged tensor with what PEFT and bitsandbytes compute from the sources: of the
-    language model `source`, of other towers `base`.
+    """Compare every merged tensor with what PEFT and bitsandbytes compute from `source`, or, if it
+    is `copied`, bit by bit with that of `base`.
 
     The ranks of `world` share the tensors; `streamer` is given if the weights of `model` are
     streamed. Raises StageError naming tensors that differ by more than rounding.
@@ -53,6 +54,11 @@ def check_tensors(
     total = sum(sizes.values()) * dtype.itemsize / 1e9
     with tqdm(total=total, unit="GB", desc="tensors", disable=None) as bar:
         for name in names:
+            if name in copied:
+                if not same_bits(merged.read(name), base.read(name)):
+                    wrong.append(f"{name} (a copy that differs from the base)")
+                bar.update(sizes[name] * dtype.itemsize / 1e9)
+                continue
             stacked = len(merged.shapes[name]) == 3 and name.endswith(TENSORS)
             if packed_of(modules, name) or (stacked and name in source.shapes):
                 faults = expert_faults(name, merged, modules, source, device, streamer)
@@ -60,7 +66,7 @@ def check_tensors(
                 bar.update(sizes[name] * dtype.itemsize / 1e9)
                 continue
             module = modules.get(name.rpartition(".")[0])
-            if fault := tensor_fault(name, merged, module, source, base, dtype, device, streamer):
+            if fault := tensor_fault(name, merged, module, source, dtype, device, streamer):
                 wrong.append(f"{name} ({fault})")
             bar.update(sizes[name] * dtype.itemsize / 1e9)
     if wrong := sorted(fault for of_rank in world.gather(wrong) for fault in of_rank):
@@ -75,12 +81,11 @@ def tensor_fault(
     merged: Weights,
     module: Any,
     source: Weights,
-    base: Weights,
     dtype: torch.dtype,
     device: torch.device,
     streamer: Streamer | None,
 ) -> str | None:
-    """What is wrong with the merged tensor `name` of the base's `module` (None in other towers)."""
+    """What is wrong with the merged tensor `name` of the base's `module`."""
     updated = isinstance(module, LoraLayer) and name.endswith(".weight")
     # First, since PEFT needs twice its memory, in float32, to compute it.
     delta = module.get_delta_weight("default") if updated else None
@@ -94,9 +99,7 @@ def tensor_fault(
         # As it is stored: load_base lets the CPU compute in float32.
         plain = plain.data.to(torch.bfloat16).to(dtype)
     else:
-        # Of other towers, as it is.
-        weights = source if name in source.shapes else base
-        plain = weights.read(name)
+        plain = source.read(name)
         if isinstance(module, TrainableTokensWrapper):
             plain = with_rows(plain, module)
         plain = plain.to(device, found.dtype)
@@ -106,6 +109,11 @@ def tensor_fault(
     if torch.equal(found, expected):
         return None
     return difference(found, expected, plain, partial(rounding_slack, module) if updated else None)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one type have the same bits, also those of NaN."""
+    return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (a, b)))
 
 
 def expert_faults(
