@@ -47,6 +47,7 @@ from stages.shared.scored_model import load_to_score, model_sizes
 from stages.shared.scoring import Scores, batch_count, score
 from stages.shared.sets import held_out_sets, set_name, stem_of
 from stages.shared.streaming import Streamer
+from stages.shared.text_model import positions_of, read_config
 from stages.shared.weights import model_weights
 
 METRICS = Path("metrics")
@@ -89,7 +90,7 @@ def measure(world: World, task: dict) -> dict:
     # The rows were made with this tokenizer; an adapter from elsewhere may have none.
     tokenizer = AutoTokenizer.from_pretrained(PREPARED / "tokenizer")
     tokens = params.retention.tokens if params.retention else 0
-    texts = retention_rows(RETENTION, tokenizer, tokens)
+    texts = retention_rows(RETENTION, tokenizer, tokens, positions_of(read_config(QUANTIZED)))
     sets, device = held_out(), pick_device()
     scored = sets | ({PREFIX: texts} if texts else {})
     longest = max(len(row["input_ids"]) for rows in scored.values() for row in rows)

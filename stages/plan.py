@@ -30,6 +30,7 @@ from stages.shared.decoder_shape import Shape, Training
 from stages.shared.fitting import Scored, fit
 from stages.shared.paths import PREPARED, TOKENIZER
 from stages.shared.placement import Placement, Prediction
+from stages.shared.text_model import positions_of
 from stages.shared.vram import CARDS_GB, Sizes, sizes_of
 from stages.shared.workload import KEPT, Lengths, read_lengths, read_model
 
@@ -159,8 +160,8 @@ def metrics(
 def check_positions(config: PretrainedConfig, rows: Lengths) -> None:
     """Warn if a row is longer than the model's positions, which would silently train badly."""
     longest = max(rows.tokens)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", longest)
-    if longest > positions:
+    positions = positions_of(config)
+    if positions and longest > positions:
         print(
             f"plan: warning: the longest row has {longest:,} tokens, but the model supports "
             f"{positions:,} (max_position_embeddings); lower prepare.max_length"

@@ -1,15 +1,19 @@
 """Text unrelated to the task: where it comes from, and how it is scored."""
 
 import json
+import math
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
+import quick
+import yaml
 from hub_server import Hub, Repo
 from test_fetch_data import COMMIT
 from test_hub import environment
-from tiny import TEXTS, make_tokenizer, make_workspace
+from tiny import TEXTS, make_model, make_tokenizer, make_workspace
 
 from stages import fetch_retention
 from stages.evaluating import retention
@@ -147,10 +151,10 @@ def test_the_game_is_read_as_sentences(tmp_path):
     ]
 
 
-def rows_of(folder, tokens, *texts):
+def rows_of(folder, tokens, *texts, positions=None):
     lines = [json.dumps({"row": f"t:{i}", "text": text}) + "\n" for i, text in enumerate(texts)]
     (folder / "texts.jsonl").write_text("".join(lines))
-    return retention_rows(folder, make_tokenizer(folder / "tokenizer"), tokens)
+    return retention_rows(folder, make_tokenizer(folder / "tokenizer"), tokens, positions)
 
 
 def loop(*_, **__):
@@ -163,6 +167,35 @@ def test_a_tokenizer_that_loops_ends_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(retention, "SECONDS", 0.2)
     with pytest.raises(StageError, match=r"its texts: took more than .* retention: null"):
         retention_rows(tmp_path, loop, 8)
+
+
+@pytest.mark.parametrize(
+    ("positions", "lengths"), [(None, [512, 88]), (1024, [512, 88]), (250, [250, 250, 100])]
+)
+def test_rows_are_no_longer_than_the_models_positions(tmp_path, positions, lengths):
+    rows = rows_of(tmp_path, 1000, "x" * 600, positions=positions)
+    assert [len(row["input_ids"]) for row in rows] == lengths
+
+
+def test_a_model_with_few_learned_positions_is_scored(tmp_path):
+    texts = {"source": "local", "id": "data/source/texts.txt", "revision": None, "tokens": 300}
+    project = make_workspace(
+        tmp_path / "ws",
+        retention=texts,
+        prepare={"train_rows": 24, "eval_rows": 8, "max_length": 128},
+        evaluate={"samples": 0},
+    )
+    shutil.rmtree(project / "tiny")
+    make_tokenizer(project / "tiny")
+    sizes = {"max_position_embeddings": 128, "ffn_dim": 128, "word_embed_proj_dim": 64}
+    make_model(project / "tiny", "opt", **sizes)
+    (project / "data/source/texts.txt").write_text("The valley is deep. " * 30)
+    for name in yaml.safe_load((project / "dvc.yaml").read_text())["stages"]:
+        quick.run(name, project)
+        if name == "evaluate":
+            break
+    found = json.loads((project / "metrics/eval.json").read_text())
+    assert math.isfinite(found["retention_tuned_perplexity"])
 
 
 def scored(row):

@@ -16,7 +16,7 @@ from stages.shared.fitting import Scored
 from stages.shared.outputs import GB
 from stages.shared.params import Evaluate
 from stages.shared.streaming import Streamer
-from stages.shared.text_model import head_size, number_of
+from stages.shared.text_model import head_size, number_of, positions_of
 
 # KV cache of one batch. The longest prompts come first, so that running out of memory shows early.
 CACHE_BYTES = {"cuda": 2**31, "cpu": 2**29}
@@ -184,8 +184,7 @@ def _generate(
     chunk  tokens of each prompt to read at once; None: all
     """
     width = max(map(len, prompts))
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions:
+    if positions := positions_of(model.config):
         limit = max(1, min(limit, positions - width))
     # Any token will do: the mask hides it, and everything after an end token is cut off.
     pad = ends[0] if ends else 0

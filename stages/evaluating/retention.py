@@ -15,26 +15,29 @@ MOST_TOKENS_A_ROW = 512
 TOKENS_A_SECOND = 10_000
 
 
-def retention_rows(folder: Path, tokenizer, most: int) -> list[dict]:
+def retention_rows(folder: Path, tokenizer, most: int, positions: int | None = None) -> list[dict]:
     """Rows (as in rows.py) of the texts in `folder`, until `most` tokens are scored.
+
+    positions  most tokens of a row that the model supports; None for any number
 
     All tokens are scored but the first of a row and those that the tokenizer adds. Raises
     StageError if the tokenizer exceeds its time or memory: some never end on some texts.
     """
     where = f"{folder}: tokenizing its texts"
     remedy = "name others in retention.id, or set retention: null"
-    work = partial(_rows, folder, tokenizer, most)
+    longest = min(MOST_TOKENS_A_ROW, positions or MOST_TOKENS_A_ROW)
+    work = partial(_rows, folder, tokenizer, most, longest)
     return bounded(work, where, remedy, SECONDS + most / TOKENS_A_SECOND)
 
 
-def _rows(folder: Path, tokenizer, most: int) -> list[dict]:
+def _rows(folder: Path, tokenizer, most: int, longest: int) -> list[dict]:
     rows: list[dict] = []
     lines = (folder / "texts.jsonl").read_text(encoding="utf-8").split("\n")
     for text in (json.loads(line) for line in lines if line):
         encoded = tokenizer(text["text"], return_offsets_mapping=True)
         ids, places = encoded["input_ids"], encoded["offset_mapping"]
-        for start in range(0, len(ids), MOST_TOKENS_A_ROW):
-            part = slice(start, min(start + MOST_TOKENS_A_ROW, start + most + 1))
+        for start in range(0, len(ids), longest):
+            part = slice(start, min(start + longest, start + most + 1))
             if most > 0 and (row := _row(text, ids[part], places[part])):
                 rows.append(row)
                 most -= sum(label != IGNORED for label in row["labels"])

@@ -224,6 +224,11 @@ def number_of(config: PretrainedConfig, key: str) -> int | None:
     return max(value) if isinstance(value, list) else value
 
 
+def positions_of(config: PretrainedConfig) -> int | None:
+    """Most tokens of a row that the model supports; None if its configuration does not say."""
+    return number_of(config.get_text_config(), "max_position_embeddings")
+
+
 def head_size(config: PretrainedConfig, model: torch.nn.Module | None = None) -> int:
     """Values of an attention head, the largest if layers differ: as `config` says, else as the
     modules of `model` do, else as is usual."""
