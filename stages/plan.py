@@ -36,6 +36,8 @@ from stages.shared.workload import KEPT, Lengths, read_lengths, read_model
 
 METRICS = Path("metrics/plan.json")
 VERDICT = Path("models/plan.ok")
+# Families whose positions are rows of a table; others compute them.
+TABLES = {"codegen", "gpt2", "gpt_bigcode", "gpt_neo", "gptj", "opt"}
 
 
 def table(prediction: Prediction, run: Training, shape: Shape, placed: Placement) -> str:
@@ -158,14 +160,18 @@ def metrics(
 
 
 def check_positions(config: PretrainedConfig, rows: Lengths) -> None:
-    """Warn if a row is longer than the model's positions, which would silently train badly."""
+    """Warn if a row is longer than the model's positions, which would silently train badly. Raise
+    StageError if the model cannot compute it."""
     longest = max(rows.tokens)
     positions = positions_of(config)
     if positions and longest > positions:
-        print(
-            f"plan: warning: the longest row has {longest:,} tokens, but the model supports "
-            f"{positions:,} (max_position_embeddings); lower prepare.max_length"
+        said = (
+            f"the longest row has {longest:,} tokens, but the model supports {positions:,} "
+            "(max_position_embeddings); lower prepare.max_length"
         )
+        if config.get_text_config().model_type in TABLES:
+            raise StageError(said)
+        print(f"plan: warning: {said}")
 
 
 def tell_experts(shape: Shape, run: Training) -> None:

@@ -6,7 +6,8 @@ import pyarrow as pa
 import pytest
 import torch
 import yaml
-from transformers import AutoConfig
+from families import FAMILIES
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages import plan
 from stages.planning import advice
@@ -20,7 +21,7 @@ from stages.shared.process import StageError
 from stages.shared.rows import SCHEMA
 from stages.shared.vram import CARDS_GB, sizes_of
 from stages.shared.workload import KEPT, Lengths, match_targets, read_model
-from tests.tiny import PARAMS, make_model, make_tokenizer
+from tests.tiny import PARAMS, SHAPE, make_model, make_tokenizer
 
 
 def params_of(**sections) -> Params:
@@ -310,6 +311,21 @@ def test_rows_beyond_the_positions_of_the_model_are_said(tiny, capsys):
         "plan: warning: the longest row has 513 tokens, but the model supports 512 "
         "(max_position_embeddings); lower prepare.max_length\n",
     ]
+
+
+@pytest.mark.parametrize("family", sorted(plan.TABLES))
+def test_rows_beyond_a_table_of_positions_are_refused(family):
+    """The model itself would end with an IndexError."""
+    settings = SHAPE | FAMILIES[family].settings | {"max_position_embeddings": 16}
+    config = AutoConfig.for_model(family, **settings)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 16, dtype=torch.long), use_cache=False)
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.zeros(1, 17, dtype=torch.long), use_cache=False)
+    plan.check_positions(config, Lengths([16], [10], 2048))
+    with pytest.raises(StageError, match="has 17 tokens, but the model supports 16"):
+        plan.check_positions(config, Lengths([17], [10], 2048))
 
 
 def test_what_a_further_gpu_costs_is_said(mistral):
