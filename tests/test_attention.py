@@ -251,10 +251,12 @@ def test_kernels_of_flash_attention_4_are_kept_where_files_can_be_locked(monkeyp
     inside = str(tmp_path / ".cache" / "flash_attention_4")
     assert kept(XDG_CACHE_HOME=str(tmp_path)) == {folder: own, enabled: "1"}
     assert kept(HOME=str(tmp_path)) == {folder: inside, enabled: "1"}
-    chosen = {folder: "/elsewhere", enabled: "0"}
-    assert kept(XDG_CACHE_HOME=str(tmp_path), **chosen) == chosen
+    assert kept(XDG_CACHE_HOME=str(tmp_path), **{enabled: "0"}) == {enabled: "0"}
     (tmp_path / "file").touch()
-    assert kept(XDG_CACHE_HOME=str(tmp_path / "file")) == {}
+    bad, chosen = str(tmp_path / "file"), {folder: str(tmp_path / "chosen")}
+    assert kept(XDG_CACHE_HOME=bad) == {}
+    assert kept(XDG_CACHE_HOME=bad, **chosen) == chosen | {enabled: "1"}
+    assert kept(XDG_CACHE_HOME=str(tmp_path), **{folder: bad}) == {folder: bad}
     monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError("no locks")))
     assert kept(XDG_CACHE_HOME=str(tmp_path)) == {}
 

@@ -358,7 +358,8 @@ def trained(tmp_path_factory):
     return workspace
 
 
-# As above: FlashAttention 4, if it is installed, would be left out here and used by the last run.
+# Warnings are errors here: FlashAttention 4 could not be imported and would be left out, but the
+# last run, a process of its own, would use it.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", RUNS)
 def test_runs_give_the_same_bytes_undisturbed_and_resumed(name, trained, tmp_path, monkeypatch):

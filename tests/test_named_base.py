@@ -102,6 +102,13 @@ def test_another_is_refused_in_one_line(source, named, revision, said, tmp_path)
     assert "\n" not in str(error.value)
 
 
+def test_this_projects_folder_is_not_taken_for_the_named_one(tmp_path):
+    """By whatever path: it may have another model since."""
+    make(tmp_path, LOCAL, base_model_name_or_path=str(Path("models/base").absolute()))
+    with pytest.raises(StageError, match="trained on models/base of unknown weights"):
+        check_named_base(tmp_path / "adapter", tmp_path / "base")
+
+
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("same", [True, False])
 def test_hashes_say_that_another_name_is_the_same_model(same, cached, tmp_path, monkeypatch):

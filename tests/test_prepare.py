@@ -267,6 +267,7 @@ def test_slow_conversations_have_time_with_the_square_of_their_length(tmp_path, 
     assert writing.seconds_for_turns([short, "text"]) < 0.001
     assert writing.seconds_for_turns([short, long]) == pytest.approx(1, rel=0.01)
     assert writing.seconds_for_turns([long * 1000]) == 600
+    assert writing.seconds_for_turns([long * 1000] * 9) == 9 * 600
     # Where each answer is rendered, they may be the cause.
     monkeypatch.setattr(writing, "seconds_for_turns", lambda examples: -3.5)
     monkeypatch.setattr(writing, "_encode", lambda chunk: compute(9))

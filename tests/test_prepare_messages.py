@@ -176,7 +176,7 @@ def test_arguments_of_a_call_have_several_names(key, store):
         {"role": "assistant", "content": "", "tool_calls": [given]},
         {"role": "assistant", "content": "", "tool_calls": [given | {"type": "tool_use"}]},
         {"role": "assistant", "tool_calls": [{"type": "function", "function": given}]},
-        {"role": "assistant", "tool_calls": [given | {"arguments": {}, key: given[key]}]},
+        {"role": "assistant", "tool_calls": [given | {"arguments": None, key: given[key]}]},
         {"role": "assistant", "content": None, "function_call": given},
         {"from": "function_call", "value": json.dumps(given)},
     ):
@@ -186,15 +186,20 @@ def test_arguments_of_a_call_have_several_names(key, store):
         assert "<parameter=city>\nT0\n</parameter>" in rest
 
 
+def test_a_schema_beside_arguments_is_not_taken_for_them():
+    called = {"name": "f", "arguments": "{}", "parameters": {"type": "object"}}
+    messages = example_of({"messages": [QUESTION, say("", tool_calls=[called])]})
+    assert messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+
+
 @pytest.mark.parametrize(
     ("called", "message"),
     [
-        ({"name": "f", "arguments": {"a": 1}, "input": {"b": 2}}, "with arguments and input: keep"),
         ({"arguments": {"a": 1}}, "message 2: a tool call without a name: fix"),
         ({"function": "f", "arguments": {"a": 1}}, "message 2: a tool call without a name: fix"),
     ],
 )
-def test_call_that_cannot_be_learned_whole_is_dropped(called, message):
+def test_call_without_a_name_is_dropped(called, message):
     with pytest.raises(Unusable, match=message):
         example_of({"messages": [QUESTION, say("", tool_calls=[called])]})
 
@@ -393,8 +398,17 @@ def test_answer_that_is_labelled_good_or_not_at_all_is_learned(label):
     [(2, r"a number \(2\)"), (0.5, r"a number \(0.5\)"), ("bad", "text"), ([0], "a list")],
 )
 def test_label_that_is_neither_true_nor_false_is_refused(label, said):
-    with pytest.raises(StageError, match=rf"^a:1: 'label' tells .* and holds {said} where true,"):
-        example_of({"prompt": "q", "completion": "a", "label": label})
+    row = {"prompt": "q", "completion": "a"}
+    form = recognize("auto", None, row | {"label": 1}, "a:1")
+    with pytest.raises(StageError, match=rf"^a:2: 'label' tells .* and holds {said} where true,"):
+        form.example(row | {"label": label}, "a:2")
+    # A class, as the first row says.
+    assert example_of(row | {"label": label}) == [QUESTION | {"content": "q"}, ANSWER]
+    named = {"prompt": "prompt", "completion": "completion"}
+    for value in (label, 0):
+        form = recognize("auto", named, row | {"label": value}, "a:1")
+        assert form.example(row | {"label": value}, "a:1")
+        assert form.not_used(row | {"label": value}) == ["label"]
 
 
 def test_labels_of_a_csv_are_honoured(tmp_path, monkeypatch):

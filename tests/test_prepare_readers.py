@@ -521,11 +521,15 @@ def test_optional_column_may_come_in_a_later_row_alone(name, extra, system, firs
     assert form.not_used(later) == []
 
 
-def test_of_two_columns_with_one_meaning_the_other_is_not_used():
-    row = {"instruction": "i", "output": "o", "context": "c", "input": "x", "id": 7, "note": ""}
+@pytest.mark.parametrize("given", ["x", ""])
+def test_of_two_columns_with_one_meaning_the_other_is_not_used(given):
+    row = {"instruction": "i", "output": "o", "context": "c", "input": given, "id": 7, "note": ""}
     form = recognize("auto", None, row, "a:1")
-    assert form.example(row, "a:1")[0]["content"] == "i\n\nx"
+    assert form.example(row, "a:1")[0]["content"] == ("i\n\nx" if given else "i")
     assert form.not_used(row) == ["context", "id"]
+    # Nor where later rows alone leave the usual one blank.
+    assert form.example(row | {"input": ""}, "a:2")[0]["content"] == "i"
+    assert form.not_used(row | {"input": ""}) == ["context", "id"]
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -40,7 +40,7 @@ COLUMNS = {
     "rendered": (("text",), ()),
 }
 # Labels as JSON, CSV and columns of numbers with gaps (floats) write them.
-_TRUE, _FALSE = ("true", "1", "1.0"), ("false", "0", "0.0")
+_VERDICTS = dict.fromkeys(("true", "1", "1.0"), True) | dict.fromkeys(("false", "0", "0.0"), False)
 # Arguments of transformers' own, which a row must not set.
 _RESERVED = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
 Example = list | str | dict
@@ -70,6 +70,15 @@ def text_and_answers(example: Example) -> tuple[str, list[list[int]]]:
         return example["text"], example["answers"]
     assert isinstance(example, str)  # A list is a conversation.
     return example, []
+
+
+def is_verdict(value) -> bool:
+    """Whether a label says if its answer is good or, being blank, says nothing."""
+    return blank(value) or _written(value) in _VERDICTS
+
+
+def _written(value) -> str:
+    return str(value).strip().lower()
 
 
 @dataclass(frozen=True)
@@ -146,17 +155,15 @@ class Format:
 
     def _labelled_good(self, row: dict, where: str) -> bool:
         """Whether the answer is to be learned, by its label; without one, it is."""
-        name = self.columns["label"]
-        value = row.get(name)
-        written = str(value).strip().lower()
-        if value is None or written in ("", *_TRUE):
-            return True
-        if written not in _FALSE:
+        name = self.columns.get("label")
+        value = row.get(name) if name else None
+        if not is_verdict(value):
             raise StageError(
                 f"{where}: {name!r} tells good answers from bad ones and holds {kind(value)} where "
-                "true, false, 1 or 0 belongs; fix or rename it"
+                "true, false, 1 or 0 belongs; fix it, or name prompt and completion alone in "
+                "prepare.columns to leave it out"
             )
-        return False
+        return blank(value) or _VERDICTS[_written(value)]
 
     def _system(self, row: dict, where: str) -> list[dict]:
         name = self.column(row, "system")

@@ -154,10 +154,8 @@ def _call(call: dict, at: str) -> dict:
         function = {key: call[key] for key in ("name", *_ARGUMENTS) if key in call}
         rest = {k: v for k, v in call.items() if k not in (*function, "type")}
         call = {"type": "function"} | rest
-    given = [key for key in _ARGUMENTS if not blank(function.get(key))]
-    if len(given) > 1:
-        twice = " and ".join(given)
-        raise Unusable("roles", f"{at}: a tool call with {twice}: keep one of them")
+    given = [key for key in _ARGUMENTS if function.get(key) not in (None, "")]
+    # The first that is given: beside it, `parameters` may be the function's schema.
     if name := next((key for key in (*given, *_ARGUMENTS) if key in function), None):
         arguments = decoded(function[name] or {})
         if isinstance(arguments, str) and arguments.lstrip().startswith("{"):

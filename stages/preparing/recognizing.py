@@ -6,7 +6,7 @@ refused in every row.
 
 import difflib
 
-from stages.preparing.formats import COLUMNS, Format, turns_of
+from stages.preparing.formats import COLUMNS, Format, is_verdict, turns_of
 from stages.preparing.messages import blank, names_of
 from stages.preparing.shapes import shape_of
 from stages.shared.process import StageError
@@ -72,7 +72,15 @@ def recognize(
             )
     # An optional column may first appear in a later row.
     used = {column: called[column] for column in (*needed, *optional)}
-    others = {c: _names(c, but=used[c]) for c in optional if c in _SAME and not own}
+    if "label" not in own and (own or not is_verdict(first.get("label"))):
+        # A class, for example.
+        used.pop("label", None)
+    # Where the first row has a column, or both names of one, the other name means something else.
+    others = {
+        c: tuple(name for name in _names(c, but=used[c]) if name not in first)
+        for c in optional
+        if c in _SAME and not own and blank(first.get(used[c]))
+    }
     strict = recognized and not own and name == "prompt_completion"
     refused = tuple(column for c in _MEANING for column in _names(c) if strict)
     shape = shape_of(first[used["text"]]) if name == "rendered" else None

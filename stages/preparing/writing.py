@@ -39,7 +39,7 @@ _BY_A_ROW = {
     signal.SIGABRT: "ended the process (SIGABRT)",
     signal.SIGSEGV: "ended the process (SIGSEGV)",
 }
-# A template that never ends would otherwise take as long as its rows are long.
+# Of one row: a template that never ends would otherwise take as long as the row is long.
 _MOST_SECONDS = 600
 SHORTER = "divide long conversations, whose time grows with the square of their length"
 # Inherited by forked workers.
@@ -256,7 +256,7 @@ def seconds_for_turns(examples: list[Example]) -> float:
     """CPU seconds allowed in addition if a conversation is rendered up to each of its messages,
     which takes 30 us for each message of each part."""
     chats = filter(None, map(chat_of, examples))
-    return min(_MOST_SECONDS, 0.0001 * sum(len(chat.messages) ** 2 for chat in chats))
+    return sum(min(_MOST_SECONDS, 0.0001 * len(chat.messages) ** 2) for chat in chats)
 
 
 def _encode(chunk: np.ndarray) -> Part:

@@ -16,7 +16,7 @@ from stages.shared.screen import on_screen, tell
 
 # The base name in this pipeline's adapters if the base has no Hub id: any project's.
 HERE = "models/base"
-# No stage after train depends on it: it decides whether an adapter is taken, and changes no output.
+# Later stages do not depend on it: it decides whether an adapter is taken, and changes no output.
 COST = Path("metrics/train_cost.json")
 
 
@@ -45,12 +45,13 @@ def check_named_base(adapter: Path, base: Path) -> None:
     named, revision = config.base_model_name_or_path, config.revision
     if not named:
         return
-    if os.path.normpath(named) == HERE:
+    if os.path.realpath(named) == os.path.realpath(HERE):
         # Never this project's folder, which has whatever base is chosen now.
         recorded = re.fullmatch("sha256:[0-9a-f]{64}", str(revision))
         if revision == _weights_hash(source) or (not recorded and _made_here(adapter)):
             return
-        where, former = f"{HERE} of {'other' if recorded else 'unknown'} weights", "that model"
+        where = f"{HERE} of {'other' if recorded else 'unknown'} weights"
+        former = "the model that was there then"
     else:
         moved = re.fullmatch("[0-9a-f]{40}", str(revision)) and revision != source["commit"]
         if named == source["id"] and not moved:

@@ -64,16 +64,18 @@ def _keep_compiled() -> None:
     Compiling them takes seconds at each start. By default it would keep them in /tmp, where other
     users may write, and end the run where a file cannot be locked.
     """
+    folder, enabled = (f"FLASH_ATTENTION_CUTE_DSL_CACHE_{name}" for name in ("DIR", "ENABLED"))
+    if enabled in os.environ:
+        return
     try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        cache = home / "flash_attention_4"
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        cache = Path(os.environ.get(folder) or home / "flash_attention_4").expanduser()
         cache.mkdir(parents=True, exist_ok=True)
         with (cache / "lock").open("a") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except (OSError, RuntimeError):  # Without a home it is a RuntimeError.
         return
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache))
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ |= {folder: str(cache), enabled: "1"}
 
 
 def _on_hopper() -> bool:
