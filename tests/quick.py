@@ -70,13 +70,13 @@ class Stage:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
 
-    def until(self, happened: Callable[[], bool]) -> bool:
+    def until(self, happened: Callable[[], object]) -> bool:
         """Wait for an event; whether it came before the process ended."""
         while self.process.is_alive():
             if happened():
                 return True
             time.sleep(0.002)
-        return happened()
+        return bool(happened())
 
     def catches(self, number: int) -> bool:
         """Whether the process has a handler of its own for a signal (proc(5), SigCgt)."""
@@ -101,6 +101,12 @@ def run(name: str, folder: Path, **options) -> Stage:
     stage = Stage(name, folder, **options)
     assert stage.wait() == 0, stage.said
     return stage
+
+
+def sealed(folder: Path, step: int | str = "*") -> list[Path]:
+    """The complete checkpoints of `folder`: a seal that was only opened is empty."""
+    found = folder.glob(f"checkpoints/*/checkpoint-{step}/SHA256SUMS")
+    return [seal.parent for seal in found if seal.stat().st_size]
 
 
 def changes(name: str, folder: Path, **env: str) -> list[str]:

@@ -142,16 +142,13 @@ def results(folder: Path) -> dict[str, bytes]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = (folder / "checkpoints").glob("*/checkpoint-*/SHA256SUMS")
-    found = (sums for sums in found if sums.stat().st_size)
-    return sorted((sums.parent for sums in found), key=lambda p: int(p.name.split("-")[1]))
+    return sorted(quick.sealed(folder), key=lambda p: int(p.name.split("-")[1]))
 
 
 def kill_after(folder: Path, step: int, number: int = signal.SIGKILL) -> quick.Stage:
     """Train with a checkpoint at every step, and send a signal when that of `step` is complete."""
     stage = quick.Stage("train", folder, CHECKPOINT_SECONDS="0")
-    name = f"*/checkpoint-{step}/SHA256SUMS"
-    assert stage.until(lambda: any((folder / "checkpoints").glob(name))), stage.said
+    assert stage.until(lambda: quick.sealed(folder, step)), stage.said
     stage.kill(number)
     return stage
 

@@ -41,7 +41,7 @@ def guarded(tmp_path_factory):
     for name in STAGES:
         if name == "train":
             killed = quick.Stage(name, folder, CHECKPOINT_SECONDS="0", **SECRETS)
-            assert killed.until(lambda: any(folder.glob("checkpoints/*/*/SHA256SUMS"))), killed.said
+            assert killed.until(lambda: quick.sealed(folder)), killed.said
             killed.kill(signal.SIGKILL)
             killed.wait()
             shutil.copytree(folder / "checkpoints", folder / "kept_checkpoints")
